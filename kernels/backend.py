@@ -1,0 +1,84 @@
+"""Which implementation of an op runs, and the one door through which every Triton kernel is launched.
+
+A GPU tensor (NVIDIA or AMD) takes the Triton kernels. A CPU tensor takes the vectorised torch path, unless
+`with backend.use("interpreter")` sends it through the same kernels in Triton's interpreter, which needs
+TRITON_INTERPRET=1 in the environment before Triton is first imported. Nothing falls back silently.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+CHOICES = ("torch", "interpreter")
+_cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
+_observer: ContextVar[Callable | None] = ContextVar("_observer", default=None)
+
+
+def name(tensor: Tensor) -> str:
+    """The implementation that an op on `tensor` uses: "triton", "torch" or "interpreter"."""
+    return _cpu_choice.get() if tensor.device.type == "cpu" else "triton"
+
+
+def is_torch(tensor: Tensor) -> bool:
+    return name(tensor) == "torch"
+
+
+@contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Choose what CPU tensors run on inside the block: "torch" (the default) or "interpreter".
+
+    Raises ValueError for another name, and where the interpreter was asked for but Triton was imported without it.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"backend {choice!r} is not one of {', '.join(CHOICES)}")
+    if choice == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("backend 'interpreter' needs TRITON_INTERPRET=1 in the environment before triton is imported")
+    token = _cpu_choice.set(choice)
+    try:
+        yield
+    finally:
+        _cpu_choice.reset(token)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """Launch a Triton kernel: `kernel[grid](*args, **constants)`. An empty grid launches nothing.
+
+    `constants` are the kernel's constexpr arguments and launch options (num_warps, num_stages). Floating-point fusion
+    is chosen here, in one place, because Triton's default for it depends on the version.
+    """
+    if 0 in grid:
+        return
+    observe = _observer.get()
+    if observe is not None:
+        observe(kernel, grid, args, constants)
+    if hasattr(kernel, "warmup"):  # a JITFunction; the interpreter's functions take no launch options
+        constants.setdefault("enable_fp_fusion", True)
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+@contextmanager
+def observe(observer: Callable) -> Iterator[None]:
+    """Call `observer(kernel, grid, args, constants)` before every launch inside the block."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+@contextmanager
+def count_launches() -> Iterator[Counter]:
+    """Count the launches inside the block by kernel name."""
+    counts: Counter = Counter()
+    with observe(lambda kernel, grid, args, constants: counts.update([kernel.fn.__name__])):
+        yield counts
