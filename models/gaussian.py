@@ -1,0 +1,174 @@
+"""Latents -> 3D Gaussians: G = N * per_voxel Gaussians, rows voxel-major. Published: SLatGaussianDecoder.
+
+Each voxel predicts, in this channel order, offsets, colours, scales, rotations and opacities of its Gaussians
+(arXiv 2412.01506; the low-pass filters are those of Mip-Splatting, arXiv 2311.16493).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.camera import Camera, Image
+from kernels.norm import layer_norm
+from kernels.splat import splat
+from models.layers import Trunk
+from models.sparse import SparseTensor
+from models.vae import OUTPUT_EPS, VAE, Encoder
+
+
+@dataclass(frozen=True)
+class GaussianConfig:
+    """How raw channels become Gaussians: the published `representation_config`, parsed once."""
+
+    lr: dict[str, float] = field(default_factory=dict)  # multiplier of each raw field, by published name; 1 if absent
+    perturb_offset: bool = True
+    voxel_size: float = 1.5  # reach of an offset, in voxels
+    num_gaussians: int = 32
+    kernel_2d: float = 0.1  # screen-space low-pass, px^2
+    kernel_3d: float = 9e-4  # smallest scale, world units
+    scaling_bias: float = 4e-3
+    opacity_bias: float = 0.1
+    scaling_activation: str = "softplus"
+
+    @classmethod
+    def parse(cls, published: dict) -> "GaussianConfig":
+        """Raises ValueError for a key or value that the published configuration does not know."""
+        names = {"2d_filter_kernel_size": "kernel_2d", "3d_filter_kernel_size": "kernel_3d"}
+        known = {f.name for f in fields(cls)} - set(names.values()) | set(names)
+        if unknown := sorted(published.keys() - known):
+            raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
+        config = cls(**{names.get(key, key): value for key, value in published.items()})
+        if unknown := sorted(config.lr.keys() - {f"_{n}" for n in ("xyz", "features_dc", "scaling", "rotation", "opacity")}):
+            raise ValueError(f"representation_config lr has unknown fields {unknown}")
+        if config.scaling_activation not in ("softplus", "exp"):
+            raise ValueError(f"scaling_activation {config.scaling_activation!r} is not softplus or exp")
+        if config.num_gaussians < 1:
+            raise ValueError(f"num_gaussians {config.num_gaussians} must be at least 1")
+        if config.perturb_offset and config.voxel_size <= 1:
+            raise ValueError(f"voxel_size {config.voxel_size} must exceed 1 where offsets are perturbed (atanh of 1 is infinite)")
+        if not 0 < config.opacity_bias < 1 or config.scaling_bias <= 0:
+            raise ValueError(f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} above 0")
+        return config
+
+    @property
+    def scaling_shift(self) -> float:
+        """The activation's inverse at scaling_bias."""
+        return math.log(math.expm1(self.scaling_bias)) if self.scaling_activation == "softplus" else math.log(self.scaling_bias)
+
+    @property
+    def opacity_shift(self) -> float:
+        return math.log(self.opacity_bias / (1 - self.opacity_bias))
+
+
+@dataclass
+class GaussianScene:
+    """The Gaussians of one object."""
+
+    center: Tensor  # [G, 3] world units, the object inside [-0.5, 0.5]^3
+    scale: Tensor  # [G, 3] standard deviations, world units
+    rotation: Tensor  # [G, 4] unit quaternions (w, x, y, z)
+    opacity: Tensor  # [G, 1]
+    color: Tensor  # [G, S, 3] spherical-harmonic coefficients
+    kernel_size: float = 0.1  # screen-space low-pass, px^2
+
+    def render(self, camera: Camera, background: Tensor) -> Image:
+        """The scene seen from V views on background [V, 3]."""
+        return self.render_batch([self], camera, [0] * len(camera), background)
+
+    @classmethod
+    def render_batch(
+        cls, scenes: Sequence["GaussianScene"], camera: Camera, view_scene: Sequence[int], background: Tensor
+    ) -> Image:
+        """Views [V] of B scenes in one launch; models.render is the public name."""
+        sizes = {scene.kernel_size for scene in scenes}
+        if len(sizes) != 1:
+            raise ValueError(f"the scenes of a batch have different kernel sizes: {sorted(sizes)}")
+        names = ("center", "scale", "rotation", "opacity", "color")
+        starts = torch.tensor([0, *(len(scene.center) for scene in scenes)]).cumsum(0)
+        tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in names]
+        return splat(*tensors, starts, camera, view_scene, background, kernel_size=sizes.pop())
+
+    @classmethod
+    def penalties(cls, scenes: Sequence["GaussianScene"]) -> dict[str, Tensor]:
+        """Mean volume of the Gaussians' scales and mean squared transparency, over all Gaussians of the batch."""
+        volume = torch.cat([scene.scale for scene in scenes]).prod(dim=1)
+        transparency = torch.cat([scene.opacity for scene in scenes]) - 1
+        count = max(len(volume), 1)  # no Gaussians at all: no penalty, not 0 / 0
+        return {"volume": volume.sum() / count, "opacity": transparency.square().sum() / count}
+
+
+def _radical_inverse(base: int, n: int) -> float:
+    value, digit = 0.0, 1.0
+    while n:
+        digit /= base
+        n, remainder = divmod(n, base)
+        value += remainder * digit
+    return value
+
+
+def _offset_perturbation(config: GaussianConfig) -> Tensor:  # [per_voxel, 3]
+    """Before tanh: a Hammersley set that spreads the untrained Gaussians of a voxel over it."""
+    count = config.num_gaussians
+    points = [[k / count, _radical_inverse(2, k), _radical_inverse(3, k)] for k in range(count)]
+    return torch.atanh((2 * torch.tensor(points) - 1) / config.voxel_size)
+
+
+class GaussianDecoder(Trunk):
+    """Latents [N, latent_channels] -> a GaussianScene per sample (published: SLatGaussianDecoder)."""
+
+    NAME = "SLatGaussianDecoder"
+    FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # channels a Gaussian, in order
+
+    def __init__(
+        self, resolution: int, model_channels: int, latent_channels: int, num_blocks: int,
+        *, representation_config: dict, **trunk,
+    ):  # fmt: skip
+        super().__init__(latent_channels, model_channels, num_blocks, **trunk)
+        if resolution < 1:
+            raise ValueError(f"resolution {resolution} must be at least 1")
+        self.resolution, self.latent_channels = resolution, latent_channels
+        self.config = GaussianConfig.parse(representation_config)
+        self.args = dict(
+            resolution=resolution, model_channels=model_channels, latent_channels=latent_channels,
+            num_blocks=num_blocks, representation_config=representation_config, **trunk,
+        )  # fmt: skip
+        if self.config.perturb_offset:
+            self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
+        self.out_layer = nn.Linear(model_channels, self.config.num_gaussians * sum(self.FIELDS.values()))
+        self.initialize()
+
+    def fields(self, z: SparseTensor) -> SparseTensor:
+        """The raw output layer, [N, per_voxel * 14], channels in the published order."""
+        return z.replace(self.out_layer(layer_norm(self.trunk(z.feats, z.cache), OUTPUT_EPS)))
+
+    def forward(self, z: SparseTensor) -> list[GaussianScene]:
+        """One scene per sample; a sample without voxels gives a scene without Gaussians."""
+        config, K = self.config, self.config.num_gaussians
+        raw = self.fields(z).feats.split([K * width for width in self.FIELDS.values()], dim=1)
+        xyz, color, scaling, rotation, opacity = (
+            part.reshape(len(z), K, width) * config.lr.get(name, 1.0)
+            for part, (name, width) in zip(raw, self.FIELDS.items(), strict=True)
+        )
+        if config.perturb_offset:
+            xyz = xyz + self.offset_perturbation
+        voxel = (z.coords[:, None, 1:].to(xyz.dtype) + 0.5) / self.resolution
+        center = voxel + torch.tanh(xyz) * (0.5 * config.voxel_size / self.resolution) - 0.5
+        activation = F.softplus if config.scaling_activation == "softplus" else torch.exp
+        scale = torch.sqrt(activation(scaling + config.scaling_shift).square() + config.kernel_3d**2)
+        identity = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=rotation.dtype, device=rotation.device)
+        rotation = F.normalize(rotation + identity, dim=-1)
+        opacity = torch.sigmoid(opacity + config.opacity_shift)
+        counts = [n * K for n in z.cache.counts]
+        parts = [part.flatten(0, 1).split(counts) for part in (center, scale, rotation, opacity, color.unsqueeze(2))]
+        return [GaussianScene(*tensors, config.kernel_2d) for tensors in zip(*parts, strict=True)]
+
+
+class GaussianVAE(VAE):
+    """An encoder of its own and a Gaussian decoder."""
+
+    def __init__(self, encoder: Encoder | None, decoder: GaussianDecoder):
+        super().__init__(encoder, decoder)

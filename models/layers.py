@@ -1,0 +1,185 @@
+"""The sparse transformer shared by the encoder and the decoders: N voxels, C channels, H heads.
+
+Parameter names are those of the published models (microsoft/TRELLIS), so their checkpoints load unchanged. A block is
+x + attention(norm(x)), then x + mlp(norm(x)); the residual add and the norm after it are one pass over memory, which is
+why a block hands its last addend on instead of adding it. Parameters stay fp32; the trunk computes in `activation_dtype`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import window_attention
+from kernels.cache import SpatialCache
+from kernels.norm import add_layer_norm, gelu, layer_norm
+from kernels.window import Windows, full_windows, window_partition
+
+BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5
+ATTENTION_MODES = ("full", "swin")
+
+
+def position_embedding(cache: SpatialCache, channels: int) -> Tensor:  # [N, C] fp32
+    """Absolute sine embedding of raw voxel coordinates: per axis [sin | cos], axes x, y, z, zeros at the end to C."""
+    frequencies = channels // 3 // 2
+    k = torch.arange(frequencies, dtype=torch.float32, device=cache.coords.device)
+    phases = cache.coords[:, 1:, None].float() * (1.0 / 10000 ** (k / frequencies))
+    embedding = torch.cat([phases.sin(), phases.cos()], dim=-1).flatten(1)
+    return F.pad(embedding, (0, channels - embedding.shape[1]))
+
+
+def shifted_windows(cache: SpatialCache, window: int, shift: int) -> Windows:
+    """Cubic windows of `window` voxels a side, moved by `shift` along every axis."""
+    return window_partition(cache, cache.batch_size, window, shift)
+
+
+def whole_samples(cache: SpatialCache) -> Windows:
+    return full_windows(cache)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose fp32 weights are cast to its input's dtype at use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class GELU(nn.Module):
+    """The tanh form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
+class HeadRMSNorm(nn.Module):
+    """The scale of an RMS norm over each head's channels; the norm itself is fused into the attention."""
+
+    def __init__(self, heads: int, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(heads, channels))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows of voxels."""
+
+    def __init__(self, channels: int, heads: int, attn_mode: str, window_size: int, shift: int, qk_rms_norm: bool):
+        super().__init__()
+        self.heads, self.attn_mode, self.window_size, self.shift = heads, attn_mode, window_size, shift
+        self.to_qkv = Linear(channels, 3 * channels)
+        self.to_out = Linear(channels, channels)
+        if qk_rms_norm:
+            self.q_rms_norm = HeadRMSNorm(heads, channels // heads)
+            self.k_rms_norm = HeadRMSNorm(heads, channels // heads)
+        self.qk_rms_norm = qk_rms_norm
+
+    def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, C]
+        if self.attn_mode == "full":
+            windows = cache.get(whole_samples)
+        else:
+            windows = cache.get(shifted_windows, self.window_size, self.shift)
+        qkv = self.to_qkv(x).view(len(x), 3, self.heads, -1)
+        gammas = {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma} if self.qk_rms_norm else {}
+        return self.to_out(window_attention(qkv, windows, **gammas).flatten(1))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, channels: int, ratio: float):
+        super().__init__()
+        hidden = int(channels * ratio)
+        self.mlp = nn.Sequential(Linear(channels, hidden), GELU(), Linear(hidden, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a residual stream x [N, C]."""
+
+    def __init__(
+        self, channels: int, heads: int, mlp_ratio: float, attn_mode: str, window_size: int, shift: int, qk_rms_norm: bool
+    ):
+        super().__init__()
+        self.attn = WindowAttention(channels, heads, attn_mode, window_size, shift, qk_rms_norm)
+        self.mlp = MLP(channels, mlp_ratio)
+
+    def forward(self, x: Tensor, addend: Tensor | None, cache: SpatialCache) -> tuple[Tensor, Tensor]:
+        """Take the stream and what the previous block has still to add to it; return the same pair."""
+        if addend is None:
+            normed = layer_norm(x, BLOCK_EPS)
+        else:
+            x, normed = add_layer_norm(x, addend, BLOCK_EPS)
+        x, normed = add_layer_norm(x, self.attn(normed, cache), BLOCK_EPS)
+        return x, self.mlp(normed)
+
+
+class Trunk(nn.Module):
+    """Input layer, position embedding and blocks: [N, in_channels] -> [N, C] in the input's dtype.
+
+    `attn_mode`: "swin" alternates windows at shift 0 and window_size // 2; "full" attends within the whole sample.
+    Raises ValueError for heads that do not divide the channels, window_size < 1 and unknown modes.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        num_blocks: int,
+        num_heads: int | None = None,
+        num_head_channels: int = 64,
+        mlp_ratio: float = 4.0,
+        attn_mode: str = "swin",
+        window_size: int = 8,
+        pe_mode: str = "ape",
+        use_fp16: bool = False,
+        use_checkpoint: bool = False,
+        qk_rms_norm: bool = False,
+    ):
+        super().__init__()
+        heads = num_heads or model_channels // num_head_channels
+        if heads < 1 or model_channels % heads:
+            raise ValueError(f"model_channels {model_channels} is not a multiple of num_heads {heads}")
+        if attn_mode not in ATTENTION_MODES:
+            raise ValueError(f"attn_mode {attn_mode!r} is not one of {', '.join(ATTENTION_MODES)}")
+        if pe_mode != "ape":
+            raise ValueError(f"pe_mode {pe_mode!r} is not one of ape")
+        if window_size is None or window_size < 1:
+            raise ValueError(f"window_size {window_size} must be at least 1")
+        if num_blocks < 1 or model_channels < 6:
+            raise ValueError(f"num_blocks {num_blocks} must be at least 1 and model_channels {model_channels} at least 6")
+        self.model_channels, self.num_heads, self.use_checkpoint = model_channels, heads, use_checkpoint
+        self.activation_dtype = torch.float16 if use_fp16 else torch.float32
+        self.input_layer = nn.Linear(in_channels, model_channels)
+        self.blocks = nn.ModuleList(
+            Block(model_channels, heads, mlp_ratio, attn_mode, window_size, window_size // 2 * (i % 2), qk_rms_norm)
+            for i in range(num_blocks)
+        )
+
+    def initialize(self) -> None:
+        """Xavier weights and zero biases in every linear layer, a zero output layer (the published initialisation)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.out_layer.weight)
+
+    def set_activation_dtype(self, dtype: torch.dtype) -> None:
+        """Compute the blocks in fp32, fp16 or bf16; parameters, input and output layers stay fp32."""
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"activation dtype {dtype} is not one of float32, float16, bfloat16")
+        self.activation_dtype = dtype
+
+    def trunk(self, feats: Tensor, cache: SpatialCache) -> Tensor:
+        """The features before the output layer's norm."""
+        if feats.shape[1] != self.input_layer.in_features:
+            raise ValueError(f"features have {feats.shape[1]} channels, the model takes {self.input_layer.in_features}")
+        x = self.input_layer(feats) + cache.get(position_embedding, self.model_channels)
+        dtype = feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
+        x, addend = x.to(dtype), None
+        for block in self.blocks:
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+                x, addend = checkpoint(block, x, addend, cache, use_reentrant=False)
+            else:
+                x, addend = block(x, addend, cache)
+        return (x + addend).to(feats.dtype)

@@ -1,0 +1,47 @@
+"""What every decoder returns: a Scene that renders to an Image. B scenes, V views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels.camera import Camera, Image
+
+
+class Scene(Protocol):
+    """One decoded object: named tensors, a renderer for a batch of its kind and the penalties of its training."""
+
+    def render(self, camera: Camera, background: Tensor) -> Image: ...
+
+    @classmethod
+    def render_batch(cls, scenes: Sequence[Scene], camera: Camera, view_scene: Sequence[int], background: Tensor) -> Image: ...
+
+    @classmethod
+    def penalties(cls, scenes: Sequence[Scene]) -> dict[str, Tensor]: ...
+
+
+def _kind(scenes: Sequence[Scene]) -> type[Scene]:
+    kinds = {type(scene) for scene in scenes}
+    if len(kinds) != 1:
+        raise ValueError(f"a batch needs scenes of one kind, not {sorted(k.__name__ for k in kinds) or 'none at all'}")
+    return kinds.pop()
+
+
+def render(
+    scenes: Sequence[Scene],  # B of one kind
+    camera: Camera,  # V views
+    view_scene: Sequence[int],  # [V] which scene each view looks at; host data
+    background: Tensor,  # [V, 3]
+) -> Image:
+    """Render a batch of scenes and views in one launch of each kernel.
+
+    Raises ValueError for scenes of several kinds, a view of a scene that is not there, or counts that differ.
+    """
+    return _kind(scenes).render_batch(scenes, camera, view_scene, background)
+
+
+def penalties(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """The regularisers of a batch of scenes by name, unweighted."""
+    return _kind(scenes).penalties(scenes)

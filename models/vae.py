@@ -1,0 +1,142 @@
+"""Encoder, Posterior, VAE and checkpoint files: N voxels, C channels.
+
+The models and their names follow microsoft/TRELLIS (Structured 3D Latents, arXiv 2412.01506).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kernels.norm import layer_norm
+from models.layers import Trunk
+from models.scene import Scene
+from models.sparse import SparseTensor
+
+OUTPUT_EPS = 1e-5
+
+
+@dataclass
+class Posterior:
+    """A diagonal Gaussian per voxel."""
+
+    mean: Tensor  # [N, latent]
+    logvar: Tensor  # [N, latent]
+    voxels: SparseTensor  # whose coordinates the latents live on
+
+    def mode(self) -> SparseTensor:
+        return self.voxels.replace(self.mean)
+
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> SparseTensor:
+        """mean + exp(logvar / 2) * noise, the noise drawn from `generator` unless it is given."""
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.voxels.replace(self.mean + torch.exp(0.5 * self.logvar) * noise)
+
+
+class Encoder(Trunk):
+    """Voxel features -> Posterior (published: SLatEncoder).
+
+    `logvar_init`: None gives the published zero output layer, whose latents start as pure noise; a number keeps Xavier
+    weights there and starts the log variance at that value, which learns far faster in short runs.
+    """
+
+    NAME = "SLatEncoder"
+
+    def __init__(
+        self, resolution: int, in_channels: int, model_channels: int, latent_channels: int, num_blocks: int,
+        *, logvar_init: float | None = None, **trunk,
+    ):  # fmt: skip
+        super().__init__(in_channels, model_channels, num_blocks, **trunk)
+        self.resolution, self.latent_channels = resolution, latent_channels
+        self.args = dict(
+            resolution=resolution, in_channels=in_channels, model_channels=model_channels,
+            latent_channels=latent_channels, num_blocks=num_blocks, logvar_init=logvar_init, **trunk,
+        )  # fmt: skip
+        self.out_layer = nn.Linear(model_channels, 2 * latent_channels)
+        self.initialize()
+        if logvar_init is not None:
+            nn.init.xavier_uniform_(self.out_layer.weight)
+            nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
+
+    def forward(self, x: SparseTensor) -> Posterior:
+        """x [N, in_channels]; raises ValueError where its channels are not the model's."""
+        h = self.out_layer(layer_norm(self.trunk(x.feats, x.cache), OUTPUT_EPS))
+        mean, logvar = h.chunk(2, dim=1)
+        return Posterior(mean, logvar, x)
+
+
+class VAE(nn.Module):
+    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a frozen one."""
+
+    def __init__(self, encoder: Encoder | None, decoder: nn.Module):
+        super().__init__()
+        if encoder is not None and encoder.latent_channels != decoder.latent_channels:
+            raise ValueError(
+                f"the encoder makes {encoder.latent_channels} latent channels, the decoder takes {decoder.latent_channels}"
+            )
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, x: SparseTensor, noise: Tensor | None = None) -> tuple[Posterior | None, list[Scene]]:
+        """Features (or, without an encoder, latents) -> the posterior and one scene per sample."""
+        if self.encoder is None:
+            return None, self.decoder(x)
+        posterior = self.encoder(x)
+        return posterior, self.decoder(posterior.sample(noise=noise))
+
+    def set_activation_dtype(self, dtype: torch.dtype) -> None:
+        for part in (self.encoder, self.decoder):
+            if part is not None:
+                part.set_activation_dtype(dtype)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights of any float dtype into a model's fp32 parameters, strictly.
+
+    Raises ValueError that names the first tensors missing, unexpected or of another shape, with both shapes.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
+    for key, value in weights.items():
+        if own[key].shape != value.shape:
+            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}, the model's is {tuple(own[key].shape)}")
+    model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
+
+
+def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
+    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the published layout."""
+    prefix = Path(prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    for suffix, write in {
+        ".safetensors": lambda path: save_file(weights, path),
+        ".json": lambda path: path.write_text(json.dumps({"name": model.NAME, "args": model.args}, indent=2)),
+    }.items():
+        partial = prefix.with_name(prefix.name + suffix + ".partial")
+        write(partial)
+        partial.replace(prefix.with_name(prefix.name + suffix))
+
+
+def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
+    """The class name, arguments and tensors of a checkpoint pair; errors name the file."""
+    config, weights = Path(f"{prefix}.json"), Path(f"{prefix}.safetensors")
+    for file in (config, weights):
+        if not file.is_file():
+            raise ValueError(f"{file} is not there: a checkpoint is PREFIX.json beside PREFIX.safetensors")
+    try:
+        content = json.loads(config.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not {"name", "args"} <= content.keys():
+        raise ValueError(f'{config} must hold {{"name": class, "args": {{...}}}}')
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
+    return content["name"], content["args"], tensors
