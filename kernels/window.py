@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.cache import SpatialCache
 
 TILE = 512  # rows per program; not yet measured on a GPU (the kernels are launch-bound)
 DENSE_CELLS = 1 << 25  # grid cells up to which the scan is taken (128 MB of int32); above it, sorting N keys is cheaper
@@ -156,7 +157,7 @@ def _triple(value: int | Sequence[int], what: str, least: int | None) -> list[in
 
 
 def window_partition(
-    coords: Tensor,  # [N, 4] int32: batch, x, y, z; no duplicates
+    voxels: Tensor | SpatialCache,  # coords [N, 4] int32 (batch, x, y, z), or a cache over them
     batch_size: int,
     window: int | Sequence[int],  # voxels per axis
     shift: int | Sequence[int] = 0,  # voxels per axis, any sign
@@ -164,15 +165,20 @@ def window_partition(
 ) -> Windows:
     """Group voxels into cubes: windows in the order ((b NX + wx) NY + wy) NZ + wz, inside one by x, y, z.
 
-    With `extent` nothing is checked and nothing waits for the device; a SpatialCache passes its own. Without it the
-    largest coordinate is read, once. Raises ValueError for a window below 1, wrong shapes, and a window too small for
-    the extent (more windows than can be listed).
+    Given a cache nothing waits for the device. Given coords they are checked in one read, as a SpatialCache does; with
+    `extent` they are taken at the caller's word instead, unread. Raises ValueError for a window below 1, for wrong coords
+    and batch sizes, and for a window too small for the extent (more windows than can be listed).
     """
+    window, shift = _triple(window, "window", 1), _triple(shift, "shift", None)
+    if isinstance(voxels, Tensor) and extent is None:
+        voxels = SpatialCache(voxels, batch_size)
+    coords = voxels if isinstance(voxels, Tensor) else voxels.coords
+    if isinstance(voxels, SpatialCache):
+        extent = voxels.extent if extent is None else extent
+        if batch_size != voxels.batch_size:
+            raise ValueError(f"batch_size {batch_size} of a cache over {voxels.batch_size} samples")
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"coords must be [N, 4] int32, got {list(coords.shape)} {coords.dtype}")
-    window, shift = _triple(window, "window", 1), _triple(shift, "shift", None)
-    if extent is None:
-        extent = [c + 1 for c in coords[:, 1:].amax(0).tolist()] if len(coords) else 1
     extent = _triple(extent, "extent", 1)
     shift = [s % w for s, w in zip(shift, window, strict=True)]
     grid = _grid(extent, window, shift)
@@ -185,12 +191,17 @@ def window_partition(
 
 
 def full_windows(
-    starts: Tensor,  # [B + 1] int32: sample b owns rows starts[b] : starts[b + 1]
-    N: int,
-    bound: int | None = None,  # rows of the largest sample, where the host knows it
+    voxels: Tensor | SpatialCache,  # starts [B + 1] int32: sample b owns rows starts[b] : starts[b + 1]; or a cache
+    N: int | None = None,  # rows in all; with starts alone
 ) -> Windows:
     """One window per sample, rows in their own order: attention among all voxels of an object."""
-    return Windows(torch.arange(N, dtype=torch.int32, device=starts.device), starts, N if bound is None else bound)
+    if isinstance(voxels, SpatialCache):
+        starts, N, bound = voxels.starts, len(voxels), max(voxels.counts, default=0)
+    elif N is None:
+        raise ValueError(f"full_windows of starts {list(voxels.shape)} needs N, the number of rows")
+    else:
+        starts, bound = voxels, N
+    return Windows(torch.arange(N, dtype=torch.int32, device=starts.device), starts, bound)
 
 
 def window_partition_reference(coords, batch_size, window, shift=0) -> list[tuple[tuple[int, ...], list[int]]]:

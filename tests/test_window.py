@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import backend, window
+from kernels.cache import SpatialCache
 from kernels.window import full_windows, window_partition, window_partition_reference
 from tests.conftest import golden
 
@@ -103,7 +104,11 @@ def test_full_windows(device):
     windows = full_windows(starts, 8)
     assert groups(windows) == [[0, 1, 2], [3, 4, 5, 6, 7]] and windows.bound == 8 and len(windows) == 3
     assert windows.segment.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
-    assert full_windows(starts, 8, bound=5).bound == 5
+    coords = voxels([3, 0, 5]).to(device)
+    cached = full_windows(SpatialCache(coords))
+    assert groups(cached) == groups(windows) and cached.bound == 5
+    with pytest.raises(ValueError, match="needs N"):
+        full_windows(starts)
 
 
 def test_two_launches_whatever_the_batch(kernel_device):
@@ -135,9 +140,15 @@ def test_wrong_input_is_refused():
         window_partition(coords, 1, 0)
     with pytest.raises(ValueError, match="window needs 1 or 3 numbers, one per axis, got 2"):
         window_partition(coords, 1, (4, 4))
-    with pytest.raises(ValueError, match=r"\[10, 3\]"):
+    with pytest.raises(ValueError, match=r"batch column is missing: coords are \[10, 3\]"):
         window_partition(coords[:, 1:], 1, 4)
     with pytest.raises(ValueError, match="int64"):
         window_partition(coords.long(), 1, 4)
+    with pytest.raises(ValueError, match=r"\[10, 3\] torch.int32"):
+        window_partition(coords[:, 1:], 1, 4, extent=16)
+    with pytest.raises(ValueError, match="batch_size 2 of a cache over 1"):
+        window_partition(SpatialCache(coords), 2, 4)
+    with pytest.raises(ValueError, match="extent 0 must be"):
+        window_partition(coords, 1, 4, extent=0)
     with pytest.raises(ValueError, match="1073741824 windows, above 268435456"):
         window_partition(coords, 1, 1, extent=1024)
