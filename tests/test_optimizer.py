@@ -1,0 +1,111 @@
+"""One optimiser step against traces of the published training loop (golden train_*), and its state."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import golden
+from train.optimizer import LossScale, Optimizer
+
+
+def norm_of(parameters):
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+
+
+def optimizer(clip=norm_of, scale=None, **kwargs):
+    torch.manual_seed(0)
+    parameters = {"a": nn.Parameter(torch.randn(5)), "b": nn.Parameter(torch.randn(2, 3))}
+    return Optimizer(parameters.items(), clip, scale or LossScale(0, 0, 0), **kwargs)
+
+
+def traced(case: str, clip, ema_index: int = 0):
+    """Replay the scripted gradients of a case; w1 computes in fp16 where the case does, w2 (the output layer) in fp32."""
+    config, t = golden(case)
+    w1, w2 = nn.Parameter(t["init/w1"].clone()), nn.Parameter(t["init/w2"].clone())
+    fp16 = config["fp16_mode"] is not None
+    scale = LossScale(config["initial_log_scale"], config["fp16_scale_growth"]) if fp16 else LossScale(0, 0, 0)
+    decay = config["optimizer"]["args"]["weight_decay"]
+    run = Optimizer({"w1": w1, "w2": w2}.items(), clip, scale, weight_decay=decay, ema=config["ema_rate"][ema_index])
+    for step, (g1, g2) in enumerate(zip(t["g1"], t["g2"], strict=True)):
+        used = w1.half() if fp16 else w1  # once a step: the published fp16 weights sum their micro-batches in fp16
+        run.backward(sum((used * a).sum() + (w2 * b).sum() for a, b in zip(g1, g2, strict=True)) / len(g1))
+        norm = run.step(float(t["trace/lr"][step]))
+        yield step, run, norm, t
+        assert math.isfinite(norm) != bool(t["trace/skipped"][step])
+        assert run.scale.log2 == t["trace/log_scale_f64"][step]
+        master, average = torch.cat([w1, w2]).detach(), torch.cat(list(run.average.values()))
+        assert (master - t["trace/master"][step]).abs().max() <= 1e-6
+        assert (average - t[f"trace/ema{ema_index}"][step]).abs().max() <= 1e-6
+    assert run.skipped == t["trace/skipped"].sum() and run.steps == len(t["g1"])
+
+
+def test_agrees_with_published_fp16_loop_without_clipping():
+    for _ in traced("train_inflat_all_noclip_growth", norm_of):
+        pass
+
+
+def test_agrees_with_published_fp32_loop_with_fixed_clipping():
+    for step, _, norm, t in traced("train_fp32_floatclip", lambda p: torch.nn.utils.clip_grad_norm_(p, 0.05)):
+        if math.isfinite(norm):
+            assert norm == pytest.approx(t["trace/grad_norm"][step].item(), rel=1e-6)
+
+
+def test_skipped_step_moves_no_weight_but_the_average():
+    run = optimizer(scale=LossScale(), ema=0.5)
+    start = {name: p.detach().clone() for name, p in run.parameters.items()}
+    run.average["a"].zero_()
+    for bad in (math.inf, math.nan):
+        run.backward(sum((p * bad).sum() for p in run.parameters.values()))
+        assert not math.isfinite(run.step(0.1))
+    assert all(torch.equal(p, start[name]) for name, p in run.parameters.items())
+    assert torch.allclose(run.average["a"], 0.75 * start["a"]) and (run.skipped, run.scale.log2) == (2, 18.0)
+    assert all(p.grad is None for p in run.parameters.values())
+
+
+def test_scale_does_not_change_the_step():
+    results = []
+    for scale in (LossScale(0, 0, 0), LossScale(20.0)):
+        run = optimizer(scale=scale)
+        run.backward(sum(p.square().sum() for p in run.parameters.values()))
+        results.append((run.step(0.1), torch.cat([p.detach().flatten() for p in run.parameters.values()])))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_state_continues_to_the_bit():
+    def go(run, steps):
+        for step in steps:
+            run.backward(sum((p.square() * (step + 1)).sum() for p in run.parameters.values()))
+            run.step(0.1 / (step + 1))
+        return torch.cat([t.detach().flatten() for t in (*run.parameters.values(), *run.average.values())])
+
+    straight = go(optimizer(scale=LossScale(20.0, 0.001), ema=0.9), range(6))
+    first = optimizer(scale=LossScale(20.0, 0.001), ema=0.9)
+    go(first, range(3))
+    second = optimizer(scale=LossScale(20.0, 0.001), ema=0.9)
+    with torch.no_grad():
+        for name, p in second.parameters.items():
+            p.copy_(first.parameters[name])
+    second.load({name: t.clone() for name, t in first.tensors().items()}, first.state())
+    assert torch.equal(go(second, range(3, 6)), straight) and second.scale.log2 == pytest.approx(20.006)
+
+
+def test_averaged_weights_are_swapped_in_and_out():
+    run = optimizer(ema=0.9)
+    run.backward(sum(p.sum() for p in run.parameters.values()))
+    run.step(0.5)
+    live, average = run.parameters["a"].detach().clone(), run.average["a"].clone()
+    assert not torch.equal(live, average)
+    with run.averaged():
+        assert torch.equal(run.parameters["a"], average)
+    assert torch.equal(run.parameters["a"], live) and torch.equal(run.average["a"], average)
+
+
+def test_bad_parameters_are_named():
+    with pytest.raises(ValueError, match="head is torch.float16"):
+        Optimizer([("head", nn.Parameter(torch.zeros(2).half()))], norm_of, LossScale())
+    run = optimizer()
+    run.backward(run.parameters["a"].sum())
+    with pytest.raises(ValueError, match="b and 0 other parameters got no gradient"):
+        run.step(0.1)

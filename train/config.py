@@ -1,0 +1,204 @@
+"""What a run is told: frozen dataclasses, the command line generated from them, config.json.
+
+A preset is a whole Config; a flag replaces one of its fields (`--lr 1e-3`), a dotted flag a field of a nested group
+(`--model.channels 96`, `--weights.kl 0`). The defaults below are the published recipe (microsoft/TRELLIS).
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")  # of a run that is resumed
+
+
+def _flag(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the encoder and of the decoder, which mirror each other."""
+
+    channels: int = 768
+    blocks: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    window: int = _flag(8, "edge of an attention window in voxels; odd blocks are shifted by half of it")
+    latent: int = _flag(8, "latent channels per voxel")
+    logvar_init: float | None = _flag(None, "log variance to start from (none: zero output layer, as published)")
+    recompute: bool = _flag(False, "keep no activations inside blocks: less memory, a third more time")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each loss term is multiplied by; a decoder's own terms are fields of a subclass."""
+
+    l1: float = 1.0
+    ssim: float = 0.2
+    lpips: float = _flag(0.2, "needs --lpips")
+    kl: float = _flag(1e-6, "of the posterior; off with --encoder")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Raises ValueError for values that cannot be, naming them."""
+
+    preset: str = "base"
+    # data
+    data: tuple[str, ...] = _flag((), "dataset folder; may be repeated (default: the embedded objects)")
+    features: str = _flag("dinov2_vitl14_reg", "which features of the dataset the encoder reads")
+    resolution: int = _flag(64, "voxels along each side of the unit cube")
+    image_size: int = _flag(512, "edge of the views in pixels")
+    views: int = _flag(1, "views of each object in a step")
+    holdout_views: int = _flag(4, "the last views of every object, kept for evaluation")
+    # the run
+    out: str | None = _flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
+    resume: str | None = _flag(None, "run folder to continue, exactly where it stopped")
+    seed: int = 0
+    device: str | None = _flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    deterministic: bool = _flag(False, "only algorithms that give the same bits every time")
+    workers: int = _flag(4, "processes that load data; 0 loads in the training process")
+    sample_every: int = _flag(1000, "steps between sample pictures and curves")
+    save_every: int = _flag(1000, "steps between checkpoints")
+    eval_objects: int = _flag(64, "most objects of each kind in the evaluation at the end")
+    # the optimiser
+    steps: int = _flag(750_000, "optimiser steps of the whole run")
+    batch_size: int = _flag(256, "objects in an optimiser step, over all ranks")
+    micro_batch: int = _flag(2, "objects in one forward pass on one rank")
+    precision: str = _flag("fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32")
+    lr: float = 1e-4
+    warmup: int = _flag(0, "steps until the full learning rate")
+    final_lr: float = _flag(1.0, "fraction of lr that a cosine reaches at the last step; 1 is a constant lr")
+    weight_decay: float = 0.0
+    max_norm: float = _flag(1.0, "clip gradients to this norm or the 95th percentile of the last 1000, whichever is less")
+    ema: float = _flag(0.9999, "decay of the averaged weights")
+    # what is trained
+    encoder: str | None = _flag(None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a run folder")
+    lpips: str | None = _flag(None, "file with the LPIPS (VGG16) weights")
+    model: Sizes = Sizes()
+    weights: Weights = Weights()
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "micro_batch", "resolution", "views", "holdout_views", "sample_every", "save_every",
+                     "eval_objects"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("seed", "workers", "warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if self.image_size < 16:
+            raise ValueError(f"image_size {self.image_size} must be at least 16 pixels")
+        if self.resolution > 1024:
+            raise ValueError(f"resolution {self.resolution} must be at most 1024")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if not (self.lr > 0 and self.max_norm > 0 and 0 <= self.final_lr <= 1 and 0 <= self.ema < 1):
+            raise ValueError(
+                f"lr {self.lr} and max_norm {self.max_norm} must exceed 0, "
+                f"final_lr {self.final_lr} must lie in [0, 1], ema {self.ema} in [0, 1)"
+            )
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.resume and self.out:
+            raise ValueError(f"resume {self.resume} continues in its own folder: leave out {self.out!r} away")
+
+    def micro_batches(self, world: int) -> int:
+        """Forward passes of each of `world` ranks in a step; ValueError where the batch does not divide."""
+        if self.batch_size % (world * self.micro_batch):
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {world} ranks x micro_batch {self.micro_batch}")
+        return self.batch_size // (world * self.micro_batch)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of optimiser step `step`, counted from 0: linear warm-up, then a cosine to final_lr."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1.0))
+        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.lr * ramp * (self.final_lr + (1 - self.final_lr) * cosine)
+
+
+def _leaves(config, prefix: str = ""):  # (dotted name, type, value, help) of every field, nested groups flattened
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, get_type_hints(type(config))[f.name], value, f.metadata.get("help", "")
+
+
+def _replaced(config, values: dict):
+    """`config` with dotted names replaced, each group rebuilt once so that its fields are checked together."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    for group in {name.split(".")[0] for name in values if "." in name}:
+        nested = {name.split(".", 1)[1]: value for name, value in values.items() if name.startswith(group + ".")}
+        own[group] = _replaced(getattr(config, group), nested)
+    return replace(config, **own)
+
+
+def _parser(script: str, presets: dict[str, Config]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"python -m train.{script}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=list(presets), help=f"where every other value comes from (default: {first})")
+    for name, kind, _, help in _leaves(presets[first]):
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=help)
+        elif get_origin(kind) is tuple:
+            parser.add_argument(flag, dest=name, action="append", help=help)
+        elif name != "preset":
+            parser.add_argument(flag, dest=name, type=next(t for t in get_args(kind) or (kind,) if t is not NoneType), help=help)
+    return parser
+
+
+def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None = None, world: int = 1) -> Config:
+    """The config that the flags describe. A wrong flag or value prints what is wrong and exits with status 2.
+
+    With --batch-size but no --micro-batch, the preset's micro-batch shrinks to the largest that divides a rank's share.
+    With --resume the recorded config is taken, and only flags that do not change the training may be given.
+    """
+    parser = _parser(script, presets)
+    given = vars(parser.parse_args(argv))
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    try:
+        if given.get("resume"):
+            if fixed := sorted(given.keys() - {"resume", *CHANGEABLE}):
+                raise ValueError(f"--resume keeps the recorded config; it cannot change {', '.join(fixed)}")
+            return _replaced(read_config(Path(given["resume"]) / "config.json", script, presets), given)
+        config = presets[given.get("preset", next(iter(presets)))]
+        if "batch_size" in given and "micro_batch" not in given:
+            share = max(given["batch_size"] // world, 1)
+            given["micro_batch"] = next(m for m in range(min(config.micro_batch, share), 0, -1) if share % m == 0)
+        config = _replaced(config, given)
+        config.micro_batches(world)
+        return config
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def write_config(config: Config, script: str, file: Path) -> None:
+    """Record the config in its own run folder, whose path is not part of it."""
+    values = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
+    file.write_text(json.dumps({"script": script} | values, indent=2) + "\n")
+
+
+def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
+    """The Config that `write_config` recorded; ValueError that names the file where it is missing or does not fit."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: {file.parent} is not a run folder")
+    try:
+        recorded = json.loads(file.read_text())
+        if recorded.pop("script") != script:
+            raise ValueError(f"{file} is not a run of train.{script}")
+        recorded["data"] = tuple(recorded["data"])
+        template = presets[recorded["preset"]]
+        nested = {name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")}
+        return replace(template, **recorded | nested)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} does not describe a run of train.{script}: {error!r}") from error

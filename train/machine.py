@@ -1,0 +1,125 @@
+"""Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how it is told to stop."""
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank of a run."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def agree(self, value):
+        """Rank 0's value on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+
+def _device(name: str | None) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name is None:
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is neither a CPU nor a GPU that Triton compiles for (cuda, also on AMD)")
+    if device.type == "cpu":
+        return device
+    index = local if device.index is None else device.index
+    if index >= gpus:
+        raise ValueError(f"device {name!r}, GPU number {index}: torch {torch.__version__} sees {gpus} GPUs")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine]:
+    """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a device that is absent."""
+    chosen = _device(device)
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Machine(chosen, rank, world)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed from several numbers: neighbouring steps or objects get unrelated random streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed torch (every device), numpy and Python from the same numbers.
+
+    Called at the start of each step with the step's number, so what a step draws depends on nothing before it: a
+    resumed run repeats an uninterrupted one without any generator's state being stored.
+    """
+    seed = seed_of(*numbers)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask the run to stop after the step that is under way; a second Ctrl-C stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received = 0  # the signal's number
+
+    def _note(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nstopping after this step; Ctrl-C again stops at once, without saving", flush=True)
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

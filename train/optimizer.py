@@ -1,0 +1,114 @@
+"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW, averaged weights.
+
+The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
+loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
+step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on. Unlike there, the
+gradients of the weights are accumulated in fp32, so only what flows through the activations can overflow.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class LossScale:
+    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1."""
+
+    log2: float = 20.0
+    growth: float = 1e-3
+    backoff: float = 1.0
+
+    def update(self, finite: bool) -> None:
+        self.log2 += self.growth if finite else -self.backoff
+
+
+class Optimizer:
+    """AdamW over named fp32 parameters with everything that surrounds a step.
+
+    `clip(parameters) -> norm` clips their gradients in place and returns the norm before (a tensor or a float).
+    Raises ValueError for parameters that are not fp32: eps = 1e-8 is zero in fp16, and the first step would give NaN.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        clip: Callable[[list[nn.Parameter]], Tensor | float],
+        scale: LossScale,
+        weight_decay: float = 0.0,
+        ema: float = 0.9999,
+    ):
+        self.parameters = dict(parameters)
+        if low := [name for name, p in self.parameters.items() if p.dtype != torch.float32]:
+            raise ValueError(f"{low[0]} is {self.parameters[low[0]].dtype}: master weights are fp32; precision is of activations")
+        self.clip, self.scale, self.decay = clip, scale, ema
+        self.adam = torch.optim.AdamW(self.parameters.values(), weight_decay=weight_decay, foreach=True)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.steps = self.skipped = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the scaled gradients of `loss`; a step may have several."""
+        (loss * 2.0**self.scale.log2).backward()
+
+    def step(self, lr: float) -> float:
+        """Apply and clear the gradients; returns their norm before clipping, NaN or inf where the step was skipped."""
+        parameters = list(self.parameters.values())
+        if without := [name for name, p in self.parameters.items() if p.grad is None]:
+            raise ValueError(f"{without[0]} and {len(without) - 1} other parameters got no gradient")
+        torch._foreach_mul_([p.grad for p in parameters], 2.0**-self.scale.log2)
+        norm = float(self.clip(parameters))
+        finite = math.isfinite(norm)
+        if finite:
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+        self.scale.update(finite)
+        self.steps += 1
+        self.skipped += not finite
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in parameters], 1 - self.decay)
+        for p in parameters:
+            p.grad = None
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the parameters hold the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.parameters.items():
+            kept = p.clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+    @property
+    def remembers_start(self) -> float:
+        """The weight that the untrained model still has in the average."""
+        return self.decay**self.steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights: average.NAME and adam.NAME.{step, exp_avg, exp_avg_sq}."""
+        states = {name: self.adam.state.get(p, {}) for name, p in self.parameters.items()}
+        moments = {f"adam.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        return {f"average.{name}": t for name, t in self.average.items()} | moments
+
+    def state(self) -> dict:
+        return {"steps": self.steps, "skipped": self.skipped, "log2_scale": self.scale.log2}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
+        """Continue from `tensors()` and `state()`."""
+        self.steps, self.skipped, self.scale.log2 = state["steps"], state["skipped"], state["log2_scale"]
+        for name, p in self.parameters.items():
+            self.average[name].copy_(tensors[f"average.{name}"])
+            if f"adam.{name}.step" in tensors:  # not before the first step that was not skipped
+                moments = {key: tensors[f"adam.{name}.{key}"].to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[p] = {"step": tensors[f"adam.{name}.step"].clone()} | moments

@@ -1,0 +1,140 @@
+"""What a run shows: the header, the progress line, log.jsonl, sample pictures and curves."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image as Picture
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kernels import backend
+from train.config import Config
+
+POINTS = 2000  # of a curve; longer histories are thinned
+
+
+def recipe(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
+    """The loss as a sum, then what is off and why."""
+    total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+    return "; ".join([total, *(f"{name} off: {reason}" for name, reason in off.items())])
+
+
+def header(
+    script: str, config: Config, device: torch.device, world: int, model: nn.Module, loss: str, data: str, folder: Path
+) -> str:  # fmt: skip
+    """Everything that says what runs, one fact a line."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "absent"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    parts = {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
+    schedule = f"{config.lr:g}" + (f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant")
+    lines = {
+        "run": f"{script}, preset {config.preset}, seed {config.seed}" + (", deterministic" if config.deterministic else ""),
+        "device": f"{name} x {world}" if world > 1 else name,
+        "backend": f"{backend.name(torch.empty(0, device=device))} kernels, {config.precision} activations, fp32 weights",
+        "versions": f"torch {torch.__version__}, triton {triton}, python {platform.python_version()}",
+        "parameters": ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+        "data": data,
+        "loss": loss,
+        "optimiser": f"AdamW, lr {schedule}, weight decay {config.weight_decay:g}, clip {config.max_norm:g}, EMA {config.ema:g}",
+        "steps": f"{config.steps:,} of {config.batch_size} objects x {config.views} views at {config.image_size} px"
+        f", {config.micro_batches(world)} micro-batches a rank",
+        "out": str(folder),
+    }
+    return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
+
+
+class Log:
+    """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
+
+    Opened at `step`, it drops later rows: a resumed run repeats those steps.
+    """
+
+    def __init__(self, file: Path, step: int = 0):
+        self.rows: list[dict] = []
+        self.stride = 1
+        kept = []
+        if file.is_file():
+            for line in file.read_text().splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break  # half a row, where the run was killed while writing it, or a step after the checkpoint
+                kept.append(line)
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(file)
+        for line in kept:
+            self._remember(json.loads(line))
+        self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self.stream = file.open("a", buffering=1)  # a whole line at a time
+
+    def _remember(self, row: dict) -> None:
+        if row["step"] % self.stride == 0 or not self.rows:
+            self.rows.append(row)
+        if len(self.rows) >= 2 * POINTS:
+            self.stride *= 2
+            self.rows = [row for row in self.rows if row["step"] % self.stride == 0]
+
+    def write(self, row: dict) -> None:
+        """Append a row; what is not a finite number is written as null."""
+        clean = {k: None if isinstance(v, float) and not -float("inf") < v < float("inf") else v for k, v in row.items()}
+        self.stream.write(json.dumps(clean) + "\n")
+        self._remember(clean)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class Progress:
+    """The progress line: loss, PSNR, voxels per second, skipped steps, time left (tqdm counts steps and time)."""
+
+    def __init__(self, done: int, steps: int, shown: bool):
+        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not shown)
+
+    def update(self, row: Mapping[str, float], skipped: int) -> None:
+        note = f"loss {row['loss']:.4f}  psnr {row['psnr']:.2f}  {row['voxels_per_second']:,.0f} voxels/s"
+        self.bar.set_postfix_str(note + (f"  {skipped} skipped" if skipped else ""), refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def picture(rows: Sequence[Tensor], file: Path) -> None:
+    """Write rows of images, each [V, 3, H, W] in [0, 1], as one PNG: ground truth above reconstruction."""
+    grid = torch.cat([torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows], dim=1)  # [3, rows * H, V * W]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Picture.fromarray((grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
+
+
+def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
+    """The mean of the last `width` values that are there, nan where none is."""
+    means, window = [], []
+    for value in values:
+        window = [*window, *([] if value is None else [value])][-width:]
+        means.append(sum(window) / len(window) if window else float("nan"))
+    return means
+
+
+def curves(rows: Sequence[Mapping], terms: Sequence[str], file: Path) -> None:
+    """Draw the loss with its terms (unweighted, log scale) and the PSNR of the training views against the step."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    steps, width = [row["step"] for row in rows], max(1, len(rows) // 50)
+    for name in ("loss", *terms):
+        left.plot(steps, _smoothed([row.get(name) for row in rows], width), label=name, linewidth=2 if name == "loss" else 1)
+    left.set(xlabel="step", yscale="log", title="loss and its terms before weighting")
+    left.legend(frameon=False)
+    right.plot(steps, [row.get("psnr") for row in rows], alpha=0.25, linewidth=0.7)
+    right.plot(steps, _smoothed([row.get("psnr") for row in rows], width), color="C0")
+    right.set(xlabel="step", ylabel="dB", title="PSNR of the training views")
+    right.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
