@@ -1,0 +1,375 @@
+"""Textured meshes -> a dataset in the layout of TRELLIS.
+
+    pip install '.[prepare]'
+    python -m train.prepare MESHES... --out DIR
+
+MESHES are OBJ (with MTL and images), GLB or glTF files, folders that are searched for them, or lists: text files (.txt) of
+lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the paths relative to --root. What comes out:
+
+    metadata.csv                        one row an object; columns below
+    renders/SHA/000.png ...             RGBA, straight alpha, cameras at radius 2 with a field of view of 40 degrees
+    renders/SHA/transforms.json         aabb, scale, offset, frames (published keys); holdout: the last that many frames
+                                        are held out of training; recipe: what the views were made with
+    renders/SHA/mesh.ply                vertices float32 and triangles int32 in the same z-up unit cube
+    voxels/SHA.ply                      vertices (index + 0.5) / 64 - 0.5 of the surface cells; voxels_R for other sizes
+    features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens float16 [V, 50] (train.voxelize); features/rgb_R
+
+SHA is the sha256 of the mesh file. Columns: sha256, file_identifier and local_path (the path below --root or the folder),
+aesthetic_score (5.0: not a judgement, but it passes the published filter of 4.5), captions (JSON list), rendered, voxelized,
+num_voxels, feature_rgb, and the last three again as voxelized_R, num_voxels_R, feature_rgb_R for sizes other than 64,
+split (train or test: whole objects held out). Held-out frames are spread over the quasi-random sequence and moved to its
+end, so that they are no worse placed than the others; `rgb` features never see them.
+
+A run can be interrupted: files are written under another name and renamed when complete, and the same command goes on
+where it stopped. A mesh that cannot be used is reported with its reason and skipped.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from train.meshes import READABLE, Mesh, content_hash, normalize, read_mesh
+from train.raycast import FOV, Caster, camera_to_world, direction
+from train.voxelize import Features, voxelize
+
+PUBLISHED = ["sha256", "file_identifier", "local_path", "aesthetic_score", "captions", "rendered", "voxelized", "num_voxels"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every object of a run gets; field by field the flags of the command."""
+
+    out: Path
+    resolution: tuple[int, ...] = (64,)
+    views: int = 150
+    holdout_views: int = 0
+    size: int = 512
+    supersample: int = 2
+    features: str | None = "rgb"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low, high in (("views", 1, 1000), ("size", 8, 4096), ("supersample", 1, 16)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} {getattr(self, name)} is not in {low} to {high}")
+        if not 0 <= self.holdout_views < self.views:
+            raise ValueError(f"{self.holdout_views} held-out views of {self.views} leave none to train on")
+        if not self.resolution or not all(2 <= R <= 256 for R in self.resolution):
+            raise ValueError(f"resolution {self.resolution} is not in 2 to 256, what uint8 indices hold")
+
+    def voxels(self, R: int, sha: str) -> Path:
+        return self.out / ("voxels" if R == 64 else f"voxels_{R}") / f"{sha}.ply"
+
+    def feature(self, R: int, sha: str) -> Path:
+        return self.out / "features" / (self.features if R == 64 else f"{self.features}_{R}") / f"{sha}.npz"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One mesh to prepare: where it is, what the metadata calls it, and its sha256 (empty until read)."""
+
+    path: Path
+    identifier: str
+    split: str = "train"
+    caption: str = ""
+    sha256: str = ""
+
+
+@dataclass
+class Result:
+    """What became of a source: a metadata row, or the reason why there is none."""
+
+    source: Source
+    row: dict | None = None
+    failure: str = ""
+    notes: tuple[str, ...] = ()
+    made: bool = False  # False: an earlier run had finished it
+
+
+def collect(inputs: list[Path], root: Path) -> list[Source]:
+    """Sources of files, folders and lists in that order; ValueError where there is nothing."""
+    sources = []
+    for entry in inputs:
+        if entry.is_dir():
+            found = sorted(p for p in entry.rglob("*") if p.suffix.lower() in READABLE and p.is_file())
+            if not found:
+                raise ValueError(f"{entry} holds no {', '.join(READABLE)} file")
+            sources += [Source(p, p.relative_to(entry).as_posix()) for p in found]
+        elif entry.suffix.lower() == ".txt":
+            lines = [line for line in entry.read_text().splitlines() if line.strip() and not line.startswith("#")]
+            for line in lines:
+                path, split, caption = [*line.split("\t"), "", ""][:3]
+                split = split or "train"
+                if split not in ("train", "test"):
+                    raise ValueError(f"{entry.name}: split {split!r} of {path} is neither train nor test")
+                sources.append(Source(root / path, path, split, caption))
+        else:
+            sources.append(Source(entry, entry.name))
+    if not sources:
+        raise ValueError(f"no meshes in {', '.join(map(str, inputs))}")
+    return sources
+
+
+def frame_order(views: int, holdout: int) -> list[int]:
+    """Which view of the sequence each frame is: the held-out ones, evenly spread over the sequence, come last."""
+    last = [int((k + 0.5) * views / holdout) for k in range(holdout)]
+    return [i for i in range(views) if i not in last] + last
+
+
+def prepare_object(source: Source, settings: Settings) -> Result:
+    """Make everything of one object that is not there yet; bad input ends in `Result.failure`, never in an exception."""
+    try:
+        recipe = {k: v for k, v in asdict(settings).items() if k in ("views", "holdout_views", "size", "supersample", "seed")}
+        recipe["content"] = content_hash(source.path)
+        folder = settings.out / "renders" / source.sha256
+        counts = _finished(settings, source.sha256, recipe)
+        if counts is not None:
+            return Result(source, _row(source, settings, counts))
+        mesh = read_mesh(source.path)
+        scale, offset = normalize(mesh)
+        mesh.vertices = mesh.vertices.astype(np.float32).astype(np.float64)  # as mesh.ply stores them
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        grids = {}
+        for R in settings.resolution:
+            cells = voxelize(mesh.vertices, mesh.faces, R)
+            grids[R] = Features(cells, voxelize(mesh.vertices, mesh.faces, 2 * R), R) if settings.features else cells
+            counts = {**(counts or {}), R: len(cells)}
+            _write(settings.voxels(R, source.sha256), _ply_points(((cells + 0.5) / R - 0.5).astype("<f4")))
+        frames = _render(mesh, source, settings, partial, grids)
+        if settings.features:
+            for R, grid in grids.items():
+                _write_npz(settings.feature(R, source.sha256), indices=grid.cells.astype(np.uint8), patchtokens=grid.result())
+        (partial / "mesh.ply").write_bytes(_ply_mesh(mesh))
+        box = {"aabb": [[-0.5] * 3, [0.5] * 3], "scale": scale, "offset": [float(x) for x in offset]}
+        transforms = {**box, "holdout": settings.holdout_views, "recipe": recipe, "frames": frames}
+        (partial / "transforms.json").write_text(json.dumps(transforms, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        return Result(source, _row(source, settings, counts), notes=tuple(mesh.notes), made=True)
+    except (ValueError, OSError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        return Result(source, failure=reason if source.path.name in reason else f"{source.path.name}: {reason}")
+
+
+def _render(mesh: Mesh, source: Source, settings: Settings, folder: Path, grids: dict) -> list[dict]:
+    """Write the views, let the grids see those for training, and return the frames of transforms.json."""
+    r0, r1 = np.random.default_rng([settings.seed, int(source.sha256[:15], 16)]).random(2)
+    caster, frames, shown = Caster(mesh), [], False
+    for frame, i in enumerate(frame_order(settings.views, settings.holdout_views)):
+        pose = camera_to_world(*direction(i, settings.views, r0, r1))
+        image, points = caster.render(pose, settings.size, settings.supersample)
+        shown |= bool(image.any())
+        Image.fromarray(image).save(folder / f"{frame:03d}.png")
+        frames.append({"file_path": f"{frame:03d}.png", "camera_angle_x": float(FOV), "transform_matrix": pose.tolist()})
+        if settings.features and frame < settings.views - settings.holdout_views:
+            for grid in grids.values():
+                grid.add_view(*points)
+    if not shown:
+        raise ValueError("every view is empty: all surfaces are transparent")
+    return frames
+
+
+def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | None:
+    """Voxel counts of an object whose files are all there and made from the same content, else None."""
+    folder = settings.out / "renders" / sha
+    if not (folder / "transforms.json").is_file():
+        return None
+    transforms = json.loads((folder / "transforms.json").read_text())
+    was = transforms["recipe"]
+    for name in recipe:
+        if name != "content" and was.get(name) != recipe[name]:
+            raise ValueError(f"{folder} was made with {name} {was.get(name)}, not {recipe[name]}: choose another --out")
+    files = [folder / "mesh.ply", *(folder / f["file_path"] for f in transforms["frames"])]
+    for R in settings.resolution:
+        files += [settings.voxels(R, sha)] + ([settings.feature(R, sha)] if settings.features else [])
+    if was["content"] != recipe["content"] or not all(f.is_file() and f.stat().st_size for f in files):
+        return None
+    return {R: _ply_count(settings.voxels(R, sha)) for R in settings.resolution}
+
+
+def _row(source: Source, settings: Settings, counts: dict[int, int]) -> dict:
+    row = dict.fromkeys(PUBLISHED, "") | {"sha256": source.sha256, "file_identifier": source.identifier}
+    row |= {"local_path": source.identifier, "aesthetic_score": "5.0", "rendered": True, "split": source.split}
+    row["captions"] = json.dumps([source.caption] if source.caption else [])
+    for R, count in counts.items():
+        suffix = "" if R == 64 else f"_{R}"
+        row |= {f"voxelized{suffix}": True, f"num_voxels{suffix}": count}
+        if settings.features:
+            row[f"feature_{settings.features}{suffix}"] = True
+    return row
+
+
+def write_metadata(out: Path, rows: list[dict]) -> None:
+    """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one says nothing of them."""
+    path, merged = out / "metadata.csv", {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            merged = {row["sha256"]: row for row in csv.DictReader(file)}
+    for row in rows:
+        merged[row["sha256"]] = merged.get(row["sha256"], {}) | {k: v for k, v in row.items() if v != ""}
+    seen = dict.fromkeys(key for row in merged.values() for key in row)
+    columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
+    partial = path.with_suffix(".csv.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(merged.values())
+    partial.replace(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _write_npz(path: Path, **arrays) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    partial.replace(path)
+
+
+def _ply_header(vertices: int, faces: int | None = None) -> bytes:
+    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {vertices}", *(f"property float {a}" for a in "xyz")]
+    lines += [] if faces is None else [f"element face {faces}", "property list uchar int vertex_indices"]
+    return "\n".join([*lines, "end_header", ""]).encode()
+
+
+def _ply_points(points: np.ndarray) -> bytes:
+    return _ply_header(len(points)) + points.astype("<f4").tobytes()
+
+
+def _ply_mesh(mesh: Mesh) -> bytes:
+    faces = np.empty(len(mesh.faces), np.dtype([("n", "u1"), ("v", "<i4", 3)]))
+    faces["n"], faces["v"] = 3, mesh.faces
+    return _ply_header(len(mesh.vertices), len(faces)) + mesh.vertices.astype("<f4").tobytes() + faces.tobytes()
+
+
+def _ply_count(path: Path) -> int:
+    with path.open("rb") as file:
+        return next(int(line.split()[2]) for line in file if line.startswith(b"element vertex"))
+
+
+def _hashed(sources: list[Source]) -> tuple[list[Source], list[Result]]:
+    """Sources with their sha256, each content once, and a Result for every file that is a copy or cannot be read."""
+    first, refused = {}, []
+    for source in sources:
+        try:
+            sha = hashlib.sha256(source.path.read_bytes()).hexdigest()
+        except OSError as error:
+            refused.append(Result(source, failure=f"{source.path.name}: {error.strerror}"))
+            continue
+        if sha in first:
+            refused.append(Result(source, failure=f"{source.path.name}: same sha256 as {first[sha].identifier}"))
+        else:
+            first[sha] = Source(source.path, source.identifier, source.split, source.caption, sha)
+    return list(first.values()), refused
+
+
+def run(sources: list[Source], settings: Settings, workers: int) -> int:
+    """Prepare all sources, print what happened and return the exit code: 0, 1 if nothing could be used, 130 if interrupted."""
+    start, results, code = time.perf_counter(), [], 0
+    settings.out.mkdir(parents=True, exist_ok=True)
+    sources, refused = _hashed(sources)
+    bar = tqdm(total=len(sources), desc="prepare", unit="object")
+    try:
+        for result in refused:
+            bar.write(f"skipped {result.failure}")
+        for result in _results(sources, settings, workers):
+            results.append(result)
+            bar.update()
+            bar.set_postfix_str(result.source.path.stem, refresh=False)
+            for line in (*result.notes, *([f"skipped {result.failure}"] if result.failure else [])):
+                bar.write(line)
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        code = 130
+    except BrokenProcessPool:
+        bar.write("a worker was killed, perhaps for memory: the same command goes on; try fewer --workers")
+        code = 1
+    finally:
+        bar.close()
+        rows = [r.row for r in results if r.row]
+        if rows:
+            write_metadata(settings.out, sorted(rows, key=lambda row: row["file_identifier"]))
+    made, failed = sum(r.made for r in results), sum(bool(r.failure) for r in [*results, *refused])
+    print(
+        f"{len(rows)} objects ({made} made, {len(rows) - made} there already), {made * settings.views} views, "
+        f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
+    )
+    if code == 130:
+        print(f"interrupted with {len(sources) - len(results)} objects to do: the same command goes on")
+    return code or int(not rows)
+
+
+def _results(sources: list[Source], settings: Settings, workers: int):
+    if workers <= 1:
+        for source in sources:
+            yield prepare_object(source, settings)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+    # the parent alone answers Ctrl-C
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for future in as_completed([pool.submit(prepare_object, source, settings) for source in sources]):
+            yield future.result()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    p = argparse.ArgumentParser("train.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("meshes", nargs="+", type=Path, metavar="MESHES", help="files, folders, or .txt lists of files")
+    p.add_argument("--out", type=Path, required=True, help="the dataset's folder; an unfinished one is continued")
+    p.add_argument("--root", type=Path, default=Path(), help="what paths in lists are relative to (default: here)")
+    p.add_argument("--resolution", type=int, nargs="+", default=[64], help="voxels a side (default: 64)")
+    p.add_argument("--views", type=int, default=150, help="views of each object, held-out ones included (default: 150)")
+    p.add_argument("--holdout-views", type=int, default=0, help="how many of them are held out (default: 0)")
+    p.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
+    p.add_argument("--supersample", type=int, default=2, help="rays a pixel: this number squared (default: 2)")
+    p.add_argument("--features", choices=["rgb", "none"], default="rgb", help="per-voxel features (default: rgb)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    p.add_argument("--workers", type=int, default=cores, help=f"objects prepared at once (default: {cores}, the cores)")
+    p.add_argument("--seed", type=int, default=0, help="of the camera offsets, which also depend on the object (default: 0)")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code (2 for settings that cannot be)."""
+    args = parser().parse_args(arguments)
+    missing = [name for name in ("embreex", "trimesh") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"train.prepare needs {' and '.join(missing)}: pip install '.[prepare]'", file=sys.stderr)
+        return 2
+    try:
+        features = None if args.features == "none" else args.features
+        frames = (args.views, args.holdout_views, args.size, args.supersample)
+        settings = Settings(args.out, tuple(dict.fromkeys(args.resolution)), *frames, features, args.seed)
+        return run(collect(args.meshes, args.root), settings, args.workers)
+    except (ValueError, OSError) as error:
+        print(f"train.prepare: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
