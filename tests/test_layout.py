@@ -52,8 +52,10 @@ def test_no_literal_device_no_catch_all_no_import_effects(file):
         if isinstance(node, ast.ExceptHandler):
             caught = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else ["everything"]
             assert not {"Exception", "BaseException", "everything"} & set(caught), f"line {node.lineno}: catches {caught}"
-    for node in module.body:  # a bare call at module level is an effect of importing
-        assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), f"line {node.lineno}: runs at import"
+    for node in module.body:  # a bare call at module level is an effect of importing, registering an op apart
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            called = ast.unparse(node.value.func)
+            assert called.endswith((".register_autograd", ".register_fake")), f"line {node.lineno}: {called} runs at import"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
