@@ -1,0 +1,347 @@
+"""The memory-bound passes of a transformer block, each one pass over memory: N rows, C channels, H heads, D head channels.
+
+Layer norm without affine (fused with the residual sum before it), RMS norm over heads, GELU in its tanh form. Inputs are
+fp16, bf16 or fp32; arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared
+parameters are per-program partial sums, added in a fixed order.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import backend
+
+TILE = 4096  # elements per program; not yet measured on a GPU
+MOST_CHANNELS = 4096  # a row must fit in a program
+PARTIALS = 128  # programs per head that share the gradient of gamma; not yet measured on a GPU
+TINY = 1e-12  # the smallest norm that F.normalize divides by
+
+
+def _tiles(C: int) -> dict[str, int]:
+    """Rows and padded channels of a program."""
+    TILE_C = triton.next_power_of_2(C)
+    return {"ROWS": max(1, TILE // TILE_C), "TILE_C": TILE_C}
+
+
+@triton.jit
+def _layer_norm_fwd(
+    x_ptr, h_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, N, eps,
+    C: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, TILE_C)
+    live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
+    at = n[:, None] * C + c[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    if ADD:  # the norm is that of the sum as it is stored, rounded
+        x += tl.load(h_ptr + at, mask=live, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, rounded, mask=live)
+        x = rounded.to(tl.float32)
+    mean = tl.sum(x, 1) / C  # [ROWS]
+    centred = tl.where(live, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    tl.store(y_ptr + at, (centred * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(mean_ptr + n, mean, mask=n < N)
+    tl.store(rstd_ptr + n, rstd, mask=n < N)
+
+
+@triton.jit
+def _layer_norm_bwd(
+    x_ptr, mean_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, N,
+    C: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, TILE_C)
+    live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
+    at = n[:, None] * C + c[None, :]
+    mean, rstd = tl.load(mean_ptr + n, mask=n < N, other=0.0), tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    y = tl.where(live, (x - mean[:, None]) * rstd[:, None], 0.0)
+    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
+    dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
+    if ADD:
+        dx += tl.load(dsum_ptr + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _rms_norm_fwd(
+    x_ptr, gamma_ptr, y_ptr, M, root, tiny,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # row m is head m % H of voxel m // H
+    d = tl.arange(0, TILE_D)
+    live = (m < M)[:, None] & (d < D)[None, :]  # [ROWS, TILE_D]
+    at = m[:, None] * D + d[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + (m % H)[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), tiny)  # [ROWS]
+    tl.store(y_ptr + at, (x / norm[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _rms_norm_bwd(
+    x_ptr, gamma_ptr, dy_ptr, dx_ptr, partial_ptr, N, root, tiny,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,
+):
+    h, d = tl.program_id(1), tl.arange(0, TILE_D)
+    gamma = tl.load(gamma_ptr + h * D + d, mask=d < D, other=0.0).to(tl.float32)  # [TILE_D]
+    dgamma = tl.zeros([TILE_D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        n = tile * ROWS + tl.arange(0, ROWS)
+        live = (n < N)[:, None] & (d < D)[None, :]  # [ROWS, TILE_D]
+        at = (n.to(tl.int64)[:, None] * H + h) * D + d[None, :]
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
+        length = tl.sqrt(tl.sum(x * x, 1))  # [ROWS]
+        norm = tl.maximum(length, tiny)
+        y = x / norm[:, None]
+        dgamma += tl.sum(dy * y, 0) * root
+        g = dy * gamma[None, :] * root
+        along = tl.where(length >= tiny, tl.sum(g * y, 1), 0.0)  # below it the divisor is a constant
+        tl.store(dx_ptr + at, ((g - y * along[:, None]) / norm[:, None]).to(dx_ptr.dtype.element_ty), mask=live)
+    tl.store(partial_ptr + (tl.program_id(0) * H + h) * D + d, dgamma, mask=d < D)
+
+
+@triton.jit
+def _gelu_parts(x):
+    """gelu(x) = x s, s = sigmoid(v), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). Returns s, ds/dv and dv/dx."""
+    v = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+    e = tl.exp(-tl.abs(v))  # never overflows
+    return tl.where(v >= 0, 1.0, e) / (1.0 + e), e / ((1.0 + e) * (1.0 + e)), 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+
+
+@triton.jit
+def _gelu_fwd(x_ptr, y_ptr, E, TILE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + i, mask=i < E, other=0.0).to(tl.float32)
+    s, _, _ = _gelu_parts(x)
+    tl.store(y_ptr + i, (x * s).to(y_ptr.dtype.element_ty), mask=i < E)
+
+
+@triton.jit
+def _gelu_bwd(x_ptr, dy_ptr, dx_ptr, E, TILE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + i, mask=i < E, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + i, mask=i < E, other=0.0).to(tl.float32)
+    s, ds, dv = _gelu_parts(x)
+    tl.store(dx_ptr + i, (dy * (s + x * ds * dv)).to(dx_ptr.dtype.element_ty), mask=i < E)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Sixteen bits to fp32; fp32 and fp64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+
+
+def _forward(x: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum (x itself without h), norm, mean and reciprocal deviation of each row."""
+    N, C = x.shape
+    if backend.is_torch(x):
+        total = x if h is None else (_wide(x) + _wide(h)).to(x.dtype)
+        y, mean, rstd = torch.native_layer_norm(_wide(total), [C], None, None, eps)
+        return total, y.to(x.dtype), mean.view(N), rstd.view(N)
+    total, y, (mean, rstd) = x if h is None else torch.empty_like(x), torch.empty_like(x), _statistics(x)
+    tiles = _tiles(C)
+    args = (x, x if h is None else h, total, y, mean, rstd, N, eps)
+    backend.launch(_layer_norm_fwd, (triton.cdiv(N, tiles["ROWS"]),), *args, C=C, ADD=h is not None, **tiles, num_warps=4)
+    return total, y, mean, rstd
+
+
+@torch.library.custom_op("trislat::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, None, eps)[1:]
+
+
+@torch.library.custom_op("trislat::add_layer_norm", mutates_args=())
+def _add_layer_norm(x: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, h, eps)
+
+
+@torch.library.custom_op("trislat::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(x: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None) -> Tensor:
+    N, C = x.shape
+    if backend.is_torch(x):
+        keep = [True, False, False]
+        wide = _wide(x), [C], mean.view(N, 1), rstd.view(N, 1), None, None
+        dx = torch.ops.aten.native_layer_norm_backward(_wide(dy), *wide, keep)[0]
+        return (dx if dsum is None else dx + dsum).to(x.dtype)
+    dx, tiles = torch.empty_like(x), _tiles(C)
+    args = (x, mean, rstd, dy, dy if dsum is None else dsum, dx, N)
+    backend.launch(_layer_norm_bwd, (triton.cdiv(N, tiles["ROWS"]),), *args, C=C, ADD=dsum is not None, **tiles, num_warps=4)
+    return dx
+
+
+@torch.library.custom_op("trislat::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    N, H, D = x.shape
+    if backend.is_torch(x):
+        return (F.normalize(_wide(x), dim=-1, eps=TINY) * _wide(gamma) * D**0.5).to(x.dtype)
+    y, TILE_D = torch.empty_like(x), triton.next_power_of_2(D)
+    ROWS = max(1, TILE // TILE_D)
+    args = (x, gamma, y, N * H, D**0.5, TINY)
+    backend.launch(_rms_norm_fwd, (triton.cdiv(N * H, ROWS),), *args, H=H, D=D, ROWS=ROWS, TILE_D=TILE_D, num_warps=4)
+    return y
+
+
+@torch.library.custom_op("trislat::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    N, H, D = x.shape
+    if backend.is_torch(x):
+        wide, up = _wide(x), _wide(dy)
+        length = wide.norm(dim=-1, keepdim=True)
+        norm = length.clamp_min(TINY)
+        y, g = wide / norm, up * _wide(gamma) * D**0.5
+        along = torch.where(length >= TINY, (g * y).sum(-1, keepdim=True), 0)
+        return ((g - y * along) / norm).to(x.dtype), ((up * y).sum(0) * D**0.5).to(gamma.dtype)
+    TILE_D = triton.next_power_of_2(D)
+    ROWS = max(1, TILE // TILE_D)
+    programs = min(PARTIALS, triton.cdiv(N, ROWS))
+    dx, partial = torch.empty_like(x), x.new_empty(programs, H, D, dtype=torch.float32)
+    args = (x, gamma, dy, dx, partial, N, D**0.5, TINY)
+    backend.launch(_rms_norm_bwd, (programs, H), *args, H=H, D=D, ROWS=ROWS, TILE_D=TILE_D, num_warps=4)
+    return dx, partial.sum(0).to(gamma.dtype)
+
+
+@torch.library.custom_op("trislat::gelu", mutates_args=())
+def _gelu(x: Tensor) -> Tensor:
+    if backend.is_torch(x):
+        return F.gelu(x, approximate="tanh")
+    y = torch.empty_like(x)
+    backend.launch(_gelu_fwd, (triton.cdiv(x.numel(), TILE),), x, y, x.numel(), TILE=TILE, num_warps=8)
+    return y
+
+
+@torch.library.custom_op("trislat::gelu_backward", mutates_args=())
+def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
+    if backend.is_torch(x):
+        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    dx = torch.empty_like(x)
+    backend.launch(_gelu_bwd, (triton.cdiv(x.numel(), TILE),), x, dy, dx, x.numel(), TILE=TILE, num_warps=8)
+    return dx
+
+
+_layer_norm.register_fake(lambda x, eps: (torch.empty_like(x), *_statistics(x)))
+_add_layer_norm.register_fake(lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), *_statistics(x)))
+_layer_norm_backward.register_fake(lambda x, mean, rstd, dy, dsum: torch.empty_like(x))
+_rms_norm.register_fake(lambda x, gamma: torch.empty_like(x))
+_rms_norm_backward.register_fake(lambda x, gamma, dy: (torch.empty_like(x), torch.empty_like(gamma)))
+_gelu.register_fake(torch.empty_like)
+_gelu_backward.register_fake(lambda x, dy: torch.empty_like(x))
+
+
+def _save_layer_norm(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], *output[1:])
+
+
+def _save_add_layer_norm(ctx, inputs, output):
+    ctx.save_for_backward(output[0], *output[2:])
+    ctx.dtype = inputs[1].dtype
+
+
+def _grad_layer_norm(ctx, dy, *_):
+    return torch.ops.trislat.layer_norm_backward(*ctx.saved_tensors, dy.contiguous(), None), None
+
+
+def _grad_add_layer_norm(ctx, dsum, dy, *_):
+    dx = torch.ops.trislat.layer_norm_backward(*ctx.saved_tensors, dy.contiguous(), dsum.contiguous())
+    return dx, dx.to(ctx.dtype), None
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+_layer_norm.register_autograd(_grad_layer_norm, setup_context=_save_layer_norm)
+_add_layer_norm.register_autograd(_grad_add_layer_norm, setup_context=_save_add_layer_norm)
+_rms_norm.register_autograd(
+    lambda ctx, dy: torch.ops.trislat.rms_norm_backward(*ctx.saved_tensors, dy.contiguous()), setup_context=_save_inputs
+)
+_gelu.register_autograd(
+    lambda ctx, dy: torch.ops.trislat.gelu_backward(*ctx.saved_tensors, dy.contiguous()), setup_context=_save_inputs
+)
+
+
+def _check(x: Tensor, rank: int, shape: str) -> None:
+    if x.ndim != rank:
+        raise ValueError(f"x must be {shape}, got {list(x.shape)}")
+    _check_dtype(x)
+    if not 1 <= x.shape[-1] <= MOST_CHANNELS:
+        raise ValueError(f"{x.shape[-1]} channels: at least 1 and at most {MOST_CHANNELS} fit in a program")
+
+
+def _check_dtype(x: Tensor) -> None:
+    kernels = (torch.float16, torch.bfloat16, torch.float32)
+    if x.dtype not in kernels and not (x.dtype == torch.float64 and backend.is_torch(x)):
+        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on {backend.name(x)}")
+
+
+def layer_norm(
+    x: Tensor,  # [N, C] fp16, bf16 or fp32
+    eps: float = 1e-6,
+) -> Tensor:  # [N, C], as x
+    """Layer norm of each row without affine, computed in fp32.
+
+    Raises ValueError for another rank or dtype and for more than 4096 channels.
+    """
+    _check(x, 2, "[N, C]")
+    return torch.ops.trislat.layer_norm(x.contiguous(), eps)[0]
+
+
+def add_layer_norm(
+    x: Tensor,  # [N, C] fp16, bf16 or fp32: the residual stream
+    h: Tensor,  # [N, C]: what a branch adds to it
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # both [N, C], as x
+    """(x + h, layer_norm(x + h)): the sum in x's dtype, and the norm of the sum as stored. Errors as layer_norm."""
+    _check(x, 2, "[N, C]")
+    _check_dtype(h)
+    if h.shape != x.shape:
+        raise ValueError(f"x {list(x.shape)} and h {list(h.shape)} must have the same shape")
+    total, y, _, _ = torch.ops.trislat.add_layer_norm(x.contiguous(), h.contiguous(), eps)
+    return total, y
+
+
+def rms_norm(
+    x: Tensor,  # [N, H, D] fp16, bf16 or fp32
+    gamma: Tensor,  # [H, D]
+) -> Tensor:  # [N, H, D], as x
+    """F.normalize(x, dim=-1) * gamma * sqrt(D) of every head, in fp32. The gradient of gamma is summed in a fixed order.
+
+    Raises ValueError for another rank or dtype, a gamma of another shape and more than 4096 channels a head.
+    """
+    _check(x, 3, "[N, H, D]")
+    if gamma.shape != x.shape[1:]:
+        raise ValueError(f"gamma {list(gamma.shape)} must be {list(x.shape[1:])}, the heads and channels of x")
+    return torch.ops.trislat.rms_norm(x.contiguous(), gamma.contiguous())
+
+
+def gelu(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), any shape; fp16, bf16 or fp32, computed in fp32."""
+    _check_dtype(x)
+    return torch.ops.trislat.gelu(x.contiguous())
+
+
+def layer_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Mean and variance, spelt out."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def add_layer_norm_reference(x: Tensor, h: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    return x + h, layer_norm_reference(x + h, eps)
+
+
+def rms_norm_reference(x: Tensor, gamma: Tensor) -> Tensor:
+    return x / x.square().sum(-1, keepdim=True).sqrt() * gamma * x.shape[-1] ** 0.5
+
+
+def gelu_reference(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
