@@ -1,0 +1,179 @@
+"""Attention inside segments for CPU tensors: segments of like length are padded to one batch, and a batch is two products
+and a softmax. H heads, D head channels; a slot is one (row, head) of a padded batch.
+
+One gather per operand brings all slots of all batches together, one gather per result takes them apart again, and no row
+is added into, so every result is deterministic. The backward pass recomputes the softmax: cheaper than keeping it.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCORES = 1 << 20  # scores of one product at most: bounds memory
+WASTE = 1 << 14  # padded scores per head for which another batch is not worth its overhead
+
+
+class Side(NamedTuple):
+    """Where the rows of queries, or of keys, go. Padding repeats the segment's first row: NaN in it stays inside."""
+
+    take: Tensor  # [S] int64: row * H + head of each slot
+    padding: Tensor  # [S, 1] bool
+    put: Tensor  # [N * H] int64: the slot of each (row, head); S where it has none
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Slots [S, D] of x [N, H, D], in the type that the arithmetic runs in."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.take).to(torch.promote_types(x.dtype, torch.float32))
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Slots for a result, [S + 1, D]; the last is that of rows without a segment to attend to: zeros."""
+        slots = like.new_empty(len(self.take) + 1, like.shape[-1])
+        slots[-1] = 0
+        return slots
+
+    def scatter(self, slots: Tensor, like: Tensor) -> Tensor:
+        """The rows [N, H, D] of the slots."""
+        return slots.index_select(0, self.put).view(like.shape)
+
+
+class Batch(NamedTuple):
+    """Segments padded to common lengths; slots first : first + count * length in the order [count, length]."""
+
+    count: int  # segments x heads
+    q_first: int
+    q_length: int
+    k_first: int
+    k_length: int
+    bias: Tensor | None  # [count, 1, k_length]: -inf at padding, None where no key is padded
+
+
+class Plan(NamedTuple):
+    """What `forward` and `backward` need to know about the segments."""
+
+    batches: list[Batch]
+    queries: Side
+    keys: Side
+
+
+def _side(order: Tensor | None, N: int, heads: int, groups: list[list[list[int]]]) -> tuple[Side, list[tuple[int, int, Tensor]]]:
+    """Slots of one side; and (first slot, length, padding [count, 1, length]) of every group of [rows, begin]."""
+    head, first, take, padding, spans = torch.arange(heads), 0, [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0).bool()], []
+    for group in groups:
+        n, begin = torch.tensor(group).T[..., None]
+        at = torch.arange(max(n for n, _ in group))
+        pad = at >= n  # [segments, length]
+        rows = begin + at.masked_fill(pad, 0)
+        if order is not None:
+            rows = order[rows]
+        take.append((rows[:, None] * heads + head[:, None]).flatten())  # [segments, heads, length]
+        pad = pad[:, None].expand(-1, heads, -1).reshape(-1, 1, len(at))
+        padding.append(pad.flatten())
+        spans.append((first, len(at), pad))
+        first += pad.numel()
+    take, padding = torch.cat(take), torch.cat(padding)
+    put, live = torch.full((N * heads,), first), ~padding
+    put[take[live]] = torch.arange(first)[live]
+    return Side(take, padding[:, None], put), spans
+
+
+def plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: int, order: Tensor | None = None) -> Plan:
+    """Group the segments that q_starts and k_starts [M + 1] cut off: longest first, while a batch wastes little.
+
+    `order` [N] names the row at each position, of queries and keys alike; without it, positions are rows.
+    """
+    q, k = q_starts.tolist(), k_starts.tolist()
+    segments = [(q[m + 1] - q[m], k[m + 1] - k[m], q[m], k[m]) for m in range(len(q) - 1)]
+    segments = sorted((s for s in segments if s[0] > 0 and s[1] > 0), reverse=True)
+    groups: list[list[tuple[int, int, int, int]]] = []
+    most = useful = 0
+    for segment in segments:
+        a, b = segment[:2]
+        if groups:
+            most = max(most, b)
+            padded = (len(groups[-1]) + 1) * groups[-1][0][0] * most
+            if padded - useful - a * b <= max(WASTE, useful // 4):
+                groups[-1].append(segment)
+                useful += a * b
+                continue
+        groups.append([segment])
+        most, useful = b, a * b
+    order = None if order is None else order.long()
+    queries, q_spans = _side(order, q_rows, heads, [[[s[0], s[2]] for s in g] for g in groups])
+    if q_starts is k_starts:
+        keys, k_spans = queries, q_spans
+    else:
+        keys, k_spans = _side(order, k_rows, heads, [[[s[1], s[3]] for s in g] for g in groups])
+    batches = []
+    for (q_first, q_length, _), (k_first, k_length, pad) in zip(q_spans, k_spans, strict=True):
+        bias = torch.zeros(pad.shape).masked_fill_(pad, -torch.inf) if pad.any() else None
+        batches.append(Batch(len(pad), q_first, q_length, k_first, k_length, bias))
+    return Plan(batches, queries, keys)
+
+
+class _Piece(NamedTuple):
+    """Part of a batch with at most SCORES scores, or one segment and head, whose queries then go range by range."""
+
+    batch: Batch
+    q: slice
+    k: slice
+    bias: Tensor | None
+    ranges: list[slice]
+
+    def of_queries(self, *slots: Tensor) -> list[Tensor]:
+        return [x[self.q].view(-1, self.batch.q_length, x.shape[-1]) for x in slots]
+
+    def of_keys(self, *slots: Tensor) -> list[Tensor]:
+        return [x[self.k].view(-1, self.batch.k_length, x.shape[-1]) for x in slots]
+
+
+def _pieces(batches: list[Batch]) -> Iterator[_Piece]:
+    for batch in batches:
+        rows = max(1, min(batch.q_length, SCORES // batch.k_length))
+        step = max(1, SCORES // (batch.q_length * batch.k_length))
+        ranges = [slice(m, min(m + rows, batch.q_length)) for m in range(0, batch.q_length, rows)]
+        for a in range(0, batch.count, step):
+            b = min(a + step, batch.count)
+            q = slice(batch.q_first + a * batch.q_length, batch.q_first + b * batch.q_length)
+            k = slice(batch.k_first + a * batch.k_length, batch.k_first + b * batch.k_length)
+            yield _Piece(batch, q, k, None if batch.bias is None else batch.bias[a:b], ranges)
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    scores = torch.bmm(q, k.mT)
+    if bias is not None:
+        scores += bias
+    return scores.softmax(-1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """Outputs [Nq, H, D] of q [Nq, H, D] and k, v [Nk, H, D]."""
+    like, q, k, v = q, plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
+    q *= scale
+    out = plan.queries.empty(q)
+    for piece in _pieces(plan.batches):
+        (qs, outs), (ks, vs) = piece.of_queries(q, out), piece.of_keys(k, v)
+        for m in piece.ranges:
+            outs[:, m] = torch.bmm(_probabilities(qs[:, m], ks, piece.bias), vs)
+    return plan.queries.scatter(out, like).to(like.dtype)
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in the type of the arithmetic; `grad` [Nq, H, D] is that of the output."""
+    like_q, like_k = q, k
+    q, g, k, v = *map(plan.queries.gather, (q, grad)), *map(plan.keys.gather, (k, v))
+    q *= scale
+    g.masked_fill_(plan.queries.padding, 0)  # a padded query has no output
+    dq, dk, dv = plan.queries.empty(q), plan.keys.empty(k), plan.keys.empty(v)
+    for piece in _pieces(plan.batches):
+        (qs, gs, dqs), (ks, vs, dks, dvs) = piece.of_queries(q, g, dq), piece.of_keys(k, v, dk, dv)
+        for i, m in enumerate(piece.ranges):
+            p = _probabilities(qs[:, m], ks, piece.bias)
+            ds = torch._softmax_backward_data(torch.bmm(gs[:, m], vs.mT), p, -1, p.dtype)
+            dqs[:, m] = torch.bmm(ds, ks)
+            if i == 0:
+                torch.bmm(ds.mT, qs[:, m], out=dks), torch.bmm(p.mT, gs[:, m], out=dvs)
+            else:
+                dks.baddbmm_(ds.mT, qs[:, m]), dvs.baddbmm_(p.mT, gs[:, m])
+    dq *= scale
+    return plan.queries.scatter(dq, like_q), plan.keys.scatter(dk, like_k), plan.keys.scatter(dv, like_k)
