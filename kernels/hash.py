@@ -118,7 +118,7 @@ def _slot(key, mask):
     return (h ^ (h >> 31)).to(tl.int64) & mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _insert(coords_ptr, keys_ptr, rows_ptr, N, slots, TILE: tl.constexpr):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = row < N
@@ -191,9 +191,38 @@ def _is_dense(N: int, size: Sequence[int]) -> bool:
     return max(size[1:]) <= DENSE_EXTENT and cells <= DENSE_CELLS and cells <= max(DENSE_SMALL, DENSE_PER_ROW * N)
 
 
+def _slots(N: int) -> int:
+    """At most half of them are used."""
+    return 1 << max(1, (2 * N - 1).bit_length())
+
+
 def _flat(coords: Tensor, size: Sequence[int]) -> Tensor:
     b, x, y, z = coords.long().unbind(-1)
     return ((b * size[1] + x) * size[2] + y) * size[3] + z
+
+
+@torch.library.custom_op("trislat::build_table", mutates_args=())
+def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tensor]:
+    N = len(coords)
+    keys = torch.empty(0, dtype=torch.int64, device=coords.device)
+    if kind == "dense":
+        rows = coords.new_full((size[0] * size[1] * size[2] * size[3],), -1)
+        rows[_flat(coords, size)] = torch.arange(N, dtype=torch.int32, device=coords.device)
+    elif kind == "sorted":
+        keys, rows = _pack(coords).sort()
+        rows = rows.int()
+    else:
+        slots = _slots(N)
+        keys, rows = keys.new_full((slots,), -1), coords.new_full((slots,), -1)
+        backend.launch(_insert, (triton.cdiv(N, TILE),), coords, keys, rows, N, slots, TILE=TILE, num_warps=4)
+    return rows, keys
+
+
+@_build.register_fake
+def _(coords, size, kind):
+    entries = size[0] * size[1] * size[2] * size[3] if kind == "dense" else coords.shape[0]
+    entries = _slots(entries) if kind == "hash" else entries
+    return coords.new_empty(entries), coords.new_empty(0 if kind == "dense" else entries, dtype=torch.int64)
 
 
 def build_table(
@@ -208,19 +237,8 @@ def build_table(
     else:
         coords, extent = voxels.coords, Extent(voxels.counts, voxels.extent)
     N, size = len(coords), [len(extent.counts), *extent.size]
-    row = torch.arange(N, dtype=torch.int32, device=coords.device)
-    none = torch.empty(0, dtype=torch.int64, device=coords.device)
-    if _is_dense(N, size):
-        rows = row.new_full((size[0] * size[1] * size[2] * size[3],), -1)
-        rows[_flat(coords, size)] = row
-        return Table("dense", rows, none, size)
-    if backend.is_torch(coords):
-        keys, order = _pack(coords).sort()
-        return Table("sorted", order.int(), keys, size)
-    slots = max(2, triton.next_power_of_2(2 * N))
-    keys, rows = none.new_full((slots,), -1), row.new_full((slots,), -1)
-    backend.launch(_insert, (triton.cdiv(N, TILE),), coords.contiguous(), keys, rows, N, slots, TILE=TILE, num_warps=4)
-    return Table("hash", rows, keys, size)
+    kind = "dense" if _is_dense(N, size) else "sorted" if backend.is_torch(coords) else "hash"
+    return Table(kind, *torch.ops.trislat.build_table(coords.contiguous(), size, kind), size)
 
 
 def _search(q: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: str) -> Tensor:
