@@ -36,6 +36,11 @@ class Sizes:
     logvar_init: float | None = _flag(None, "log variance to start from (none: zero output layer, as published)")
     recompute: bool = _flag(False, "keep no activations inside blocks: less memory, a third more time")
 
+    def __post_init__(self):
+        for name in ("channels", "blocks", "heads", "window", "latent"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} {getattr(self, name)} must be at least 1")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -45,6 +50,11 @@ class Weights:
     ssim: float = 0.2
     lpips: float = _flag(0.2, "needs --lpips")
     kl: float = _flag(1e-6, "of the posterior; off with --encoder")
+
+    def __post_init__(self):
+        for name, weight in asdict(self).items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weights.{name} {weight} must be a number from 0 up")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class Optimizer:
         self.scale.update(finite)
         self.steps += 1
         self.skipped += not finite
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in parameters], 1 - self.decay)
+        average = list(self.average.values())
+        torch._foreach_mul_(average, self.decay)
+        torch._foreach_add_(average, [p.detach() for p in parameters], alpha=1 - self.decay)
         for p in parameters:
             p.grad = None
         return norm
