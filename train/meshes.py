@@ -6,8 +6,10 @@ what cannot be shown as its author meant it is a ValueError with the file's name
 """
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -50,13 +52,17 @@ def read_mesh(path: Path) -> Mesh:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 over the file and, for an OBJ, over every MTL and image that it names, missing ones as nothing."""
-    digest = hashlib.sha256(path.read_bytes())
+    """sha256 over the file and every file that it names (MTL, images, glTF buffers), missing ones as nothing."""
+    digest, parts = hashlib.sha256(path.read_bytes()), []
     if path.suffix.lower() == ".obj":
-        for library in _named(path, b"mtllib"):
-            digest.update(library.read_bytes())
-            for image in _named(library, b"map_Kd") + _named(library, b"map_d"):
-                digest.update(image.read_bytes())
+        for value in _values(path, "mtllib"):
+            for library in filter(None, _libraries(path.parent, value).values()):
+                images = [_map_name(name)[0] for name in _values(library, "map_Kd") + _values(library, "map_d")]
+                parts += [library, *(_find(library.parent, name) for name in images)]
+    elif path.suffix.lower() == ".gltf":
+        parts = [_find(path.parent, name) for name in _gltf_files(path)]
+    for part in filter(None, parts):
+        digest.update(part.read_bytes())
     return digest.hexdigest()
 
 
@@ -105,18 +111,32 @@ def _text(path: Path) -> list[str]:
 def _find(folder: Path, name: str) -> Path | None:
     """A file that an OBJ or MTL names, with either slash and in any case: such files travelled through Windows."""
     path = folder / name.strip().strip('"').replace("\\", "/")
-    if path.is_file():
-        return path
-    if path.parent.is_dir():
-        return next((p for p in sorted(path.parent.iterdir()) if p.name.lower() == path.name.lower() and p.is_file()), None)
+    for candidate in (path, folder / path.name):  # an absolute path of the author's machine: the file beside the mesh
+        if candidate.is_file():
+            return candidate
+        if candidate.parent.is_dir():
+            for found in sorted(candidate.parent.iterdir()):
+                if found.name.lower() == candidate.name.lower() and found.is_file():
+                    return found
     return None
 
 
-def _named(path: Path, keyword: bytes) -> list[Path]:
-    """Existing files that lines `keyword name` of an OBJ or MTL point to."""
-    lines = [x.strip() for x in path.read_bytes().splitlines() if x.strip().lower().startswith(keyword.lower())]
-    names = [_map_name(x[len(keyword) :].decode("utf-8", "surrogateescape"))[0] for x in lines]
-    return [found for name in names if (found := _find(path.parent, name))]
+def _values(path: Path, keyword: str) -> list[str]:
+    """What follows a keyword, line by line."""
+    lines = [line.split(None, 1) for line in _text(path)]
+    return [words[1] for words in lines if len(words) == 2 and words[0].lower() == keyword.lower()]
+
+
+def _libraries(folder: Path, value: str) -> dict[str, Path | None]:
+    """The files of one mtllib statement: a single name, which may hold blanks, or several."""
+    whole = _find(folder, value)
+    return {value.strip(): whole} if whole else {name: _find(folder, name) for name in value.split()}
+
+
+def _gltf_files(path: Path) -> list[str]:
+    document = json.loads(path.read_text())
+    entries = [*document.get("buffers", []), *document.get("images", [])]
+    return [unquote(e["uri"]) for e in entries if not e.get("uri", "data:").startswith("data:")]
 
 
 def _map_name(value: str) -> tuple[str, str | None]:
@@ -143,7 +163,7 @@ def _image(folder: Path, owner: str, value: str, material: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGBA"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"{owner}: texture {name!r} of material {material!r} cannot be read: {error}") from error
 
 
@@ -207,9 +227,7 @@ def _read_obj(path: Path) -> Mesh:
                 name = line.split(None, 1)[1].strip() if len(words) > 1 else ""
                 current = names.setdefault(name, len(names))
             elif keyword == "mtllib":
-                value = line.split(None, 1)[1].strip()
-                for entry in [value] if _find(path.parent, value) else words[1:]:
-                    library = _find(path.parent, entry)
+                for entry, library in _libraries(path.parent, line.split(None, 1)[1]).items():
                     if library is None:
                         raise ValueError(f"material file {entry!r} does not exist")
                     libraries |= _read_mtl(library)
@@ -225,7 +243,10 @@ def _read_obj(path: Path) -> Mesh:
         return rows[index[..., column]]
 
     vertices = np.array(positions, np.float64).reshape(-1, 3)
-    material = [len(materials) - 1 if m is None else m for m in face_material]
+    material = np.array([len(materials) - 1 if m is None else m for m in face_material], np.int32)
+    bare = set(material[(index[..., 1] < 0).any(1)])
+    textured = [name for name, m in names.items() if m in bare and materials[m].texture is not None]
+    notes += [f"{path.name}: faces of textured material {name!r} have no texture coordinates" for name in textured]
     corner_tint = tint[index[..., 0]] if len(tint) else tint.reshape(0, 3, 3)
     corner = (pick(normals, 2, 3), pick(uvs, 1, 2), corner_tint)
     return _mesh(path.name, vertices, index[..., 0], *corner, material, materials, notes)
@@ -250,6 +271,9 @@ def _read_scene(path: Path) -> Mesh:
     import trimesh
 
     try:
+        missing = [name for name in (_gltf_files(path) if path.suffix.lower() == ".gltf" else []) if not _find(path.parent, name)]
+        if missing:
+            raise ValueError(f"{missing[0]!r} does not exist")
         scene = trimesh.load_scene(path)
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
@@ -276,7 +300,9 @@ def _read_scene(path: Path) -> Mesh:
         else:
             if visual.kind == "vertex":
                 tint = np.asarray(visual.vertex_colors)[faces][..., :3] / 255
-            materials.append(Material((1.0, 1.0, 1.0) if visual.kind == "vertex" else GREY))
+            elif visual.kind == "face":
+                tint = np.asarray(visual.face_colors)[:, None, :3].repeat(3, 1) / 255
+            materials.append(Material(GREY if visual.kind is None else (1.0, 1.0, 1.0)))
         parts.append((vertices, faces + start, normals, uv, tint, np.full(len(faces), len(materials) - 1)))
         start += len(vertices)
     if not parts:

@@ -25,7 +25,6 @@ where it stopped. A mesh that cannot be used is reported with its reason and ski
 """
 
 import argparse
-import csv
 import hashlib
 import importlib.util
 import json
@@ -44,11 +43,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from train.layout import PUBLISHED, ply_count, ply_mesh, ply_points, write, write_metadata, write_npz
 from train.meshes import READABLE, Mesh, content_hash, normalize, read_mesh
 from train.raycast import FOV, Caster, camera_to_world, direction
 from train.voxelize import Features, voxelize
-
-PUBLISHED = ["sha256", "file_identifier", "local_path", "aesthetic_score", "captions", "rendered", "voxelized", "num_voxels"]
 
 
 @dataclass(frozen=True)
@@ -134,17 +132,17 @@ def frame_order(views: int, holdout: int) -> list[int]:
 
 def prepare_object(source: Source, settings: Settings) -> Result:
     """Make everything of one object that is not there yet; bad input ends in `Result.failure`, never in an exception."""
+    folder = settings.out / "renders" / source.sha256
+    partial = folder.with_name(folder.name + ".partial")
     try:
         recipe = {k: v for k, v in asdict(settings).items() if k in ("views", "holdout_views", "size", "supersample", "seed")}
         recipe["content"] = content_hash(source.path)
-        folder = settings.out / "renders" / source.sha256
         counts = _finished(settings, source.sha256, recipe)
         if counts is not None:
             return Result(source, _row(source, settings, counts))
         mesh = read_mesh(source.path)
         scale, offset = normalize(mesh)
         mesh.vertices = mesh.vertices.astype(np.float32).astype(np.float64)  # as mesh.ply stores them
-        partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         grids = {}
@@ -152,12 +150,12 @@ def prepare_object(source: Source, settings: Settings) -> Result:
             cells = voxelize(mesh.vertices, mesh.faces, R)
             grids[R] = Features(cells, voxelize(mesh.vertices, mesh.faces, 2 * R), R) if settings.features else cells
             counts = {**(counts or {}), R: len(cells)}
-            _write(settings.voxels(R, source.sha256), _ply_points(((cells + 0.5) / R - 0.5).astype("<f4")))
+            write(settings.voxels(R, source.sha256), ply_points((cells + 0.5) / R - 0.5))
         frames = _render(mesh, source, settings, partial, grids)
         if settings.features:
             for R, grid in grids.items():
-                _write_npz(settings.feature(R, source.sha256), indices=grid.cells.astype(np.uint8), patchtokens=grid.result())
-        (partial / "mesh.ply").write_bytes(_ply_mesh(mesh))
+                write_npz(settings.feature(R, source.sha256), indices=grid.cells.astype(np.uint8), patchtokens=grid.result())
+        (partial / "mesh.ply").write_bytes(ply_mesh(mesh.vertices, mesh.faces))
         box = {"aabb": [[-0.5] * 3, [0.5] * 3], "scale": scale, "offset": [float(x) for x in offset]}
         transforms = {**box, "holdout": settings.holdout_views, "recipe": recipe, "frames": frames}
         (partial / "transforms.json").write_text(json.dumps(transforms, indent=1))
@@ -165,8 +163,9 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         partial.rename(folder)
         return Result(source, _row(source, settings, counts), notes=tuple(mesh.notes), made=True)
     except (ValueError, OSError, MemoryError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         reason = str(error) or type(error).__name__
-        return Result(source, failure=reason if source.path.name in reason else f"{source.path.name}: {reason}")
+        return Result(source, failure=reason if reason.startswith(source.path.name) else f"{source.path.name}: {reason}")
 
 
 def _render(mesh: Mesh, source: Source, settings: Settings, folder: Path, grids: dict) -> list[dict]:
@@ -193,7 +192,7 @@ def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | No
     if not (folder / "transforms.json").is_file():
         return None
     transforms = json.loads((folder / "transforms.json").read_text())
-    was = transforms["recipe"]
+    was = transforms.get("recipe", {})
     for name in recipe:
         if name != "content" and was.get(name) != recipe[name]:
             raise ValueError(f"{folder} was made with {name} {was.get(name)}, not {recipe[name]}: choose another --out")
@@ -202,7 +201,7 @@ def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | No
         files += [settings.voxels(R, sha)] + ([settings.feature(R, sha)] if settings.features else [])
     if was["content"] != recipe["content"] or not all(f.is_file() and f.stat().st_size for f in files):
         return None
-    return {R: _ply_count(settings.voxels(R, sha)) for R in settings.resolution}
+    return {R: ply_count(settings.voxels(R, sha)) for R in settings.resolution}
 
 
 def _row(source: Source, settings: Settings, counts: dict[int, int]) -> dict:
@@ -215,60 +214,6 @@ def _row(source: Source, settings: Settings, counts: dict[int, int]) -> dict:
         if settings.features:
             row[f"feature_{settings.features}{suffix}"] = True
     return row
-
-
-def write_metadata(out: Path, rows: list[dict]) -> None:
-    """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one says nothing of them."""
-    path, merged = out / "metadata.csv", {}
-    if path.is_file():
-        with path.open(newline="") as file:
-            merged = {row["sha256"]: row for row in csv.DictReader(file)}
-    for row in rows:
-        merged[row["sha256"]] = merged.get(row["sha256"], {}) | {k: v for k, v in row.items() if v != ""}
-    seen = dict.fromkeys(key for row in merged.values() for key in row)
-    columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
-    partial = path.with_suffix(".csv.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(merged.values())
-    partial.replace(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-def _write_npz(path: Path, **arrays) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    partial.replace(path)
-
-
-def _ply_header(vertices: int, faces: int | None = None) -> bytes:
-    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {vertices}", *(f"property float {a}" for a in "xyz")]
-    lines += [] if faces is None else [f"element face {faces}", "property list uchar int vertex_indices"]
-    return "\n".join([*lines, "end_header", ""]).encode()
-
-
-def _ply_points(points: np.ndarray) -> bytes:
-    return _ply_header(len(points)) + points.astype("<f4").tobytes()
-
-
-def _ply_mesh(mesh: Mesh) -> bytes:
-    faces = np.empty(len(mesh.faces), np.dtype([("n", "u1"), ("v", "<i4", 3)]))
-    faces["n"], faces["v"] = 3, mesh.faces
-    return _ply_header(len(mesh.vertices), len(faces)) + mesh.vertices.astype("<f4").tobytes() + faces.tobytes()
-
-
-def _ply_count(path: Path) -> int:
-    with path.open("rb") as file:
-        return next(int(line.split()[2]) for line in file if line.startswith(b"element vertex"))
 
 
 def _hashed(sources: list[Source]) -> tuple[list[Source], list[Result]]:
@@ -303,8 +248,6 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
             for line in (*result.notes, *([f"skipped {result.failure}"] if result.failure else [])):
                 bar.write(line)
     except KeyboardInterrupt:
-        for child in multiprocessing.active_children():
-            child.terminate()
         code = 130
     except BrokenProcessPool:
         bar.write("a worker was killed, perhaps for memory: the same command goes on; try fewer --workers")
@@ -332,8 +275,14 @@ def _results(sources: list[Source], settings: Settings, workers: int):
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
     # the parent alone answers Ctrl-C
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for future in as_completed([pool.submit(prepare_object, source, settings) for source in sources]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(prepare_object, source, settings) for source in sources]):
+                yield future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
 def parser() -> argparse.ArgumentParser:
