@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.conftest import golden
+from train.losses import GradClipper
 from train.optimizer import LossScale, Optimizer
 
 
@@ -44,6 +45,15 @@ def traced(case: str, clip, ema_index: int = 0):
 def test_agrees_with_published_fp16_loop_without_clipping():
     for _ in traced("train_inflat_all_noclip_growth", norm_of):
         pass
+
+
+def test_agrees_with_published_fp16_loop_with_adaptive_clipping():
+    for ema_index in (0, 1):
+        clipper = GradClipper(1.0, 95, buffer=8)
+        for step, _, norm, t in traced("train_inflat_all", clipper, ema_index):
+            assert clipper.limit == pytest.approx(t["trace/max_norm"][step].item(), rel=1e-6)
+            if math.isfinite(norm):
+                assert norm == pytest.approx(t["trace/grad_norm"][step].item(), rel=1e-6)
 
 
 def test_agrees_with_published_fp32_loop_with_fixed_clipping():
