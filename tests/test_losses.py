@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import assert_close, golden
 from train.losses import GradClipper, Reconstruction, composite, kl, psnr, smooth_l1
-from train.lpips import LPIPS, weight_shapes
+from train.lpips import LPIPS, _unit, weight_shapes
 
 PAIR = torch.rand(2, 2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
@@ -71,7 +71,10 @@ def test_lpips_is_the_definition_and_so_is_its_gradient(weights, weights_file):
 
 
 def test_lpips_of_dead_features_has_a_finite_gradient(weights, tmp_path):
-    """Where every channel is zero, the norm's square root has an infinite derivative."""
+    """Where every channel is zero, the norm's square root has an infinite derivative (which ReLU's may hide or not)."""
+    x = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    _unit(x).sum().backward()
+    assert x.grad.isfinite().all()
     dead = weights | {"features.2.bias": torch.full((64,), -1e3, dtype=torch.float64)}
     save_file({k: v.float() for k, v in dead.items()}, tmp_path / "dead.safetensors")
     picture = PAIR[0].clone().requires_grad_()
