@@ -1,17 +1,47 @@
-"""SpatialCache: what is derived from one coordinate set, made once: row ranges, table, neighbours, windows.
+"""SpatialCache: what is derived from one coordinate set, made once: row ranges, table, neighbours, windows, other scales.
 
-It belongs to the coordinates, not to a tensor: tensors over the same voxels share it. Building it reads the device once;
-nothing made from it does.
+It belongs to the coordinates, not to a tensor: tensors over the same voxels share it. Building one reads the device once;
+what is made from it does not, but for pooling, which builds a coordinate set too. Coordinate sets made from one another
+form a family: going down, up and down again arrives at what was there before. Scales refer to each other by number, so
+a family is no reference cycle and its memory goes with the last cache of it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
-from kernels.hash import check_coords
+from kernels.hash import LIMIT, check_coords, pack, unpack
 
 T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Scale:
+    """One coordinate set of a family, and what was made from it."""
+
+    coords: Tensor  # [N, 4] int32: batch, x, y, z
+    starts: Tensor  # [B + 1] int32
+    counts: list[int]
+    extent: tuple[int, int, int]
+    made: dict = field(default_factory=dict)
+    links: dict[tuple[str, int], tuple[int, Tensor]] = field(default_factory=dict)  # ("pool", 2) -> (scale number, index)
+    hits: int = 0
+    misses: int = 0
+
+
+@dataclass(eq=False)
+class _Family:
+    scales: list[_Scale] = field(default_factory=list)
+    caches: WeakValueDictionary = field(default_factory=WeakValueDictionary)  # scale number -> the cache of it
+
+    def add(self, scale: _Scale) -> int:
+        self.scales.append(scale)
+        return len(self.scales) - 1
 
 
 class SpatialCache:
@@ -21,23 +51,110 @@ class SpatialCache:
     Raises ValueError, naming the row, where `check_coords` does. Building it is the one read of the device.
     """
 
+    coords: Tensor  # [N, 4] int32
+    starts: Tensor  # [B + 1] int32, on the device: sample b owns rows starts[b] : starts[b + 1]
+    counts: list[int]  # rows of each sample, on the host
+    extent: tuple[int, int, int]  # every coordinate is below it, per axis, on the host
+    batch_size: int
+
     def __init__(self, coords: Tensor, batch_size: int | None = None):
-        known, self.starts = check_coords(coords, batch_size)  # starts: [B + 1] int32, row ranges of the samples
-        self.coords = coords.contiguous()
-        self.counts = known.counts  # rows of each sample, on the host
-        self.extent = known.size  # every coordinate is below it, per axis, on the host
-        self.batch_size = len(known.counts)
-        self._made: dict = {}
-        self.hits = self.misses = 0
+        known, starts = check_coords(coords, batch_size)
+        family = _Family()
+        self._join(family, family.add(_Scale(coords.contiguous(), starts, known.counts, known.size)))
+
+    def _join(self, family: _Family, number: int) -> None:
+        self._family, self._number, self._scale = family, number, family.scales[number]
+        self.coords, self.starts = self._scale.coords, self._scale.starts
+        self.counts, self.extent, self.batch_size = self._scale.counts, self._scale.extent, len(self._scale.counts)
+        family.caches[number] = self
 
     def __len__(self) -> int:
         return len(self.coords)
 
+    @property
+    def hits(self) -> int:
+        return self._scale.hits
+
+    @property
+    def misses(self) -> int:
+        return self._scale.misses
+
     def get(self, make: Callable[..., T], *args) -> T:
         """make(self, *args), made once for every function and arguments."""
-        if (make, args) in self._made:
-            self.hits += 1
+        made = self._scale.made
+        if (make, args) in made:
+            self._scale.hits += 1
         else:
-            self.misses += 1
-            self._made[make, args] = make(self, *args)
-        return self._made[make, args]
+            self._scale.misses += 1
+            made[make, args] = make(self, *args)
+        return made[make, args]
+
+    def subdivide(self) -> "SpatialCache":
+        """Every voxel as its 8 children at twice the resolution: those of row n are rows 8n to 8n + 7, z fastest.
+
+        Raises ValueError where a child would lie beyond 1023. `pool(2)` of the result is this cache again.
+        """
+        cache, _ = self._follow("subdivide", 2, self._make_children)
+        return cache
+
+    def pool(self, factor: int = 2) -> tuple["SpatialCache", Tensor]:
+        """The coarser voxels that hold these, by batch, x, y, z; and the coarse row of each fine one, [N] int32.
+
+        Reads the device once to build them (their number is not known before), never again. Pooling what `subdivide` made
+        by 2 gives the parent back, in the parent's own row order. Raises ValueError for a factor below 1.
+        """
+        if factor < 1:
+            raise ValueError(f"pool factor {factor} must be at least 1")
+        return self._follow("pool", factor, lambda: self._make_pool(factor))
+
+    def unpool(self, factor: int = 2) -> tuple["SpatialCache", Tensor]:
+        """The voxels that were pooled into these by that factor, and the row here of each of them: `pool` backwards.
+
+        Raises ValueError for a cache that no `pool(factor)` made.
+        """
+        if ("unpool", factor) not in self._scale.links:
+            known = sorted(f for kind, f in self._scale.links if kind == "unpool")
+            raise ValueError(f"these voxels were not pooled by {factor}; factors that made them: {known or 'none'}")
+        return self._follow("unpool", factor, None)
+
+    def _follow(self, kind: str, factor: int, make: Callable | None) -> tuple["SpatialCache", Tensor]:
+        links = self._scale.links
+        if (kind, factor) in links:
+            self._scale.hits += 1
+        else:
+            self._scale.misses += 1
+            scale, index = make()
+            number = self._family.add(scale)
+            links[kind, factor] = number, index
+            scale.links["pool" if kind == "subdivide" else "unpool", factor] = self._number, index
+        number, index = links[kind, factor]
+        cache = self._family.caches.get(number)
+        if cache is None:
+            cache = SpatialCache.__new__(SpatialCache)
+            cache._join(self._family, number)
+        return cache, index
+
+    def _make_children(self) -> tuple[_Scale, Tensor]:
+        if 2 * max(self.extent) > LIMIT and len(self):
+            raise ValueError(f"children of coordinate {max(self.extent) - 1} lie beyond {LIMIT - 1}, the largest coordinate")
+        octant = torch.arange(8, dtype=torch.int32, device=self.coords.device)
+        offset = torch.stack([octant * 0, octant >> 2, octant >> 1 & 1, octant & 1], 1)  # [8, 4]
+        scale = torch.tensor([1, 2, 2, 2], dtype=torch.int32, device=self.coords.device)
+        coords = ((self.coords * scale)[:, None] + offset).view(-1, 4)
+        parent = torch.arange(len(coords), dtype=torch.int32, device=coords.device) // 8
+        extent = tuple(2 * e for e in self.extent)
+        return _Scale(coords, self.starts * 8, [8 * n for n in self.counts], extent), parent
+
+    def _make_pool(self, factor: int) -> tuple[_Scale, Tensor]:
+        coarse = torch.cat([self.coords[:, :1], self.coords[:, 1:] // factor], 1)
+        keys, order = pack(coarse).sort(stable=True)
+        new = torch.ones_like(keys, dtype=torch.int32)
+        new[1:] = keys[1:] != keys[:-1]
+        rank = torch.cat([new.new_zeros(1), new.cumsum(0, dtype=torch.int32)])  # coarse voxels before each sorted position
+        starts = rank[self.starts.long()]
+        edges = starts.tolist()  # the one wait for the device
+        index = torch.empty_like(new).scatter_(0, order, rank[1:] - 1)
+        distinct = keys.new_empty(edges[-1]).scatter_(0, rank[1:].long() - 1, keys)  # equal keys meet in one place
+        extent = tuple((e - 1) // factor + 1 for e in self.extent)
+        counts = [b - a for a, b in pairwise(edges)]
+        return _Scale(unpack(distinct), starts, counts, extent), index

@@ -76,7 +76,7 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     row = torch.arange(N, device=coords.device)
     batch = coords[:, 0].contiguous()
     starts = torch.searchsorted(batch, torch.arange(samples + 1, dtype=torch.int32, device=coords.device), out_int32=True)
-    keys, order = _pack(coords).sort(stable=True)  # nonsense for coordinates out of range, which are reported first
+    keys, order = pack(coords).sort(stable=True)  # nonsense for coordinates out of range, which are reported first
     second = torch.where((keys == shifted(keys)) & (row > 0), order, N)
     place = second.argmin()
     facts = [first((coords < 0).any(1)), first((coords[:, 1:] >= LIMIT).any(1)), first(batch < shifted(batch))]
@@ -103,10 +103,15 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     return Extent(counts, tuple(c + 1 for c in largest)), starts[: samples + 1].contiguous()
 
 
-def _pack(coords: Tensor) -> Tensor:
-    """The 64-bit key of each row of [..., 4]: batch | x | y | z, 10 bits an axis."""
+def pack(coords: Tensor) -> Tensor:
+    """The 64-bit key of each row of [..., 4]: batch | x | y | z, 10 bits an axis. Keys sort as (b, x, y, z) does."""
     b, x, y, z = coords.long().unbind(-1)
     return ((b * LIMIT + x) * LIMIT + y) * LIMIT + z
+
+
+def unpack(keys: Tensor) -> Tensor:
+    """The rows [..., 4] int32 that `pack` made keys of."""
+    return torch.stack([keys // LIMIT**3, keys // LIMIT**2 % LIMIT, keys // LIMIT % LIMIT, keys % LIMIT], -1).int()
 
 
 @triton.jit
@@ -209,7 +214,7 @@ def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tens
         rows = coords.new_full((size[0] * size[1] * size[2] * size[3],), -1)
         rows[_flat(coords, size)] = torch.arange(N, dtype=torch.int32, device=coords.device)
     elif kind == "sorted":
-        keys, rows = _pack(coords).sort()
+        keys, rows = pack(coords).sort()
         rows = rows.int()
     else:
         slots = _slots(N)
@@ -249,7 +254,7 @@ def _search(q: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: st
         return torch.full_like(q[..., 0], -1)
     if kind == "dense":
         return torch.where(inside, rows[torch.where(inside, _flat(q, size), 0)], -1)
-    key = torch.where(inside, _pack(q), -1)
+    key = torch.where(inside, pack(q), -1)
     slot = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
     return torch.where(keys[slot] == key, rows[slot], -1)
 

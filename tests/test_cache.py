@@ -1,5 +1,8 @@
 """SpatialCache: what it knows, what it refuses and by which row, what it remembers."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from kernels import backend
 from kernels.cache import SpatialCache
 from kernels.hash import build_table, neighbours
 from kernels.window import full_windows, window_partition
+from tests.conftest import golden
+from tests.test_window import voxels
 
 
 def rows(*values):
@@ -98,4 +103,87 @@ def test_one_read_to_build_and_none_after(device, monkeypatch):
         cache.get(neighbours, 3)
         assert window_partition(cache, 2, 4, 2).segment.shape == (3,)
         full_windows(cache)
+        cache.subdivide()
         assert reads == ["tolist"]
+        cache.pool(2), cache.pool(2)
+        assert reads == ["tolist"] * 2
+
+
+def scattered(seed=0):
+    return voxels([70, 0, 40], (9, 12, 7), seed)
+
+
+def test_children_are_published_children(device):
+    tensors = golden("ops_sparse")[1]
+    fine = SpatialCache(tensors["coords"].to(device)).subdivide()
+    assert torch.equal(fine.coords.cpu(), tensors["subdivide/coords"])
+    same = SpatialCache(fine.coords)
+    assert fine.counts == same.counts and torch.equal(fine.starts, same.starts) and fine.batch_size == 3
+    assert fine.extent == same.extent
+
+
+@pytest.mark.parametrize("case, factor", [("down0", 2), ("down1", 4)])
+def test_pooled_voxels_are_the_published_ones(device, case, factor):
+    tensors = golden("ops_sparse")[1]
+    coarse, index = SpatialCache(tensors["coords"].to(device)).pool(factor)
+    assert torch.equal(coarse.coords.cpu(), tensors[f"{case}/coords"])
+    assert torch.equal(index.cpu(), tensors[f"{case}/idx"]) and index.dtype == coarse.coords.dtype == torch.int32
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 1024])
+def test_pool_against_a_set(device, factor):
+    coords = scattered()
+    cache = SpatialCache(coords.to(device), 4)
+    coarse, index = cache.pool(factor)
+    expected = sorted({(b, x // factor, y // factor, z // factor) for b, x, y, z in coords.tolist()})
+    assert [tuple(c) for c in coarse.coords.tolist()] == expected
+    assert [expected[i] for i in index.tolist()] == [(b, *(c // factor for c in xyz)) for b, *xyz in coords.tolist()]
+    same = SpatialCache(coarse.coords, 4)
+    assert (coarse.counts, coarse.extent, coarse.batch_size) == (same.counts, same.extent, 4)
+    assert torch.equal(coarse.starts, same.starts)
+
+
+def test_down_up_and_down_again_shares(device):
+    cache = SpatialCache(scattered().to(device))
+    half, index = cache.pool(2)
+    eighth, _ = half.pool(4)
+    up, up_index = eighth.unpool(4)
+    assert up is half and up.unpool(2)[0] is cache and up.unpool(2)[1] is index
+    assert up_index is half.pool(4)[1]
+    fine = cache.subdivide()
+    table = fine.get(build_table)
+    assert fine.pool(2)[0] is cache and fine.pool(2)[1].tolist() == [n // 8 for n in range(len(fine))]
+    del fine
+    assert cache.subdivide().get(build_table) is table  # though nobody held the finer cache meanwhile
+    quarter, _ = cache.pool(4)
+    assert quarter is not half and quarter.unpool(4)[0] is cache
+
+
+def test_a_family_is_freed_with_its_last_cache():
+    cache = SpatialCache(scattered())
+    fine = weakref.ref(cache.subdivide().coords)
+    coarse = cache.pool(2)[0]
+    del cache
+    assert fine() is not None and len(coarse.unpool(2)[0].subdivide()) == 8 * 110
+    gc.disable()
+    try:
+        del coarse
+        assert fine() is None
+    finally:
+        gc.enable()
+
+
+def test_scales_without_rows_and_scales_that_do_not_exist(device):
+    cache = SpatialCache(rows().to(device), 2)
+    assert len(cache.subdivide()) == 0 and cache.subdivide().counts == [0, 0]
+    coarse, index = cache.pool(2)
+    assert coarse.counts == [0, 0] and len(coarse) == len(index) == 0
+    with pytest.raises(ValueError, match="pool factor 0 must be at least 1"):
+        cache.pool(0)
+    with pytest.raises(ValueError, match="not pooled by 4; factors that made them: .2.$"):
+        coarse.unpool(4)
+    with pytest.raises(ValueError, match="not pooled by 2; factors that made them: none"):
+        cache.unpool(2)
+    with pytest.raises(ValueError, match="children of coordinate 512 lie beyond 1023"):
+        SpatialCache(rows([0, 1, 512, 3]).to(device)).subdivide()
+    assert SpatialCache(rows([0, 1, 511, 3]).to(device)).subdivide().extent == (4, 1024, 8)
