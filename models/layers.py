@@ -77,7 +77,7 @@ class WindowAttention(nn.Module):
             windows = cache.get(whole_samples)
         else:
             windows = cache.get(shifted_windows, self.window_size, self.shift)
-        qkv = self.to_qkv(x).view(len(x), 3, self.heads, -1)
+        qkv = self.to_qkv(x).view(len(x), 3, self.heads, x.shape[1] // self.heads)
         gammas = {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma} if self.qk_rms_norm else {}
         return self.to_out(window_attention(qkv, windows, **gammas).flatten(1))
 
