@@ -1,0 +1,342 @@
+"""Compositing of projected Gaussians on a CPU: the per-pixel sum of renderers such as mip-splatting, in vectorised torch.
+
+P pairs (a Gaussian seen by a view), V views of H x W pixels, N instances (a pair in a 4 x 4 tile that it may touch), S tiles
+with at least one instance. A pair contributes to the pixels of its rectangle of 16 x 16 tiles where alpha >= 1/255, so the
+tile size is free here: an instance is a small tile of that rectangle which the ellipse alpha = 1/255 reaches (with a margin:
+a tile too many costs time, a tile too few would be wrong; the threshold itself is applied per pixel).
+
+Every tile has a list of instances, near to far. All lists are walked together, SEGMENT instances at a time; a tile leaves when
+all its pixels are finished. Tiles of like length form chunks [T, 16 pixels, L instances] of about COLUMNS instances, few
+enough for the second-level cache, in buffers that are reused: beyond the lists, memory does not grow with N.
+
+With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
+weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
+behind, is the sum of w a over the instances behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative
+sum and three small matrix products. It computes r and w again: storing them costs as much in page faults as the arithmetic.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 16  # pixels along a side of the tiles that a rectangle counts
+TILE = 4  # pixels along a side of the tiles used here
+PIXELS = TILE * TILE
+SEGMENT = 64  # instances of one tile at a time
+COLUMNS = 8192  # instances of one chunk
+ALPHA_MIN, ALPHA_MAX, T_MIN = 1 / 255, 0.99, 1e-4
+MARGIN = 0.01  # pixels
+
+
+class _Lists(NamedTuple):
+    """The instances of every tile, near to far."""
+
+    pair: Tensor  # [N + 1] int32; the last entry is P, a pair that touches nothing
+    tile: Tensor  # [S] int64, view-major
+    start: Tensor  # [S] int32
+    count: Tensor  # [S] int32
+
+
+def composite_torch(
+    mean: Tensor,  # [P, 2] pixels
+    conic: Tensor,  # [P, 3] (c11, c12, c22)
+    opacity: Tensor,  # [P]
+    color: Tensor,  # [P, 3]
+    depth: Tensor,  # [P]
+    rect: Tensor,  # [P, 4] int32 (x0, y0, x1, y1) in 16 x 16 tiles, end exclusive
+    view: Tensor,  # [P] int64
+    V: int,
+    H: int,
+    W: int,
+    background: Tensor,  # [V, 3]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Blend front to back: image [V, 3, H, W], final transmittance [V, H, W] and what the backward pass needs.
+
+    Pixel (i, j) takes pair p if its 16 x 16 tile is inside rect[p], with d = mean - (i, j),
+    e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0 or alpha < 1/255. Order
+    is by depth, then by index. A pixel is finished, without blending the pair, when its transmittance would fall below 1e-4.
+    """
+    lists = _bin(mean, conic, opacity, depth, rect, view, V, H, W)
+    shade = _Shader(mean, conic, opacity, color, lists.tile, H, W)
+    S = len(lists.tile)
+    blended, final = mean.new_zeros(S, 3, PIXELS), mean.new_ones(S, PIXELS)
+    light = mean.new_ones(S, PIXELS)  # transmittance so far, 0 where the pixel is finished
+    count, passed, segment = lists.count.clone(), [light[:0]], 0
+    while len((walk := _Walk(lists.start, count, segment)).live):
+        entering, gained = light[walk.live], mean.new_empty(len(walk.live), 3, PIXELS)
+        passed.append(entering)
+        leaving, smallest = torch.empty_like(entering), torch.empty_like(entering)
+        for part, L in walk.parts:
+            piece = shade(walk.pairs(lists.pair, part, L), walk.live[part], entering[part])
+            torch.bmm(piece.color, piece.weight.transpose(1, 2), out=gained[part])
+            leaving[part] = piece.leaving
+            if piece.stops:  # the last transmittance that is not 0
+                torch.amin(torch.threshold_(piece.light, 0, 1), 2, out=smallest[part])
+            else:
+                smallest[part] = piece.leaving
+        blended.index_add_(0, walk.live, gained)
+        final[walk.live] = torch.minimum(final[walk.live], smallest)
+        light[walk.live] = leaving
+        segment += 1
+        count[walk.live[leaving.amax(1) == 0]] = segment * SEGMENT  # what is behind is not seen
+    image, final_T = _untile(blended, final, lists.tile, V, H, W)
+    image.addcmul_(final_T[:, None], background[:, :, None, None])
+    return image, final_T, (lists.pair, lists.tile, lists.start, torch.minimum(count, lists.count), torch.cat(passed), final)
+
+
+def composite_torch_backward(
+    saved: tuple[Tensor, ...],
+    mean: Tensor,
+    conic: Tensor,
+    opacity: Tensor,
+    color: Tensor,
+    depth: Tensor,
+    rect: Tensor,
+    view: Tensor,
+    V: int,
+    H: int,
+    W: int,
+    background: Tensor,
+    image: Tensor,
+    final_T: Tensor,
+    grad_image: Tensor,  # [V, 3, H, W]
+    grad_final_T: Tensor,  # [V, H, W]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of mean [P, 2], conic [P, 3], opacity [P] and color [P, 3]; the arguments are those of `composite_torch`.
+
+    The clamp at 0.99 passes the gradient; nothing flows through thresholds, order or rectangles.
+    """
+    pairs, tile, start, count, passed, final = saved
+    shade = _Shader(mean, conic, opacity, color, tile, H, W)
+    grad_behind = torch.addcmul(grad_final_T, grad_image[:, 0], background[:, 0, None, None])
+    for k in (1, 2):
+        grad_behind.addcmul_(grad_image[:, k], background[:, k, None, None])
+    upstream = _tiled(torch.cat([grad_image, grad_behind[:, None]], 1), tile)
+    upstream, arriving = upstream[:, :3].contiguous(), final * upstream[:, 3]  # [S, 3, 16], [S, 16]
+    x = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
+    x, y = x.repeat(TILE), x.repeat_interleave(TILE)
+    powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])  # about the middle of a tile: nothing cancels
+    walks = [_Walk(start, count, segment) for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)]
+    columns = sum((part.stop - part.start) * L for walk in walks for part, L in walk.parts)
+    sums, owner = mean.new_empty(columns, 9), pairs.new_empty(columns)
+    for walk in reversed(walks):
+        entering, passed = passed[len(passed) - len(walk.live) :], passed[: len(passed) - len(walk.live)]
+        behind, gradient = arriving[walk.live], upstream[walk.live]
+        for part, L in walk.parts:
+            pair, g = walk.pairs(pairs, part, L), gradient[part]
+            piece = shade(pair, walk.live[part], entering[part])
+            if piece.stops:
+                piece.ratio.mul_(piece.light.ceil())
+            grad_color = torch.bmm(g, piece.weight)  # [T, 3, L]
+            slope = piece.weight.mul_(torch.bmm(g.transpose(1, 2), piece.color, out=piece.light))
+            total = torch.cumsum(slope, 2, out=piece.light)[..., -1:] + behind[part, :, None]
+            behind[part] = total[..., 0]
+            if shade.bright:  # past the clamp alpha is 0.99, and its derivative is that of opacity exp(e)
+                slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
+            slope.addcmul_(piece.ratio, torch.sub(total, piece.light, out=piece.light), value=-1)
+            m = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope)  # sums of slope times 1, x, y, x^2, y^2, xy
+            d = piece.d[:, :, 0] - (TILE - 1) / 2  # [T, 2, L] mean - middle of the tile
+            planes = m.new_empty(len(m), 9, L)
+            planes[:, :1] = m[:, :1]
+            first, second = planes[:, 1:3], planes[:, 3:5]
+            torch.mul(d, m[:, :1], out=first).sub_(m[:, 1:3])
+            torch.addcmul(m[:, 3:5], d, first - m[:, 1:3], out=second)
+            torch.addcmul(m[:, 5], d[:, 1], first[:, 0], out=planes[:, 5]).addcmul_(d[:, 0], m[:, 2], value=-1)
+            planes[:, 6:] = grad_color
+            done = columns - pair.numel()
+            sums[done:columns].view(len(planes), L, 9).copy_(planes.transpose(1, 2))
+            owner[done:columns] = pair.view(-1)
+            columns = done
+        arriving[walk.live] = behind
+    sums = _sum_by_owner(sums, owner, len(mean))
+    s, sx, sy, sxx, syy, sxy = sums[:, :6].unbind(1)
+    c11, c12, c22 = conic.unbind(1)
+    return (
+        torch.stack([-(c11 * sx + c12 * sy), -(c12 * sx + c22 * sy)], 1),
+        torch.stack([sxx * -0.5, -sxy, syy * -0.5], 1),
+        torch.where(s == 0, 0, s / opacity),
+        sums[:, 6:].contiguous(),
+    )
+
+
+class _Piece(NamedTuple):
+    """One chunk, T tiles of L instances; weight, ratio and light are buffers that the next chunk overwrites."""
+
+    weight: Tensor  # [T, 16, L] what a pixel takes of an instance's color
+    ratio: Tensor  # [T, 16, L] opacity exp(e) / (1 - alpha), 0 where the instance is skipped
+    light: Tensor  # [T, 16, L] transmittance behind the instance, 0 from where the pixel is finished
+    leaving: Tensor  # [T, 16] its last column
+    stops: bool  # it has zeros
+    d: Tensor  # [T, 2, 4, L] mean - pixel
+    color: Tensor  # [T, 3, L]
+
+
+class _Shader:
+    """Evaluates chunks: what is the same for all of them, and the buffers."""
+
+    def __init__(self, mean: Tensor, conic: Tensor, opacity: Tensor, color: Tensor, tile: Tensor, H: int, W: int):
+        c11, c12, c22 = conic.unbind(1)
+        self.table = mean.new_zeros(len(mean) + 1, 9)  # the last pair has opacity 0
+        for k, plane in enumerate((*mean.unbind(1), c11 * -0.5, c22 * -0.5, c12, opacity, *color.unbind(1))):
+            self.table[:-1, k] = plane
+        rows, columns = -(-H // TILE), -(-W // TILE)
+        corner = torch.stack([tile % columns, tile // columns % rows], 1)[:, :, None] * TILE
+        self.pixel = (corner + torch.arange(TILE, device=tile.device)).to(mean.dtype)[..., None]  # [S, 2, 4, 1]
+        info = torch.finfo(mean.dtype)
+        # e > 0 can only come from rounding, and only where the quadratic form is nearly or not positive definite
+        self.steep = not bool(((c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * info.eps) * c11 * c22)).all())
+        self.bright = bool((opacity > ALPHA_MAX).any())
+        self.ratio_max = (mean.new_tensor(ALPHA_MAX) / (1 - mean.new_tensor(ALPHA_MAX))).item()
+        below = torch.nextafter(mean.new_tensor([ALPHA_MIN, T_MIN]), mean.new_zeros(()))
+        self.alpha_skip, self.light_skip = below.tolist()  # the largest values that are skipped
+        self.buffers = mean.new_empty(3, max(COLUMNS, SEGMENT) * PIXELS)
+
+    def __call__(self, pair: Tensor, tile: Tensor, entering: Tensor) -> _Piece:
+        """pair [T, L] int32, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk."""
+        T, L = pair.shape
+        planes = self.table.index_select(0, pair.view(-1)).view(T, L, 9).transpose(1, 2).contiguous()
+        ratio, light, weight = (b[: T * PIXELS * L].view(T, PIXELS, L) for b in self.buffers)
+        d = planes[:, :2, None] - self.pixel.index_select(0, tile)
+        square = (planes[:, 2:4, None] * d).mul_(d)
+        exponent = torch.add(square[:, 0, None], square[:, 1, :, None], out=ratio.view(T, TILE, TILE, L))  # [T, y, x, L]
+        exponent.addcmul_((planes[:, 4, None] * d[:, 0])[:, None], d[:, 1, :, None], value=-1)
+        if self.steep:
+            ratio.masked_fill_(ratio > 0, -torch.inf)
+        alpha = torch.threshold_(ratio.exp_().mul_(planes[:, 5:6]), self.alpha_skip, 0)
+        torch.sub(1, alpha.clamp(max=ALPHA_MAX) if self.bright else alpha, out=light)
+        ratio.div_(light)
+        light[..., 0].mul_(entering)
+        leaving = light.cumprod_(2)[..., -1].contiguous()
+        stops = len(leaving) > 0 and leaving.min().item() <= self.light_skip
+        if stops:
+            torch.threshold_(light, self.light_skip, 0)
+            torch.threshold_(leaving, self.light_skip, 0)
+        torch.mul(ratio.clamp(max=self.ratio_max) if self.bright else ratio, light, out=weight)
+        return _Piece(weight, ratio, light, leaving, stops, d, planes[:, 6:])
+
+
+class _Walk:
+    """One segment of all lists: the tiles that reach it, and parts of these of like length."""
+
+    def __init__(self, start: Tensor, count: Tensor, segment: int):
+        live = (count > segment * SEGMENT).nonzero().squeeze(1)
+        self.length, order = (count[live] - segment * SEGMENT).clamp_(max=SEGMENT).sort(descending=True, stable=True)
+        self.live = live[order]
+        self.start = start[self.live] + segment * SEGMENT
+        lengths, a = self.length.tolist(), 0
+        self.parts: list[tuple[slice, int]] = []  # which of `live`, longest list
+        while a < len(lengths):
+            b = min(len(lengths), a + COLUMNS // lengths[a])
+            self.parts.append((slice(a, b), lengths[a]))
+            a = b
+
+    def pairs(self, pair: Tensor, part: slice, L: int) -> Tensor:
+        """[T, L] int32, filled up with the last entry of `pair`."""
+        step = torch.arange(L, dtype=torch.int32, device=pair.device)
+        index = self.start[part, None] + step
+        if self.length[part.stop - 1] < L:
+            index.masked_fill_(step >= self.length[part, None], len(pair) - 1)
+        return pair.index_select(0, index.view(-1)).view(index.shape)
+
+
+def _sum_by_owner(rows: Tensor, owner: Tensor, P: int) -> Tensor:
+    """Sum of the rows [M, C] of each owner 0 .. P - 1 in a fixed order: [P, C]."""
+    count = torch.bincount(owner, minlength=P + 1)
+    order = owner.sort(stable=True).indices
+    return torch.nn.functional.embedding_bag(order, rows, count.cumsum(0) - count, mode="sum")[:P]
+
+
+def _tiled(image: Tensor, tile: Tensor) -> Tensor:
+    """[V, C, H, W] -> the tiles asked for [S, C, 16], zero outside the image."""
+    V, C, H, W = image.shape
+    rows, columns = -(-H // TILE), -(-W // TILE)
+    image = torch.nn.functional.pad(image, (0, columns * TILE - W, 0, rows * TILE - H))
+    tiles = image.view(V, C, rows, TILE, columns, TILE).permute(0, 2, 4, 1, 3, 5).reshape(-1, C, PIXELS)
+    return tiles[tile]
+
+
+def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int) -> tuple[Tensor, Tensor]:
+    """Tiles -> image [V, 3, H, W] and transmittance [V, H, W]: 0 and 1 where there is no tile."""
+    rows, columns = -(-H // TILE), -(-W // TILE)
+    planes = []
+    for values, empty in ((blended, 0), (final[:, None], 1)):
+        whole = values.new_full((V * rows * columns, values.shape[1], PIXELS), empty)
+        whole[tile] = values
+        whole = whole.view(V, rows, columns, -1, TILE, TILE).permute(0, 3, 1, 4, 2, 5)
+        planes.append(whole.reshape(V, -1, rows * TILE, columns * TILE)[..., :H, :W].contiguous())
+    return planes[0], planes[1][:, 0]
+
+
+def _bin(mean, conic, opacity, depth, rect, view, V: int, H: int, W: int) -> _Lists:
+    """Small tiles inside each pair's rectangle that its ellipse alpha >= 1/255 reaches, sorted by tile, then depth, then index.
+
+    The exact extent of the ellipse in every row of tiles, in float64 with a margin for the rounding of the exponent (relative
+    to the terms that cancel in it, hence the factor product / det). Where that says nothing (needles thinner than rounding,
+    NaN) the rectangle counts.
+    """
+    P, rows, columns = len(mean), -(-H // TILE), -(-W // TILE)
+    x0, y0, x1, y1 = (rect * BLOCK).unbind(1)
+    x1, y1 = x1.clamp(max=W) - 1, y1.clamp(max=H) - 1  # pixels, the last one included
+    mx, my = mean.double().unbind(1)
+    c11, c12, c22 = conic.double().unbind(1)
+    product = c11 * c22
+    det = product - c12 * c12
+    cut = torch.log(opacity.double() * 255)
+    sound = (c11 > 0) & (c22 > 0) & (det > 1e-5 * product) & (mx.abs() + my.abs() + product + cut.abs() < torch.inf)
+    level = 2 * (cut + 1e-5) * (1 + 4e-6 * product / det)  # the ellipse: c11 dx^2 + 2 c12 dx dy + c22 dy^2 <= level
+
+    def known(value: Tensor, otherwise: float) -> Tensor:
+        return torch.where(sound, value, otherwise)
+
+    mx, my = known(mx, 0), known(my, 0)
+    reach = known((level * c11 / det).sqrt(), torch.inf) + MARGIN  # furthest dy
+    top = torch.maximum((my - reach).ceil_(), y0).int() // TILE
+    bottom = torch.minimum((my + reach).floor_(), y1).int() // TILE
+    count = (bottom - top + 1).masked_fill_((x1 < x0) | (y1 < y0) | (opacity < ALPHA_MIN * (1 - 1e-6)), 0).clamp_(min=0)
+
+    # pair -> rows of tiles, near to far
+    order = _ascending(depth)
+    count = _of(count, order)
+    run, offset = _runs(count)
+    pair = _of(order, run)
+    row = _of(_of(top, order) - offset, run) + torch.arange(len(run), dtype=torch.int32, device=run.device)
+    lean = _of(known(-c12 / c22 * (level * c22 / det).sqrt(), 0), pair)  # dy of the rightmost point; leftmost: -dy
+    square, bend = _of(known(level / c11, torch.inf), pair), _of(known(det / (c11 * c11), 0), pair)
+    skew, middle = _of(known(c12 / c11, 0), pair), _of(mx, pair)
+    first = row * TILE - _of(my, pair)
+    last = first + (TILE - 1)
+    right = torch.clamp(lean, first, last)  # dy at which the ellipse reaches furthest inside the row
+    left = torch.clamp(lean.neg_(), first, last)
+    lowest = middle - (square - bend * left * left).clamp_(min=0).sqrt_() - skew * left
+    highest = middle + (square - bend * right * right).clamp_(min=0).sqrt_() - skew * right
+    begin = torch.maximum(lowest.sub_(MARGIN).ceil_(), _of(x0, pair)).int() // TILE
+    end = torch.minimum(highest.add_(MARGIN).floor_(), _of(x1, pair)).int() // TILE
+    count = (end - begin + 1).clamp_(min=0)
+
+    # rows -> tiles, then by tile
+    run, offset = _runs(count)
+    tile = _of((_of(view.int(), pair) * rows + row) * columns + begin - offset, run)
+    tile += torch.arange(len(run), dtype=torch.int32, device=run.device)
+    listed, permutation = tile.sort(stable=True)
+    pair = _of(pair.int(), _of(run, permutation))
+    length = torch.bincount(listed, minlength=V * rows * columns)
+    start = (length.cumsum(0) - length).int()
+    tile = length.nonzero().squeeze(1)
+    return _Lists(torch.nn.functional.pad(pair, (0, 1), value=P), tile, start[tile], length[tile].int())
+
+
+def _of(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index)
+
+
+def _runs(count: Tensor) -> tuple[Tensor, Tensor]:
+    """0 repeated count[0] times, 1 repeated count[1] times ...; and where each run begins."""
+    ends = count.cumsum(0, dtype=torch.int32)
+    return torch.repeat_interleave(count, output_size=int(ends[-1]) if len(ends) else 0), ends - count
+
+
+def _ascending(depth: Tensor) -> Tensor:
+    """Stable order of `depth`, by its bits: an integer radix sort is many times faster than the sort of floats."""
+    bits = (depth + 0.0).view(torch.int32 if depth.dtype == torch.float32 else torch.int64)
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits).sort(stable=True).indices
