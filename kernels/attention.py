@@ -206,8 +206,9 @@ def _save_window(ctx, inputs, output):
 
 
 def _differentiate_window(ctx, grad, _):
-    dqkv, dgamma = torch.ops.trislat.window_attention_backward(grad, *ctx.saved_tensors, ctx.bound, ctx.scale)
-    return dqkv, None, None, dgamma if ctx.saved_tensors[-1] is not None else None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes at the first read and allows no second
+    dqkv, dgamma = torch.ops.trislat.window_attention_backward(grad, *saved, ctx.bound, ctx.scale)
+    return dqkv, None, None, None if saved[-1] is None else dgamma, None, None
 
 
 _window_attention.register_autograd(_differentiate_window, setup_context=_save_window)

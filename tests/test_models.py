@@ -157,8 +157,8 @@ def batch(counts, device, channels=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coords = []
     for sample, count in enumerate(counts):
-        cells = torch.randperm(16**3, generator=generator)[:count]
-        xyz = torch.stack([cells // 256, cells // 16 % 16, cells % 16], dim=1)
+        cells = torch.randperm(6**3, generator=generator)[:count]  # few windows: the interpreter pays for each
+        xyz = torch.stack([cells // 36, cells // 6 % 6, cells % 6], dim=1) + sample
         coords.append(torch.nn.functional.pad(xyz, (1, 0), value=sample))
     coords = torch.cat(coords).int()
     feats = torch.randn(len(coords), channels, generator=generator)
@@ -272,7 +272,7 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
         models.load_pretrained(prefix)
     weights.write_bytes(data)
     config.write_text(good.replace('"model_channels": 32', '"model_channels": 64'))
-    with pytest.raises(ValueError, match=r"shape \(\d+.*32.*\), the model's is \(\d+.*64"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn.to_out.bias has shape \(32,\), the model's is \(64,\)"):
         models.load_pretrained(prefix)
     config.write_text(good.replace("SLatEncoder", "SLatUnknown"))
     with pytest.raises(ValueError, match="SLatUnknown"):
