@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kernels import backend
 from train.config import Config
+from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
 
@@ -25,20 +26,19 @@ def recipe(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
     return "; ".join([total, *(f"{name} off: {reason}" for name, reason in off.items())])
 
 
-def header(
-    script: str, config: Config, device: torch.device, world: int, model: nn.Module, loss: str, data: str, folder: Path
-) -> str:  # fmt: skip
+def header(script: str, config: Config, here: Machine, model: nn.Module, loss: str, data: str, folder: Path) -> str:
     """Everything that says what runs, one fact a line."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "absent"
+    device = here.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     parts = {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
     schedule = f"{config.lr:g}" + (f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant")
     lines = {
         "run": f"{script}, preset {config.preset}, seed {config.seed}" + (", deterministic" if config.deterministic else ""),
-        "device": f"{name} x {world}" if world > 1 else name,
+        "device": f"{name} x {here.world}" if here.world > 1 else name,
         "backend": f"{backend.name(torch.empty(0, device=device))} kernels, {config.precision} activations, fp32 weights",
         "versions": f"torch {torch.__version__}, triton {triton}, python {platform.python_version()}",
         "parameters": ", ".join(f"{part} {count:,}" for part, count in parts.items()),
@@ -46,7 +46,7 @@ def header(
         "loss": loss,
         "optimiser": f"AdamW, lr {schedule}, weight decay {config.weight_decay:g}, clip {config.max_norm:g}, EMA {config.ema:g}",
         "steps": f"{config.steps:,} of {config.batch_size} objects x {config.views} views at {config.image_size} px"
-        f", {config.micro_batches(world)} micro-batches a rank",
+        f", {config.micro_batches(here.world)} micro-batches a rank",
         "out": str(folder),
     }
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())

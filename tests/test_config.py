@@ -1,0 +1,109 @@
+"""Flags, presets and config.json: every value reachable, every impossible one refused with its numbers."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from train.config import Config, from_cli, read_config, write_config
+from train.gaussian import PRESETS
+
+
+def parse(line: str = "", world: int = 1) -> Config:
+    return from_cli("gaussian", PRESETS, line.split(), world)
+
+
+def test_base_is_the_published_recipe():
+    base = parse("--preset base")
+    assert (base.steps, base.batch_size, base.views, base.lr, base.weight_decay) == (750_000, 256, 1, 1e-4, 0.0)
+    assert (base.final_lr, base.warmup, base.ema, base.max_norm, base.precision) == (1.0, 0, 0.9999, 1.0, "fp16")
+    assert asdict(base.weights) == {"l1": 1.0, "ssim": 0.2, "lpips": 0.2, "kl": 1e-6, "volume": 1e4, "opacity": 1e-3}
+    assert (base.resolution, base.image_size, base.features) == (64, 512, "dinov2_vitl14_reg")
+    size = base.model
+    assert (size.channels, size.blocks, size.heads, size.window, size.latent, size.per_voxel) == (768, 12, 12, 8, 8, 32)
+    assert base.lr_at(0) == base.lr_at(749_999) == 1e-4
+
+
+def test_small_fits_one_gpu():
+    small = parse("--preset small")
+    assert (small.batch_size, small.micro_batch, small.image_size, small.precision, small.resolution) == (16, 2, 256, "bf16", 64)
+    assert (small.model.channels, small.model.blocks, small.model.heads, small.model.latent) == (384, 6, 6, 8)
+
+
+def test_flags_replace_fields_of_the_preset_and_of_its_groups():
+    config = parse("--data a --data b --steps 7 --model.channels 96 --weights.kl 0 --deterministic --holdout-views 2")
+    assert (config.preset, config.data, config.steps, config.holdout_views) == ("demo", ("a", "b"), 7, 2) and config.deterministic
+    assert config.model == replace(PRESETS["demo"].model, channels=96) and config.weights.kl == 0.0
+    assert config.model.per_voxel == PRESETS["demo"].model.per_voxel and config.weights.volume == PRESETS["demo"].weights.volume
+
+
+@pytest.mark.parametrize(
+    ("line", "micro"),
+    [("--preset base --batch-size 1", 1), ("--preset base --batch-size 9", 1), ("--preset base --batch-size 6", 2)],
+)
+def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
+    assert parse(line).micro_batch == micro
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--stepz 3", "unrecognized arguments: --stepz"),
+        ("--step 3", "unrecognized arguments: --step"),  # no abbreviations
+        ("--model.chanels 3", "unrecognized arguments"),
+        ("--preset huge", "invalid choice: 'huge'"),
+        ("--steps many", "invalid int value: 'many'"),
+        ("--steps 0", "steps 0 must be at least 1"),
+        ("--lr nan", "lr nan"),
+        ("--ema 1", "ema 1.0 in [0, 1)"),
+        ("--image-size 8", "image_size 8 must be at least 16"),
+        ("--resolution 2000", "resolution 2000 must be at most 1024"),
+        ("--precision fp8", "precision 'fp8' is not one of fp32, bf16, fp16"),
+        ("--holdout-views 0", "holdout_views 0 must be at least 1"),
+        ("--batch-size 6 --micro-batch 4", "batch_size 6 is not a multiple of micro_batch 4"),
+        ("--resume run --out other", "cannot change out"),
+        ("--resume run --lr 1", "--resume keeps the recorded config; it cannot change lr"),
+        ("--resume nowhere", "nowhere is not a run folder"),
+        ("--model.heads 0", "heads 0"),
+        ("--weights.l1 -1", "l1 -1.0"),
+    ],
+)
+def test_impossible_values_exit_with_a_message(line, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(line)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_batch_must_divide_over_the_ranks(capsys):
+    assert parse("--batch-size 8 --micro-batch 2", world=2).micro_batches(2) == 2
+    for line in ("--batch-size 8 --micro-batch 4", "--batch-size 8"):
+        with pytest.raises(SystemExit):
+            parse(line, world=3)
+        assert "batch_size 8 is not a multiple of 3 ranks x micro_batch" in capsys.readouterr().err
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = replace(Config(), lr=1.0, steps=100, warmup=10, final_lr=0.2)
+    rates = [config.lr_at(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[50] == pytest.approx(0.6) and rates[100] == pytest.approx(0.2)
+    assert max(rates) == max(rates[9:11]) and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_config_json_round_trip(tmp_path):
+    config = parse("--data a --lr 0.125 --model.channels 96 --out somewhere")
+    write_config(config, "gaussian", tmp_path / "config.json")
+    assert read_config(tmp_path / "config.json", "gaussian", PRESETS) == replace(config, out=None)
+    resumed = parse(f"--resume {tmp_path} --steps 2000")
+    assert resumed == replace(config, out=None, resume=str(tmp_path), steps=2000)
+
+
+def test_bad_config_json_is_named(tmp_path):
+    file = tmp_path / "config.json"
+    write_config(parse(), "gaussian", file)
+    with pytest.raises(ValueError, match="config.json is not a run of train.mesh"):
+        read_config(file, "mesh", PRESETS)
+    whole = file.read_text()
+    for broken in (whole[:40], whole.replace('"lr"', '"rate"'), whole.replace('"heads"', '"hats"')):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="config.json does not describe a run of train.gaussian"):
+            read_config(file, "gaussian", PRESETS)
+        write_config(parse(), "gaussian", file)

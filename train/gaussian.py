@@ -1,0 +1,63 @@
+"""Train the Gaussian VAE.
+
+    python -m train.gaussian                              # embedded objects, minutes on a CPU
+    python -m train.gaussian --preset small --data DIR    # one GPU with 24 GB
+    torchrun --nproc-per-node 8 -m train.gaussian --preset base --data DIR
+    python -m train.gaussian --help                       # every flag; --resume RUN continues
+"""
+
+from dataclasses import dataclass, replace
+
+from models import Encoder, GaussianDecoder, GaussianVAE
+from train import loop
+from train.config import Config, Sizes, Weights
+
+
+@dataclass(frozen=True)
+class GaussianSizes(Sizes):
+    """The decoder's head; the fixed rest of the published representation is in `build`."""
+
+    per_voxel: int = 32
+    opacity_bias: float = 0.1
+
+
+@dataclass(frozen=True)
+class GaussianWeights(Weights):
+    """Penalties of the Gaussians: mean volume in world units, mean squared transparency."""
+
+    volume: float = 1e4
+    opacity: float = 1e-3
+
+
+BASE = Config(model=GaussianSizes(), weights=GaussianWeights())
+SMALL = replace(
+    BASE, preset="small", features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
+    model=GaussianSizes(channels=384, blocks=6, heads=6),
+)  # fmt: skip
+DEMO = replace(
+    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=2, steps=1000, batch_size=4, micro_batch=4,
+    precision="fp32", lr=2e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=100, save_every=500,
+    model=GaussianSizes(channels=64, blocks=2, heads=2, per_voxel=8, logvar_init=-4.0),
+    weights=GaussianWeights(volume=1e4 * (16 / 64) ** 3),  # a voxel's volume in units of the published one
+)  # fmt: skip
+PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
+
+
+def build(config: Config, in_channels: int) -> GaussianVAE:
+    """The VAE for features of `in_channels`, with the published construction."""
+    size = config.model
+    trunk = dict(
+        resolution=config.resolution, model_channels=size.channels, latent_channels=size.latent, num_blocks=size.blocks,
+        num_heads=size.heads, mlp_ratio=size.mlp_ratio, attn_mode="swin", window_size=size.window, use_checkpoint=size.recompute,
+    )  # fmt: skip
+    representation = {
+        "lr": {"_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5, "num_gaussians": size.per_voxel,
+        "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": size.opacity_bias,
+        "scaling_activation": "softplus",
+    }  # fmt: skip
+    encoder = Encoder(in_channels=in_channels, logvar_init=size.logvar_init, **trunk)
+    return GaussianVAE(encoder, GaussianDecoder(representation_config=representation, **trunk))
+
+
+if __name__ == "__main__":
+    loop.main("gaussian", PRESETS, build)

@@ -1,0 +1,66 @@
+"""A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and kept on disk."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import models
+from models import Encoder, SparseTensor
+from train.data import Batch
+
+
+def encoder_prefix(path: str | Path) -> Path:
+    """The checkpoint prefix that `path` means: itself, or the encoder of a finished run if it is a folder."""
+    path = Path(path)
+    return path / "checkpoints" / "encoder" if path.is_dir() else path
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder at a prefix or in a run folder, in evaluation mode without gradients; ValueError for another model."""
+    prefix = encoder_prefix(path)
+    encoder = models.load_pretrained(prefix)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"{prefix}.json is a {type(encoder).__name__}, not an encoder")
+    return encoder.eval().requires_grad_(False)
+
+
+class Latents:
+    """Batch -> latents [N, latent] on its voxels, from FOLDER/<sha256 of the encoder's weights>/<object>.safetensors.
+
+    An object that is not there yet is encoded alone, so its latents do not depend on the batch it first appears in.
+    Raises ValueError that names a cached file which is truncated or belongs to other voxels.
+    """
+
+    def __init__(self, path: str | Path, folder: Path, device: torch.device):
+        self.encoder = load_encoder(path).to(device)
+        digest = hashlib.sha256(Path(f"{encoder_prefix(path)}.safetensors").read_bytes()).hexdigest()
+        self.folder = folder / digest
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> SparseTensor:
+        x = SparseTensor(batch.features, batch.coords, batch.batch_size)
+        parts = zip(batch.names, x.split(), x.coords.split(x.cache.counts), strict=True)
+        return x.replace(torch.cat([self._latents(*part) for part in parts]))
+
+    def _latents(self, name: str, features: Tensor, coords: Tensor) -> Tensor:
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
+            mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
+            partial = file.with_suffix(f".{os.getpid()}.partial")  # ranks may meet the same object at once
+            save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
+            partial.replace(file)
+            return mean
+        try:
+            saved = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated: delete it and it will be made again ({error})") from error
+        if not torch.equal(saved["coords"], coords[:, 1:].cpu()):
+            raise ValueError(f"{file} holds {len(saved['coords'])} voxels that are not the object's {len(coords)}")
+        return saved["mean"].to(features)

@@ -1,0 +1,261 @@
+"""The training loop of every decoder: `main` reads the flags, `fit` runs, `Run.step` is the one function that trains.
+
+A step takes `batch_size` objects over all ranks, in micro-batches. What it draws (views, posterior noise, backgrounds)
+depends only on the seed, the step and the object's place in the batch, so neither the number of ranks nor an
+interruption changes it. Loss terms are means over a micro-batch, as published, averaged over micro-batches and ranks.
+"""
+
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from models import VAE, SparseTensor
+from models.scene import Scene
+from models.vae import load_weights
+from train import checkpoint, floors, report
+from train.config import PRECISIONS, Config, from_cli, write_config
+from train.data import Batch
+from train.latents import Latents
+from train.losses import GradClipper, Reconstruction, composite, kl, psnr
+from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
+from train.objects import Objects
+from train.optimizer import LossScale, Optimizer
+
+Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """sum(weight * term); ValueError where a term has no weight or a weight no term."""
+    if terms.keys() != weights.keys():
+        raise ValueError(
+            f"loss terms without a weight: {sorted(terms.keys() - weights.keys())}; "
+            f"weights without a term: {sorted(weights.keys() - terms.keys())}"
+        )
+    return sum(weights[name] * term for name, term in terms.items())
+
+
+class Objective(nn.Module):
+    """A batch -> its loss, its terms and its PSNR: the one forward pass that DDP sees."""
+
+    def __init__(self, vae: VAE, reconstruction: nn.Module, weights: Mapping[str, float]):
+        super().__init__()
+        self.vae, self.reconstruction, self.weights = vae, reconstruction, weights
+
+    def forward(self, x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`noise` [N, latent] and `background` [V, 3] are the step's random draws."""
+        posterior, scenes = self.vae(x, noise)
+        image = models.render(scenes, batch.camera, batch.view_scene, background)
+        target = composite(batch.image, background)
+        terms = self.reconstruction(image.color, target) | models.penalties(scenes)
+        if posterior is not None:
+            terms["kl"] = kl(posterior.mean, posterior.logvar)
+        loss = weighted(terms, self.weights)
+        return loss, {"loss": loss, **terms, "psnr": psnr(image.color, target).mean()}
+
+
+class Run:
+    """What a training run holds on one rank. Raises ValueError or OSError for whatever it is told that cannot be."""
+
+    def __init__(self, script: str, config: Config, build: Build, here: Machine):
+        self.script, self.config, self.here, self.done = script, config, here, 0
+        self.objects = Objects(config, here)
+        self.build = lambda: self._build(build)
+        self.vae = self.build()
+        off = {"kl": "the encoder is frozen"} if config.encoder else {}
+        off |= {} if config.lpips else {"lpips": "no weights given (--lpips FILE)"}
+        weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
+        self.recipe = report.recipe(weights, off)
+        self.terms = list(weights)
+        objective = Objective(self.vae, Reconstruction(config.lpips).to(here.device), weights)
+        self.objective = DistributedDataParallel(objective) if here.world > 1 else objective
+        self.clipper = GradClipper(config.max_norm)
+        scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
+        self.optimizer = Optimizer(self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema)
+        if config.resume:
+            self.folder = Path(config.resume)
+            self._load(checkpoint.newest(self.folder / "checkpoints"))
+        else:
+            self.folder = Path(here.agree(_new_folder(script, config.out) if here.leads else None))
+            if here.leads:
+                write_config(config, script, self.folder / "config.json")
+        self.latents = Latents(config.encoder, self.folder / "latents", here.device) if config.encoder else None
+
+    def _build(self, build: Build) -> VAE:  # untrained, the same for every call
+        seed_all(self.config.seed)
+        vae = build(self.config, self.objects.channels)
+        if self.config.encoder:
+            vae = type(vae)(None, vae.decoder)
+        vae.set_activation_dtype(PRECISIONS[self.config.precision])
+        return vae.to(self.here.device)
+
+    def _voxels(self, batch: Batch) -> SparseTensor:  # the model's input: features, or latents of a frozen encoder
+        return self.latents(batch) if self.latents else SparseTensor(batch.features, batch.coords, batch.batch_size)
+
+    @torch.no_grad()
+    def decode(self, batch: Batch, vae: VAE | None = None) -> list[Scene]:
+        """The scenes of posterior means, by another model of the same kind if one is given."""
+        vae, x = vae or self.vae, self._voxels(batch)
+        return vae.decoder(x if self.latents else vae.encoder(x).mode())
+
+    def sample(self) -> list[Tensor]:
+        """Held-out views of a few objects on white, [V, 3, H, W]: the true ones and the model's."""
+        batch = self.objects.gallery()
+        white = torch.ones(len(batch.image), 3, device=self.here.device)
+        image = models.render(self.decode(batch), batch.camera, batch.view_scene, white)
+        return [composite(batch.image, white), image.color]
+
+    def _draws(self, step: int, micro: int, x: SparseTensor, views: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Posterior noise [N, latent] and black or white backgrounds [V, 3] of a micro-batch."""
+        first = (self.here.rank * self.config.micro_batches(self.here.world) + micro) * self.config.micro_batch
+        noise, black_or_white = [], []
+        for sample, voxels in enumerate(x.cache.counts):
+            generator = torch.Generator().manual_seed(seed_of(self.config.seed, step, first + sample))
+            noise.append(torch.randn(voxels, self.config.model.latent, generator=generator))
+            black_or_white.append(torch.randint(2, (views.count(sample), 1), generator=generator).float().expand(-1, 3))
+        return torch.cat(noise).to(self.here.device), torch.cat(black_or_white).to(self.here.device)
+
+    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Train one step on this rank's micro-batches; returns its row of the log, means over all ranks."""
+        begin, device = time.perf_counter(), self.here.device
+        seed_all(self.config.seed, self.done, self.here.rank)
+        self.vae.train()
+        totals: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            batch = batch.to(device)
+            x = self._voxels(batch)
+            noise, background = self._draws(self.done, micro, x, batch.view_scene)
+            waits = self.here.world > 1 and micro + 1 < len(batches)  # gradients are exchanged after the last micro-batch
+            with self.objective.no_sync() if waits else nullcontext():
+                loss, values = self.objective(x, noise, batch, background)
+                self.optimizer.backward(loss / len(batches))
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+        norm = self.optimizer.step(self.config.lr_at(self.done))
+        self.done += 1
+        voxels = float(sum(len(batch.coords) for batch in batches))
+        means = self.here.mean(torch.stack([*totals.values(), torch.tensor(voxels, device=device)])).tolist()
+        row = dict(zip(totals, means, strict=False))
+        rate = means[-1] * self.here.world / (time.perf_counter() - begin)
+        return {"step": self.done, **row, "grad_norm": norm, "skipped": self.optimizer.skipped, "voxels_per_second": rate}
+
+    def save(self) -> Path:
+        tensors = {f"model.{name}": t for name, t in self.vae.state_dict().items()} | self.optimizer.tensors()
+        state = {"step": self.done, "optimizer": self.optimizer.state(), "clipper": self.clipper.state_dict()}
+        state["sampler"] = self.objects.sampler.state_dict(self.done)
+        return checkpoint.save(self.folder / "checkpoints", self.done, tensors, state)
+
+    def _load(self, file: Path) -> None:
+        tensors, state = checkpoint.load(file)
+        load_weights(self.vae, checkpoint.group(tensors, "model"), str(file))
+        self.optimizer.load(tensors, state["optimizer"])
+        self.clipper.load_state_dict(state["clipper"])
+        self.objects.sampler.load_state_dict(state["sampler"])
+        self.done = state["step"]
+
+
+def _new_folder(script: str, out: str | None) -> Path:
+    """Make the run's folder: OUT, which must be new or empty, or the next free runs/SCRIPT-NNN."""
+    if out is None:
+        taken = [int(m[1]) for p in Path("runs").glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
+        folder = Path("runs") / f"{script}-{max(taken, default=0) + 1:03d}"
+    else:
+        folder = Path(out)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").touch()
+    except OSError as error:
+        raise ValueError(f"run folder {folder} cannot be written: {error}") from error
+    return folder
+
+
+def fit(run: Run) -> None:
+    """Train to the last step with a progress line, checkpoints and pictures, then conclude.
+
+    Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits with 128 + the signal.
+    """
+    config, here, folder = run.config, run.here, run.folder
+    log = report.Log(folder / "log.jsonl", run.done) if here.leads else None
+    progress = report.Progress(run.done, config.steps, here.leads)
+    if here.leads:
+        loss, data = run.recipe, run.objects.summary()
+        print(report.header(run.script, config, here, run.vae, loss, data, folder), flush=True)
+    begin = time.perf_counter() - (log.seconds if log else 0)
+    with Interrupt() as interrupt:
+        for batches in run.objects.steps(run.done):
+            row = run.step(batches)
+            stop = here.mean(torch.tensor(float(interrupt.received), device=here.device)).item() > 0
+            last = run.done == config.steps or stop
+            if here.leads:
+                log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
+                progress.update(row, run.optimizer.skipped)
+                if last or run.done % config.sample_every == 0:
+                    report.picture(run.sample(), folder / "samples" / f"step_{run.done:08d}.png")
+                    report.curves(log.rows, run.terms, folder / "curves.png")
+                if last or run.done % config.save_every == 0:
+                    _save(run)
+            if stop:
+                break
+    progress.close()
+    if here.leads:
+        log.close()
+    if run.done < config.steps:
+        if here.leads:
+            print(f"stopped at step {run.done}; continue with: python -m train.{run.script} --resume {folder}")
+        raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
+    if here.leads:
+        conclude(run)
+
+
+def _save(run: Run) -> None:
+    try:
+        run.save()
+    except OSError as error:
+        print(f"\n{error}\nfree some space, then: python -m train.{run.script} --resume {run.folder}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def conclude(run: Run) -> floors.Scores:
+    """Keep the trained models as pretrained files, score them beside the floors, print the table, write evaluation.json.
+
+    What is kept and scored are the averaged weights, unless the untrained ones still weigh over 5 % in the average.
+    """
+    run.vae.eval()
+    averaged = run.optimizer.remembers_start < 0.05
+    with run.optimizer.averaged() if averaged else nullcontext():
+        for part, model in run.vae.named_children():
+            models.save_pretrained(model, run.folder / "checkpoints" / part)
+        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=run.build().eval())}
+        rgb = run.config.features == "rgb"
+        scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
+    weights = "averaged" if averaged else "last"
+    values = {name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()}
+    content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
+    (run.folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{floors.table(scores)}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
+    return scores
+
+
+def main(script: str, presets: Mapping[str, Config], build: Build, argv: Sequence[str] | None = None) -> None:
+    """The command line of a training script. Wrong flags, data, folders and files end with a message and status 2."""
+    config = from_cli(script, presets, argv, world_size())
+    with ExitStack() as stack:
+        try:
+            run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)))
+        except (ValueError, OSError) as error:
+            print(f"python -m train.{script}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        fit(run)
