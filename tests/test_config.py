@@ -63,7 +63,9 @@ def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
         ("--resume run --out other", "cannot change out"),
         ("--resume run --lr 1", "--resume keeps the recorded config; it cannot change lr"),
         ("--resume nowhere", "nowhere is not a run folder"),
-        ("--model.heads 0", "heads 0"),
+        ("--model.heads 0", "model.heads 0 must be at least 1"),
+        ("--model.channels 96 --model.heads 5", "model.channels 96 must be model.heads 5 times a multiple of 8"),
+        ("--model.channels 512 --model.heads 2", "model.channels 512 must be model.heads 2 times"),
         ("--weights.l1 -1", "l1 -1.0"),
     ],
 )

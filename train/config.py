@@ -40,6 +40,10 @@ class Sizes:
         for name in ("channels", "blocks", "heads", "window", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} {getattr(self, name)} must be at least 1")
+        if self.channels % (8 * self.heads) or self.channels > 128 * self.heads:
+            raise ValueError(
+                f"model.channels {self.channels} must be model.heads {self.heads} times a multiple of 8 that is at most 128"
+            )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ SMALL = replace(
 )  # fmt: skip
 DEMO = replace(
     BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=2, steps=1000, batch_size=4, micro_batch=4,
-    precision="fp32", lr=2e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=100, save_every=500,
+    precision="fp32", lr=2e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=250, save_every=500,
     model=GaussianSizes(channels=64, blocks=2, heads=2, per_voxel=8, logvar_init=-4.0),
     weights=GaussianWeights(volume=1e4 * (16 / 64) ** 3),  # a voxel's volume in units of the published one
 )  # fmt: skip

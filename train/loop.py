@@ -77,7 +77,7 @@ class Run:
         off |= {} if config.lpips else {"lpips": "no weights given (--lpips FILE)"}
         weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
         self.recipe = report.recipe(weights, off)
-        self.terms = list(weights)
+        self.weights = weights
         objective = Objective(self.vae, Reconstruction(config.lpips).to(here.device), weights)
         self.objective = DistributedDataParallel(objective) if here.world > 1 else objective
         self.clipper = GradClipper(config.max_norm)
@@ -188,13 +188,15 @@ def fit(run: Run) -> None:
     Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits with 128 + the signal.
     """
     config, here, folder = run.config, run.here, run.folder
-    log = report.Log(folder / "log.jsonl", run.done) if here.leads else None
-    progress = report.Progress(run.done, config.steps, here.leads)
     if here.leads:
         loss, data = run.recipe, run.objects.summary()
         print(report.header(run.script, config, here, run.vae, loss, data, folder), flush=True)
-    begin = time.perf_counter() - (log.seconds if log else 0)
-    with Interrupt() as interrupt:
+    with (
+        Interrupt() as interrupt,
+        report.Log(folder / "log.jsonl", run.done) if here.leads else nullcontext() as log,
+        report.Progress(run.done, config.steps, here.leads) as progress,
+    ):
+        begin = time.perf_counter() - (log.seconds if here.leads else 0)
         for batches in run.objects.steps(run.done):
             row = run.step(batches)
             stop = here.mean(torch.tensor(float(interrupt.received), device=here.device)).item() > 0
@@ -204,14 +206,11 @@ def fit(run: Run) -> None:
                 progress.update(row, run.optimizer.skipped)
                 if last or run.done % config.sample_every == 0:
                     report.picture(run.sample(), folder / "samples" / f"step_{run.done:08d}.png")
-                    report.curves(log.rows, run.terms, folder / "curves.png")
+                    report.curves(log.rows, run.weights, folder / "curves.png")
                 if last or run.done % config.save_every == 0:
                     _save(run)
             if stop:
                 break
-    progress.close()
-    if here.leads:
-        log.close()
     if run.done < config.steps:
         if here.leads:
             print(f"stopped at step {run.done}; continue with: python -m train.{run.script} --resume {folder}")

@@ -33,7 +33,7 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
     except PackageNotFoundError:
         triton = "absent"
     device = here.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     parts = {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
     schedule = f"{config.lr:g}" + (f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant")
     lines = {
@@ -88,7 +88,10 @@ class Log:
         self.stream.write(json.dumps(clean) + "\n")
         self._remember(clean)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
         self.stream.close()
 
 
@@ -103,7 +106,10 @@ class Progress:
         self.bar.set_postfix_str(note + (f"  {skipped} skipped" if skipped else ""), refresh=False)
         self.bar.update()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
         self.bar.close()
 
 
@@ -123,18 +129,20 @@ def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
     return means
 
 
-def curves(rows: Sequence[Mapping], terms: Sequence[str], file: Path) -> None:
-    """Draw the loss with its terms (unweighted, log scale) and the PSNR of the training views against the step."""
+def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) -> None:
+    """Draw the loss with its weighted terms (log scale) and the PSNR of the training views against the step."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps, width = [row["step"] for row in rows], max(1, len(rows) // 50)
-    for name in ("loss", *terms):
-        left.plot(steps, _smoothed([row.get(name) for row in rows], width), label=name, linewidth=2 if name == "loss" else 1)
-    left.set(xlabel="step", yscale="log", title="loss and its terms before weighting")
-    left.legend(frameon=False)
-    right.plot(steps, [row.get("psnr") for row in rows], alpha=0.25, linewidth=0.7)
-    right.plot(steps, _smoothed([row.get("psnr") for row in rows], width), color="C0")
+    for name, weight in {"loss": 1.0, **weights}.items():
+        values = [None if row.get(name) is None else weight * row[name] for row in rows]
+        left.plot(steps, _smoothed(values, width), label=name, linewidth=2 if name == "loss" else 1)
+    left.set(xlabel="step", yscale="log", title="loss and its weighted terms")
+    left.legend(frameon=False, loc="lower left", ncols=2)
+    psnr = [row.get("psnr") for row in rows]
+    right.plot(steps, [float("nan") if p is None else p for p in psnr], alpha=0.25, linewidth=0.7)
+    right.plot(steps, _smoothed(psnr, width), color="C0")
     right.set(xlabel="step", ylabel="dB", title="PSNR of the training views")
     right.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
