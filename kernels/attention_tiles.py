@@ -3,6 +3,9 @@
 Pointers: q, k, v and their gradients [N, H, D] with STRIDE between rows; out, grad [N, H, D]; gamma [2, H, D] fp32 or None
 (no q/k norm); order [N] int32 or None (position = row); starts [M + 1] int32; work from `_list_tiles`; lse, delta [H, N] fp32
 by position; dgamma [tiles, 2, H, D] fp32. Program axis 0 strides over the tiles in `work`; axis 1 is the head, or a group.
+
+Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key is masked out of the softmax. Loops call
+no helper except the norm: Triton's interpreter pays milliseconds for each call.
 """
 
 import triton
@@ -30,68 +33,28 @@ def _list_tiles(starts_ptr, work_ptr, M, LOW: tl.constexpr, HIGH: tl.constexpr, 
 
 
 @triton.jit
-def _position(order_ptr, first, end, ROWS: tl.constexpr):
-    """Positions first + 0..ROWS of a segment that stops at `end`, which are inside it, and their rows."""
-    at = first + tl.arange(0, ROWS)
-    live = at < end
-    row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
-    return at, live, row.to(tl.int64)[:, None]
-
-
-@triton.jit
-def _mask(live, D: tl.constexpr, PAD_D: tl.constexpr):
-    if D == PAD_D:
-        return live[:, None]
-    else:
-        return live[:, None] & (tl.arange(0, PAD_D) < D)[None, :]
-
-
-@triton.jit
-def _load(ptr, row, live, h, STRIDE: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """Head h of rows, [ROWS, PAD_D]; zeros at padding."""
-    return tl.load(ptr + row * STRIDE + h * D + tl.arange(0, PAD_D)[None, :], mask=_mask(live, D, PAD_D), other=0.0)
-
-
-@triton.jit
-def _store(ptr, row, live, h, value, STRIDE: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
-    at = ptr + row * STRIDE + h * D + tl.arange(0, PAD_D)[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=_mask(live, D, PAD_D))
-
-
-@triton.jit
-def _gamma(gamma_ptr, which, h, H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """The scale of q (0) or k (1) times sqrt(D), [1, PAD_D]."""
+def _norm(x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
+    """RMS norm of q or k rows [ROWS, PAD_D] of one head, whose gamma the pointer names, in their type."""
     d = tl.arange(0, PAD_D)
-    return tl.load(gamma_ptr + (which * H + h) * D + d, mask=d < D, other=0.0)[None, :] * (D**0.5)
+    gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
+    wide = x.to(tl.float32)
+    norm = tl.sqrt(tl.sum(wide * wide, 1))
+    return (wide * (1.0 / tl.maximum(norm, EPSILON))[:, None] * gamma[None, :]).to(x.dtype)
 
 
 @triton.jit
-def _unit(x):
-    """Rows over their norms, the norms, and the inverse norms; [ROWS, 1] each."""
-    x = x.to(tl.float32)
-    norm = tl.sqrt(tl.sum(x * x, 1))[:, None]
-    inverse = 1.0 / tl.maximum(norm, EPSILON)
-    return x * inverse, norm, inverse
-
-
-@triton.jit
-def _norm(x, gamma_ptr, which, h, H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """RMS norm of q or k rows, in their type."""
-    if gamma_ptr is None:
-        return x
-    else:
-        unit, _, _ = _unit(x)
-        return (unit * _gamma(gamma_ptr, which, h, H, D, PAD_D)).to(x.dtype)
-
-
-@triton.jit
-def _norm_backward(grad, x, gamma_ptr, which, h, H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
+def _norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
     """Gradients of `_norm`: of the rows, [ROWS, PAD_D], and of gamma over these rows, [PAD_D]."""
-    unit, norm, inverse = _unit(x)
+    d = tl.arange(0, PAD_D)
+    gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
+    x = x.to(tl.float32)
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    inverse = (1.0 / tl.maximum(norm, EPSILON))[:, None]
+    unit = x * inverse
     dgamma = tl.sum(grad * unit, 0) * (D**0.5)
-    grad *= _gamma(gamma_ptr, which, h, H, D, PAD_D)
-    along = tl.where(norm > EPSILON, tl.sum(grad * unit, 1)[:, None], 0.0)
-    return inverse * (grad - unit * along), dgamma
+    grad *= gamma[None, :]
+    along = tl.where(norm > EPSILON, tl.sum(grad * unit, 1), 0.0)
+    return inverse * (grad - unit * along[:, None]), dgamma
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -101,22 +64,28 @@ def _attention_short(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: whole segments, HEADS heads of each."""
+    d = tl.arange(0, PAD_D)[None, :]
     h0 = tl.program_id(1) * HEADS
     for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
         segment = tl.load(work_ptr + 2 * i + 2)
-        end = tl.load(starts_ptr + segment + 1)
-        at, live, row = _position(order_ptr, tl.load(starts_ptr + segment), end, ROWS)
+        at = tl.load(starts_ptr + segment) + tl.arange(0, ROWS)
+        live = at < tl.load(starts_ptr + segment + 1)
+        mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
+        row = tl.load(order_ptr + at, mask=live, other=0).to(tl.int64)[:, None]
         for h in tl.range(h0, tl.minimum(h0 + HEADS, H), num_stages=STAGES):
-            q = _norm(_load(q_ptr, row, live, h, STRIDE, D, PAD_D), gamma_ptr, 0, h, H, D, PAD_D)
-            k = _norm(_load(k_ptr, row, live, h, STRIDE, D, PAD_D), gamma_ptr, 1, h, H, D, PAD_D)
-            v = _load(v_ptr, row, live, h, STRIDE, D, PAD_D)
+            q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            k = tl.load(k_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            v = tl.load(v_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            if gamma_ptr is not None:
+                q = _norm(q, gamma_ptr + h * D, D, PAD_D)
+                k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [ROWS, ROWS]
             s = tl.where(live[None, :], s, float("-inf"))
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
-            _store(out_ptr, row, live, h, out, H * D, D, PAD_D)
+            tl.store(out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask)
             tl.store(lse_ptr + h * N + at, (top + tl.log2(total)) / LOG2E, mask=live)
 
 
@@ -128,19 +97,29 @@ def _attention_long(
 ):  # fmt: skip
     """A program: tiles of ROWS queries of a segment, one head, over the segment's keys."""
     h = tl.program_id(1)
+    d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
         segment = tl.load(work_ptr + 2 * i + 2)
-        first, q_end = tl.load(work_ptr + 2 * i + 3), tl.load(q_starts_ptr + segment + 1)
-        at, live, row = _position(order_ptr, first, q_end, ROWS)
-        q = _norm(_load(q_ptr, row, live, h, STRIDE, D, PAD_D), gamma_ptr, 0, h, H, D, PAD_D)
+        at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
+        live = at < tl.load(q_starts_ptr + segment + 1)
+        mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
+        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
+        q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+        if gamma_ptr is not None:
+            q = _norm(q, gamma_ptr + h * D, D, PAD_D)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, PAD_D], tl.float32)
         k_end = tl.load(k_starts_ptr + segment + 1)
         for n in tl.range(tl.load(k_starts_ptr + segment), k_end, STEP, num_stages=STAGES):
-            _, k_live, k_row = _position(order_ptr, n, k_end, STEP)
-            k = _norm(_load(k_ptr, k_row, k_live, h, STRIDE, D, PAD_D), gamma_ptr, 1, h, H, D, PAD_D)
-            v = _load(v_ptr, k_row, k_live, h, STRIDE, D, PAD_D)
+            k_at = n + tl.arange(0, STEP)
+            k_live = k_at < k_end
+            k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
+            k_row = (k_at if order_ptr is None else tl.load(order_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+            k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            if gamma_ptr is not None:
+                k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]
             s = tl.where(k_live[None, :], s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
@@ -151,7 +130,7 @@ def _attention_long(
             top = higher
         found = total > 0  # not where a segment has queries and no keys: zeros
         out = tl.where(found[:, None], out / total[:, None], 0.0)
-        _store(out_ptr, row, live, h, out, H * D, D, PAD_D)
+        tl.store(out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(lse_ptr + h * N + at, tl.where(found, (top + tl.log2(total)) / LOG2E, 0.0), mask=live)
 
 
@@ -164,44 +143,52 @@ def _attention_short_backward(
 ):  # fmt: skip
     """A program: whole segments, one head; every row is read once. delta = sum_d out * grad is made on the way."""
     h = tl.program_id(1)
+    d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
         segment = tl.load(work_ptr + 2 * i + 2)
         begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
-        _, k_live, k_row = _position(order_ptr, begin, end, ROWS)
-        k = _norm(_load(k_ptr, k_row, k_live, h, STRIDE, D, PAD_D), gamma_ptr, 1, h, H, D, PAD_D)
-        v = _load(v_ptr, k_row, k_live, h, STRIDE, D, PAD_D)
+        k_at = begin + tl.arange(0, ROWS)
+        k_live = k_at < end
+        k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
+        k_row = tl.load(order_ptr + k_at, mask=k_live, other=0).to(tl.int64)[:, None]
+        k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+        v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+        dgamma = tl.zeros([PAD_D], tl.float32)
+        if gamma_ptr is not None:
+            k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
         dk = tl.zeros([ROWS, PAD_D], tl.float32)
         dv = tl.zeros([ROWS, PAD_D], tl.float32)
-        dgamma = tl.zeros([PAD_D], tl.float32)
         for m in tl.range(begin, end, STEP, num_stages=STAGES):
-            at, live, row = _position(order_ptr, m, end, STEP)
-            x = _load(q_ptr, row, live, h, STRIDE, D, PAD_D)
-            q = _norm(x, gamma_ptr, 0, h, H, D, PAD_D)
-            g = _load(grad_ptr, row, live, h, H * D, D, PAD_D)
-            out = _load(out_ptr, row, live, h, H * D, D, PAD_D)
-            delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
+            at = m + tl.arange(0, STEP)
+            live = at < end
+            mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
+            row = tl.load(order_ptr + at, mask=live, other=0).to(tl.int64)[:, None]
+            x = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
+            out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
+            q = x if gamma_ptr is None else _norm(x, gamma_ptr + h * D, D, PAD_D)
+            delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
-            p = tl.where(k_live[:, None], tl.exp2(s - lse[None, :]), 0.0)  # a padded query has q = g = delta = 0
+            p = tl.where(k_live[:, None], tl.exp2(s - lse[None, :]), 0.0)
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
             ds = (p * (dp - delta[None, :])).to(q.dtype)
             dk = tl.dot(ds, q, dk, input_precision="ieee")
             dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale  # [STEP, PAD_D]
             if gamma_ptr is not None:
-                dq, part = _norm_backward(dq, x, gamma_ptr, 0, h, H, D, PAD_D)
+                dq, part = _norm_backward(dq, x, gamma_ptr + h * D, D, PAD_D)
                 dgamma += part
-            _store(dq_ptr, row, live, h, dq, STRIDE, D, PAD_D)
+            tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
         dk *= scale
         if gamma_ptr is not None:
-            d = tl.arange(0, PAD_D)
-            slot = dgamma_ptr + (i * 2 * H + h) * D + d
-            tl.store(slot, dgamma, mask=d < D)
-            x = _load(k_ptr, k_row, k_live, h, STRIDE, D, PAD_D)
-            dk, part = _norm_backward(dk, x, gamma_ptr, 1, h, H, D, PAD_D)
-            tl.store(slot + H * D, part, mask=d < D)
-        _store(dk_ptr, k_row, k_live, h, dk, STRIDE, D, PAD_D)
-        _store(dv_ptr, k_row, k_live, h, dv, STRIDE, D, PAD_D)
+            at = dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D)
+            tl.store(at, dgamma, mask=tl.arange(0, PAD_D) < D)
+            k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            dk, dgamma = _norm_backward(dk, k, gamma_ptr + (H + h) * D, D, PAD_D)
+            tl.store(at + H * D, dgamma, mask=tl.arange(0, PAD_D) < D)
+        tl.store(dk_ptr + k_row * STRIDE + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
+        tl.store(dv_ptr + k_row * STRIDE + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -213,32 +200,42 @@ def _attention_long_dq(
 ):  # fmt: skip
     """A program: dq of tiles of ROWS queries, one head, over the segment's keys; and their delta, for the next kernel."""
     h = tl.program_id(1)
+    d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
         segment = tl.load(work_ptr + 2 * i + 2)
-        first, q_end = tl.load(work_ptr + 2 * i + 3), tl.load(q_starts_ptr + segment + 1)
-        at, live, row = _position(order_ptr, first, q_end, ROWS)
-        q = _norm(_load(q_ptr, row, live, h, STRIDE, D, PAD_D), gamma_ptr, 0, h, H, D, PAD_D)
-        g = _load(grad_ptr, row, live, h, H * D, D, PAD_D)
-        delta = tl.sum(_load(out_ptr, row, live, h, H * D, D, PAD_D).to(tl.float32) * g.to(tl.float32), 1)
-        tl.store(delta_ptr + h * N + at, delta, mask=live)
+        at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
+        live = at < tl.load(q_starts_ptr + segment + 1)
+        mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
+        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
+        q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+        g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
+        out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
+        if gamma_ptr is not None:
+            q = _norm(q, gamma_ptr + h * D, D, PAD_D)
+        delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
+        tl.store(delta_ptr + h * N + at, delta, mask=live)
         dq = tl.zeros([ROWS, PAD_D], tl.float32)
         k_end = tl.load(k_starts_ptr + segment + 1)
         for n in tl.range(tl.load(k_starts_ptr + segment), k_end, STEP, num_stages=STAGES):
-            _, k_live, k_row = _position(order_ptr, n, k_end, STEP)
-            k = _norm(_load(k_ptr, k_row, k_live, h, STRIDE, D, PAD_D), gamma_ptr, 1, h, H, D, PAD_D)
-            v = _load(v_ptr, k_row, k_live, h, STRIDE, D, PAD_D)
+            k_at = n + tl.arange(0, STEP)
+            k_live = k_at < k_end
+            k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
+            k_row = (k_at if order_ptr is None else tl.load(order_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+            k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            if gamma_ptr is not None:
+                k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]
             p = tl.where(k_live[None, :], tl.exp2(s - lse[:, None]), 0.0)
             dp = tl.dot(g, tl.trans(v), input_precision="ieee")
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
         dq *= scale
         if gamma_ptr is not None:
-            d = tl.arange(0, PAD_D)
-            x = _load(q_ptr, row, live, h, STRIDE, D, PAD_D)
-            dq, part = _norm_backward(dq, x, gamma_ptr, 0, h, H, D, PAD_D)
-            tl.store(dgamma_ptr + (i * 2 * H + h) * D + d, part, mask=d < D)
-        _store(dq_ptr, row, live, h, dq, STRIDE, D, PAD_D)
+            q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            dq, dgamma = _norm_backward(dq, q, gamma_ptr + h * D, D, PAD_D)
+            tl.store(dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D), dgamma, mask=tl.arange(0, PAD_D) < D)
+        tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -250,21 +247,31 @@ def _attention_long_dkv(
 ):  # fmt: skip
     """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries."""
     h = tl.program_id(1)
+    d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
         segment = tl.load(work_ptr + 2 * i + 2)
-        first, k_end = tl.load(work_ptr + 2 * i + 3), tl.load(k_starts_ptr + segment + 1)
-        _, k_live, k_row = _position(order_ptr, first, k_end, ROWS)
-        k = _norm(_load(k_ptr, k_row, k_live, h, STRIDE, D, PAD_D), gamma_ptr, 1, h, H, D, PAD_D)
-        v = _load(v_ptr, k_row, k_live, h, STRIDE, D, PAD_D)
+        k_at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
+        k_live = k_at < tl.load(k_starts_ptr + segment + 1)
+        k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
+        k_row = (k_at if order_ptr is None else tl.load(order_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+        k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+        v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+        if gamma_ptr is not None:
+            k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
         dk = tl.zeros([ROWS, PAD_D], tl.float32)
         dv = tl.zeros([ROWS, PAD_D], tl.float32)
         q_end = tl.load(q_starts_ptr + segment + 1)
         for m in tl.range(tl.load(q_starts_ptr + segment), q_end, STEP, num_stages=STAGES):
-            at, live, row = _position(order_ptr, m, q_end, STEP)
-            q = _norm(_load(q_ptr, row, live, h, STRIDE, D, PAD_D), gamma_ptr, 0, h, H, D, PAD_D)
-            g = _load(grad_ptr, row, live, h, H * D, D, PAD_D)
+            at = m + tl.arange(0, STEP)
+            live = at < q_end
+            mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
+            row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
+            q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
             delta = tl.load(delta_ptr + h * N + at, mask=live, other=0.0)
+            if gamma_ptr is not None:
+                q = _norm(q, gamma_ptr + h * D, D, PAD_D)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
             p = tl.where(k_live[:, None], tl.exp2(s - lse[None, :]), 0.0)
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
@@ -272,9 +279,8 @@ def _attention_long_dkv(
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision="ieee")
         dk *= scale
         if gamma_ptr is not None:
-            d = tl.arange(0, PAD_D)
-            x = _load(k_ptr, k_row, k_live, h, STRIDE, D, PAD_D)
-            dk, part = _norm_backward(dk, x, gamma_ptr, 1, h, H, D, PAD_D)
-            tl.store(dgamma_ptr + ((i * 2 + 1) * H + h) * D + d, part, mask=d < D)
-        _store(dk_ptr, k_row, k_live, h, dk, STRIDE, D, PAD_D)
-        _store(dv_ptr, k_row, k_live, h, dv, STRIDE, D, PAD_D)
+            k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            dk, dgamma = _norm_backward(dk, k, gamma_ptr + (H + h) * D, D, PAD_D)
+            tl.store(dgamma_ptr + ((i * 2 + 1) * H + h) * D + tl.arange(0, PAD_D), dgamma, mask=tl.arange(0, PAD_D) < D)
+        tl.store(dk_ptr + k_row * STRIDE + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
+        tl.store(dv_ptr + k_row * STRIDE + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
