@@ -263,8 +263,8 @@ def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int
     for values, empty in ((blended, 0), (final[:, None], 1)):
         whole = values.new_full((V * rows * columns, values.shape[1], PIXELS), empty)
         whole[tile] = values
-        whole = whole.view(V, rows, columns, -1, TILE, TILE).permute(0, 3, 1, 4, 2, 5)
-        planes.append(whole.reshape(V, -1, rows * TILE, columns * TILE)[..., :H, :W].contiguous())
+        whole = whole.view(V, rows, columns, values.shape[1], TILE, TILE).permute(0, 3, 1, 4, 2, 5)
+        planes.append(whole.reshape(V, values.shape[1], rows * TILE, columns * TILE)[..., :H, :W].contiguous())
     return planes[0], planes[1][:, 0]
 
 

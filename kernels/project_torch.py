@@ -18,10 +18,10 @@ class _Pairs:
         count = layout.views[:, 1]
         size = cameras.new_tensor([width, height])
         camera = cameras.repeat_interleave(count, 0, output_size=P)
-        self.view = torch.arange(len(cameras)).repeat_interleave(count, output_size=P)
-        self.gaussian = torch.cat([gaussians[layout.starts[s] : layout.starts[s + 1]] for s in layout.view_scene] or [gaussians])
-        m, self.scale, self.quaternion, self.opacity, self.sh = self.gaussian.split([3, 3, 4, 1, 3], -1)
-        self.opacity = self.opacity[:, 0]
+        self.view = torch.arange(len(cameras), device=count.device).repeat_interleave(count, output_size=P)
+        seen = [gaussians[layout.starts[s] : layout.starts[s + 1]] for s in layout.view_scene]
+        m, self.scale, self.quaternion, opacity, self.sh = torch.cat(seen or [gaussians[:0]]).split([3, 3, 4, 1, 3], -1)
+        self.opacity = opacity[:, 0]
         self.r, translation, self.focal, centre = camera[:, :9].view(-1, 3, 3), camera[:, 9:12], camera[:, 12:14], camera[:, 14:]
         self.p = (self.r @ m[..., None])[..., 0] + translation
         in_front = self.p[:, 2] > NEAR

@@ -110,7 +110,7 @@ def _backward(ctx, grad_image, grad_final, grad_saved):
     grad = torch.ops.trislat.splat_backward(
         grad_image, grad_final, gaussians, cameras, background, image, final, saved, starts, view_scene, kernel_size
     )
-    return grad, None, None, None, None, None, None, None
+    return grad, None, None, None, None if view_scene else [], None, None, None  # torch wants an empty list's structure
 
 
 _splat.register_autograd(_backward, setup_context=_setup_context)
