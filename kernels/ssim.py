@@ -60,37 +60,32 @@ def _place(programs, C, H, W, LANES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _pair(ptr, x, end, D: tl.constexpr):
-    """The values D columns to the left and to the right; zero outside 0 <= column < end."""
-    left = tl.load(ptr - D, mask=(x >= D) & (end > 0), other=0.0).to(tl.float32)
-    right = tl.load(ptr + D, mask=x < end - D, other=0.0).to(tl.float32)
-    return left, right
-
-
-@triton.jit
-def _blur_row(ptr, x, end):
-    total = tl.load(ptr, mask=x < end, other=0.0) * T0
-    l, r = _pair(ptr, x, end, 1)
-    total += (l + r) * T1
-    l, r = _pair(ptr, x, end, 2)
-    total += (l + r) * T2
-    l, r = _pair(ptr, x, end, 3)
-    total += (l + r) * T3
-    l, r = _pair(ptr, x, end, 4)
-    total += (l + r) * T4
-    l, r = _pair(ptr, x, end, 5)
-    total += (l + r) * T5
-    return total
-
-
-@triton.jit
-def _add_taps(ha, hb, hsq, hab, a_ptr, b_ptr, x, end, D: tl.constexpr, TAP: tl.constexpr):
-    a0, a1 = _pair(a_ptr, x, end, D)
-    b0, b1 = _pair(b_ptr, x, end, D)
+def _add_images(ha, hb, hsq, hab, a_ptr, b_ptr, x, end, D: tl.constexpr, TAP: tl.constexpr):
+    """Add the pixels D columns to the left and right of x to a row's four sums; outside 0 <= column < end they are zero."""
+    left, right = (x >= D) & (end > 0), x < end - D
+    a0 = tl.load(a_ptr - D, mask=left, other=0.0).to(tl.float32)
+    a1 = tl.load(a_ptr + D, mask=right, other=0.0).to(tl.float32)
+    b0 = tl.load(b_ptr - D, mask=left, other=0.0).to(tl.float32)
+    b1 = tl.load(b_ptr + D, mask=right, other=0.0).to(tl.float32)
     ha += (a0 + a1) * TAP
     hb += (b0 + b1) * TAP
     hsq += (a0 * a0 + a1 * a1 + b0 * b0 + b1 * b1) * TAP
     hab += (a0 * b0 + a1 * b1) * TAP
+    return ha, hb, hsq, hab
+
+
+@triton.jit
+def _add_maps(ha, hb, hsq, hab, ptr, size, x, end, D: tl.constexpr, TAP: tl.constexpr, BOTH: tl.constexpr):
+    """As `_add_images`, of the saved maps."""
+    left, right = (x >= D) & (end > 0), x < end - D
+    ha += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
+    ptr += size
+    hsq += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
+    ptr += size
+    hab += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
+    if BOTH:
+        ptr += size
+        hb += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
     return ha, hb, hsq, hab
 
 
@@ -123,11 +118,11 @@ def _ssim_fwd(
         a = tl.load(a_ptr + at, mask=x < end, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + at, mask=x < end, other=0.0).to(tl.float32)
         ha, hb, hsq, hab = a * T0, b * T0, (a * a + b * b) * T0, a * b * T0
-        ha, hb, hsq, hab = _add_taps(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 1, T1)
-        ha, hb, hsq, hab = _add_taps(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 2, T2)
-        ha, hb, hsq, hab = _add_taps(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 3, T3)
-        ha, hb, hsq, hab = _add_taps(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 4, T4)
-        ha, hb, hsq, hab = _add_taps(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 5, T5)
+        ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 1, T1)
+        ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 2, T2)
+        ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 3, T3)
+        ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 4, T4)
+        ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 5, T5)
         ma, ring_a = _push(ring_a, ha)
         mb, ring_b = _push(ring_b, hb)
         sq, ring_sq = _push(ring_sq, hsq)
@@ -160,16 +155,26 @@ def _ssim_bwd(
         y = first - 5 + i
         end = tl.where((y >= 0) & (y < H), W, 0)
         at = plane + y * W + x
-        ma, ring_a = _push(ring_a, _blur_row(maps_ptr + at, x, end))
-        sq, ring_sq = _push(ring_sq, _blur_row(maps_ptr + size + at, x, end))
-        ab, ring_ab = _push(ring_ab, _blur_row(maps_ptr + 2 * size + at, x, end))
+        row = maps_ptr + at
+        ha = tl.load(row, mask=x < end, other=0.0) * T0
+        hsq = tl.load(row + size, mask=x < end, other=0.0) * T0
+        hab = tl.load(row + 2 * size, mask=x < end, other=0.0) * T0
+        hb = tl.load(row + 3 * size, mask=x < end, other=0.0) * T0 if BOTH else hab
+        ha, hb, hsq, hab = _add_maps(ha, hb, hsq, hab, row, size, x, end, 1, T1, BOTH)
+        ha, hb, hsq, hab = _add_maps(ha, hb, hsq, hab, row, size, x, end, 2, T2, BOTH)
+        ha, hb, hsq, hab = _add_maps(ha, hb, hsq, hab, row, size, x, end, 3, T3, BOTH)
+        ha, hb, hsq, hab = _add_maps(ha, hb, hsq, hab, row, size, x, end, 4, T4, BOTH)
+        ha, hb, hsq, hab = _add_maps(ha, hb, hsq, hab, row, size, x, end, 5, T5, BOTH)
+        ma, ring_a = _push(ring_a, ha)
+        sq, ring_sq = _push(ring_sq, hsq)
+        ab, ring_ab = _push(ring_ab, hab)
         live = (y - 5 >= first) & (y - 5 < H)
         to = at - 5 * W
         a = tl.load(a_ptr + to, mask=live, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + to, mask=live, other=0.0).to(tl.float32)
         tl.store(da_ptr + to, scale * (ma + 2 * a * sq + b * ab), mask=live)
         if BOTH:
-            mb, ring_b = _push(ring_b, _blur_row(maps_ptr + 3 * size + at, x, end))
+            mb, ring_b = _push(ring_b, hb)
             tl.store(db_ptr + to, scale * (mb + 2 * b * sq + a * ab), mask=live)
 
 
@@ -207,6 +212,8 @@ def _forward_torch(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
 def _ssim(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
     if backend.is_torch(a):
         return _forward_torch(a, b, maps)
+    if a.dtype == torch.float64:
+        raise ValueError(f"the kernels of ssim compute in float32: {a.dtype} images run on a CPU only")
     V, C, H, W = a.shape
     tiles = _tiles()
     programs = _programs(C, H, W, tiles)
