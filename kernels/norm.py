@@ -59,7 +59,7 @@ def _layer_norm_bwd(
     at = n[:, None] * C + c[None, :]
     mean, rstd = tl.load(mean_ptr + n, mask=n < N, other=0.0), tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    y = tl.where(live, (x - mean[:, None]) * rstd[:, None], 0.0)
+    y = (x - mean[:, None]) * rstd[:, None]  # where not live, dy is zero
     dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
     dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
     if ADD:

@@ -70,12 +70,20 @@ def test_a_row_of_equal_values_is_not_divided_by_zero(device):
     assert torch.equal(layer_norm(x), torch.zeros_like(x)) and x.grad.isfinite().all()
 
 
-def test_a_head_of_zeros_follows_normalize(device):
-    x, gamma = torch.zeros(2, 1, 8, device=device, requires_grad=True), normal(1, 8, device=device)
+@pytest.mark.parametrize("length", [0.0, 3e-13, 1e-11])
+def test_a_head_of_zeros_or_nearly_follows_normalize(device, length):
+    x = F.normalize(normal(2, 1, 8, device=device, seed=1).detach(), dim=-1).mul(length).requires_grad_()
+    gamma, up = normal(1, 8, device=device), normal(2, 1, 8, device=device, seed=2).detach() * 1e-12
+    expected = F.normalize(x, dim=-1) * gamma * 8**0.5
     y = rms_norm(x, gamma)
-    assert torch.equal(y, torch.zeros_like(x))
-    ours = torch.autograd.grad(y.sum() * 1e-12, x)[0]
-    assert_close(ours, torch.autograd.grad((F.normalize(x, dim=-1) * gamma * 8**0.5).sum() * 1e-12, x)[0], 1e-6)
+    assert_close(y, expected, 1e-6)
+    for ours, theirs in zip(*(torch.autograd.grad(out, [x, gamma], up) for out in (y, expected)), strict=True):
+        assert_close(ours * 1e3, theirs * 1e3, 1e-5)
+
+
+def test_gelu_near_zero_to_the_last_digits(device):
+    x = torch.linspace(-2, 2, 101, device=device, requires_grad=True)
+    assert_same(gelu, gelu_reference, x, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
