@@ -14,33 +14,32 @@ from models import Encoder, SparseTensor
 from train.data import Batch
 
 
-def encoder_prefix(path: str | Path) -> Path:
-    """The checkpoint prefix that `path` means: itself, or the encoder of a finished run if it is a folder."""
+def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
+    """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of its weights' file.
+
+    Raises ValueError for another kind of model, and for one of other feature channels or another resolution.
+    """
     path = Path(path)
-    return path / "checkpoints" / "encoder" if path.is_dir() else path
-
-
-def load_encoder(path: str | Path) -> Encoder:
-    """The encoder at a prefix or in a run folder, in evaluation mode without gradients; ValueError for another model."""
-    prefix = encoder_prefix(path)
+    prefix = path / "checkpoints" / "encoder" if path.is_dir() else path
     encoder = models.load_pretrained(prefix)
     if not isinstance(encoder, Encoder):
         raise ValueError(f"{prefix}.json is a {type(encoder).__name__}, not an encoder")
-    return encoder.eval().requires_grad_(False)
+    for what, own, given in (("channels", encoder.args["in_channels"], channels), ("resolution", encoder.resolution, resolution)):
+        if own != given:
+            raise ValueError(f"{prefix}.json takes features of {what} {own}, the data has {given}")
+    return encoder.eval().requires_grad_(False), hashlib.sha256(Path(f"{prefix}.safetensors").read_bytes()).hexdigest()
 
 
 class Latents:
-    """Batch -> latents [N, latent] on its voxels, from FOLDER/<sha256 of the encoder's weights>/<object>.safetensors.
+    """Batch -> latents [N, latent] on its voxels, from FOLDER/<object>.safetensors.
 
     An object that is not there yet is encoded alone, so its latents do not depend on the batch it first appears in.
     Raises ValueError that names a cached file which is truncated or belongs to other voxels.
     """
 
-    def __init__(self, path: str | Path, folder: Path, device: torch.device):
-        self.encoder = load_encoder(path).to(device)
-        digest = hashlib.sha256(Path(f"{encoder_prefix(path)}.safetensors").read_bytes()).hexdigest()
-        self.folder = folder / digest
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, encoder: Encoder, folder: Path):
+        self.encoder, self.folder = encoder, folder
+        folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SparseTensor:

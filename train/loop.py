@@ -27,7 +27,7 @@ from models.vae import load_weights
 from train import checkpoint, floors, report
 from train.config import PRECISIONS, Config, from_cli, write_config
 from train.data import Batch
-from train.latents import Latents
+from train.latents import Latents, load_encoder
 from train.losses import GradClipper, Reconstruction, composite, kl, psnr
 from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
 from train.objects import Objects
@@ -73,6 +73,9 @@ class Run:
         self.objects = Objects(config, here)
         self.build = lambda: self._build(build)
         self.vae = self.build()
+        if config.encoder:
+            encoder, digest = load_encoder(config.encoder, self.objects.channels, config.resolution)
+            type(self.vae)(encoder, self.vae.decoder)  # raises where their latents differ
         off = {"kl": "the encoder is frozen"} if config.encoder else {}
         off |= {} if config.lpips else {"lpips": "no weights given (--lpips FILE)"}
         weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
@@ -90,7 +93,7 @@ class Run:
             self.folder = Path(here.agree(_new_folder(script, config.out) if here.leads else None))
             if here.leads:
                 write_config(config, script, self.folder / "config.json")
-        self.latents = Latents(config.encoder, self.folder / "latents", here.device) if config.encoder else None
+        self.latents = Latents(encoder.to(here.device), self.folder / "latents" / digest) if config.encoder else None
 
     def _build(self, build: Build) -> VAE:  # untrained, the same for every call
         seed_all(self.config.seed)
