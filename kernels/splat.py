@@ -37,17 +37,22 @@ def _splat(
     """Image [V, 3, H, W], final transmittance [V, H, W], and what the backward needs."""
     layout = make_layout(starts, view_scene, gaussians.device)
     if backend.is_torch(gaussians):
-        p = project_torch(gaussians, cameras, layout, width, height, kernel_size)
-        inputs = (*p.record.split_with_sizes([2, 3, 1, 3], 1), p.depth, p.rect, p.view)
-        mean, conic, opacity, color = (t.contiguous() for t in inputs[:4])
-        image, final, saved = composite_torch(
-            mean, conic, opacity[:, 0], color, p.depth, p.rect, p.view, len(cameras), height, width, background
-        )
+        with torch.autocast(gaussians.device.type, enabled=False):
+            p = project_torch(gaussians, cameras, layout, width, height, kernel_size)
+            image, final, saved = composite_torch(
+                *_fields(p.record), p.depth, p.rect, p.view, len(cameras), height, width, background
+            )
         return image, final, [p.record, p.depth.clone(), p.rect, *saved]
     p = project(gaussians, cameras, layout, width, height, kernel_size)
     bins = bin_tiles(p, len(cameras), width, height)
     image, final, reach = blend(p.record, bins, background, width, height)
     return image, final, [p.record, p.rect, bins.pair, bins.slot, bins.bounds, bins.first, reach]
+
+
+def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean [P, 2], conic [P, 3], blended opacity [P], colour [P, 3]."""
+    mean, conic, opacity, color = (t.contiguous() for t in record.split_with_sizes([2, 3, 1, 3], 1))
+    return mean, conic, opacity[:, 0], color
 
 
 @_splat.register_fake
@@ -81,13 +86,13 @@ def _splat_backward(
     grad_image, grad_final = grad_image.contiguous(), grad_final.contiguous()
     if backend.is_torch(gaussians):
         record, depth, rect, *lists = saved
-        mean, conic, opacity, color = (t.contiguous() for t in record.split_with_sizes([2, 3, 1, 3], 1))
-        view = torch.arange(V).repeat_interleave(layout.views[:, 1], output_size=len(depth))
-        grads = composite_torch_backward(
-            tuple(lists), mean, conic, opacity[:, 0], color, depth, rect, view, V, height, width, background,
-            image, final, grad_image, grad_final,
-        )  # fmt: skip
-        return project_torch_backward(*scene, rect, *grads)
+        view = torch.arange(V, device=rect.device).repeat_interleave(layout.views[:, 1], output_size=len(depth))
+        with torch.autocast(gaussians.device.type, enabled=False):
+            grads = composite_torch_backward(
+                tuple(lists), *_fields(record), depth, rect, view, V, height, width, background, image, final,
+                grad_image, grad_final,
+            )  # fmt: skip
+            return project_torch_backward(*scene, rect, *grads)
     record, rect, pair, slot, bounds, first, reach = saved
     moments = blend_backward(record, Bins(pair, slot, bounds, first), image, final, reach, grad_image, grad_final)
     return project_backward(*scene, rect, first, moments)

@@ -266,6 +266,27 @@ def test_sixteen_bit_inputs_are_converted(device):
         assert g.dtype == torch.float16 and torch.equal(g, h.half())
 
 
+def test_autocast_changes_nothing(device):
+    inputs, view, light = scene(20, device), camera(1, 20, 20, device), colors(1, device)
+    image = splat(*inputs, [0, 20], view, [0], light)
+    want = grads(image, inputs)
+    with torch.autocast(device.type, torch.bfloat16):
+        mixed = splat(*inputs, [0, 20], view, [0], light)
+        got = grads(mixed, inputs)
+    assert torch.equal(mixed.color, image.color) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradient_of_one_output_alone(device):
+    inputs, view, light = scene(20, device), camera(1, 20, 20, device), colors(1, device)
+    color, alpha = both(splat(*inputs, [0, 20], view, [0], light))
+    g, h = torch.ones_like(color), torch.ones_like(alpha)
+    a = torch.autograd.grad(color, inputs, g, retain_graph=True)
+    b = torch.autograd.grad(alpha, inputs, h, retain_graph=True)
+    for x, y, z in zip(a, b, torch.autograd.grad((color, alpha), inputs, (g, h)), strict=True):
+        assert_close(x + y, z, 1e-5)
+    assert torch.equal(b[4], torch.zeros_like(b[4])) and b[0].abs().max() > 0
+
+
 def test_no_gradient_for_camera_and_background(device):
     inputs, view = scene(10, device), camera(1, 16, 16, device)
     view.extrinsics.requires_grad_()
