@@ -1,0 +1,42 @@
+"""What a run draws and logs."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image as Picture
+
+from train import report
+
+
+def test_sample_pictures_put_the_truth_above_the_reconstruction(tmp_path):
+    truth, ours = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4) * 1.5
+    truth[1, 0] = 1
+    report.picture([truth, ours], tmp_path / "deep" / "sample.png")
+    with Picture.open(tmp_path / "deep" / "sample.png") as picture:
+        assert picture.size == (8, 8)
+        assert [picture.getpixel(p) for p in ((0, 0), (5, 0), (0, 5), (7, 7))] == [(0, 0, 0), (255, 0, 0), (255,) * 3, (255,) * 3]
+
+
+def test_log_drops_later_and_half_rows_and_thins_what_it_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "POINTS", 8)
+    file = tmp_path / "log.jsonl"
+    with report.Log(file) as log:
+        for step in range(1, 41):
+            log.write({"step": step, "loss": float("nan") if step == 3 else 1.0, "psnr": 20.0, "seconds": step / 2})
+    assert len(file.read_text().splitlines()) == 40 and json.loads(file.read_text().splitlines()[2])["loss"] is None
+    assert len(log.rows) < 16 and log.rows[-1]["step"] == 40
+    with file.open("a") as stream:
+        stream.write('{"step": 41, "lo')
+    with report.Log(file, step=30) as again:
+        assert again.seconds == 15.0
+        again.write({"step": 31, "loss": 1.0, "psnr": 20.0, "seconds": 16.0})
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(1, 32))
+
+
+@pytest.mark.parametrize("values", [[], [None], [0.5], [0.5, None, 0.0, 0.25]], ids=str)
+def test_curves_of_any_history(tmp_path, values):
+    rows = [{"step": i + 1, "loss": v, "l1": v, "psnr": v and 20 + v} for i, v in enumerate(values)]
+    report.curves(rows, {"l1": 1.0, "kl": 1e-6}, tmp_path / "curves.png")
+    with Picture.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 500
