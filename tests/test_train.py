@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,41 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     assert len(recorded["clipper"]["norms"]) == 3
 
 
+def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path, monkeypatch):
+    drawn, whole = [], loop.Objective.forward
+
+    def forward(self, x, noise, batch, background):
+        drawn.append((noise, background))
+        return whole(self, x, noise, batch, background)
+
+    monkeypatch.setattr(loop.Objective, "forward", forward)
+    common = ["--batch-size", "8", "--views", "2", "--eval-objects", "1"]
+    together = fresh(tmp_path / "a", *common, "--micro-batch", "8", "--steps", "2")[0]
+    (noise, background), (later, _) = drawn
+    assert not torch.equal(noise[:9], later[:9])
+    drawn.clear()
+    (apart,) = fresh(tmp_path / "b", *common, "--micro-batch", "2", "--steps", "1")
+    assert len(drawn) == 4 and torch.equal(torch.cat([n for n, _ in drawn]), noise)
+    assert torch.equal(torch.cat([b for _, b in drawn]), background)
+    assert sorted(background.unique(dim=0).tolist()) == [[0.0] * 3, [1.0] * 3]  # black or white, view by view
+    assert noise.std().item() == pytest.approx(1, abs=0.02) and noise.unique().numel() > 0.99 * noise.numel()
+    assert all(apart[k] == pytest.approx(together[k], rel=1e-5) for k in ("l1", "ssim", "psnr"))
+    assert apart["grad_norm"] == pytest.approx(together["grad_norm"], rel=0.02)  # penalties are means over a micro-batch
+
+
+def test_ranks_draw_what_one_rank_draws():
+    def draws(rank, world, micro, batch):
+        config = loop.from_cli("gaussian", PRESETS, ["--batch-size", "4", "--micro-batch", "1"])
+        coords = torch.tensor([[0, 1, 2, 3], [0, 2, 2, 2]][: batch + 1], dtype=torch.int32)
+        x = models.SparseTensor(torch.zeros(len(coords), 8), coords)
+        run = SimpleNamespace(config=config, here=loop.Machine(torch.device("cpu"), rank, world))
+        return torch.cat([d.flatten() for d in loop.Run._draws(run, 7, micro, x, [0, 0])])
+
+    for place in range(4):
+        assert torch.equal(draws(place // 2, 2, place % 2, place % 2), draws(0, 1, place, place % 2))
+    assert not torch.equal(draws(0, 2, 0, 1), draws(1, 2, 0, 1))
+
+
 def test_a_run_learns(tmp_path):
     log = fresh(tmp_path, "--steps", "30", "--lr", "0.03", "--ema", "0.9", "--batch-size", "4", "--eval-objects", "1")
     first, last = (sum(row["psnr"] for row in part) / 10 for part in (log[:10], log[-10:]))
@@ -207,7 +243,7 @@ def test_a_frozen_encoder_gives_cached_latents_and_no_kl(finished, tmp_path, cap
 
 def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path):
     objects = loop.Objects(loop.from_cli("gaussian", PRESETS, TINY), loop.Machine(torch.device("cpu"), 0, 1))
-    batch = next(objects.steps(0))[0]
+    batch = next(objects.steps())[0]
     latents = loop.Latents(loop.load_encoder(finished, 50, 16)[0], tmp_path)
     x = models.SparseTensor(batch.features, batch.coords, batch.batch_size)
     for _ in range(2):  # made, then read

@@ -184,8 +184,9 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
         if given.get("resume"):
             if fixed := sorted(given.keys() - {"resume", *CHANGEABLE}):
                 raise ValueError(f"--resume keeps the recorded config; it cannot change {', '.join(fixed)}")
-            return _replaced(read_config(Path(given["resume"]) / "config.json", script, presets), given)
-        config = presets[given.get("preset", next(iter(presets)))]
+            config = read_config(Path(given["resume"]) / "config.json", script, presets)
+        else:
+            config = presets[given.get("preset", next(iter(presets)))]
         if "batch_size" in given and "micro_batch" not in given:
             share = max(given["batch_size"] // world, 1)
             given["micro_batch"] = next(m for m in range(min(config.micro_batch, share), 0, -1) if share % m == 0)

@@ -71,18 +71,17 @@ class Run:
     def __init__(self, script: str, config: Config, build: Build, here: Machine):
         self.script, self.config, self.here, self.done = script, config, here, 0
         self.objects = Objects(config, here)
-        self.build = lambda: self._build(build)
-        self.vae = self.build()
+        self._build = build
+        self.vae = self.untrained()
         if config.encoder:
             encoder, digest = load_encoder(config.encoder, self.objects.channels, config.resolution)
             type(self.vae)(encoder, self.vae.decoder)  # raises where their latents differ
         off = {"kl": "the encoder is frozen"} if config.encoder else {}
         off |= {} if config.lpips else {"lpips": "no weights given (--lpips FILE)"}
-        weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
-        self.recipe = report.recipe(weights, off)
-        self.weights = weights
-        objective = Objective(self.vae, Reconstruction(config.lpips).to(here.device), weights)
-        self.objective = DistributedDataParallel(objective) if here.world > 1 else objective
+        self.weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
+        self.recipe = report.recipe(self.weights, off)
+        objective = Objective(self.vae, Reconstruction(config.lpips).to(here.device), self.weights)
+        self.objective = DistributedDataParallel(objective, broadcast_buffers=False) if here.world > 1 else objective
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
         self.optimizer = Optimizer(self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema)
@@ -91,13 +90,14 @@ class Run:
             self._load(checkpoint.newest(self.folder / "checkpoints"))
         else:
             self.folder = Path(here.agree(_new_folder(script, config.out) if here.leads else None))
-            if here.leads:
-                write_config(config, script, self.folder / "config.json")
+        if here.leads:
+            write_config(config, script, self.folder / "config.json")
         self.latents = Latents(encoder.to(here.device), self.folder / "latents" / digest) if config.encoder else None
 
-    def _build(self, build: Build) -> VAE:  # untrained, the same for every call
+    def untrained(self) -> VAE:
+        """The model that the run starts from, the same at every call."""
         seed_all(self.config.seed)
-        vae = build(self.config, self.objects.channels)
+        vae = self._build(self.config, self.objects.channels)
         if self.config.encoder:
             vae = type(vae)(None, vae.decoder)
         vae.set_activation_dtype(PRECISIONS[self.config.precision])
@@ -114,6 +114,7 @@ class Run:
 
     def sample(self) -> list[Tensor]:
         """Held-out views of a few objects on white, [V, 3, H, W]: the true ones and the model's."""
+        self.vae.eval()
         batch = self.objects.gallery()
         white = torch.ones(len(batch.image), 3, device=self.here.device)
         image = models.render(self.decode(batch), batch.camera, batch.view_scene, white)
@@ -136,7 +137,7 @@ class Run:
         self.vae.train()
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
-            batch = batch.to(device)
+            batch = batch.to(device, non_blocking=True)
             x = self._voxels(batch)
             noise, background = self._draws(self.done, micro, x, batch.view_scene)
             waits = self.here.world > 1 and micro + 1 < len(batches)  # gradients are exchanged after the last micro-batch
@@ -200,7 +201,7 @@ def fit(run: Run) -> None:
         report.Progress(run.done, config.steps, here.leads) as progress,
     ):
         begin = time.perf_counter() - (log.seconds if here.leads else 0)
-        for batches in run.objects.steps(run.done):
+        for batches in run.objects.steps():
             row = run.step(batches)
             stop = here.mean(torch.tensor(float(interrupt.received), device=here.device)).item() > 0
             last = run.done == config.steps or stop
@@ -240,7 +241,7 @@ def conclude(run: Run) -> floors.Scores:
     with run.optimizer.averaged() if averaged else nullcontext():
         for part, model in run.vae.named_children():
             models.save_pretrained(model, run.folder / "checkpoints" / part)
-        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=run.build().eval())}
+        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=run.untrained().eval())}
         rgb = run.config.features == "rgb"
         scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
     weights = "averaged" if averaged else "last"

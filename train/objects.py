@@ -43,11 +43,11 @@ class Objects:
         held = f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
         return f"{self.train.summary()}; {voxels}; {held}"
 
-    def steps(self, done: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of step `done` and of every step after it that the run still has."""
-        self.sampler.step = done
+    def steps(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step that the run still has, from the sampler's step on."""
+        left = self.config.steps - self.sampler.step
         batches = iter(loader(self.train, self.sampler, self.config.workers, pin=self.here.device.type == "cuda"))
-        for _ in range(done, self.config.steps):
+        for _ in range(left):
             yield [next(batches) for _ in range(self.config.micro_batches(self.here.world))]
 
     def views(self, name: str, views: str) -> Batch:
