@@ -1,13 +1,10 @@
-"""Compositing of projected Gaussians on a CPU: the per-pixel sum of renderers such as mip-splatting, in vectorised torch.
+"""Compositing of projected Gaussians on a CPU: the sums over pixels of kernels.blend, in vectorised torch.
 
-P pairs (a Gaussian seen by a view), V views of H x W pixels, N instances (a pair in a 4 x 4 tile that it may touch), S tiles
-with at least one instance. A pair contributes to the pixels of its rectangle of 16 x 16 tiles where alpha >= 1/255, so the
-tile size is free here: an instance is a small tile of that rectangle which the ellipse alpha = 1/255 reaches (with a margin:
-a tile too many costs time, a tile too few would be wrong; the threshold itself is applied per pixel).
-
-Every tile has a list of instances, near to far. All lists are walked together, SEGMENT instances at a time; a tile leaves when
-all its pixels are finished. Tiles of like length form chunks [T, 16 pixels, L instances] of about COLUMNS instances, few
-enough for the second-level cache, in buffers that are reused: beyond the lists, memory does not grow with N.
+P pairs (a Gaussian seen by a view), V views of H x W pixels; N instances (a pair in a 4 x 4 tile that it may touch) and S
+tiles, from kernels.binning_torch. Every tile has a list of instances, near to far. All lists are walked together, SEGMENT
+instances at a time; a tile leaves when all its pixels are finished. Tiles with lists of like length form chunks
+[T, 16 pixels, L instances] of about COLUMNS instances, few enough for the second-level cache, in buffers that are reused:
+beyond the lists and nine sums per instance in the backward pass, memory does not grow with N.
 
 With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
 weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
@@ -20,22 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 16  # pixels along a side of the tiles that a rectangle counts
-TILE = 4  # pixels along a side of the tiles used here
+from kernels.binning_torch import ALPHA_MIN, TILE, bin_torch
+
 PIXELS = TILE * TILE
 SEGMENT = 64  # instances of one tile at a time
 COLUMNS = 8192  # instances of one chunk
-ALPHA_MIN, ALPHA_MAX, T_MIN = 1 / 255, 0.99, 1e-4
-MARGIN = 0.01  # pixels
-
-
-class _Lists(NamedTuple):
-    """The instances of every tile, near to far."""
-
-    pair: Tensor  # [N + 1] int32; the last entry is P, a pair that touches nothing
-    tile: Tensor  # [S] int64, view-major
-    start: Tensor  # [S] int32
-    count: Tensor  # [S] int32
+ALPHA_MAX, T_MIN = 0.99, 1e-4
 
 
 def composite_torch(
@@ -57,8 +44,8 @@ def composite_torch(
     e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0 or alpha < 1/255. Order
     is by depth, then by index. A pixel is finished, without blending the pair, when its transmittance would fall below 1e-4.
     """
-    lists = _bin(mean, conic, opacity, depth, rect, view, V, H, W)
-    shade = _Shader(mean, conic, opacity, color, lists.tile, H, W)
+    lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W)
+    shade = _Shader(mean, conic, opacity, color, rect, lists.tile, H, W)
     S = len(lists.tile)
     blended, final = mean.new_zeros(S, 3, PIXELS), mean.new_ones(S, PIXELS)
     light = mean.new_ones(S, PIXELS)  # transmittance so far, 0 where the pixel is finished
@@ -108,7 +95,7 @@ def composite_torch_backward(
     The clamp at 0.99 passes the gradient; nothing flows through thresholds, order or rectangles.
     """
     pairs, tile, start, count, passed, final = saved
-    shade = _Shader(mean, conic, opacity, color, tile, H, W)
+    shade = _Shader(mean, conic, opacity, color, rect, tile, H, W)
     grad_behind = torch.addcmul(grad_final_T, grad_image[:, 0], background[:, 0, None, None])
     for k in (1, 2):
         grad_behind.addcmul_(grad_image[:, k], background[:, k, None, None])
@@ -175,18 +162,18 @@ class _Piece(NamedTuple):
 class _Shader:
     """Evaluates chunks: what is the same for all of them, and the buffers."""
 
-    def __init__(self, mean: Tensor, conic: Tensor, opacity: Tensor, color: Tensor, tile: Tensor, H: int, W: int):
-        c11, c12, c22 = conic.unbind(1)
-        self.table = mean.new_zeros(len(mean) + 1, 9)  # the last pair has opacity 0
-        for k, plane in enumerate((*mean.unbind(1), c11 * -0.5, c22 * -0.5, c12, opacity, *color.unbind(1))):
-            self.table[:-1, k] = plane
+    def __init__(self, mean, conic, opacity, color, rect, tile: Tensor, H: int, W: int):
+        half = conic.new_tensor([-0.5, 1, -0.5])
+        rows = torch.cat([mean, conic * half, opacity[:, None], color], 1)
+        self.table = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # the last pair has opacity 0
         rows, columns = -(-H // TILE), -(-W // TILE)
         corner = torch.stack([tile % columns, tile // columns % rows], 1)[:, :, None] * TILE
         self.pixel = (corner + torch.arange(TILE, device=tile.device)).to(mean.dtype)[..., None]  # [S, 2, 4, 1]
-        info = torch.finfo(mean.dtype)
-        # e > 0 can only come from rounding, and only where the quadratic form is nearly or not positive definite
-        self.steep = not bool(((c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * info.eps) * c11 * c22)).all())
-        self.bright = bool((opacity > ALPHA_MAX).any())
+        # e > 0 comes from rounding only, and only where the quadratic form is nearly or not positive definite
+        c11, c12, c22 = conic.unbind(1)
+        plain = (c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * torch.finfo(mean.dtype).eps) * c11 * c22)
+        drawn = (rect[:, 2] > rect[:, 0]) & (rect[:, 3] > rect[:, 1])
+        self.steep, self.bright = bool((drawn & ~plain).any()), bool((drawn & (opacity > ALPHA_MAX)).any())
         self.ratio_max = (mean.new_tensor(ALPHA_MAX) / (1 - mean.new_tensor(ALPHA_MAX))).item()
         below = torch.nextafter(mean.new_tensor([ALPHA_MIN, T_MIN]), mean.new_zeros(()))
         self.alpha_skip, self.light_skip = below.tolist()  # the largest values that are skipped
@@ -198,9 +185,9 @@ class _Shader:
         planes = self.table.index_select(0, pair.view(-1)).view(T, L, 9).transpose(1, 2).contiguous()
         ratio, light, weight = (b[: T * PIXELS * L].view(T, PIXELS, L) for b in self.buffers)
         d = planes[:, :2, None] - self.pixel.index_select(0, tile)
-        square = (planes[:, 2:4, None] * d).mul_(d)
+        square = (planes[:, 2:5:2, None] * d).mul_(d)
         exponent = torch.add(square[:, 0, None], square[:, 1, :, None], out=ratio.view(T, TILE, TILE, L))  # [T, y, x, L]
-        exponent.addcmul_((planes[:, 4, None] * d[:, 0])[:, None], d[:, 1, :, None], value=-1)
+        exponent.addcmul_((planes[:, 3, None] * d[:, 0])[:, None], d[:, 1, :, None], value=-1)
         if self.steep:
             ratio.masked_fill_(ratio > 0, -torch.inf)
         alpha = torch.threshold_(ratio.exp_().mul_(planes[:, 5:6]), self.alpha_skip, 0)
@@ -266,77 +253,3 @@ def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int
         whole = whole.view(V, rows, columns, values.shape[1], TILE, TILE).permute(0, 3, 1, 4, 2, 5)
         planes.append(whole.reshape(V, values.shape[1], rows * TILE, columns * TILE)[..., :H, :W].contiguous())
     return planes[0], planes[1][:, 0]
-
-
-def _bin(mean, conic, opacity, depth, rect, view, V: int, H: int, W: int) -> _Lists:
-    """Small tiles inside each pair's rectangle that its ellipse alpha >= 1/255 reaches, sorted by tile, then depth, then index.
-
-    The exact extent of the ellipse in every row of tiles, in float64 with a margin for the rounding of the exponent (relative
-    to the terms that cancel in it, hence the factor product / det). Where that says nothing (needles thinner than rounding,
-    NaN) the rectangle counts.
-    """
-    P, rows, columns = len(mean), -(-H // TILE), -(-W // TILE)
-    x0, y0, x1, y1 = (rect * BLOCK).unbind(1)
-    x1, y1 = x1.clamp(max=W) - 1, y1.clamp(max=H) - 1  # pixels, the last one included
-    mx, my = mean.double().unbind(1)
-    c11, c12, c22 = conic.double().unbind(1)
-    product = c11 * c22
-    det = product - c12 * c12
-    cut = torch.log(opacity.double() * 255)
-    sound = (c11 > 0) & (c22 > 0) & (det > 1e-5 * product) & (mx.abs() + my.abs() + product + cut.abs() < torch.inf)
-    level = 2 * (cut + 1e-5) * (1 + 4e-6 * product / det)  # the ellipse: c11 dx^2 + 2 c12 dx dy + c22 dy^2 <= level
-
-    def known(value: Tensor, otherwise: float) -> Tensor:
-        return torch.where(sound, value, otherwise)
-
-    mx, my = known(mx, 0), known(my, 0)
-    reach = known((level * c11 / det).sqrt(), torch.inf) + MARGIN  # furthest dy
-    top = torch.maximum((my - reach).ceil_(), y0).int() // TILE
-    bottom = torch.minimum((my + reach).floor_(), y1).int() // TILE
-    count = (bottom - top + 1).masked_fill_((x1 < x0) | (y1 < y0) | (opacity < ALPHA_MIN * (1 - 1e-6)), 0).clamp_(min=0)
-
-    # pair -> rows of tiles, near to far
-    order = _ascending(depth)
-    count = _of(count, order)
-    run, offset = _runs(count)
-    pair = _of(order, run)
-    row = _of(_of(top, order) - offset, run) + torch.arange(len(run), dtype=torch.int32, device=run.device)
-    lean = _of(known(-c12 / c22 * (level * c22 / det).sqrt(), 0), pair)  # dy of the rightmost point; leftmost: -dy
-    square, bend = _of(known(level / c11, torch.inf), pair), _of(known(det / (c11 * c11), 0), pair)
-    skew, middle = _of(known(c12 / c11, 0), pair), _of(mx, pair)
-    first = row * TILE - _of(my, pair)
-    last = first + (TILE - 1)
-    right = torch.clamp(lean, first, last)  # dy at which the ellipse reaches furthest inside the row
-    left = torch.clamp(lean.neg_(), first, last)
-    lowest = middle - (square - bend * left * left).clamp_(min=0).sqrt_() - skew * left
-    highest = middle + (square - bend * right * right).clamp_(min=0).sqrt_() - skew * right
-    begin = torch.maximum(lowest.sub_(MARGIN).ceil_(), _of(x0, pair)).int() // TILE
-    end = torch.minimum(highest.add_(MARGIN).floor_(), _of(x1, pair)).int() // TILE
-    count = (end - begin + 1).clamp_(min=0)
-
-    # rows -> tiles, then by tile
-    run, offset = _runs(count)
-    tile = _of((_of(view.int(), pair) * rows + row) * columns + begin - offset, run)
-    tile += torch.arange(len(run), dtype=torch.int32, device=run.device)
-    listed, permutation = tile.sort(stable=True)
-    pair = _of(pair.int(), _of(run, permutation))
-    length = torch.bincount(listed, minlength=V * rows * columns)
-    start = (length.cumsum(0) - length).int()
-    tile = length.nonzero().squeeze(1)
-    return _Lists(torch.nn.functional.pad(pair, (0, 1), value=P), tile, start[tile], length[tile].int())
-
-
-def _of(values: Tensor, index: Tensor) -> Tensor:
-    return values.index_select(0, index)
-
-
-def _runs(count: Tensor) -> tuple[Tensor, Tensor]:
-    """0 repeated count[0] times, 1 repeated count[1] times ...; and where each run begins."""
-    ends = count.cumsum(0, dtype=torch.int32)
-    return torch.repeat_interleave(count, output_size=int(ends[-1]) if len(ends) else 0), ends - count
-
-
-def _ascending(depth: Tensor) -> Tensor:
-    """Stable order of `depth`, by its bits: an integer radix sort is many times faster than the sort of floats."""
-    bits = (depth + 0.0).view(torch.int32 if depth.dtype == torch.float32 else torch.int64)
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits).sort(stable=True).indices

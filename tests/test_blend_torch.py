@@ -206,16 +206,24 @@ def test_not_a_number_is_shown_and_does_no_harm():
         assert image.isnan().all(), k
 
 
-def test_memory_is_bounded_by_the_lists(monkeypatch):
-    """A chunk holds COLUMNS instances whatever the length of a list."""
-    largest = 0
+@pytest.mark.parametrize("dense", [False, True], ids=["faint", "opaque"])
+def test_work_is_bounded(dense, monkeypatch):
+    """A chunk holds at most COLUMNS instances whatever the length of a list; what lies behind opaque pixels is not computed."""
+    sizes = []
     shade = blend_torch._Shader.__call__
 
     def spy(self, pair, *rest):
-        nonlocal largest
-        largest = max(largest, pair.numel())
+        sizes.append(pair.numel())
         return shade(self, pair, *rest)
 
     monkeypatch.setattr(blend_torch._Shader, "__call__", spy)
-    composite_torch(*pairs(20_000, 1, 32, 32, torch.float32, opacity=(0.005, 0.02)))
-    assert 1000 < largest <= blend_torch.COLUMNS
+    case = pairs(20_000, 1, 32, 32, torch.float32, opacity=(0.9, 0.95) if dense else (0.005, 0.007))
+    _, _, (pair, *_) = composite_torch(*case)
+    assert max(sizes) <= blend_torch.COLUMNS and len(pair) > 20_000
+    assert sum(sizes) < 0.3 * len(pair) if dense else sum(sizes) >= len(pair) - 1
+
+
+def test_too_many_instances_are_refused():
+    big = pairs(1100, 1, 8192, 8192, torch.float32, sigma=(4000, 5000), opacity=(0.9, 1))
+    with pytest.raises(ValueError, match=r"touch \d+ tiles of 4 x 4 pixels, more than 2\^31"):
+        composite_torch(*big)
