@@ -13,7 +13,7 @@ def parse(line: str = "", world: int = 1) -> Config:
 
 
 def test_base_is_the_published_recipe():
-    base = parse("--preset base")
+    base = parse("--preset base --data somewhere")
     assert (base.steps, base.batch_size, base.views, base.lr, base.weight_decay) == (750_000, 256, 1, 1e-4, 0.0)
     assert (base.final_lr, base.warmup, base.ema, base.max_norm, base.precision) == (1.0, 0, 0.9999, 1.0, "fp16")
     assert asdict(base.weights) == {"l1": 1.0, "ssim": 0.2, "lpips": 0.2, "kl": 1e-6, "volume": 1e4, "opacity": 1e-3}
@@ -21,6 +21,10 @@ def test_base_is_the_published_recipe():
     size = base.model
     assert (size.channels, size.blocks, size.heads, size.window, size.latent, size.per_voxel) == (768, 12, 12, 8, 8, 32)
     assert base.lr_at(0) == base.lr_at(749_999) == 1e-4
+
+
+def test_the_embedded_objects_have_rgb_features():
+    assert parse("--preset base").features == "rgb" and parse("--preset base --features other").features == "other"
 
 
 def test_small_fits_one_gpu():

@@ -187,6 +187,8 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
             config = read_config(Path(given["resume"]) / "config.json", script, presets)
         else:
             config = presets[given.get("preset", next(iter(presets)))]
+            if "data" not in given:
+                given.setdefault("features", "rgb")  # the embedded objects have no others
         if "batch_size" in given and "micro_batch" not in given:
             share = max(given["batch_size"] // world, 1)
             given["micro_batch"] = next(m for m in range(min(config.micro_batch, share), 0, -1) if share % m == 0)

@@ -1,0 +1,52 @@
+"""Where a run runs: devices, seeds, signals."""
+
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from train.machine import Interrupt, Machine, machine, seed_all, seed_of
+
+
+def test_a_machine_without_torchrun_is_one_rank():
+    with machine("cpu") as here:
+        assert (here.device.type, here.rank, here.world, here.leads) == ("cpu", 0, 1, True)
+        assert here.mean(torch.tensor([2.0])).tolist() == [2.0] and here.agree("x") == "x"
+
+
+ABSENT = [("quantum", "device 'quantum'"), ("meta", "neither a CPU nor a GPU"), ("cuda:99", "GPUs")]
+
+
+@pytest.mark.parametrize(("name", "message"), ABSENT)
+def test_devices_that_are_not_there(name, message):
+    with pytest.raises(ValueError, match=message), machine(name):
+        pass
+
+
+def test_seeds_of_neighbours_are_unrelated_and_repeatable():
+    seeds = [seed_of(seed, step, place) for seed in range(3) for step in range(10) for place in range(10)]
+    assert len(set(seeds)) == 300 and seeds[5] == seed_of(0, 0, 5) and min(seeds) >= 0
+    bits = np.array([[s >> b & 1 for b in range(63)] for s in seeds])
+    assert abs(bits.mean() - 0.5) < 0.02  # counters would leave the high bits empty
+
+    def draws():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+    seed_all(1, 2)
+    first = draws()
+    assert draws() != first
+    seed_all(1, 2)
+    assert draws() == first
+
+
+def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.received == signal.SIGTERM and "stopping after this step" in capsys.readouterr().out
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert Machine(torch.device("cpu"), 1, 2).leads is False
