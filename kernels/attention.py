@@ -32,12 +32,27 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def _tiles(dtype: torch.dtype, pad_d: int) -> tuple[list[Tile], list[Tile]]:
-    """Size classes, forward and backward. Not yet measured on a GPU: chosen by registers and shared memory."""
-    if dtype == torch.float32 or pad_d > 64:
-        return [Tile(0, 64, 64, 64, 4, 1), Tile(64, ANY, 64, 32, 4, 1)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 32, 4, 1)]
-    forward = [Tile(0, 64, 64, 64, 4, 2), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 2)]
-    backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 2)]
+def _tiles(dtype: torch.dtype, pad_d: int, target: str) -> tuple[list[Tile], list[Tile]]:
+    """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices."""
+    if target == "interpreter":  # a program costs milliseconds whatever its size
+        forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 256, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
+        backward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 128, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
+    elif dtype == torch.float32:  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
+        forward = [Tile(0, ANY, 32, 32, 8, 1)]
+        backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 32, 16, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
+    elif pad_d > 64:
+        forward = [Tile(0, ANY, 64, 32, 4, 2)]
+        backward = [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
+    elif target.startswith("gfx"):
+        forward = [Tile(0, ANY, 64, 32, 4, 2)]
+        backward = [Tile(0, 64, 64, 16, 4, 2), Tile(64, 128, 128, 16, 8, 1), Tile(128, 256, 256, 16, 8, 1)]
+        backward += [Tile(256, ANY, 64, 16, 4, 2)]
+    else:
+        hopper = int(target.removeprefix("sm_")) >= 90
+        forward = [Tile(0, 64, 64, 64, 4, 2 if hopper else 3), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 3)]
+        backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 3)]
+        if hopper:
+            backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 3)]
     return forward, backward
 
 
@@ -81,7 +96,7 @@ def _constants(q: Tensor, tile: Tile) -> dict[str, int]:
 
 def _classes(q: Tensor, bound: int | None) -> tuple[list[Tile], list[Tile]]:
     """Those that a segment of up to `bound` rows can be in; None: queries and keys are separate, all tiles loop."""
-    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])))
+    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q))
     if bound is None:
         return [forward[-1]._replace(low=0)], [backward[-1]._replace(low=0)]
     return [t for t in forward if t.low < bound], [t for t in backward if t.low < bound]

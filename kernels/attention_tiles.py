@@ -128,10 +128,10 @@ def _attention_long(
             total = total * keep + tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, out * keep[:, None], input_precision="ieee")
             top = higher
-        found = total > 0  # not where a segment has queries and no keys: zeros
-        out = tl.where(found[:, None], out / total[:, None], 0.0)
+        total = tl.where(total == 0, 1.0, total)  # a segment with queries and no keys: zeros
+        out /= total[:, None]
         tl.store(out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(lse_ptr + h * N + at, tl.where(found, (top + tl.log2(total)) / LOG2E, 0.0), mask=live)
+        tl.store(lse_ptr + h * N + at, (top + tl.log2(total)) / LOG2E, mask=live)
 
 
 @triton.jit(do_not_specialize=["N"])

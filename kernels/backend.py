@@ -16,6 +16,7 @@ from torch import Tensor
 
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
+_assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
 _observer: ContextVar[Callable | None] = ContextVar("_observer", default=None)
 
 
@@ -43,6 +44,26 @@ def use(choice: str) -> Iterator[None]:
         yield
     finally:
         _cpu_choice.reset(token)
+
+
+def target(tensor: Tensor) -> str:
+    """What tile sizes are chosen for: the GPU of `tensor` ("sm_90", "gfx942", ...); for a CPU tensor what `assume` says."""
+    if tensor.device.type == "cpu":
+        return _assumed.get()
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextmanager
+def assume(name: str) -> Iterator[None]:
+    """Inside the block, CPU tensors get the tile sizes of the GPU `name`; outside, those that suit the interpreter."""
+    token = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:

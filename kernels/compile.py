@@ -3,15 +3,17 @@
 Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory. Two steps, each in
 processes of its own because Triton decides at import whether it interprets or compiles:
 
-1. record: the public ops run at the full models' channel counts on a few rows in Triton's interpreter, and every launch
-   is noted with its argument types, constants and options. So what is built is what is launched, never a copy of it.
-2. build: each distinct launch is compiled for each target, disassembled and counted.
+1. record: the public ops run at the full models' channel counts on a few rows in Triton's interpreter, with the tile
+   sizes of each target, and every launch is noted with its argument types, constants and options. So what is built is
+   what is launched, never a copy of it.
+2. build: each distinct launch is compiled for its targets, disassembled and counted.
 
 Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a kernel marked hot.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import re
@@ -78,14 +80,14 @@ class Build:
         return next((name for name in DTYPES if name in present), "int")
 
 
-def _record(dtypes: list[str]) -> list[Build]:
-    """Run the ops of kernels.workloads in the interpreter and note every distinct launch."""
+def _record(dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
+    """Run the ops of kernels.workloads in the interpreter; every distinct launch and the targets that make it."""
     from kernels.workloads import WORKLOADS
 
-    builds: dict[Build, None] = {}
-    for dtype in dtypes:
+    builds: dict[Build, list[str]] = {}
+    for dtype, target in itertools.product(dtypes, targets):
 
-        def note(kernel, grid, args, constants):
+        def note(kernel, grid, args, constants, target=target):
             names = kernel.arg_names
             types, aligned = [], []
             for position, (name, value) in enumerate(zip(names, args, strict=False)):
@@ -101,12 +103,15 @@ def _record(dtypes: list[str]) -> list[Build]:
                 if divisible:
                     aligned.append(position)
             where = kernel.fn.__module__, kernel.fn.__name__
-            builds[Build(*where, tuple(types), tuple(aligned), tuple(sorted(constants.items())))] = None
+            build = Build(*where, tuple(types), tuple(aligned), tuple(sorted(constants.items())))
+            found = builds.setdefault(build, [])
+            if target not in found:
+                found.append(target)
 
-        with backend.use("interpreter"), backend.observe(note):
+        with backend.use("interpreter"), backend.assume(target), backend.observe(note):
             for workload in WORKLOADS:
                 workload(DTYPES[dtype])
-    return list(builds)
+    return builds
 
 
 def _tool(name: str) -> str:
@@ -234,26 +239,27 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := [x for x in given if x not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
     if args.record:
-        print(json.dumps([asdict(build) for build in _record(dtypes)]))
+        print(json.dumps([asdict(build) | {"targets": found} for build, found in _record(dtypes, targets).items()]))
         return 0
 
     import triton
 
-    command = [sys.executable, "-m", "kernels.compile", "--record", "--dtype", args.dtype]
+    command = [sys.executable, "-m", "kernels.compile", "--record", "--dtype", args.dtype, "--target", args.target]
     recorded = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if recorded.returncode:
         print(recorded.stderr, file=sys.stderr)
         return 1
-    builds = []
+    builds: dict[Build, list[str]] = {}
     for fields in json.loads(recorded.stdout.splitlines()[-1]):
         pairs = {key: tuple((k, v) for k, v in fields[key]) for key in ("types", "constants")}
-        builds.append(Build(**fields | pairs | {"aligned": tuple(fields["aligned"])}))
-    builds = [build for build in builds if args.kernel in build.kernel]
+        found = fields.pop("targets")
+        builds[Build(**fields | pairs | {"aligned": tuple(fields["aligned"])})] = found
+    builds = {build: found for build, found in builds.items() if args.kernel in build.kernel}
     print(f"triton {triton.__version__}, torch {torch.__version__}: {len(builds)} launches for {', '.join(targets)}", flush=True)
     began, rows = time.perf_counter(), []
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(_build, build, target) for build in builds for target in targets]
+        jobs = [pool.submit(_build, build, target) for build, found in builds.items() for target in found]
         for job in as_completed(jobs):
             rows.append(job.result())
             if "failure" in rows[-1]:
