@@ -52,12 +52,17 @@ def _emit(order_ptr, end_ptr, rect_ptr, view_ptr, first_ptr, tile_ptr, pair_ptr,
 
 
 def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins:
-    """Reads one number from the device, the number of instances, and waits for it: the only wait of `splat`."""
+    """Reads one number from the device, the number of instances, and waits for it: the only wait of `splat`.
+
+    Raises ValueError where that is more than an int32 counts.
+    """
     rect, depth = projected.rect, projected.depth
     TX, TY, P = triton.cdiv(width, TILE), triton.cdiv(height, TILE), len(depth)
     order = torch.sort(depth, stable=True).indices
     end = ((rect[:, 2] - rect[:, 0]) * (rect[:, 3] - rect[:, 1]))[order].cumsum(0)
     total = int(end[-1]) if P else 0
+    if total >= 2**31:
+        raise ValueError(f"{total} instances (a Gaussian in a tile) are more than {2**31 - 1}: render fewer views at once")
     tile, pair = (torch.empty(total, dtype=torch.int32, device=rect.device) for _ in range(2))
     first = torch.empty_like(order)
     tiles = _tiles()

@@ -141,7 +141,8 @@ def splat(
     number of (tile, Gaussian) instances.
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to G; a view_scene of another length
-    than the camera or naming no scene; colour coefficients above degree 0; a kernel_size that is negative or not finite.
+    than the camera or naming no scene; colour coefficients above degree 0; a kernel_size that is negative or not finite;
+    2^31 instances or more.
     """
     starts, view_scene = _host(starts), _host(view_scene)
     parts = {"center": (center, 3), "scale": (scale, 3), "rotation": (rotation, 4), "opacity": (opacity, 1)}
