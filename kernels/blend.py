@@ -26,10 +26,10 @@ OPAQUE, LEAST, STOP = tl.constexpr(0.99), tl.constexpr(1.0 / 255.0), tl.constexp
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def _tiles() -> dict:
+def _tiles(target: str) -> dict:
     """Gaussians per chunk (not yet measured on a GPU): 4 pixels per thread, so that few threads load the same record; with
     K = 8 the instructions per Gaussian are the same, but the registers of the backward are used up."""
-    return {"K": 4, "num_warps": 2}
+    return {"K": 32 if target == "interpreter" else 4, "num_warps": 2}
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def blend(record: Tensor, bins: Bins, background: Tensor, width: int, height: in
     reach = torch.empty_like(final, dtype=torch.int32)
     backend.launch(
         _blend, (V * TX * TY,), record, bins.pair, bins.bounds, background, image, final, reach, width, height, TX, TY,
-        **_tiles(),
+        **_tiles(backend.target(record)),
     )  # fmt: skip
     return image, final, reach
 
@@ -178,6 +178,6 @@ def blend_backward(
     moments = record.new_empty(len(bins.pair), 9)
     backend.launch(
         _blend_backward, (V * TX * TY,), record, bins.pair, bins.slot, bins.bounds, image, final, reach, grad_image,
-        grad_final, moments, width, height, TX, TY, **_tiles(),
+        grad_final, moments, width, height, TX, TY, **_tiles(backend.target(record)),
     )  # fmt: skip
     return moments
