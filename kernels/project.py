@@ -240,9 +240,10 @@ def _project_backward(
     gw, gx, gy, gz = zero, zero, zero, zero
     for i in range(0, views):
         v = tl.load(by_scene_ptr + mine + i)
-        (total, sx, sy), (sxx, sxy, syy), colour, drawn = _moments(
-            moments_ptr, first_ptr, rect_ptr, tl.load(views_ptr + v * 3 + 2) + n, live
-        )
+        p = tl.load(views_ptr + v * 3 + 2) + n
+        first_order, second_order, colour, drawn = _moments(moments_ptr, first_ptr, rect_ptr, p, live)
+        total, sx, sy = first_order  # not nested in the line above: Triton 3.6 cannot read that
+        sxx, sxy, syy = second_order
         r, t, focal, centre = _camera(cameras_ptr, v)
         x, y, z = _dot(r[0], m) + t[0], _dot(r[1], m) + t[1], _dot(r[2], m) + t[2]
         z = tl.where(drawn, z, 1.0)
