@@ -32,27 +32,40 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def _tiles(dtype: torch.dtype, pad_d: int, target: str) -> tuple[list[Tile], list[Tile]]:
-    """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices."""
+def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool) -> tuple[list[Tile], list[Tile]]:
+    """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
+
+    The q/k norm (`normed`) holds more of a row in registers. The last class loops, from any length.
+    """
     if target == "interpreter":  # a program costs milliseconds whatever its size
         forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 256, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
         backward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 128, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
     elif dtype == torch.float32:  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
-        forward = [Tile(0, ANY, 32, 32, 8, 1)]
-        backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 32, 16, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
+        forward = [Tile(0, ANY, 32, 16, 4, 1)]
+        step = 32 if pad_d <= 32 and not normed else 16
+        backward = [Tile(0, ANY, 32, step, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
+        if pad_d <= 64 and not normed:
+            backward = [Tile(0, 64, 64, 16, 8, 1), backward[0]._replace(low=64)]
     elif pad_d > 64:
-        forward = [Tile(0, ANY, 64, 32, 4, 2)]
-        backward = [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
+        forward, backward = [Tile(0, ANY, 64, 32, 4, 2)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
+        if normed:
+            forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
     elif target.startswith("gfx"):
         forward = [Tile(0, ANY, 64, 32, 4, 2)]
-        backward = [Tile(0, 64, 64, 16, 4, 2), Tile(64, 128, 128, 16, 8, 1), Tile(128, 256, 256, 16, 8, 1)]
-        backward += [Tile(256, ANY, 64, 16, 4, 2)]
-    else:
-        hopper = int(target.removeprefix("sm_")) >= 90
-        forward = [Tile(0, 64, 64, 64, 4, 2 if hopper else 3), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 3)]
+        backward = [Tile(0, 64, 64, 16, 4, 2), Tile(64, 128, 128, 16, 8, 1), Tile(128, ANY, 64, 16, 4, 2)]
+        if not normed:
+            backward[2:] = [Tile(128, 256, 256, 16, 8, 1), Tile(256, ANY, 64, 16, 4, 2)]
+    elif 90 <= int(target.removeprefix("sm_")) < 120:  # 227 KB of shared memory, and products from it
+        forward = [Tile(0, 64, 64, 64, 4, 2), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 3)]
         backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 3)]
-        if hopper:
+        if not normed:
             backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 3)]
+    elif normed:
+        forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, ANY, 64, 64, 4, 3)]
+        backward = [Tile(0, ANY, 64, 16, 4, 2)]
+    else:
+        forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 3)]
+        backward = [Tile(0, 64, 64, 32, 4, 1), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 3)]
     return forward, backward
 
 
@@ -94,9 +107,9 @@ def _constants(q: Tensor, tile: Tile) -> dict[str, int]:
                 num_warps=tile.num_warps, num_stages=tile.num_stages)  # fmt: skip
 
 
-def _classes(q: Tensor, bound: int | None) -> tuple[list[Tile], list[Tile]]:
+def _classes(q: Tensor, bound: int | None, normed: bool) -> tuple[list[Tile], list[Tile]]:
     """Those that a segment of up to `bound` rows can be in; None: queries and keys are separate, all tiles loop."""
-    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q))
+    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q), normed)
     if bound is None:
         return [forward[-1]._replace(low=0)], [backward[-1]._replace(low=0)]
     return [t for t in forward if t.low < bound], [t for t in backward if t.low < bound]
@@ -105,7 +118,7 @@ def _classes(q: Tensor, bound: int | None) -> tuple[list[Tile], list[Tile]]:
 def _forward(q, k, v, gamma, order, q_starts, k_starts, bound: int | None, scale: float) -> tuple[Tensor, Tensor]:
     N, H, D = q.shape
     out, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
-    for tile in _classes(q, bound)[0]:
+    for tile in _classes(q, bound, gamma is not None)[0]:
         work = _keep((q_starts,), _list_tiles, N, tile.low, tile.high, tile.rows)
         programs, constants = _programs(len(work) - 1, q), _constants(q, tile)
         if tile.high <= tile.rows:
@@ -121,7 +134,7 @@ def _forward(q, k, v, gamma, order, q_starts, k_starts, bound: int | None, scale
 def _backward(grad, q, k, v, out, lse, gamma, order, q_starts, k_starts, bound: int | None, scale: float, dq, dk, dv) -> Tensor:
     """Fill dq, dk, dv; return dgamma [2, H, D], or nothing [0] without gamma."""
     N, H, D = q.shape
-    classes = _classes(q, bound)[1]
+    classes = _classes(q, bound, gamma is not None)[1]
     lists = [_keep((q_starts,), _list_tiles, N, tile.low, tile.high, tile.rows) for tile in classes]
     parts = None if gamma is None else gamma.new_zeros(sum(len(work) - 1 for work in lists), 2, H, D)
     first = 0

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCORES = 1 << 20  # scores of one product at most: bounds memory
-WASTE = 1 << 14  # padded scores per head for which another batch is not worth its overhead
+SCORES = 1 << 18  # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
+WASTE = 1 << 13  # padded scores per head for which another batch is not worth its overhead
 
 
 class Side(NamedTuple):
@@ -92,7 +92,7 @@ def plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: in
         if groups:
             most = max(most, b)
             padded = (len(groups[-1]) + 1) * groups[-1][0][0] * most
-            if padded - useful - a * b <= max(WASTE, useful // 4):
+            if padded - useful - a * b <= max(WASTE, useful // 8):
                 groups[-1].append(segment)
                 useful += a * b
                 continue
