@@ -42,11 +42,11 @@ def test_seeds_of_neighbours_are_unrelated_and_repeatable():
     assert draws() == first
 
 
-def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capsys):
+def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.received == signal.SIGTERM and "stopping after this step" in capsys.readouterr().out
+        assert interrupt.received == signal.SIGTERM and "stopping after this step" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert Machine(torch.device("cpu"), 1, 2).leads is False

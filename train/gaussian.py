@@ -18,7 +18,9 @@ class GaussianSizes(Sizes):
     """The decoder's head; the fixed rest of the published representation is in `build`."""
 
     per_voxel: int = 32
-    opacity_bias: float = 0.1
+    opacity_bias: float = 0.1  # of an untrained Gaussian
+    scaling_bias: float = 4e-3  # of an untrained Gaussian, world units; 0.256 voxels at 64^3
+    scaling_activation: str = "softplus"  # or exp
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def build(config: Config, in_channels: int) -> GaussianVAE:
     )  # fmt: skip
     representation = {
         "lr": {"_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5, "num_gaussians": size.per_voxel,
-        "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": size.opacity_bias,
-        "scaling_activation": "softplus",
+        "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": size.scaling_bias,
+        "opacity_bias": size.opacity_bias, "scaling_activation": size.scaling_activation,
     }  # fmt: skip
     encoder = Encoder(in_channels=in_channels, logvar_init=size.logvar_init, **trunk)
     return GaussianVAE(encoder, GaussianDecoder(representation_config=representation, **trunk))

@@ -114,7 +114,7 @@ class Interrupt:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        print("\nstopping after this step; Ctrl-C again stops at once, without saving", flush=True)
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")  # print is not reentrant
 
     def __enter__(self) -> "Interrupt":
         self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
