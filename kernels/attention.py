@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from kernels import attention_tiles as kernel
-from kernels import backend, padded
+from kernels import attention_torch as padded
+from kernels import backend
 from kernels.window import Windows
 
 ANY = 2**31 - 1
@@ -123,10 +124,10 @@ def _forward(q, k, v, gamma, order, q_starts, k_starts, bound: int | None, scale
         programs, constants = _programs(len(work) - 1, q), _constants(q, tile)
         if tile.high <= tile.rows:
             heads = min(H, 4)
-            backend.launch(kernel._attention_short, (programs, triton.cdiv(H, heads)), q, k, v, gamma, order, q_starts, work,
+            backend.launch(kernel._attention_short, (triton.cdiv(H, heads), programs), q, k, v, gamma, order, q_starts, work,
                            out, lse, N, scale, HEADS=heads, **constants)  # fmt: skip
         else:
-            backend.launch(kernel._attention_long, (programs, H), q, k, v, gamma, order, q_starts, k_starts, work, out, lse,
+            backend.launch(kernel._attention_long, (H, programs), q, k, v, gamma, order, q_starts, k_starts, work, out, lse,
                            N, scale, STEP=tile.step, **constants)  # fmt: skip
     return out, lse
 
@@ -140,7 +141,7 @@ def _backward(grad, q, k, v, out, lse, gamma, order, q_starts, k_starts, bound: 
     first = 0
     for tile, work in zip(classes, lists, strict=True):
         tiles, constants = len(work) - 1, _constants(q, tile) | {"STEP": tile.step}
-        grid, part = (_programs(tiles, q), H), None if parts is None else parts[first : first + tiles]
+        grid, part = (H, _programs(tiles, q)), None if parts is None else parts[first : first + tiles]
         if tile.high <= tile.rows:
             backend.launch(kernel._attention_short_backward, grid, q, k, v, gamma, order, q_starts, work, out, lse, grad,
                            dq, dk, dv, part, N, scale, **constants)  # fmt: skip
@@ -150,7 +151,7 @@ def _backward(grad, q, k, v, out, lse, gamma, order, q_starts, k_starts, bound: 
                            dq, delta, part, N, scale, **constants)  # fmt: skip
             if k_starts is not q_starts:
                 work = _keep((k_starts,), _list_tiles, len(k), tile.low, tile.high, tile.rows)
-                grid = (_programs(len(work) - 1, q), H)
+                grid = (H, _programs(len(work) - 1, q))
             backend.launch(kernel._attention_long_dkv, grid, q, k, v, gamma, order, q_starts, k_starts, work, lse, delta, grad,
                            dk, dv, part, N, scale, **constants)  # fmt: skip
         first += tiles

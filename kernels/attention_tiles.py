@@ -2,7 +2,8 @@
 
 Pointers: q, k, v and their gradients [N, H, D] with STRIDE between rows; out, grad [N, H, D]; gamma [2, H, D] fp32 or None
 (no q/k norm); order [N] int32 or None (position = row); starts [M + 1] int32; work from `_list_tiles`; lse, delta [H, N] fp32
-by position; dgamma [tiles, 2, H, D] fp32. Program axis 0 strides over the tiles in `work`; axis 1 is the head, or a group.
+by position; dgamma [tiles, 2, H, D] fp32. Program axis 0 is the head, or a group: heads share the lines of a row. Axis 1
+strides over the tiles in `work`.
 
 Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key is masked out of the softmax. Loops call
 no helper except the norm: Triton's interpreter pays milliseconds for each call.
@@ -65,8 +66,8 @@ def _attention_short(
 ):  # fmt: skip
     """A program: whole segments, HEADS heads of each."""
     d = tl.arange(0, PAD_D)[None, :]
-    h0 = tl.program_id(1) * HEADS
-    for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
+    h0 = tl.program_id(0) * HEADS
+    for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
         segment = tl.load(work_ptr + 2 * i + 2)
         at = tl.load(starts_ptr + segment) + tl.arange(0, ROWS)
         live = at < tl.load(starts_ptr + segment + 1)
@@ -96,9 +97,9 @@ def _attention_long(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: tiles of ROWS queries of a segment, one head, over the segment's keys."""
-    h = tl.program_id(1)
+    h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
-    for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
+    for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
         segment = tl.load(work_ptr + 2 * i + 2)
         at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         live = at < tl.load(q_starts_ptr + segment + 1)
@@ -142,9 +143,9 @@ def _attention_short_backward(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: whole segments, one head; every row is read once. delta = sum_d out * grad is made on the way."""
-    h = tl.program_id(1)
+    h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
-    for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
+    for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
         segment = tl.load(work_ptr + 2 * i + 2)
         begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
         k_at = begin + tl.arange(0, ROWS)
@@ -170,7 +171,7 @@ def _attention_short_backward(
             q = x if gamma_ptr is None else _norm(x, gamma_ptr + h * D, D, PAD_D)
             delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
-            p = tl.where(k_live[:, None], tl.exp2(s - lse[None, :]), 0.0)
+            p = tl.exp2(tl.where(k_live[:, None], s, float("-inf")) - lse[None, :])
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
             ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -199,9 +200,9 @@ def _attention_long_dq(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of tiles of ROWS queries, one head, over the segment's keys; and their delta, for the next kernel."""
-    h = tl.program_id(1)
+    h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
-    for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
+    for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
         segment = tl.load(work_ptr + 2 * i + 2)
         at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         live = at < tl.load(q_starts_ptr + segment + 1)
@@ -227,7 +228,7 @@ def _attention_long_dq(
             if gamma_ptr is not None:
                 k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]
-            p = tl.where(k_live[None, :], tl.exp2(s - lse[:, None]), 0.0)
+            p = tl.exp2(tl.where(k_live[None, :], s, float("-inf")) - lse[:, None])
             dp = tl.dot(g, tl.trans(v), input_precision="ieee")
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
         dq *= scale
@@ -246,9 +247,9 @@ def _attention_long_dkv(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries."""
-    h = tl.program_id(1)
+    h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
-    for i in range(tl.program_id(0), tl.load(work_ptr), tl.num_programs(0)):
+    for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
         segment = tl.load(work_ptr + 2 * i + 2)
         k_at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         k_live = k_at < tl.load(k_starts_ptr + segment + 1)
@@ -273,7 +274,7 @@ def _attention_long_dkv(
             if gamma_ptr is not None:
                 q = _norm(q, gamma_ptr + h * D, D, PAD_D)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
-            p = tl.where(k_live[:, None], tl.exp2(s - lse[None, :]), 0.0)
+            p = tl.exp2(tl.where(k_live[:, None], s, float("-inf")) - lse[None, :])
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision="ieee")
