@@ -58,6 +58,7 @@ TARGETS = {
     "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64),
 }
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
+OPS = "attention,norms,coordinates,gaussians,similarity"  # the names in kernels.workloads, whose import would load Triton
 
 # Kernels that a training step spends its time in: a spill there is a defect
 HOT = re.compile(r"attention|norm|gelu|blend|ssim")
@@ -80,9 +81,9 @@ class Build:
         return next((name for name in DTYPES if name in present), "int")
 
 
-def _record(dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
+def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
     """Run the ops of kernels.workloads in the interpreter; every distinct launch and the targets that make it."""
-    from kernels.workloads import WORKLOADS
+    from kernels.workloads import WORKLOADS  # defines the kernels, here in their interpreted form
 
     builds: dict[Build, list[str]] = {}
     for dtype, target in itertools.product(dtypes, targets):
@@ -109,8 +110,8 @@ def _record(dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
                 found.append(target)
 
         with backend.use("interpreter"), backend.assume(target), backend.observe(note):
-            for workload in WORKLOADS:
-                workload(DTYPES[dtype])
+            for op in ops:
+                WORKLOADS[op](DTYPES[dtype])
     return builds
 
 
@@ -163,6 +164,15 @@ def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) ->
     return max(0, min(by_registers, by_shared, target.warps // warps, 32))
 
 
+def _verdict(row: dict, target: Target, target_name: str) -> str | None:
+    """Why a finished build is unacceptable, if it is."""
+    if row["shared"] > target.shared_block:
+        return f"shared memory {row['shared']} B exceeds the {target.shared_block} B of {target_name}"
+    if row["hot"] and row["spills"]:
+        return f"{row['spills']} spills in a hot kernel"
+    return None
+
+
 def _build(build: Build, target_name: str) -> dict:
     """Compile one launch for one target; returns its row of the table."""
     from triton.backends.compiler import GPUTarget
@@ -199,11 +209,8 @@ def _build(build: Build, target_name: str) -> dict:
     row |= (_read_nvidia if target.backend == "cuda" else _read_amd)(compiled)
     row["shared"], row["warps"] = compiled.metadata.shared, compiled.metadata.num_warps
     row["blocks_per_unit"] = _blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
-    if row["shared"] > target.shared_block:
-        row["failure"] = f"shared memory {row['shared']} B exceeds the {target.shared_block} B of {target_name}"
-    elif row["hot"] and row["spills"]:
-        row["failure"] = f"{row['spills']} spills in a hot kernel"
-    return row
+    failure = _verdict(row, target, target_name)
+    return row | ({"failure": failure} if failure else {})
 
 
 def describe(row: dict) -> str:
@@ -229,22 +236,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n\n")[1])
     parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}")
     parser.add_argument("--dtype", default="fp16,bf16,fp32", help="of the ops' tensors; comma-separated")
+    parser.add_argument("--op", default=OPS, help="of kernels.workloads; comma-separated")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--record", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    targets, dtypes = args.target.split(","), args.dtype.split(",")
-    for given, known in ((targets, TARGETS), (dtypes, DTYPES)):
+    targets, dtypes, ops = args.target.split(","), args.dtype.split(","), args.op.split(",")
+    for given, known in ((targets, TARGETS), (dtypes, DTYPES), (ops, OPS.split(","))):
         if unknown := [x for x in given if x not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
     if args.record:
-        print(json.dumps([asdict(build) | {"targets": found} for build, found in _record(dtypes, targets).items()]))
+        print(json.dumps([asdict(build) | {"targets": found} for build, found in _record(ops, dtypes, targets).items()]))
         return 0
 
     import triton
 
-    command = [sys.executable, "-m", "kernels.compile", "--record", "--dtype", args.dtype, "--target", args.target]
+    command = [sys.executable, "-m", "kernels.compile", "--record"]
+    command += ["--op", args.op, "--dtype", args.dtype, "--target", args.target]
     recorded = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if recorded.returncode:
         print(recorded.stderr, file=sys.stderr)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention import window_attention
+from kernels.attention import segment_attention, window_attention
 from kernels.camera import Camera
 from kernels.hash import build_table, lookup, neighbours
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
@@ -44,6 +44,7 @@ def attention(dtype: torch.dtype) -> None:
         _backward(window_attention(qkv, windows))
         gamma = torch.ones(heads, D, requires_grad=True)
         _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
+        _backward(segment_attention(*qkv.unbind(1), windows.starts, windows.starts))
 
 
 def norms(dtype: torch.dtype) -> None:
@@ -83,4 +84,4 @@ def similarity(dtype: torch.dtype) -> None:
     _backward(ssim(a, b))
 
 
-WORKLOADS = (attention, norms, coordinates, gaussians, similarity)
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity)}

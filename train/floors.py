@@ -90,11 +90,11 @@ def voxel_gaussians(resolution: int, size: float) -> Renderer:
 def compare(decoders: Mapping[str, Decoder], objects: Objects, resolution: int, rgb: bool) -> Scores:
     """Score decoders and floors on the held-out views of both groups of objects.
 
-    The floor of one Gaussian a voxel needs `rgb` features; its size is the best on training views.
+    The floor of one Gaussian a voxel needs `rgb` features; its size is the best on the training views of a few objects.
     """
     renderers = {name: scenes_renderer(decode) for name, decode in decoders.items()} | {"silhouette": silhouette(objects)}
     if rgb:
-        few = [objects.views(name, "train") for name in objects.groups["held-out views"][:8]]
+        few = [objects.views(name, "train") for name in objects.groups["held-out views"][:4]]
         size = max(SIZES, key=lambda size: score(voxel_gaussians(resolution, size), few).full)
         renderers[f"one Gaussian a voxel ({size} wide)"] = voxel_gaussians(resolution, size)
     groups = {group: names for group, names in objects.groups.items() if names}
