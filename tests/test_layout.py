@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,12 @@ def test_public_functions_have_docstrings():
                 is_kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
                 trivial = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno <= 12
                 assert is_kernel or trivial or ast.get_docstring(node), f"{file.name}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_readme_has_the_two_commands_and_stays_short():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    for command in ("pip install -e . && python -m train.gaussian", "pip install -e '.[test]' && python -m pytest"):
+        assert f"\n{command}\n" in readme
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", readme):
+        assert (ROOT / picture).is_file(), picture
