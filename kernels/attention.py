@@ -46,7 +46,7 @@ def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool) -> tuple[l
         step = 32 if pad_d <= 32 and not normed else 16
         backward = [Tile(0, ANY, 32, step, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
         if pad_d <= 64 and not normed:
-            backward = [Tile(0, 64, 64, 16, 8, 1), backward[0]._replace(low=64)]
+            backward = [Tile(0, 64, 64, 16, 8, 2 if target.startswith("sm_8") else 1), backward[0]._replace(low=64)]
     elif pad_d > 64:
         forward, backward = [Tile(0, ANY, 64, 32, 4, 2)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
         if normed:
@@ -57,10 +57,11 @@ def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool) -> tuple[l
         if not normed:
             backward[2:] = [Tile(128, 256, 256, 16, 8, 1), Tile(256, ANY, 64, 16, 4, 2)]
     elif 90 <= int(target.removeprefix("sm_")) < 120:  # 227 KB of shared memory, and products from it
-        forward = [Tile(0, 64, 64, 64, 4, 2), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 3)]
-        backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 3)]
+        step = 64 if target == "sm_90" else 32
+        forward = [Tile(0, 64, 64, 64, 4, 2), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, step, 4, 3)]
+        backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 2)]
         if not normed:
-            backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 3)]
+            backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 2)]
     elif normed:
         forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, ANY, 64, 64, 4, 3)]
         backward = [Tile(0, ANY, 64, 16, 4, 2)]
