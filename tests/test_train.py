@@ -217,7 +217,7 @@ def test_ranks_draw_what_one_rank_draws():
 
 
 def test_a_run_learns(tmp_path):
-    log = fresh(tmp_path, "--steps", "30", "--lr", "0.03", "--ema", "0.9", "--batch-size", "4", "--eval-objects", "1")
+    log = fresh(tmp_path, "--steps", "80", "--lr", "0.005", "--ema", "0.9", "--batch-size", "4", "--eval-objects", "1")
     first, last = (sum(row["psnr"] for row in part) / 10 for part in (log[:10], log[-10:]))
     assert last > first + 2, (first, last)
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
