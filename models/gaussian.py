@@ -48,16 +48,19 @@ class GaussianConfig:
             raise ValueError(f"scaling_activation {config.scaling_activation!r} is not softplus or exp")
         if config.num_gaussians < 1:
             raise ValueError(f"num_gaussians {config.num_gaussians} must be at least 1")
-        if config.perturb_offset and config.voxel_size <= 1:
+        if config.perturb_offset and not 1 < config.voxel_size < math.inf:
             raise ValueError(f"voxel_size {config.voxel_size} must exceed 1 where offsets are perturbed (atanh of 1 is infinite)")
-        if not 0 < config.opacity_bias < 1 or config.scaling_bias <= 0:
-            raise ValueError(f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} above 0")
+        if not (0 < config.opacity_bias < 1 and 0 < config.scaling_bias < math.inf):
+            raise ValueError(
+                f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} be finite and above 0"
+            )
         return config
 
     @property
     def scaling_shift(self) -> float:
         """The activation's inverse at scaling_bias."""
-        return math.log(math.expm1(self.scaling_bias)) if self.scaling_activation == "softplus" else math.log(self.scaling_bias)
+        bias = self.scaling_bias
+        return bias + math.log(-math.expm1(-bias)) if self.scaling_activation == "softplus" else math.log(bias)
 
     @property
     def opacity_shift(self) -> float:

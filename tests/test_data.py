@@ -72,6 +72,27 @@ def view_number(image) -> int:  # `make` paints it into the blue channel
     return round(image[2, 0, 0].item() * 255) // 40
 
 
+def test_objects_of_other_channels_name_both_files(tmp_path):
+    root = make(tmp_path)
+    file = root / "features" / f"rgb_{RES}" / "bb.npz"
+    with np.load(file) as content:
+        arrays = dict(content)
+    np.savez(file, indices=arrays["indices"], patchtokens=arrays["patchtokens"][:, :4])
+    data = opened(root)
+    data.item("cc")
+    with pytest.raises(ValueError, match=rf"bb.npz has 4 feature channels, but .*aa.npz has {CHANNELS}"):
+        data.item("bb")
+
+
+def test_features_that_saw_held_out_views_are_told_apart(tmp_path):
+    root = make(tmp_path)
+    for name, holdout in (("aa", 1), ("bb", 2)):  # cc does not say
+        file = root / "renders" / name / "transforms.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": holdout}))
+    data = opened(root, holdout_views=2, views="holdout")
+    assert [data.features_saw_holdout(name) for name in data.names] == [True, False, False]
+
+
 def test_random_views_depend_on_seed_draw_and_object_and_never_touch_held_out_ones(tmp_path):
     root = make(tmp_path)
     data = opened(root, holdout_views=2)
@@ -194,7 +215,8 @@ def test_the_order_resumes_exactly():
     second.load_state_dict(first.state_dict(step=2))  # the loader had fetched two steps ahead of training
     assert take(second, 3) == expected[2:5]
     for name, value in (("length", 8), ("batch_size", 8), ("seed", 6)):
-        with pytest.raises(ValueError, match=rf"{name} \d is not the saved order's {value}"):
+        what = "number of objects" if name == "length" else name
+        with pytest.raises(ValueError, match=rf"{what} \d is not the saved order's {value}"):
             first.load_state_dict(first.state_dict() | {name: value})
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
@@ -248,6 +249,29 @@ def test_save_and_load(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
+    model = small_encoder()
+    models.save_pretrained(model, tmp_path / "m")
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(models.vae, "save_file", full)
+    with pytest.raises(OSError, match=r"could not save .*m.safetensors: No space left"):
+        models.save_pretrained(randomize(model), tmp_path / "m")
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_the_scale_bias_is_the_size_of_an_untrained_gaussian():
+    for activation, inverse in (("softplus", torch.nn.functional.softplus), ("exp", torch.exp)):
+        for bias in (4e-3, 0.5, 800.0):  # expm1(800) is more than a float holds
+            config = REPRESENTATION | {"scaling_bias": bias, "scaling_activation": activation}
+            shift = models.gaussian.GaussianConfig.parse(config).scaling_shift
+            assert inverse(torch.tensor(shift, dtype=torch.float64)).item() == pytest.approx(bias)
+
+
 def test_published_names_and_fp16_files_load(tmp_path):
     decoder = randomize(small_decoder())
     models.save_pretrained(decoder, tmp_path / "m")
@@ -307,7 +331,10 @@ def test_impossible_trunks(change, message):
     [
         ({"num_gausians": 3}, "num_gausians"),
         ({"voxel_size": 1.0}, "voxel_size 1.0"),
+        ({"voxel_size": math.nan}, "voxel_size nan"),
         ({"opacity_bias": 1.5}, "opacity_bias 1.5"),
+        ({"scaling_bias": math.nan}, "scaling_bias nan"),
+        ({"scaling_bias": math.inf}, "scaling_bias inf"),
         ({"scaling_activation": "relu"}, "relu"),
         ({"lr": {"_color": 1.0}}, "_color"),
     ],

@@ -163,10 +163,13 @@ class Run:
     def _load(self, file: Path) -> None:
         tensors, state = checkpoint.load(file)
         load_weights(self.vae, checkpoint.group(tensors, "model"), str(file))
-        self.optimizer.load(tensors, state["optimizer"])
-        self.clipper.load_state_dict(state["clipper"])
-        self.objects.sampler.load_state_dict(state["sampler"])
-        self.done = state["step"]
+        try:
+            self.optimizer.load(tensors, state["optimizer"])
+            self.clipper.load_state_dict(state["clipper"])
+            self.objects.sampler.load_state_dict(state["sampler"])
+            self.done = state["step"]
+        except KeyError as error:
+            raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
 
 
 def _new_folder(script: str, out: str | None) -> Path:
@@ -208,11 +211,11 @@ def fit(run: Run) -> None:
             if here.leads:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
                 progress.update(row, run.optimizer.skipped)
+                if last or run.done % config.save_every == 0:
+                    run.save()  # before the pictures: what is wrong with one must not cost the steps
                 if last or run.done % config.sample_every == 0:
                     report.picture(run.sample(), folder / "samples" / f"step_{run.done:08d}.png")
                     report.curves(log.rows, run.weights, folder / "curves.png")
-                if last or run.done % config.save_every == 0:
-                    _save(run)
             if stop:
                 break
     if run.done < config.steps:
@@ -221,14 +224,6 @@ def fit(run: Run) -> None:
         raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
     if here.leads:
         conclude(run)
-
-
-def _save(run: Run) -> None:
-    try:
-        run.save()
-    except OSError as error:
-        print(f"\n{error}\nfree some space, then: python -m train.{run.script} --resume {run.folder}", file=sys.stderr)
-        raise SystemExit(1) from error
 
 
 def conclude(run: Run) -> floors.Scores:
@@ -253,12 +248,27 @@ def conclude(run: Run) -> floors.Scores:
 
 
 def main(script: str, presets: Mapping[str, Config], build: Build, argv: Sequence[str] | None = None) -> None:
-    """The command line of a training script. Wrong flags, data, folders and files end with a message and status 2."""
+    """The command line of a training script.
+
+    Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a disk that is full, or fails,
+    with a message and status 1; a second Ctrl-C with status 130. Where there is a checkpoint, the message says how to go on.
+    """
     config = from_cli(script, presets, argv, world_size())
+    run = None
     with ExitStack() as stack:
         try:
             run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)))
-        except (ValueError, OSError) as error:
-            print(f"python -m train.{script}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
-        fit(run)
+            fit(run)
+        except (ValueError, OSError, KeyboardInterrupt) as error:
+            kept = run is not None and any((run.folder / "checkpoints").glob("step_*.safetensors"))
+            hint = f"\ncontinue with: python -m train.{script} --resume {run.folder}" if kept else ""
+            stopped = isinstance(error, KeyboardInterrupt)
+            what = "interrupted" if stopped else f"error: {_reason(error)}"
+            print(f"\npython -m train.{script}: {what}{hint}", file=sys.stderr)
+            raise SystemExit(130 if stopped else 1 if run and isinstance(error, OSError) else 2) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, without the traceback that a data worker puts before it."""
+    text = str(error)
+    return text.strip().rpartition(f"\n{type(error).__name__}: ")[2] if text.startswith("Caught ") else text

@@ -55,17 +55,22 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
 class Log:
     """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
 
-    Opened at `step`, it drops later rows: a resumed run repeats those steps.
+    Opened at `step`, it drops later rows: a resumed run repeats those steps. Raises ValueError for a file with a row that is
+    none, OSError where it cannot be written, both with the file's name.
     """
 
     def __init__(self, file: Path, step: int = 0):
+        self.file = file
         self.rows: list[dict] = []
         self.stride = 1
         kept = []
         if file.is_file():
-            for line in file.read_text().splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break  # half a row, where the run was killed while writing it, or a step after the checkpoint
+            for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
+                try:
+                    if not line.endswith("\n") or json.loads(line)["step"] > step:
+                        break  # half a row, where the run was killed while writing it, or a step after the checkpoint
+                except (json.JSONDecodeError, TypeError, KeyError) as error:
+                    raise ValueError(f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}") from error
                 kept.append(line)
         partial = file.with_suffix(".partial")
         partial.write_text("".join(kept))
@@ -85,14 +90,21 @@ class Log:
     def write(self, row: dict) -> None:
         """Append a row; what is not a finite number is written as null."""
         clean = {k: None if isinstance(v, float) and not -float("inf") < v < float("inf") else v for k, v in row.items()}
-        self.stream.write(json.dumps(clean) + "\n")
+        try:
+            self.stream.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.file}: {error}") from error
         self._remember(clean)
 
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stream.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.stream.close()
+        except OSError:
+            if kind is None:  # else it is the row again that could not be written
+                raise
 
 
 class Progress:
