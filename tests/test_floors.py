@@ -41,6 +41,10 @@ def test_scores_of_known_errors():
     off = floors.score(lambda b: Image((color + 0.1) * alpha, alpha), [truth])  # 0.1 off in a quarter of the frame
     assert off.inside == pytest.approx(20, abs=1e-3) and off.full == pytest.approx(20 + 10 * math.log10(4), abs=1e-3)
     clear = floors.score(lambda b: Image(torch.zeros_like(color), torch.zeros_like(alpha)), [truth])  # shows the background
+    edge = batch()
+    edge.image[:, 3, 8:24, 16:24] = 0.4  # a pixel that is less than half covered is not inside
+    wrong = torch.where(edge.image[:, 3:] == 0.4, 0.9, 0.0)
+    assert floors.score(lambda b: Image(color * b.image[:, 3:] + wrong, b.image[:, 3:]), [edge]).inside == float("inf")
     error = torch.stack([RED, 1 - RED]).square().mean(1) / 4
     assert clear.full == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
     bright = floors.score(lambda b: Image(torch.where(alpha > 0, 1.5, 0.0) * torch.ones(3, 1, 1), alpha), [batch(torch.ones(3))])

@@ -93,12 +93,14 @@ def test_state_continues_to_the_bit():
     straight = go(optimizer(scale=LossScale(20.0, 0.001), ema=0.9), range(6))
     first = optimizer(scale=LossScale(20.0, 0.001), ema=0.9)
     go(first, range(3))
+    first.skipped = 2
     second = optimizer(scale=LossScale(20.0, 0.001), ema=0.9)
     with torch.no_grad():
         for name, p in second.parameters.items():
             p.copy_(first.parameters[name])
     second.load({name: t.clone() for name, t in first.tensors().items()}, first.state())
     assert torch.equal(go(second, range(3, 6)), straight) and second.scale.log2 == pytest.approx(20.006)
+    assert (second.steps, second.skipped) == (6, 2)
 
 
 def test_averaged_weights_are_swapped_in_and_out():

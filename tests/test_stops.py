@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch._utils import ExceptionWrapper
 
 from tests.test_data import make
 from tests.test_train import TINY, fresh, refused, rows, state, train
 from train import loop
-from train.gaussian import PRESETS
 
 
 def own_data(tmp_path: Path) -> list:
@@ -77,12 +75,3 @@ def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         fresh(tmp_path, "--steps", "2", "--save-every", "1")
     message = capsys.readouterr().err
     assert stopped.value.code == 130 and "interrupted\ncontinue with" in message and f"--resume {tmp_path}" in message
-
-
-def test_a_header_tells_when_features_saw_the_held_out_views():
-    def summary(holdout):
-        config = loop.from_cli("gaussian", PRESETS, [*TINY, "--holdout-views", holdout])
-        return loop.Objects(config, loop.Machine(torch.device("cpu"), 0, 1)).summary()
-
-    assert "the features of" not in summary("4")  # with which the embedded objects were made
-    assert "the last 5 views (but the features of 4 of 4 scored objects were made from them too)" in summary("5")

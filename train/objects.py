@@ -43,9 +43,9 @@ class Objects:
 
     def summary(self) -> str:
         voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"
-        held = f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
         seen, scored = self.seen
-        held += f" (but the features of {seen} of {scored} scored objects were made from them too)" if seen else ""
+        saw = f" (from which the features of {seen} of {scored} scored objects were made too)" if seen else ""
+        held = f"held out: the last {self.config.holdout_views} views{saw}, {self.held_out} whole objects"
         return f"{self.train.summary()}; {voxels}; {held}"
 
     def steps(self) -> Iterator[list[Batch]]:

@@ -3,7 +3,7 @@
 The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
 loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
 step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on. Unlike there, the
-gradients of the weights are accumulated in fp32, so only what flows through the activations can overflow.
+gradients of several micro-batches are summed in fp32; one micro-batch's still pass through fp16 and can overflow there.
 """
 
 import math
