@@ -7,6 +7,7 @@ Each voxel predicts, in this channel order, offsets, colours, scales, rotations 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class GaussianScene:
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different kernel sizes: {sorted(sizes)}")
         names = ("center", "scale", "rotation", "opacity", "color")
-        starts = torch.tensor([0, *(len(scene.center) for scene in scenes)]).cumsum(0)
+        starts = [0, *accumulate(len(scene.center) for scene in scenes)]  # a list: torch.compile cannot trace what is read
         tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in names]
         return splat(*tensors, starts, camera, view_scene, background, kernel_size=sizes.pop())
 

@@ -209,6 +209,23 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
     assert_close(together.color[2:3], alone.color, 1e-6, "color")
 
 
+def test_a_whole_forward_pass_compiles_without_breaking_the_graph():
+    vae = models.GaussianVAE(randomize(small_encoder()), randomize(small_decoder()))
+    x = batch([5, 0, 3], "cpu")
+    camera, background = Camera.orbit([0.0, 1.0], [0.1] * 2, width=16), torch.zeros(2, 3)
+
+    def loss(feats):
+        posterior, scenes = vae(x.replace(feats), torch.zeros(len(x), vae.encoder.latent_channels))
+        image = models.render(scenes, camera, [0, 2], background)
+        return image.color.square().mean() + sum(models.penalties(scenes).values()) + posterior.logvar.mean()
+
+    feats = x.feats.requires_grad_()
+    torch._dynamo.reset()
+    eager, compiled = loss(feats), torch.compile(loss, fullgraph=True, backend="aot_eager")(feats)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(torch.autograd.grad(compiled, feats)[0], torch.autograd.grad(eager, feats)[0])
+
+
 def test_a_forward_pass_builds_two_partitions(device):
     encoder = models.Encoder(16, 5, 32, 4, 12, num_heads=2, window_size=4).to(device)
     x = batch([30], device)

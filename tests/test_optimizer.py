@@ -74,6 +74,15 @@ def test_skipped_step_moves_no_weight_but_the_average():
     assert all(p.grad is None for p in run.parameters.values())
 
 
+def test_gradients_that_no_scale_makes_finite_end_the_run():
+    run = optimizer(scale=LossScale(20.0))
+    with pytest.raises(ValueError, match=r"the loss scale fell to 2\^-41, below 2\^-40, and gradients are still not finite"):
+        for _ in range(100):
+            run.backward(sum((p * math.nan).sum() for p in run.parameters.values()))
+            run.step(0.1)
+    assert run.scale.log2 == -41
+
+
 def test_scale_does_not_change_the_step():
     results = []
     for scale in (LossScale(0, 0, 0), LossScale(20.0)):

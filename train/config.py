@@ -206,12 +206,21 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
         parser.error(str(error))
 
 
-def write_config(config: Config, script: str, file: Path) -> None:
-    """Record the config in its own run folder, whose path is not part of it; a full disk leaves what was recorded before."""
-    values = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
+def write_whole(file: Path, text: str) -> None:
+    """Write all of a text file or leave it as it was; OSError that names it where the disk is full or cannot be written."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"script": script} | values, indent=2) + "\n")
-    partial.replace(file)
+    try:
+        partial.write_text(text)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {file}: {error}") from error
+
+
+def write_config(config: Config, script: str, file: Path) -> None:
+    """Record the config in its own run folder, whose path is not part of it."""
+    values = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
+    write_whole(file, json.dumps({"script": script} | values, indent=2) + "\n")
 
 
 def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:

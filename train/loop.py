@@ -25,7 +25,7 @@ from models import VAE, SparseTensor
 from models.scene import Scene
 from models.vae import load_weights
 from train import checkpoint, floors, report
-from train.config import PRECISIONS, Config, from_cli, write_config
+from train.config import PRECISIONS, Config, from_cli, write_config, write_whole
 from train.data import Batch
 from train.latents import Latents, load_encoder
 from train.losses import GradClipper, Reconstruction, composite, kl, psnr
@@ -242,7 +242,7 @@ def conclude(run: Run) -> floors.Scores:
     weights = "averaged" if averaged else "last"
     values = {name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()}
     content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
-    (run.folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     print(f"{floors.table(scores)}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
     return scores
 

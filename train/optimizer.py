@@ -14,10 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+LEAST_LOG2 = -40.0  # below it no fp16 gradient is left
+
 
 @dataclass
 class LossScale:
-    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1."""
+    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1.
+
+    Raises ValueError where it has fallen so far that overflow cannot be why gradients are not finite.
+    """
 
     log2: float = 20.0
     growth: float = 1e-3
@@ -25,6 +30,11 @@ class LossScale:
 
     def update(self, finite: bool) -> None:
         self.log2 += self.growth if finite else -self.backoff
+        if self.log2 < LEAST_LOG2:
+            raise ValueError(
+                f"the loss scale fell to 2^{self.log2:.0f}, below 2^{LEAST_LOG2:.0f}, and gradients are still not finite: "
+                "that is no overflow of fp16, so look at the learning rate, the data or the checkpoint"
+            )
 
 
 class Optimizer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import backend
-from train.config import Config
+from train.config import Config, write_whole
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
@@ -72,9 +72,7 @@ class Log:
                 except (json.JSONDecodeError, TypeError, KeyError) as error:
                     raise ValueError(f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}") from error
                 kept.append(line)
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(file)
+        write_whole(file, "".join(kept))
         for line in kept:
             self._remember(json.loads(line))
         self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
