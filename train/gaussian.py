@@ -50,11 +50,7 @@ PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
 def build(config: Config, in_channels: int) -> GaussianVAE:
     """The VAE for features of `in_channels`, with the published construction."""
-    size = config.model
-    trunk = dict(
-        resolution=config.resolution, model_channels=size.channels, latent_channels=size.latent, num_blocks=size.blocks,
-        num_heads=size.heads, mlp_ratio=size.mlp_ratio, attn_mode="swin", window_size=size.window, use_checkpoint=size.recompute,
-    )  # fmt: skip
+    size, trunk = config.model, config.trunk()
     representation = {
         "lr": {"_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5, "num_gaussians": size.per_voxel,
         "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": size.scaling_bias,

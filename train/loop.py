@@ -84,7 +84,9 @@ class Run:
         self.objective = DistributedDataParallel(objective, broadcast_buffers=False) if here.world > 1 else objective
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
-        self.optimizer = Optimizer(self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema)
+        self.optimizer = Optimizer(
+            self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema, config.optimizer == "muon"
+        )
         if config.resume:
             self.folder = Path(config.resume)
             self._load(checkpoint.newest(self.folder / "checkpoints"))
