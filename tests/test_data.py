@@ -118,16 +118,16 @@ def test_filters_count_what_they_leave_out(tmp_path):
     names = [f"{i}{i}" for i in range(8)]
     root = make(
         tmp_path, names,
-        aesthetic_score=["5", "", "4.49", "nan", "6", "6", "6", "6"],
+        aesthetic_score=["4.5", "", "4.49", "nan", "6", "6", "6", "6"],
         rendered=["True", "", "True", "True", "False", "True", "True", "True"],
         split=["", "train", "train", "train", "train", "test", "train", "train"],
     )  # fmt: skip
     rows = metadata(root)
     rows[6][f"feature_rgb_{RES}"] = ""
     write_metadata(root, rows)
-    data = opened(root, max_voxels=15)  # object i has 9 + i
+    data = opened(root, max_voxels=14)  # object i has 9 + i
     assert data.names == ["00", "11", "33"]
-    reasons = "of aesthetic score below 4.5", "without views", "of another split", "without features", "over 15 voxels"
+    reasons = "of aesthetic score below 4.5", "without views", "of another split", "without features", "over 14 voxels"
     assert data.skipped == dict.fromkeys(reasons, 1)
     assert data.summary().startswith("3 of 8 objects (") and data.summary().endswith(f") in {root}")
     assert all(f"1 {reason}" in data.summary() for reason in reasons)

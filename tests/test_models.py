@@ -12,6 +12,7 @@ import models
 from kernels import backend
 from kernels.cache import SpatialCache
 from kernels.camera import Camera
+from kernels.splat import splat
 from models.layers import Block, position_embedding
 from models.vae import load_weights as load_into
 from tests.conftest import GOLDEN, assert_close, golden, load_weights
@@ -207,6 +208,16 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
         alone = scenes[2].render(camera[2:3], background[:1])
     assert four == one and sum(one.values()) > 0
     assert_close(together.color[2:3], alone.color, 1e-6, "color")
+
+
+def test_scenes_render_with_the_low_pass_filter_of_their_decoder():
+    representation = REPRESENTATION | {"2d_filter_kernel_size": 5.0}
+    decoder = randomize(models.GaussianDecoder(16, 32, 4, 2, num_heads=2, window_size=4, representation_config=representation))
+    (scene,) = decoder(batch([3], "cpu", channels=4))
+    camera, background = Camera.orbit(0.3, 0.1, width=24), torch.zeros(1, 3)
+    gaussians = scene.center, scene.scale, scene.rotation, scene.opacity, scene.color, [0, 12], camera, [0], background
+    color = scene.render(camera, background).color
+    assert torch.equal(color, splat(*gaussians, kernel_size=5.0).color) and not torch.equal(color, splat(*gaussians).color)
 
 
 def test_a_whole_forward_pass_compiles_without_breaking_the_graph():
