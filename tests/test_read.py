@@ -141,6 +141,7 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
     "no angle": (text(JSON, "camera_angle_x", "angle"), JSON, " lacks 'camera_angle_x'"),
     "matrix 3 x 4": (text(JSON, ", [0.0, 0.0, 0.0, 1.0]]", "]"), JSON, r": transform_matrix has shape \[3, 4\], not \[4, 4\]"),
     "matrix singular": (frame("transform_matrix", [[0.0] * 4] * 4), JSON, ": frame 1 has no usable camera"),
+    "angle too wide": (frame("camera_angle_x", math.pi), JSON, r": frame 1 has no usable camera \(angle 3.14"),
     "angle nan": (frame("camera_angle_x", math.nan), JSON, r": frame 1 has no usable camera \(angle nan"),
     "view missing": (delete(PNG), PNG, " is missing, though transforms.json lists it"),
     "view truncated": (cut(PNG), PNG, " is truncated or damaged"),
