@@ -34,6 +34,10 @@ def test_log_drops_later_and_half_rows_and_thins_what_it_draws(tmp_path, monkeyp
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(1, 32))
 
 
+def test_numbers_that_json_does_not_know_become_null():
+    assert report.finite({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": "x"}) == {"a": None, "b": None, "c": 1.5, "d": "x"}
+
+
 def test_what_is_wrong_with_a_log_names_it(tmp_path):
     file = tmp_path / "log.jsonl"
     for damaged in ("{nonsense", "[1]", '{"loss": 1}'):

@@ -75,3 +75,9 @@ def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         fresh(tmp_path, "--steps", "2", "--save-every", "1")
     message = capsys.readouterr().err
     assert stopped.value.code == 130 and "interrupted\ncontinue with" in message and f"--resume {tmp_path}" in message
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # each looks before the other has made its folder
+    assert [loop._new_folder("gaussian", None) for _ in range(3)] == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]

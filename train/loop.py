@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -175,19 +176,29 @@ class Run:
 
 def _new_folder(script: str, out: str | None) -> Path:
     """Make the run's folder: OUT, which must be new or empty, or the next free runs/SCRIPT-NNN."""
-    if out is None:
-        taken = [int(m[1]) for p in Path("runs").glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
-        folder = Path("runs") / f"{script}-{max(taken, default=0) + 1:03d}"
-    else:
-        folder = Path(out)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
+    folder = Path("runs" if out is None else out)
+    if out is not None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if out is None:
+            folder = _numbered(folder, script)
         (folder / "log.jsonl").touch()
     except OSError as error:
         raise ValueError(f"run folder {folder} cannot be written: {error}") from error
     return folder
+
+
+def _numbered(parent: Path, script: str) -> Path:
+    """Make the next PARENT/SCRIPT-NNN: of runs that start at once, each gets its own."""
+    taken = [int(m[1]) for p in parent.glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
+    for number in count(max(taken, default=0) + 1):
+        folder = parent / f"{script}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
 
 
 def fit(run: Run) -> None:
@@ -241,7 +252,7 @@ def conclude(run: Run) -> floors.Scores:
         rgb = run.config.features == "rgb"
         scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
     weights = "averaged" if averaged else "last"
-    values = {name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()}
+    values = {name: {group: report.finite(asdict(s)) for group, s in row.items()} for name, row in scores.items()}
     content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
     write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     print(f"{floors.table(scores)}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")

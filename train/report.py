@@ -1,6 +1,7 @@
 """What a run shows: the header, the progress line, log.jsonl, sample pictures and curves."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +54,11 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
 
 
+def finite(row: Mapping) -> dict:
+    """The row as JSON can hold it: None instead of a number that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 class Log:
     """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
 
@@ -88,7 +94,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row; what is not a finite number is written as null."""
-        clean = {k: None if isinstance(v, float) and not -float("inf") < v < float("inf") else v for k, v in row.items()}
+        clean = finite(row)
         try:
             self.stream.write(json.dumps(clean) + "\n")
         except OSError as error:
