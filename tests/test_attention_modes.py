@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.attention import rotate_reference, segment_attention, window_attention, window_attention_reference
+from kernels.attention import segment_attention, window_attention, window_attention_reference
 from kernels.serialize import serialized_windows
-from kernels.window import Windows, window_partition
+from kernels.window import Windows
 from tests.conftest import assert_close, assert_same, golden, load_weights
 from tests.test_window import voxels
 
@@ -55,7 +55,7 @@ def plain(lengths, device):
     [
         ([168, 0, 110, 5], 40, 2, 16, torch.float32),
         ([300, 1], 280, 1, 64, torch.float16),
-        ([97], 1, 1, 24, torch.float32),
+        ([7], 1, 1, 24, torch.float32),
         ([90, 33], 32, 2, 8, torch.float16),
     ],
     ids=str,
@@ -147,7 +147,7 @@ def test_published_serialized_attention(device, case):
     assert_close(window_attention(qkv, windows), tensors[f"cfg{case}/out"], 1e-5)
 
 
-@pytest.mark.parametrize("target, dtype", [("sm_90", torch.float16), ("gfx942", torch.float16), ("sm_80", torch.float32)], ids=str)
+@pytest.mark.parametrize("target, dtype", [("sm_90", torch.float16), ("gfx942", torch.float16)], ids=str)
 def test_tiles_of_gpus(kernel_device, target, dtype):
     windows = listed([140], 100, kernel_device)
     with backend.assume(target):
