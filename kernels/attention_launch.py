@@ -28,11 +28,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def _tiles(dtype: torch.dtype, pad_d: int, target: str, treated: bool) -> tuple[list[Tile], list[Tile]]:
+def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: bool) -> tuple[list[Tile], list[Tile]]:
     """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
 
-    The q/k norm or rotation (`treated`) holds more of a row in registers. The last class loops, from any length.
+    The q/k norm holds more of a row in registers, and so does its rotation. The last class loops, from any length.
     """
+    treated = normed or rotated
     if target == "interpreter":  # a program costs milliseconds whatever its size
         forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 256, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
         backward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 128, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
@@ -46,18 +47,23 @@ def _tiles(dtype: torch.dtype, pad_d: int, target: str, treated: bool) -> tuple[
         forward, backward = [Tile(0, ANY, 64, 32, 4, 2)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
         if treated:
             forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
+    elif rotated:
+        forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, ANY, 64, 32, 4, 1)]
+        backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
+        if target.startswith(("sm_8", "sm_12")):  # products from registers
+            backward = [Tile(0, ANY, 32, 16, 4, 1)]
     elif target.startswith("gfx"):
         forward = [Tile(0, ANY, 64, 32, 4, 2)]
         backward = [Tile(0, 64, 64, 16, 4, 2), Tile(64, 128, 128, 16, 8, 1), Tile(128, ANY, 64, 16, 4, 2)]
-        if not treated:
+        if not normed:
             backward[2:] = [Tile(128, 256, 256, 16, 8, 1), Tile(256, ANY, 64, 16, 4, 2)]
     elif 90 <= int(target.removeprefix("sm_")) < 120:  # 227 KB of shared memory, and products from it
         step = 64 if target == "sm_90" else 32
         forward = [Tile(0, 64, 64, 64, 4, 2), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, step, 4, 3)]
         backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 2)]
-        if not treated:
+        if not normed:
             backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 2)]
-    elif treated:
+    elif normed:
         forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, ANY, 64, 64, 4, 3)]
         backward = [Tile(0, ANY, 64, 16, 4, 2)]
     else:
@@ -115,9 +121,9 @@ class Segments(NamedTuple):
     uses: tuple[Tensor, Tensor] | None = None  # where each row is among the keys, if more than once: `Windows.uses`
 
 
-def _classes(q: Tensor, bound: int | None, treated: bool) -> tuple[list[Tile], list[Tile]]:
+def _classes(q: Tensor, bound: int | None, normed: bool, rotated: bool) -> tuple[list[Tile], list[Tile]]:
     """Those that a segment of up to `bound` rows can be in; None: queries and keys are separate, all tiles loop."""
-    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q), treated)
+    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q), normed, rotated)
     if bound is None:
         return [forward[-1]._replace(low=0)], [backward[-1]._replace(low=0)]
     return [t for t in forward if t.low < bound], [t for t in backward if t.low < bound]
@@ -130,7 +136,7 @@ def forward(
     N, H, D = q.shape
     order, starts, keys, key_starts, bound, _ = segments
     out, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
-    for tile in _classes(q, bound, gamma is not None or phases is not None)[0]:
+    for tile in _classes(q, bound, gamma is not None, phases is not None)[0]:
         work = keep((starts,), _list_tiles, N, tile.low, tile.high, tile.rows)
         programs, constants = _programs(len(work) - 1, q), _constants(q, tile)
         if tile.high <= tile.rows:
@@ -150,7 +156,7 @@ def backward(
     """Fill dq, dk, dv; return dgamma [2, H, D], or nothing [0] without gamma."""
     N, H, D = q.shape
     order, starts, keys, key_starts, bound, uses = segments
-    classes = _classes(q, bound, gamma is not None or phases is not None)[1]
+    classes = _classes(q, bound, gamma is not None, phases is not None)[1]
     K = len(k) if uses is None else len(keys)
     lists = [[keep((edges,), _list_tiles, n, tile.low, tile.high, tile.rows) for edges, n in ((starts, N), (key_starts, K))]
              for tile in classes]  # fmt: skip

@@ -176,12 +176,12 @@ def test_tiles_of_gpus(kernel_device, target, dtype, lengths):
         compare(*make(lengths, 1, 16, dtype, kernel_device))
 
 
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed, rotated", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", ["interpreter", "sm_80", "sm_86", "sm_90", "sm_120", "gfx942", "gfx1100"])
-def test_tiles_cover_every_length_once(target, dtype, normed):
+def test_tiles_cover_every_length_once(target, dtype, normed, rotated):
     for pad_d in (16, 32, 64, 128):
-        for classes in launches._tiles(dtype, pad_d, target, normed):
+        for classes in launches._tiles(dtype, pad_d, target, normed, rotated):
             assert [c.low for c in classes] == [0, *(c.high for c in classes[:-1])] and classes[-1].high == launches.ANY
             assert classes[-1].high > classes[-1].rows  # loops: it also serves segment_attention
 
