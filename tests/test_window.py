@@ -66,7 +66,7 @@ def test_the_sorted_partition_is_the_scanned_one(device, monkeypatch, size, shif
 def test_wide_extents_are_sorted(device):
     """A grid of 2e8 cells is not made: few voxels far apart."""
     coords = voxels([60, 0, 40], (900, 3, 1000))
-    windows = window_partition(coords.to(device), 3, 64, 32)
+    windows = window_partition(coords.to(device), 3, 64, 32, extent=(900, 3, 1000))
     grid = window._grid((900, 3, 1000), [64] * 3, [32] * 3)
     assert 3 * grid[0] * grid[1] * grid[2] * 64**3 > window.DENSE_CELLS
     starts, order = windows.starts.tolist(), windows.order.tolist()
