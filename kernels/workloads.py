@@ -13,6 +13,7 @@ from kernels.attention import segment_attention, window_attention
 from kernels.camera import Camera
 from kernels.hash import build_table, lookup, neighbours
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
+from kernels.serialize import serialized_windows
 from kernels.splat import splat
 from kernels.ssim import ssim
 from kernels.window import Windows, window_partition
@@ -45,6 +46,35 @@ def attention(dtype: torch.dtype) -> None:
         gamma = torch.ones(heads, D, requires_grad=True)
         _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
         _backward(segment_attention(*qkv.unbind(1), windows.starts, windows.starts))
+
+
+def rotary(dtype: torch.dtype) -> None:
+    """Attention with rotary phases, with and without the q/k norm, in the windows of `attention`."""
+    N = WINDOW**3 + 1
+    windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
+    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+        D = channels // heads
+        qkv = torch.randn(N, 3, heads, D).to(dtype).requires_grad_()
+        phases, gamma = torch.ones(N, D // 2, dtype=torch.complex64), torch.ones(heads, D, requires_grad=True)
+        _backward(window_attention(qkv, windows, phases=phases))
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma, phases=phases))
+
+
+def serialized(dtype: torch.dtype) -> None:
+    """Windows along both kinds of curve; attention to listed keys alone, normed, rotated, and both."""
+    coords = _coords(16, 16)
+    for mode in ("z_order", "hilbert_transposed"):
+        serialized_windows(coords, 1, WINDOW, mode, shift_window=WINDOW // 2)
+    rows, none = torch.arange(16, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    windows = Windows(rows, none, 16, keys=rows, key_starts=none)
+    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+        D = channels // heads
+        qkv = torch.randn(16, 3, heads, D).to(dtype).requires_grad_()
+        phases, gamma = torch.ones(16, D // 2, dtype=torch.complex64), torch.ones(heads, D, requires_grad=True)
+        _backward(window_attention(qkv, windows))
+        _backward(window_attention(qkv, windows, phases=phases))
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma, phases=phases))
 
 
 def norms(dtype: torch.dtype) -> None:
@@ -84,4 +114,4 @@ def similarity(dtype: torch.dtype) -> None:
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity)}
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized)}
