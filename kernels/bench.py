@@ -4,7 +4,8 @@ Times every op forward and backward against its floor on this device and against
 imported, in the same run, after checking that they agree (kernels.measure says how). On a CPU, what is measured is the
 torch path against the naive reference: that says nothing about the kernels.
 
---errors prints instead how far each implementation is from the reference in float64, by type. --json writes
+--errors prints instead how far each implementation is from the reference in float64, by type; on a CPU with
+TRITON_INTERPRET=1 the kernels too, interpreted. --json writes
 {device, driver, torch, triton, commit, date, ceilings, cases, missing}; PATH may be a folder, in which the file is named
 after the device. Exit status 1: ours failed or two implementations disagree.
 
@@ -106,13 +107,15 @@ def lines(rows: list[dict]) -> Iterator[str]:
 
 
 def error_table(rows: list[dict]) -> str:
-    """Markdown: largest difference over largest value, of the output and of the worst gradient."""
+    """Markdown: largest difference over largest value, of the output and of the worst gradient; below it, what did not run."""
     table = ["| op | size | type | implementation | output | gradient |", "|---|---|---|---|---|---|"]
     number = lambda x: "-" if x is None else f"{x:.1e}"
     for row in rows:
-        values = [row["why"], ""] if "why" in row else [number(row["output"]), number(row["gradient"])]
-        table.append("| " + " | ".join([row["op"], row["size"], row["dtype"], row["impl"], *values]) + " |")
-    return "\n".join(table)
+        if "why" not in row:
+            cells = [row["op"], row["size"], row["dtype"], row["impl"], number(row["output"]), number(row["gradient"])]
+            table.append("| " + " | ".join(cells) + " |")
+    reasons = dict.fromkeys(f"- {row['impl']}: {row['why']}" for row in rows if "why" in row)
+    return "\n".join([*table, "", *(["Not run:", "", *reasons] if reasons else [])])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -113,7 +113,8 @@ class Layout:
         high = (self.starts[self.segment[last] + 1] - 1) // block + 1
         columns = torch.arange(len(first), dtype=torch.int32, device=self.order.device)
         indices = (low[:, None] + columns).clamp(max=len(first) - 1)
-        same = lambda b, h, i, j: self.segment[i] == self.segment[j]
+        segment = self.segment
+        same = lambda b, h, i, j: segment[i] == segment[j]
         counts = (high - low).int()[None, None]
         return BlockMask.from_kv_blocks(
             counts, indices[None, None].int().contiguous(), BLOCK_SIZE=block, mask_mod=same, seq_lengths=(N, N)

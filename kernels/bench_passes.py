@@ -28,8 +28,8 @@ EPS = 1e-6
 
 
 def eager_layer_norm(x: Tensor) -> Tensor:
-    """As published: to fp32, norm, back."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+    """As published: to fp32 (fp64 stays), norm, back."""
+    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=EPS).to(x.dtype)
 
 
 def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ gaps between calls are the device's own; an op that waits for the device itself 
 Input sets are rotated until their bytes are several times the L2 cache.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from statistics import median, quantiles
@@ -19,6 +21,8 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 from triton.errors import TritonError
+
+from kernels import backend
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Two implementations of one function: largest difference over largest value, of outputs and of gradients
@@ -29,6 +33,7 @@ FAILURES = (
 )  # fmt: skip
 OURS = "trislat"
 NAIVE = "naive reference"
+INTERPRETED = "trislat, kernels interpreted"
 
 
 @dataclass(frozen=True)
@@ -309,18 +314,24 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
 
 
 def errors(case: Case) -> list[dict]:
-    """How far each implementation is from the reference in float64: largest difference over largest value."""
+    """How far each implementation is from the reference in float64: largest difference over largest value.
+
+    On a CPU whose Triton interprets (TRITON_INTERPRET=1), ours is there twice: the torch path and the kernels.
+    """
     args = case.inputs(0)
     double = lambda x: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
     exact = evaluate(case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args))
-    rows = []
-    for name, impl in implementations(case).items():
+    rows, impls = [], implementations(case)
+    if os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16":  # the interpreter's bf16 arithmetic is wrong
+        impls = {OURS: impls.pop(OURS), INTERPRETED: Impl(case.ours, restore=case.restore)} | impls
+    for name, impl in impls.items():
         row = {"op": case.op, "size": case.size, "dtype": case.dtype, "impl": name, "output": None, "gradient": None}
         if isinstance(impl, str):
             row["why"] = impl
         else:
             try:
-                got = evaluate(case, impl, args)
+                with backend.use("interpreter") if name == INTERPRETED else nullcontext():
+                    got = evaluate(case, impl, args)
                 row["output"] = difference(got[0], exact[0])
                 row["gradient"] = difference(got[1], exact[1]) if case.backward else None
             except FAILURES as error:

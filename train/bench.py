@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kernels.attention import window_attention_reference
 from kernels.bench_attention import WINDOW, Layout, attention_work, flash, sizes, voxels
 from kernels.bench_passes import eager_gelu, eager_layer_norm
 from kernels.cache import SpatialCache
@@ -64,7 +65,8 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         attend = layout.padded().run if device.type == "cpu" else layout.published(flash).run
         published = published_block(block, attend)
         what = "published path on torch ops, " + ("padded attention" if device.type == "cpu" else "varlen_attn")
-        fused = compiled(published, device)
+        fused, order, starts = compiled(published, device), windows.order, windows.starts
+        naive = published_block(block, lambda qkv, order=order, starts=starts: window_attention_reference(qkv, order, starts))
 
         def ours(x: Tensor, block=block, cache=cache) -> Tensor:
             x, addend = block(x, None, cache)
@@ -80,8 +82,8 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
             yield Case(
                 op="block", size=f"{name}, N = {N}", dtype=dtype, inputs=inputs, ours=ours, forward=forward, backward=backward,
-                peers={what: Impl(published), f"torch.compile of it, {dtype}": fused if isinstance(fused, str) else Impl(fused)},
-                parameters=list(block.parameters()),
+                peers={what: Impl(published), "torch.compile of it": fused if isinstance(fused, str) else Impl(fused)},
+                reference=naive, naive=size == "small", parameters=list(block.parameters()),
             )  # fmt: skip
 
 
