@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     about = facts(args.device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    if args.device.type == "cpu":
+    if args.device.type == "cpu" and not args.errors:
         print("A CPU: the torch path is measured against the naive reference, not the Triton kernels.")
     print("peers: " + "; ".join(f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN))
     if args.errors:
