@@ -5,6 +5,7 @@ out [N, C] and the fp32 log-sum-exp [N, H]: forward (3 + 1) N C, backward (3 + 1
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ WINDOW = 8
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [rows, H, D], starts [M + 1] int32, longest
 
 
+@cache
 def voxels(size: str) -> dict[str, Tensor]:
     """The coordinate sets that block, attention and norms are measured on: [N, 4] by name."""
     if size == "small":

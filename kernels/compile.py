@@ -9,8 +9,8 @@ processes of its own because Triton decides at import whether it interprets or c
    what is launched, never a copy of it.
 2. build: each distinct launch is compiled for its targets, disassembled and counted.
 
-What comes out depends on the version of Triton. `--also PYTHON` builds the same launches with another interpreter's
-Triton too, and `--markdown` writes one table of both, from fresh builds so that the seconds are those of a compilation.
+What comes out depends on the version of Triton. `--also PYTHON` builds the same launches, recorded once, with another
+interpreter's Triton too, and `--markdown` writes one table of both, from fresh builds: its seconds are of compilations.
 
 Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a kernel marked hot.
 """
@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -251,6 +252,12 @@ def _read(text: str) -> dict[Build, list[str]]:
     return builds
 
 
+def _wanted(build: Build, args: argparse.Namespace) -> bool:
+    line = describe(asdict(build) | {"dtype": build.dtype})
+    unwanted = args.without and re.search(args.without, line)
+    return args.kernel in build.kernel and (build.hot or not args.hot) and not unwanted
+
+
 def _build_all(builds: dict[Build, list[str]], workers: int) -> list[dict]:
     """The rows of all builds; failures are printed as they come."""
     rows = []
@@ -269,6 +276,7 @@ def _build_with(python: str, launches: str, args: argparse.Namespace, folder: Pa
     (folder / "launches.json").write_text(launches)
     command = [python, "-m", "kernels.compile", "--launches", str(folder / "launches.json"), "--kernel", args.kernel]
     command += ["--json", str(folder / "rows.json"), "--workers", str(args.workers)] + ["--hot"] * args.hot
+    command += ["--without", args.without] if args.without else []
     done = subprocess.run(command, capture_output=True, text=True)
     if not (folder / "rows.json").exists():
         raise SystemExit(f"{done.stdout}{done.stderr}\n{python} built nothing")
@@ -282,6 +290,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp16,bf16,fp32", help="of the ops' tensors; comma-separated")
     parser.add_argument("--op", default=OPS, help="of kernels.workloads; comma-separated")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--without", help="leave out launches whose line in the table matches this regular expression")
     parser.add_argument("--hot", action="store_true", help="only the kernels that a training step spends its time in")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--markdown", type=Path, help="also write the table here, from fresh builds")
@@ -294,6 +303,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name, names in known.items():
         if unknown := [x for x in getattr(args, name).split(",") if x not in names]:
             parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(names)}")
+    if args.also and not shutil.which(args.also):
+        parser.error(f"--also {args.also} is no Python that can be run")
     return args
 
 
@@ -305,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps([asdict(build) | {"targets": targets} for build, targets in found.items()]))
         return 0
     launches = args.launches.read_text() if args.launches else _recorded(args)
-    chosen = {b: t for b, t in _read(launches).items() if args.kernel in b.kernel and (b.hot or not args.hot)}
+    chosen = {build: targets for build, targets in _read(launches).items() if _wanted(build, args)}
     with tempfile.TemporaryDirectory() as folder:
         if args.markdown:
             os.environ["TRITON_CACHE_DIR"] = folder

@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import kernels
-from kernels.compile import OPS, TARGETS, _blocks_per_unit, _read, _verdict, main
+from kernels.compile import OPS, TARGETS, Build, _blocks_per_unit, _parse, _read, _verdict, _wanted, main
 from kernels.compile_report import document, merged
 from kernels.workloads import WORKLOADS
 
@@ -82,6 +83,17 @@ def test_every_kernel_is_built_and_what_was_recorded_can_be_read():
     assert dict(splat.types)["TX"] == "i32"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [([], True), (["--hot"], True), (["--kernel", "gelu"], False), (["--without", r"\bC=76\b"], True), (["--without", "fp16"], False)],
+    ids=str,
+)
+def test_launches_are_chosen(arguments, wanted):
+    norm = Build("kernels.norm", "_layer_norm_fwd", (("x_ptr", "*fp16"),), (0,), (), (("C", 768), ("num_warps", 4)))
+    assert bool(_wanted(norm, _parse(arguments))) == wanted
+    assert not _wanted(replace(norm, kernel="_lookup"), _parse(["--hot"]))
+
+
 def report(version: str, registers: int, **changes) -> dict:
     row = {"module": "kernels.x", "kernel": "_k", "types": [["x_ptr", "*fp16"]], "ones": []}
     row |= {"constants": [["C", 8], ["num_warps", 4]]}
@@ -101,6 +113,12 @@ def test_two_versions_share_a_line_of_the_table():
 
 def test_every_op_of_the_list_exists():
     assert OPS.split(",") == list(WORKLOADS)
+
+
+def test_another_python_must_be_there(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--also", "/no/such/python"])
+    assert "--also /no/such/python is no Python that can be run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--target", "sm_91"], ["--dtype", "fp8"], ["--op", "sort"]])
