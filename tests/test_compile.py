@@ -85,7 +85,7 @@ def test_every_kernel_is_built_and_what_was_recorded_can_be_read():
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
-    [([], True), (["--hot"], True), (["--kernel", "gelu"], False), (["--without", r"C=76\b"], True), (["--without", "C=7"], False)],
+    [([], True), (["--hot"], True), (["--kernel", "x"], False), (["--without", r"C=76\b"], True), (["--without", "C"], False)],
     ids=str,
 )
 def test_launches_are_chosen(arguments, wanted):
