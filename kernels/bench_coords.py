@@ -95,20 +95,18 @@ def lookup_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator
     return _cases("lookup", size, device, make)
 
 
-def _spconv_map(coords: Tensor, resolution: int) -> Impl | str:
-    """spconv's (or spconv-triton's, the same names) pairs of a 3^3 submanifold convolution."""
-    module = optional("spconv.pytorch")
-    if isinstance(module, str):
-        return module
-    from spconv.core import ConvAlgo
-
+def _spconv_map(package: str, resolution: int) -> Impl | str:
+    """Pairs of a 3^3 submanifold convolution by spconv, or by spconv_triton, which has the same names."""
+    module, core = optional(f"{package}.pytorch"), optional(f"{package}.core")
+    if isinstance(module, str) or isinstance(core, str):
+        return module if isinstance(module, str) else core
     one = [1, 1, 1]
-    args = 1, [resolution] * 3, ConvAlgo.MaskImplicitGemm, [3, 3, 3], one, one, one, [0, 0, 0]
+    args = 1, [resolution] * 3, core.ConvAlgo.MaskImplicitGemm, [3, 3, 3], one, one, one, [0, 0, 0]
     pairs = lambda coords: module.ops.get_indice_pairs_implicit_gemm(coords, *args, subm=True)
     return Impl(pairs, restore=lambda found: found[2].T.sort(1).values)
 
 
-def _flex_gemm_map(coords: Tensor, resolution: int) -> Impl | str:
+def _flex_gemm_map(resolution: int) -> Impl | str:
     """FlexGEMM's neighbour cache of the same convolution."""
     module = optional("flex_gemm.ops.spconv.submanifold_conv3d")
     if isinstance(module, str):
@@ -130,7 +128,8 @@ def neighbours_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             restore=ordered, naive=naive, reference=lambda coords: ordered(neighbours_reference(coords).to(device)),
             peers={
                 "torch.sort + torch.searchsorted": Impl(lambda coords: Sorted(coords).neighbours(coords), restore=ordered),
-                "spconv": _spconv_map(coords, resolution), "flex_gemm": _flex_gemm_map(coords, resolution),
+                "spconv": _spconv_map("spconv", resolution), "spconv_triton": _spconv_map("spconv_triton", resolution),
+                "flex_gemm": _flex_gemm_map(resolution),
             },
         )  # fmt: skip
 

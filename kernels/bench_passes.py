@@ -21,7 +21,7 @@ from kernels.norm import (
     rms_norm,
     rms_norm_reference,
 )
-from kernels.peers import compiled
+from kernels.peers import compiled, optional
 from kernels.ssim import ssim, ssim_reference
 
 EPS = 1e-6
@@ -109,7 +109,7 @@ def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
 
 
 def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> V numbers; backward a, b -> da."""
+    """The mean of a micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> 1; backward a, b -> da."""
     V, edge = 2, 128 if size == "small" else 512
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
@@ -118,10 +118,12 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
         rendered = (truth + 0.1 * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
         return rendered.to(device).requires_grad_(), truth.to(device)
 
-    picture = 4 * V * 3 * edge * edge
-    fused = compiled(ssim_reference, device)
+    picture, fused = 4 * V * 3 * edge * edge, optional("fused_ssim")
+    peers = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
+    mean = lambda a, b: ssim_reference(a, b).mean()
+    form = compiled(mean, device)
+    peers["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
     yield Case(
         op="ssim", size=f"{V} x 3 x {edge}^2", dtype="fp32", forward=[Work(2 * picture)], backward=[Work(3 * picture)],
-        inputs=inputs, ours=ssim, reference=ssim_reference,
-        peers={"torch.compile of the conv2d form": fused if isinstance(fused, str) else Impl(fused)},
+        inputs=inputs, ours=lambda a, b: ssim(a, b).mean(), reference=mean, peers=peers,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 # What a measurement can be set beside, by import name; `python -m kernels.bench` prints which of them are there
-KNOWN = ("spconv", "flex_gemm", "gsplat", "nvdiffrast", "flash_attn", "fused_ssim")
+KNOWN = ("spconv", "spconv_triton", "flex_gemm", "gsplat", "nvdiffrast", "flash_attn", "fused_ssim")
 
 
 def optional(name: str) -> ModuleType | str:

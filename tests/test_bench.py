@@ -10,9 +10,11 @@ import torch
 from kernels import bench, measure
 from kernels.attention import segment_attention_reference
 from kernels.bench_attention import Layout, _squares, attention_case, attention_work
+from kernels.bench_coords import _spconv_map
 from kernels.bench_passes import eager_gelu
 from kernels.bench_splat import _gsplat, gaussians, splat_cases
 from kernels.camera import Camera
+from kernels.hash import neighbours
 from kernels.measure import INTERPRETED, NAIVE, OURS, Case, Ceilings, Clock, Impl, Work, difference, spread
 from kernels.peers import inductor, optional
 from kernels.shells import batch, shell
@@ -309,6 +311,23 @@ def test_gsplat_is_called_with_the_same_scene(monkeypatch):
     peer = _gsplat(camera, background)
     color, alpha = peer.restore(peer.run(*scene))
     assert color.shape == (1, 3, 16, 32) and alpha.shape == (1, 1, 16, 32)
+
+
+@pytest.mark.parametrize("package", ["spconv", "spconv_triton"])
+def test_spconv_is_asked_for_the_same_neighbours(monkeypatch, package):
+    coords = batch(shell("sphere", 8))
+
+    def pairs(indices, batch_size, spatial_shape, algo, ksize, stride, padding, dilation, out_padding, subm):
+        assert (batch_size, spatial_shape, ksize, algo, subm) == (1, [8, 8, 8], [3, 3, 3], "masked", True)
+        return None, None, neighbours(indices, 3).flip(1).T.contiguous()  # [27, N], numbered from the other end
+
+    module = types.SimpleNamespace(ops=types.SimpleNamespace(get_indice_pairs_implicit_gemm=pairs))
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, f"{package}.pytorch", module)
+    algorithms = types.SimpleNamespace(ConvAlgo=types.SimpleNamespace(MaskImplicitGemm="masked"))
+    monkeypatch.setitem(sys.modules, f"{package}.core", algorithms)
+    peer = _spconv_map(package, 8)
+    assert torch.equal(peer.restore(peer.run(coords)), neighbours(coords, 3).sort(1).values)
 
 
 def test_the_published_number_of_gaussians():
