@@ -10,12 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention import (
-    segment_attention,
-    segment_attention_reference,
-    window_attention,
-    window_attention_reference,
-)
+from kernels.attention import segment_attention, segment_attention_reference, window_attention
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.peers import compiled, optional
 from kernels.shells import batch, shell
@@ -55,6 +50,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tens
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, starts, starts, longest, longest)
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """The naive reference: one window after the other."""
+    return segment_attention_reference(q, k, v, starts, starts)
 
 
 def _flash_attn() -> Attend | str:
@@ -168,7 +168,7 @@ def attention_case(op: str, name: str, dtype: str, coords: Tensor, H: int, D: in
     return Case(
         inputs=lambda seed: (_random((N, 3, H, D), dtype, device, seed),),
         ours=lambda qkv: window_attention(qkv, windows), peers=peers,
-        reference=lambda qkv: window_attention_reference(qkv, windows.order, windows.starts), **common,
+        reference=layout.published(one_by_one).run, **common,
     )  # fmt: skip
 
 

@@ -10,15 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.attention import window_attention_reference
-from kernels.bench_attention import WINDOW, Layout, attention_work, flash, sizes, voxels
+from kernels.bench_attention import WINDOW, Layout, attention_work, flash, one_by_one, sizes, voxels
 from kernels.bench_passes import eager_gelu, eager_layer_norm
 from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.peers import compiled
 from models import SparseTensor
-from models.layers import Block, shifted_windows
+from models.layers import Block, Trunk, shifted_windows
 from train import gaussian
 from train.data import Batch
 from train.loop import Objective
@@ -61,12 +60,11 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         windows = cache.get(shifted_windows, WINDOW, 0)
         layout, N = Layout(windows), len(cache)
         torch.manual_seed(0)
-        block = Block(H * D, H, 4.0, "swin", WINDOW, 0, False).to(device)
+        block = Trunk(8, H * D, num_blocks=1, num_heads=H, window_size=WINDOW).blocks[0].to(device)
         attend = layout.padded().run if device.type == "cpu" else layout.published(flash).run
         published = published_block(block, attend)
         what = "published path on torch ops, " + ("padded attention" if device.type == "cpu" else "varlen_attn")
-        fused, order, starts = compiled(published, device), windows.order, windows.starts
-        naive = published_block(block, lambda qkv, order=order, starts=starts: window_attention_reference(qkv, order, starts))
+        fused, naive = compiled(published, device), published_block(block, layout.published(one_by_one).run)
 
         def ours(x: Tensor, block=block, cache=cache) -> Tensor:
             x, addend = block(x, None, cache)
