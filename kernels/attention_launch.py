@@ -47,6 +47,8 @@ def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: b
         forward, backward = [Tile(0, ANY, 64, 32, 4, 2)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
         if treated:
             forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
+    elif target.startswith("gfx1"):  # 256 registers a thread, half of what gfx9 has
+        forward, backward = [Tile(0, ANY, 64, 32, 8, 1)], [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)]
     elif rotated:
         forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, ANY, 64, 32, 4, 1)]
         backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]

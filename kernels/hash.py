@@ -191,6 +191,13 @@ def _neighbours(
     tl.store(out_ptr + entry, _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE), mask=live)
 
 
+def _insert_tiles(target: str) -> dict[str, int]:
+    """One key a thread: Triton 3.6 for AMD compiles no wider compare-and-swap. In the interpreter, few large programs."""
+    if target == "interpreter":
+        return {"TILE": TILE, "num_warps": 4}
+    return {"TILE": 256, "num_warps": 4 if target.startswith("gfx9") else 8}
+
+
 def _is_dense(N: int, size: Sequence[int]) -> bool:
     cells = size[0] * size[1] * size[2] * size[3]
     return max(size[1:]) <= DENSE_EXTENT and cells <= DENSE_CELLS and cells <= max(DENSE_SMALL, DENSE_PER_ROW * N)
@@ -219,7 +226,8 @@ def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tens
     else:
         slots = _slots(N)
         keys, rows = keys.new_full((slots,), -1), coords.new_full((slots,), -1)
-        backend.launch(_insert, (triton.cdiv(N, TILE),), coords, keys, rows, N, slots, TILE=TILE, num_warps=4)
+        tiles = _insert_tiles(backend.target(coords))
+        backend.launch(_insert, (triton.cdiv(N, tiles["TILE"]),), coords, keys, rows, N, slots, **tiles)
     return rows, keys
 
 
