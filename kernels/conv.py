@@ -47,7 +47,10 @@ def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
         return Tile(64, 16, 64, 4, 2), Tile(64, 16, 64, 4, 2)
     if target.startswith("gfx"):
         return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
-    return Tile(128, 64, 192, 8, 3), Tile(128, 32, 192, 8, 3)
+    if target.startswith("sm_8"):
+        return Tile(128, 32, 192, 8, 4), Tile(128, 32, 192, 8, 3)
+    # indices are loaded a stage ahead of the rows they name: one more stage than a plain product has
+    return Tile(128, 64, 192, 8, 4 if target == "sm_90" else 3), Tile(128, 32, 192, 8, 4)
 
 
 def _widths(channels: int, widest: int) -> tuple[int, int]:
