@@ -39,18 +39,22 @@ class Tile(NamedTuple):
 
 
 
-def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
-    """Of products and of weight gradients. Not yet measured on a GPU: chosen so that nothing spills and memory suffices."""
+def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile, Tile]:
+    """Of the product, of the input gradient and of the weight gradient.
+
+    Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
+    """
     if target == "interpreter":  # a program costs milliseconds whatever its size
-        return Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
-    if dtype == torch.float32:
-        return Tile(64, 16, 64, 4, 2), Tile(64, 16, 64, 4, 2)
+        return Tile(256, 256, 192, 4, 1), Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
+    if dtype == torch.float32:  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
+        return Tile(64, 16, 64, 4, 3), Tile(64, 16, 64, 4, 3), Tile(128, 16, 64, 8, 3)
     if target.startswith("gfx"):
-        return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
+        return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
     if target.startswith("sm_8"):
-        return Tile(128, 32, 192, 8, 4), Tile(128, 32, 192, 8, 3)
-    # indices are loaded a stage ahead of the rows they name: one more stage than a plain product has
-    return Tile(128, 64, 192, 8, 4 if target == "sm_90" else 3), Tile(128, 32, 192, 8, 4)
+        return Tile(128, 32, 192, 8, 4), Tile(128, 32, 128, 8, 4), Tile(128, 32, 128, 8, 3)
+    # rows are loaded a stage after the indices that name them: one stage more than a plain product has
+    stages = 4 if target == "sm_90" else 3
+    return Tile(128, 64, 192, 8, stages), Tile(128, 64, 192, 8, stages), Tile(128, 32, 192, 8, 4)
 
 
 def _widths(channels: int, widest: int) -> tuple[int, int]:
@@ -83,7 +87,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps, back: b
         rows = taps.rows.flip(2) if mirror else taps.rows
         return gathered.product(x, weight.transpose(0, 1) if back else weight.permute(1, 2, 0), bias, rows)
     C, A = (CI, CO) if back else (CO, CI)
-    tile, _ = _tiles(x.dtype, backend.target(x))
+    tile = _tiles(x.dtype, backend.target(x))[1 if back else 0]
     wide, narrow = _widths(C, tile.widest)
     lists, _ = taps.lists(tile.rows)
     out = x.new_empty(R * G, C)
@@ -102,7 +106,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     (R, G, T), CI, CO = taps.rows.shape, x.shape[1], grad.shape[1]
     if backend.is_torch(x):
         return gathered.weight_gradient(x, grad, taps.rows)
-    _, tile = _tiles(x.dtype, backend.target(x))
+    _, _, tile = _tiles(x.dtype, backend.target(x))
     wide, narrow = _widths(CO, tile.widest)
     rows = min(tile.rows, max(16, triton.next_power_of_2(CI)))
     some = taps.lists(LISTED)[1]

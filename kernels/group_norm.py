@@ -71,6 +71,12 @@ def _merge_statistics(
 
 
 @triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))  # never overflows
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
 def _group_norm_fwd(
     x_ptr, weight_ptr, bias_ptr, starts_ptr, mean_ptr, rstd_ptr, y_ptr,
     C: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr,
@@ -88,7 +94,7 @@ def _group_norm_fwd(
         x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=live, other=0.0).to(tl.float32)
         y = (x - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
         if SILU:
-            y = y * tl.sigmoid(y)
+            y = y * _sigmoid(y)
         tl.store(y_ptr + n[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -101,7 +107,7 @@ def _inner_gradient(
     dz = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)  # zero where not live
     if SILU:
         z = normed * weight[None, :] + bias[None, :]
-        s = tl.sigmoid(z)
+        s = _sigmoid(z)
         dz *= s * (1.0 + z * (1.0 - s))
     return normed, dz
 
