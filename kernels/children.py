@@ -46,9 +46,7 @@ def _child_neighbours_op(parents: Tensor, k: int) -> Tensor:
         return torch.where(near >= 0, near * 8 + octant, -1).view(8 * N, k**3)
     out = parents.new_empty(8 * N, k**3)
     args = (parents, out, out.numel())
-    backend.launch(
-        _child_neighbours, (triton.cdiv(out.numel(), TILE),), *args, k=k, PARENT_K=parent_k, TILE=TILE, num_warps=4
-    )
+    backend.launch(_child_neighbours, (triton.cdiv(out.numel(), TILE),), *args, k=k, PARENT_K=parent_k, TILE=TILE, num_warps=4)
     return out
 
 

@@ -11,7 +11,6 @@ the weights of the taps that fall into one parent summed: 8 taps instead of up t
 made. The sums are a linear map of the weight, and the weight's gradient the transposed map of theirs.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,23 +37,21 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-
-def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile, Tile]:
-    """Of the product, of the input gradient and of the weight gradient.
-
-    Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
-    """
+def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
+    """Of products and of weight gradients. Not yet measured on a GPU: chosen so that nothing spills and memory suffices."""
     if target == "interpreter":  # a program costs milliseconds whatever its size
-        return Tile(256, 256, 192, 4, 1), Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
+        return Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
     if dtype == torch.float32:  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
-        return Tile(64, 16, 64, 4, 3), Tile(64, 16, 64, 4, 3), Tile(128, 16, 64, 8, 3)
+        return Tile(64, 16, 64, 4, 3), Tile(128, 16, 64, 8, 3)
     if target.startswith("gfx"):
-        return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
+        return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
+    # A product's row is the third load of a chain (list, taps, row), a weight gradient's the fourth: Triton gives each load
+    # of a chain the same share of the stages, so that 7 and 9 stages put a row two steps ahead, 4 and 5 one step.
     if target.startswith("sm_8"):
-        return Tile(128, 32, 192, 8, 4), Tile(128, 32, 128, 8, 4), Tile(128, 32, 128, 8, 3)
-    # rows are loaded a stage after the indices that name them: one stage more than a plain product has
-    stages = 4 if target == "sm_90" else 3
-    return Tile(128, 64, 192, 8, stages), Tile(128, 64, 192, 8, stages), Tile(128, 32, 192, 8, 4)
+        return Tile(128, 32, 192, 8, 7), Tile(128, 32, 128, 8, 9)
+    if target == "sm_90":
+        return Tile(128, 64, 192, 8, 7), Tile(128, 32, 192, 8, 9)
+    return Tile(128, 64, 192, 8, 4), Tile(128, 32, 192, 8, 5)
 
 
 def _widths(channels: int, widest: int) -> tuple[int, int]:
@@ -87,7 +84,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps, back: b
         rows = taps.rows.flip(2) if mirror else taps.rows
         return gathered.product(x, weight.transpose(0, 1) if back else weight.permute(1, 2, 0), bias, rows)
     C, A = (CI, CO) if back else (CO, CI)
-    tile = _tiles(x.dtype, backend.target(x))[1 if back else 0]
+    tile, _ = _tiles(x.dtype, backend.target(x))
     wide, narrow = _widths(C, tile.widest)
     lists, _ = taps.lists(tile.rows)
     out = x.new_empty(R * G, C)
@@ -106,7 +103,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     (R, G, T), CI, CO = taps.rows.shape, x.shape[1], grad.shape[1]
     if backend.is_torch(x):
         return gathered.weight_gradient(x, grad, taps.rows)
-    _, _, tile = _tiles(x.dtype, backend.target(x))
+    _, tile = _tiles(x.dtype, backend.target(x))
     wide, narrow = _widths(CO, tile.widest)
     rows = min(tile.rows, max(16, triton.next_power_of_2(CI)))
     some = taps.lists(LISTED)[1]
@@ -142,26 +139,26 @@ def _forward_taps(neighbours: Tensor, order: Tensor | None, subdivided: bool) ->
 
 
 @torch.library.custom_op("trislat::sparse_conv", mutates_args=())
-def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, order: Tensor | None, subdivided: bool
-) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, order: Tensor | None, subdivided: bool) -> Tensor:
     """weight [Co, M, Ci] in any float type, rounded to x's; M = K, or 64 summed matrices of subdivided voxels."""
     return _product(x, weight.to(x.dtype), bias, _forward_taps(neighbours, order, subdivided), back=False, mirror=False)
 
 
 @torch.library.custom_op("trislat::sparse_conv_backward", mutates_args=())
 def _conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, order: Tensor | None, subdivided: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [N, Ci], dweight [Co, M, Ci] in weight's type, dbias [Co]: the last two summed in fp32."""
-    if subdivided:
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, order: Tensor | None, subdivided: bool,
+    of_x: bool, of_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx [N, Ci], and dweight [Co, M, Ci] in weight's type, summed in fp32; nothing [0] for one that is not asked for."""
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if of_x and subdivided:
         back = Taps(_children(neighbours), None if order is None else order[:1])
-    else:
-        back = Taps(neighbours[:, None], order)
-    dx = _product(grad, weight.to(x.dtype), None, back, back=True, mirror=not subdivided)
-    dweight = _weight_gradient(x, grad, _forward_taps(neighbours, order, subdivided))
-    dbias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
-    return dx, dweight.to(weight.dtype), dbias
+        dx = _product(grad, weight.to(x.dtype), None, back, back=True, mirror=False)
+    elif of_x:
+        dx = _product(grad, weight.to(x.dtype), None, Taps(neighbours[:, None], order), back=True, mirror=True)
+    if of_weight:
+        dweight = _weight_gradient(x, grad, _forward_taps(neighbours, order, subdivided)).to(weight.dtype)
+    return dx, dweight
 
 
 @_conv.register_fake
@@ -170,9 +167,8 @@ def _(x, weight, bias, neighbours, order, subdivided):
 
 
 @_conv_backward.register_fake
-def _(grad, x, weight, neighbours, order, subdivided):
-    dbias = grad.new_empty(weight.shape[0], dtype=torch.promote_types(grad.dtype, torch.float32))
-    return torch.empty_like(x), torch.empty_like(weight), dbias
+def _(grad, x, weight, neighbours, order, subdivided, of_x, of_weight):
+    return torch.empty_like(x) if of_x else x.new_empty(0), torch.empty_like(weight) if of_weight else weight.new_empty(0)
 
 
 def _save(ctx, inputs, output):
@@ -182,9 +178,13 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    args = *ctx.saved_tensors, ctx.subdivided
-    dx, dweight, dbias = torch.ops.trislat.sparse_conv_backward(grad.contiguous(), *args)
-    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None, None, None
+    of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+    args = *ctx.saved_tensors, ctx.subdivided, of_x, of_weight
+    dx, dweight = torch.ops.trislat.sparse_conv_backward(grad.contiguous(), *args)
+    dbias = None
+    if of_bias:
+        dbias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+    return dx if of_x else None, dweight if of_weight else None, dbias, None, None, None
 
 
 _conv.register_autograd(_differentiate, setup_context=_save)

@@ -14,7 +14,7 @@ def _list_taps(
     taps_ptr, order_ptr, list_ptr, some_ptr, R,
     G: tl.constexpr, T: tl.constexpr, PAD_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program: which taps any of ROWS rows of a group has. list [G, tiles, 1 + T]: how many, then which; some [G * T, tiles]."""
+    """A program: the taps that any of ROWS rows of a group has. list [G, tiles, 1 + T]: how many, which; some [G * T, tiles]."""
     tile, g, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     at = tile * ROWS + tl.arange(0, ROWS)
     live = at < R
@@ -35,7 +35,10 @@ def _conv_product(
     G: tl.constexpr, T: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, BACK: tl.constexpr, MIRROR: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS rows of a group, WIDE + NARROW channels. BACK: from CO to CI channels; MIRROR: matrix t is under tap T - 1 - t."""
+    """A program: ROWS rows of a group, WIDE + NARROW channels.
+
+    BACK: from CO to CI channels; MIRROR: matrix t belongs to tap T - 1 - t.
+    """
     IN: tl.constexpr = CO if BACK else CI
     OUT: tl.constexpr = CI if BACK else CO
     IN_STRIDE: tl.constexpr = G * T * CI if BACK else 1
@@ -83,7 +86,7 @@ def _conv_weight_gradient(
     ROWS: tl.constexpr, STEP: tl.constexpr, TILE_A: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: its share of the rows that have a tap, TILE_A x (WIDE + NARROW) channels of the tap's matrix. part [S, M, CI, CO]."""
+    """A program: its share of the rows that have a tap, TILE_A x (WIDE + NARROW) channels of its matrix. part [S, M, CI, CO]."""
     BLOCKS: tl.constexpr = (CO + WIDE + NARROW - 1) // (WIDE + NARROW)
     m, share = tl.program_id(1), tl.program_id(2)
     g, t = m // T, m % T

@@ -22,9 +22,7 @@ MOST_CHANNELS = 4096  # a row must fit in a program
 
 
 @triton.jit
-def _partial_statistics(
-    x_ptr, starts_ptr, part_ptr, C: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr
-):
+def _partial_statistics(x_ptr, starts_ptr, part_ptr, C: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr):
     """part [B, P, 2, C]: mean and squared deviations of each channel over the program's rows: tiles p, p + P, ... of sample b."""
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
@@ -99,9 +97,7 @@ def _group_norm_fwd(
 
 
 @triton.jit
-def _inner_gradient(
-    x_ptr, dy_ptr, at, live, weight, bias, mean, rstd, SILU: tl.constexpr
-):
+def _inner_gradient(x_ptr, dy_ptr, at, live, weight, bias, mean, rstd, SILU: tl.constexpr):
     """The normed rows, and the gradient of the affine result before the SiLU."""
     normed = (tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
     dz = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)  # zero where not live
@@ -184,7 +180,7 @@ def _group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, C], mean and reciprocal deviation [B, groups]."""
-    (N, C), B = x.shape, len(starts) - 1
+    C, B = x.shape[1], len(starts) - 1
     y, (mean, rstd) = torch.empty_like(x), _statistics(x, B, groups)
     if backend.is_torch(x):
         mean.zero_(), rstd.zero_()
@@ -211,7 +207,7 @@ def _group_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, each in its input's dtype."""
-    (N, C), B = x.shape, len(starts) - 1
+    C, B = x.shape[1], len(starts) - 1
     dx = torch.empty_like(x)
     if backend.is_torch(x):
         dweight, dbias = mean.new_zeros(C), mean.new_zeros(C)
@@ -301,9 +297,7 @@ def group_norm(
     return torch.ops.trislat.group_norm(*args)[0]
 
 
-def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, groups: int = 32, eps: float = 1e-5
-) -> Tensor:
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, groups: int = 32, eps: float = 1e-5) -> Tensor:
     """silu(group_norm(...)) in one pass."""
     return group_norm(x, weight, bias, starts, groups, eps, silu=True)
 
