@@ -62,7 +62,7 @@ DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 OPS = "attention,norms,coordinates,gaussians,similarity,convolution"
 
 # Kernels that a training step spends its time in: a spill there is a defect
-HOT = re.compile(r"attention|norm|gelu|blend|ssim|conv")
+HOT = re.compile(r"attention|norm|gelu|blend|ssim|conv|statistics|gradients")
 
 
 @dataclass(frozen=True)
