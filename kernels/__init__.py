@@ -12,6 +12,12 @@ from kernels.attention import window_attention as window_attention
 from kernels.cache import SpatialCache as SpatialCache
 from kernels.camera import Camera as Camera
 from kernels.camera import Image as Image
+from kernels.conv import octant_order as octant_order
+from kernels.conv import sparse_conv as sparse_conv
+from kernels.conv import subdivide_conv as subdivide_conv
+from kernels.conv import tap_order as tap_order
+from kernels.group_norm import group_norm as group_norm
+from kernels.group_norm import group_norm_silu as group_norm_silu
 from kernels.hash import build_table as build_table
 from kernels.hash import lookup as lookup
 from kernels.hash import neighbours as neighbours

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.children import child_neighbours, parent_size
 
 TILE = 1024  # rows, queries or taps per program; not yet measured on a GPU
 LIMIT = 1024  # coordinates are below it: 10 bits an axis
@@ -327,11 +328,14 @@ def neighbours(
 
     Taps (i, j, k) count along x, y, z, x slowest; tap (i, j, k) reads coord + (i - r, j - r, k - r) with r = kernel_size // 2.
     Raises ValueError for an even or non-positive kernel size; `cache.get(neighbours, 3)` memoises the map and its table.
+    Voxels that `cache.subdivide()` made need no table: their map follows from their parents'.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
     if isinstance(voxels, Tensor):
         coords, table = voxels.contiguous(), build_table(voxels)
+    elif voxels.parent is not None:
+        return child_neighbours(voxels.parent.get(neighbours, parent_size(kernel_size)), kernel_size)
     else:
         coords, table = voxels.coords, voxels.get(build_table)
     return torch.ops.trislat.neighbours(coords, table.keys, table.rows, table.size, table.kind, kernel_size)

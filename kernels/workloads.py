@@ -11,6 +11,9 @@ from torch import Tensor
 
 from kernels.attention import segment_attention, window_attention
 from kernels.camera import Camera
+from kernels.children import child_neighbours
+from kernels.conv import sparse_conv, subdivide_conv
+from kernels.group_norm import group_norm_silu
 from kernels.hash import build_table, lookup, neighbours
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
 from kernels.serialize import serialized_windows
@@ -109,9 +112,28 @@ def gaussians(dtype: torch.dtype) -> None:
     _backward(image.color, image.alpha)
 
 
+def convolution(dtype: torch.dtype) -> None:
+    """The mesh decoder's four 3x3x3 convolutions, and the norm before each.
+
+    Nobody has neighbours, so that there is nothing for the interpreter to compute.
+    """
+    N = 16
+    taps, order = torch.full((N, 27), -1, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
+    for CI, CO, subdivided in ((CHANNELS, 192, True), (192, 192, False), (192, 96, True), (96, 96, False)):
+        x = torch.randn(N, CI).to(dtype).requires_grad_()
+        weight, bias = torch.randn(CO, 3, 3, 3, CI, requires_grad=True), torch.zeros(CO, requires_grad=True)
+        norm = torch.ones(CI, requires_grad=True), torch.zeros(CI, requires_grad=True)
+        _backward(group_norm_silu(x, *norm, torch.tensor([0, N], dtype=torch.int32)))
+        if subdivided:
+            _backward(subdivide_conv(x, weight, bias, taps, order=order.expand(9, N).contiguous()))
+        else:
+            _backward(sparse_conv(x, weight, bias, taps, order=order))
+    child_neighbours(taps)
+
+
 def similarity(dtype: torch.dtype) -> None:
     a, b = (torch.rand(1, 3, 16, 16).to(dtype).requires_grad_() for _ in range(2))
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized)}
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution)}

@@ -69,15 +69,20 @@ def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
     return curve_windows, window_size, CURVES[i % len(CURVES)], 0, 0  # shift_order
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear with weights rounded to x's dtype."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many times faster
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """A linear layer whose fp32 weights are rounded to its input's dtype at use."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-            # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many times faster
-            return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
-        return F.linear(x, weight, bias)
+        return linear(x, self.weight, self.bias)
 
 
 class GELU(nn.Module):
