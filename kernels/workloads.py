@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.attention import segment_attention, window_attention
 from kernels.camera import Camera
 from kernels.hash import build_table, lookup, neighbours
+from kernels.isosurface import isosurface
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
 from kernels.splat import splat
 from kernels.ssim import ssim
@@ -84,4 +85,12 @@ def similarity(dtype: torch.dtype) -> None:
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity)}
+def surfaces(dtype: torch.dtype) -> None:
+    """A surface with and without color; extraction computes in fp32 whatever it is given."""
+    for channels in (53, 101):
+        fields = torch.randn(40, channels, requires_grad=True)
+        out = isosurface(_coords(40, 5), fields, 5, True)
+        _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)
+
+
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, surfaces)}
