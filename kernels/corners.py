@@ -15,6 +15,7 @@ from kernels.cubes import Cubes
 
 WEIGHTS = slice(32, 53)
 PENALISED = 20  # of the weights: all but gamma
+CHUNK = 1 << 16  # voxels at a time on the torch path's way back: bounds the memory
 
 
 def _tiles(target: str) -> dict[str, int]:
@@ -127,17 +128,24 @@ def fields_backward(
     """The gradient of the fields, [N, channels]."""
     N, K, out = len(fields), mean.shape[1], torch.empty_like(fields)
     if backend.is_torch(fields):
-        scene = coords[:, 0]
-        pulls, first, last = pull.index_select(0, scene)[:, None], WEIGHTS.start, WEIGHTS.start + PENALISED
-        for i in range(8):
-            grad = _away(fields, rows, mean, bias, i).mul_(pulls)
-            out[:, _channels(i, K)] = grad.add_(grad_mean.index_select(0, rows[:, i]))
-        out[:, WEIGHTS] = 0
-        there = (surface >= 0).nonzero()[:, 0]
-        out[there, WEIGHTS] = grad_weights.index_select(0, surface[there])
-        out[:, first:last].add_(fields[:, first:last].sign().mul_(shrink.index_select(0, scene)[:, None]))
+        for begin in range(0, N, CHUNK):
+            part = slice(begin, begin + CHUNK)
+            mine = (t[part] for t in (fields, rows, surface, coords[:, 0], out))
+            _part_backward(*mine, mean, grad_mean, grad_weights, pull, shrink, bias)
         return out
     TILE = _tiles(backend.target(fields))["VOXELS"]
     args = (fields, coords, rows, mean, surface, grad_mean, grad_weights, pull, shrink, out, N, bias)
     backend.launch(_fields_bwd, (triton.cdiv(N, TILE),), *args, CHANNELS=fields.shape[1], K=K, TILE=TILE, num_warps=4)
     return out
+
+
+def _part_backward(fields, rows, surface, scene, out, mean, grad_mean, grad_weights, pull, shrink, bias) -> None:
+    """`fields_backward` of some voxels on the torch path, into `out`."""
+    pulls, first, last = pull.index_select(0, scene)[:, None], WEIGHTS.start, WEIGHTS.start + PENALISED
+    for i in range(8):
+        grad = _away(fields, rows, mean, bias, i).mul_(pulls)
+        out[:, _channels(i, mean.shape[1])] = grad.add_(grad_mean.index_select(0, rows[:, i]))
+    out[:, WEIGHTS] = 0
+    there = (surface >= 0).nonzero()[:, 0]
+    out[there, WEIGHTS] = grad_weights.index_select(0, surface[there])
+    out[:, first:last].add_(fields[:, first:last].sign().mul_(shrink.index_select(0, scene)[:, None]))

@@ -38,8 +38,7 @@ class Surfaces(NamedTuple):
     tsdf_starts: Tensor  # [B + 1]
 
 
-@torch.library.custom_op("trislat::isosurface", mutates_args=())
-def _isosurface(
+def _forward(
     fields: Tensor,  # [N, 53 or 101]
     coords: Tensor,  # [N, 4] int32
     counts: list[int],  # [B] voxels of each scene
@@ -79,6 +78,9 @@ def _isosurface(
     return *outputs, starts, saved
 
 
+_isosurface = torch.library.custom_op("trislat::isosurface", _forward, mutates_args=())
+
+
 @_isosurface.register_fake
 def _(fields, coords, counts, resolution, training):
     B, A, N = len(counts), 6 if fields.shape[1] > 53 else 0, len(fields)
@@ -113,8 +115,7 @@ def _raw_weights(fields: Tensor, surface: Tensor, C: int) -> Tensor:
     return fields[:, WEIGHTS].index_select(0, voxel.clamp(min=0)).masked_fill_((voxel < 0)[:, None], 0)
 
 
-@torch.library.custom_op("trislat::isosurface_backward", mutates_args=())
-def _isosurface_backward(
+def _reverse(
     grad_vertices: Tensor, grad_attributes: Tensor, grad_terms: Tensor, grad_position: Tensor, grad_value: Tensor,
     fields: Tensor, coords: Tensor, starts: Tensor, saved: list[Tensor], resolution: int, training: bool,
 ) -> Tensor:  # fmt: skip
@@ -133,12 +134,14 @@ def _isosurface_backward(
     scale = grad_terms * share
     grad_deviation = torch.cat([up[:0, 0], *(scale[1, b].expand(D[b + 1] - D[b]) for b in range(B))])
     grad_values, grad_beta, grad_alpha = dual_vertices_backward(g, dual, up.contiguous(), grad_deviation)
+    del up, grad_deviation
     grad_values = grad_values[:-1]
     grad_values[:, 0] += grad_value
     grad_values[:, 1:4] += grad_position
     slope = 1 - torch.tanh(mean[:, 1:4]).square_()
     grad_values[:, 1:4] *= slope.mul_(SPREAD / (2 * R))
-    grad_values[:, 4:] *= g.values[:-1, 4:] * (1 - g.values[:-1, 4:])
+    color = g.values[:-1, 4:]
+    grad_values[:, 4:] *= color * (1 - color)
     grad_values /= count[:, None]
     raw = _raw_weights(fields, surface, len(cube))
     if grad_gamma is None:
@@ -149,6 +152,9 @@ def _isosurface_backward(
     grad_weights[:, 20] *= 0.99 * gate * (1 - gate)
     pull, shrink = 2 * scale[0], scale[2]
     return fields_backward(fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R)
+
+
+_isosurface_backward = torch.library.custom_op("trislat::isosurface_backward", _reverse, mutates_args=())
 
 
 @_isosurface_backward.register_fake
