@@ -21,7 +21,7 @@ CHUNK = 1 << 16  # voxels at a time on the torch path's way back: bounds the mem
 def _tiles(target: str) -> dict[str, int]:
     """Vertices (of 16 values) and voxels (of 128 channels) per program; not yet measured on a GPU."""
     large = target == "interpreter"  # which pays per program
-    return {"VERTICES": 4096 if large else 32, "VOXELS": 1024 if large else 8}
+    return {"VERTICES": 1024 if large else 32, "VOXELS": 256 if large else 8}
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from kernels.dual_torch import dual_torch, dual_torch_backward
 def _tiles(target: str) -> dict[str, int]:
     """Dual vertices (of 8 lanes) and vertices (of 32) per program; not yet measured on a GPU."""
     large = target == "interpreter"  # which pays per program
-    return {"DUALS": 4096 if large else 32, "VERTICES": 4096 if large else 8}
+    return {"DUALS": 1024 if large else 32, "VERTICES": 512 if large else 8}
 
 
 @triton.jit
