@@ -21,6 +21,8 @@ from kernels.group_norm import group_norm_silu as group_norm_silu
 from kernels.hash import build_table as build_table
 from kernels.hash import lookup as lookup
 from kernels.hash import neighbours as neighbours
+from kernels.isosurface import Surfaces as Surfaces
+from kernels.isosurface import isosurface as isosurface
 from kernels.norm import add_layer_norm as add_layer_norm
 from kernels.norm import gelu as gelu
 from kernels.norm import layer_norm as layer_norm

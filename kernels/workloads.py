@@ -15,6 +15,7 @@ from kernels.children import child_neighbours
 from kernels.conv import sparse_conv, subdivide_conv
 from kernels.group_norm import group_norm_silu
 from kernels.hash import build_table, lookup, neighbours
+from kernels.isosurface import isosurface
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
 from kernels.serialize import serialized_windows
 from kernels.splat import splat
@@ -136,4 +137,4 @@ def similarity(dtype: torch.dtype) -> None:
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution)}
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, 53, 101):         fields = torch.randn(40, channels, requires_grad=True)         out = isosurface(_coords(40, 5), fields, 5, True)         _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)   WORKLOADS = {op.__name__: op for op in (attention, surfaces)}
