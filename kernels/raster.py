@@ -274,7 +274,7 @@ def _corner_rows(rast_ptr, faces_ptr, table_ptr, key_ptr, N, size, BLOCK: tl.con
         tl.store(key_ptr + n * 3 + k, tl.where(live, row, -1).to(tl.int32), inside)
 
 
-def _block(target: str) -> dict:
+def pixel_block(target: str) -> dict:
     """Pixels or rows per program where a thread has one of them (not yet measured on a GPU)."""
     return {"BLOCK": 4096 if target == "interpreter" else 128, "num_warps": 4}
 
@@ -283,7 +283,7 @@ def corner_rows(rast: Tensor, faces: Tensor, table: Tensor) -> Tensor:
     """The three rows of every pixel's face: [V H W 3] int32, -1 where there is no face."""
     V, H, W, _ = rast.shape
     key = torch.empty(V * H * W * 3, dtype=torch.int32, device=rast.device)
-    block = _block(backend.target(rast))
+    block = pixel_block(backend.target(rast))
     grid = (triton.cdiv(V * H * W, block["BLOCK"]),)
     backend.launch(_corner_rows, grid, rast, faces, table, key, V * H * W, H * W, **block)
     return key
@@ -303,7 +303,7 @@ def rasterize_triton(
     """The picture [V, H, W, 4] (u, v, z / w, face + 1), and how many faces name a row that is not there. Waits once for
     the device, for the lengths of the two lists."""
     V, P, device = len(table), len(clip), clip.device
-    tiles, block = _tiles(backend.target(clip)), _block(backend.target(clip))
+    tiles, block = _tiles(backend.target(clip)), pixel_block(backend.target(clip))
     snapped, depth = torch.empty(P, 3, dtype=torch.int32, device=device), clip.new_empty(P)
     backend.launch(_snap, (triton.cdiv(P, block["BLOCK"]),), clip, snapped, depth, P, width, height, **block)
     keys = torch.full((V * height * width,), EMPTY, device=device)
@@ -344,7 +344,7 @@ def rasterize_triton_backward(grad: Tensor, rast: Tensor, clip: Tensor, faces: T
     """Of the clip positions [P, 4]; `order` is that of `corner_order`."""
     V, H, W, _ = rast.shape
     N = V * H * W
-    block = _block(backend.target(rast))
+    block = pixel_block(backend.target(rast))
     rows, key = clip.new_empty(N * 3, 3), torch.empty(N * 3, dtype=torch.int32, device=clip.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
     backend.launch(_resolve_backward, grid, grad, rast, clip, faces, table, rows, key, N, W, H, **block)

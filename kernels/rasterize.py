@@ -89,8 +89,8 @@ def check_faces(faces: Tensor) -> Tensor:
     return faces.int().contiguous()
 
 
-def check_floats(name: str, value: Tensor, *columns: int) -> Tensor:
-    """A tensor [..., *columns] as the kernels take it: fp32, or float64 on the torch path. Raises ValueError."""
+def check_floats(name: str, value: Tensor) -> Tensor:
+    """A tensor as the kernels take it: contiguous fp32, or float64 on the torch path. Raises ValueError for integers."""
     if not value.is_floating_point():
         raise ValueError(f"{name} must be floating point, not {value.dtype}")
     if value.dtype == torch.float64:
@@ -109,13 +109,26 @@ def check_table(table: Tensor | None, faces: Tensor, rows: int) -> Tensor:
     return table
 
 
-def check_picture(name: str, height: int, width: int, views: int) -> None:
+def check_rast(rast: Tensor, beside: Tensor, faces: Tensor, table: Tensor) -> Tensor:
+    """The picture of `rasterize` as the kernels take it, in the dtype of `beside`. Raises ValueError for another shape or
+    device."""
+    if rast.ndim != 4 or rast.shape[3] != 4:
+        raise ValueError(f"rast must be [V, H, W, 4], not {list(rast.shape)}")
+    if len(rast) != len(table):
+        raise ValueError(f"rast has {len(rast)} views, the table {len(table)}")
+    for other in (rast, faces):
+        if other.device != beside.device:
+            raise ValueError(f"all tensors must be on one device, not on {beside.device} and {other.device}")
+    return rast.to(beside.dtype).contiguous()
+
+
+def check_picture(height: int, width: int, views: int) -> None:
     """Raises ValueError for a size that the kernels do not have."""
     for what, size in (("height", height), ("width", width)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{what} must be a whole number of pixels, at least 1, not {size!r}")
     if height * width > PIXELS_MAX:
-        raise ValueError(f"{name} of {height} x {width} has {height * width} pixels, more than {PIXELS_MAX}")
+        raise ValueError(f"a picture of {height} x {width} has {height * width} pixels, more than {PIXELS_MAX}")
     if 3 * views * height * width >= 2**31:
         raise ValueError(f"{views} views of {height} x {width} are more than 2^31 corners of pixels: render fewer at once")
 
@@ -143,7 +156,7 @@ def rasterize(
         raise ValueError(f"all tensors must be on one device, not on {clip.device} and {faces.device}")
     clip, faces = check_floats("clip", clip), check_faces(faces)
     table = check_table(table, faces, len(clip))
-    check_picture("a picture", height, width, len(table))
+    check_picture(height, width, len(table))
     if len(faces) >= FACES_MAX:
         raise ValueError(f"{len(faces)} faces are more than {FACES_MAX - 1}")
     most = len(faces)
