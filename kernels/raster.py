@@ -1,9 +1,9 @@
 """Rasterisation on a GPU: V views, F faces, P clip rows, R pieces. Each stage is one launch for all views.
 
-    _snap     clip rows -> integer positions on a grid of 1/16 px, z / w, and which frustum planes they are outside of
-    _small    one face per thread: those of few pixels go straight to the z-buffer, the others onto two lists
-    _large    pieces of the listed faces (those that reach out of the frustum are clipped first), a tile of pixels at a time
-    _resolve  the nearest face of every pixel -> u, v, z / w, face + 1
+    _raster_snap     clip rows -> integer positions on a grid of 1/16 px, z / w, and which frustum planes they are outside of
+    _raster_small    one face per thread: those of few pixels go straight to the z-buffer, the others onto two lists
+    _raster_large    pieces of the listed faces (those that reach out of the frustum are clipped first), a tile of pixels at a time
+    _raster_resolve  the nearest face of every pixel -> u, v, z / w, face + 1
 
 A pixel of the z-buffer is one integer, the depth in its high half and the complement of the face in its low half, so an atomic
 minimum gives the nearest face, the later one of equals, whatever the order of the threads. The depth is interpolated between
@@ -29,7 +29,7 @@ OUTSIDE = tl.constexpr(127)
 
 def _tiles(target: str) -> dict:
     """Not yet measured on a GPU. `few`: pixels of a box up to which one thread fills it; `pieces` and `pixels`: what one
-    program of `_large` has at once; `strides`: programs that share the tiles of the same pieces."""
+    program of `_raster_large` has at once; `strides`: programs that share the tiles of the same pieces."""
     if target == "interpreter":  # few, large programs
         return {"faces": 512, "few": 16, "pieces": 32, "strides": 1, "pixels": 256}
     return {"faces": 128, "few": 32, "pieces": 1, "strides": 16, "pixels": 256}
@@ -41,7 +41,7 @@ def _rounded(x):
 
 
 @triton.jit
-def _snap(clip_ptr, snapped_ptr, depth_ptr, P, W, H, BLOCK: tl.constexpr):
+def _raster_snap(clip_ptr, snapped_ptr, depth_ptr, P, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = n < P
     c = clip_ptr + n * 4
@@ -111,7 +111,7 @@ def _push(list_ptr, counter_ptr, name, flag, end, STEP: tl.constexpr):
 
 
 @triton.jit
-def _small(
+def _raster_small(
     snapped_ptr, depth_ptr, faces_ptr, table_ptr, keys_ptr, list_ptr, counter_ptr, Q, W, H, FEW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _small(
 
 
 @triton.jit
-def _large(xy_ptr, depth_ptr, view_ptr, face_ptr, keys_ptr, R, W, H, PIECES: tl.constexpr, PIXELS: tl.constexpr):
+def _raster_large(xy_ptr, depth_ptr, view_ptr, face_ptr, keys_ptr, R, W, H, PIECES: tl.constexpr, PIXELS: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     live = r < R
     p, d = xy_ptr + r * 6, depth_ptr + r * 3
@@ -207,7 +207,7 @@ def _centre(i, size):
 
 
 @triton.jit
-def _resolve(keys_ptr, clip_ptr, faces_ptr, table_ptr, rast_ptr, N, W, H, BLOCK: tl.constexpr):
+def _raster_resolve(keys_ptr, clip_ptr, faces_ptr, table_ptr, rast_ptr, N, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     key = tl.load(keys_ptr + n, inside, NONE)
@@ -216,11 +216,13 @@ def _resolve(keys_ptr, clip_ptr, faces_ptr, table_ptr, rast_ptr, N, W, H, BLOCK:
     fx, fy = _centre(n % W, W), _centre(n // W % H, H)
     p0, p1, p2, z, w, _ = _seen(clip_ptr, faces_ptr, table_ptr, n // W // H, face, fx, fy, live)
     a0, a1, a2 = p1[0] * p2[1] - p1[1] * p2[0], p2[0] * p0[1] - p2[1] * p0[0], p0[0] * p1[1] - p0[1] * p1[0]
-    total = tl.where(live, a0 + a1 + a2, 1.0)
+    total = a0 + a1 + a2
+    total = tl.where(total != 0, total, 1.0)  # 0: a face without area that covers a pixel as snapped
     u = tl.minimum(tl.maximum(a0 / total, 0.0), 1.0)
     v = tl.minimum(tl.maximum(a1 / total, 0.0), 1.0)
     over = tl.maximum(u + v, 1.0)
-    depth = (z[0] * a0 + z[1] * a1 + z[2] * a2) / tl.where(live, w[0] * a0 + w[1] * a1 + w[2] * a2, 1.0)
+    below = w[0] * a0 + w[1] * a1 + w[2] * a2
+    depth = (z[0] * a0 + z[1] * a1 + z[2] * a2) / tl.where(below != 0, below, 1.0)
     out = rast_ptr + n * 4
     tl.store(out, tl.where(live, u / over, 0.0).to(tl.float32), inside)
     tl.store(out + 1, tl.where(live, v / over, 0.0).to(tl.float32), inside)
@@ -237,7 +239,7 @@ def _store_corner(grad_ptr, key_ptr, gx, gy, fx, fy, row, live, inside):
 
 
 @triton.jit
-def _resolve_backward(
+def _raster_backward(
     grad_ptr, rast_ptr, clip_ptr, faces_ptr, table_ptr, rows_ptr, key_ptr, N, W, H, BLOCK: tl.constexpr
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -305,14 +307,14 @@ def rasterize_triton(
     V, P, device = len(table), len(clip), clip.device
     tiles, block = _tiles(backend.target(clip)), pixel_block(backend.target(clip))
     snapped, depth = torch.empty(P, 3, dtype=torch.int32, device=device), clip.new_empty(P)
-    backend.launch(_snap, (triton.cdiv(P, block["BLOCK"]),), clip, snapped, depth, P, width, height, **block)
+    backend.launch(_raster_snap, (triton.cdiv(P, block["BLOCK"]),), clip, snapped, depth, P, width, height, **block)
     keys = torch.full((V * height * width,), EMPTY, device=device)
     names = torch.empty(pairs, dtype=torch.int64, device=device)
     counters = torch.zeros(3, dtype=torch.int32, device=device)
     grid = (triton.cdiv(most, tiles["faces"]), V)
     lists = (keys, names, counters, pairs, width, height)
     few = {"FEW": tiles["few"], "BLOCK": tiles["faces"], "num_warps": 4}
-    backend.launch(_small, grid, snapped, depth, faces, table, *lists, **few)
+    backend.launch(_raster_small, grid, snapped, depth, faces, table, *lists, **few)
     large, partly, wrong = counters.tolist()
     rast = clip.new_empty(V, height, width, 4)
     if wrong:
@@ -322,9 +324,9 @@ def rasterize_triton(
         R = len(pieces.view)
         grid = (triton.cdiv(R, tiles["pieces"]), tiles["strides"])
         shape = {"PIECES": tiles["pieces"], "PIXELS": tiles["pixels"], "num_warps": 4}
-        backend.launch(_large, grid, *pieces, keys, R, width, height, **shape)
+        backend.launch(_raster_large, grid, *pieces, keys, R, width, height, **shape)
     N = V * height * width
-    backend.launch(_resolve, (triton.cdiv(N, block["BLOCK"]),), keys, clip, faces, table, rast, N, width, height, **block)
+    backend.launch(_raster_resolve, (triton.cdiv(N, block["BLOCK"]),), keys, clip, faces, table, rast, N, width, height, **block)
     return rast, 0
 
 
@@ -347,7 +349,7 @@ def rasterize_triton_backward(grad: Tensor, rast: Tensor, clip: Tensor, faces: T
     block = pixel_block(backend.target(rast))
     rows, key = clip.new_empty(N * 3, 3), torch.empty(N * 3, dtype=torch.int32, device=clip.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
-    backend.launch(_resolve_backward, grid, grad, rast, clip, faces, table, rows, key, N, W, H, **block)
+    backend.launch(_raster_backward, grid, grad, rast, clip, faces, table, rows, key, N, W, H, **block)
     return spread(sum_rows(rows, key, order, len(clip)))
 
 

@@ -232,9 +232,10 @@ def resolve(keys: Tensor, clip: Tensor, faces: Tensor, table: Tensor, height: in
     s = _shown(face, faces, table, height * width)
     e, _, corner = _edges(clip, s, height, width)
     a = torch.stack([e[(k + 1) % 3, 0] * e[(k + 2) % 3, 1] - e[(k + 1) % 3, 1] * e[(k + 2) % 3, 0] for k in range(3)])
-    u, v = (a[:2] / a.sum(0)).clamp_(0, 1)
+    nonzero = lambda value: torch.where(value != 0, value, 1)  # 0: a face without area that covers a pixel as snapped
+    u, v = (a[:2] / nonzero(a.sum(0))).clamp_(0, 1)
     over = (u + v).clamp_(min=1)
-    z = ((corner[..., 2].mT * a).sum(0) / (corner[..., 3].mT * a).sum(0)).clamp_(-1, 1)
+    z = ((corner[..., 2].mT * a).sum(0) / nonzero((corner[..., 3].mT * a).sum(0))).clamp_(-1, 1)
     rast = clip.new_zeros(len(keys), 4)
     rast[s.at] = torch.stack([u / over, v / over, z, face[s.at] + 1.0], 1).to(clip.dtype)
     return rast.view(len(table), height, width, 4)

@@ -1,8 +1,8 @@
 """Antialiasing of silhouettes on a GPU (what and why: kernels.antialias). V views, N = V H W pixels, C channels.
 
-    _pairs      every pixel with its right (d = 0) and lower (d = 1) neighbour: alpha and code [2, N] of the pairs that blend
-    _blend      a pixel's up to four pairs, gathered: no two programs write one pixel
-    _backward   the same pairs, for the gradient of the image and, since the edge of a pair is one of its nearer pixel's
+    _silhouette_pairs      every pixel with its right (d = 0) and lower (d = 1) neighbour: alpha and code [2, N] of the pairs that blend
+    _silhouette_blend      a pixel's up to four pairs, gathered: no two programs write one pixel
+    _silhouette_backward   the same pairs, for the gradient of the image and, since the edge of a pair is one of its nearer pixel's
                 face, for that of the three corners of each pixel's own face
 
 code = 0 for a pair that does not blend, else 1 + edge, + 3 where the nearer face is that of the second pixel.
@@ -44,8 +44,9 @@ def _negative(x):
 def _crossing(px, py, qx, qy, ds):
     """Where the edge P -> Q crosses the line to the neighbour, in pixels towards it."""
     dx, dy = qx - px, qy - py
-    r = ds * (px * dy - py * dx) / dy
-    return tl.where(_negative(py) != _negative(qy), r, FAR), dx, dy
+    crosses = (_negative(py) != _negative(qy)) & (dy != 0)
+    r = ds * (px * dy - py * dx) / tl.where(crosses, dy, 1.0)
+    return tl.where(crosses, r, FAR), dx, dy
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _third(clip_ptr, opposite_ptr, base, ox, oy, W, H, live):
 
 
 @triton.jit
-def _pairs(
+def _silhouette_pairs(
     rast_ptr, clip_ptr, faces_ptr, table_ptr, opposite_ptr, alpha_ptr, code_ptr, N, W, H, BLOCK: tl.constexpr
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -120,7 +121,7 @@ def _around(n, N, W, H):
 
 
 @triton.jit
-def _blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.constexpr):
+def _silhouette_blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     pair, other, there = _around(n, N, W, H)
@@ -188,7 +189,7 @@ def _edge_grad(code, alpha, delta, screen, corner, W, H, FIRST: tl.constexpr, DO
 
 
 @triton.jit
-def _backward(
+def _silhouette_backward(
     grad_ptr, image_ptr, alpha_ptr, code_ptr, rast_ptr, clip_ptr, faces_ptr, table_ptr, grad_image_ptr, rows_ptr, key_ptr, N,
     C, W, H, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -241,8 +242,8 @@ def antialias_triton(
     out, alpha = torch.empty_like(image), image.new_empty(2, V, H, W)
     code = torch.empty(2, V, H, W, dtype=torch.int8, device=image.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
-    backend.launch(_pairs, (*grid, 2), rast, clip, faces, table, opposite, alpha, code, N, W, H, **block)
-    backend.launch(_blend, grid, image, alpha, out, N, C, W, H, **block)
+    backend.launch(_silhouette_pairs, (*grid, 2), rast, clip, faces, table, opposite, alpha, code, N, W, H, **block)
+    backend.launch(_silhouette_blend, grid, image, alpha, out, N, C, W, H, **block)
     return out, alpha, code
 
 
@@ -257,5 +258,5 @@ def antialias_triton_backward(
     key = torch.empty(N * 3, dtype=torch.int32, device=image.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
     pairs, mesh = (alpha, code), (rast, clip, faces, table)
-    backend.launch(_backward, grid, grad, image, *pairs, *mesh, grad_image, rows, key, N, C, W, H, **block)
+    backend.launch(_silhouette_backward, grid, grad, image, *pairs, *mesh, grad_image, rows, key, N, C, W, H, **block)
     return grad_image, spread(sum_rows(rows, key, order, len(clip)))

@@ -55,7 +55,8 @@ def find_pairs(
             x, y = y, x  # along and across the line to the neighbour
         dx, dy = x[[2, 0, 1]] - x[[1, 2, 0]], y[[2, 0, 1]] - y[[1, 2, 0]]
         r = ds * (x[[1, 2, 0]] * dy - y[[1, 2, 0]] * dx) / dy
-        r = torch.where(y[[1, 2, 0]].signbit() != y[[2, 0, 1]].signbit(), r, torch.finfo(torch.float32).min)
+        crosses = (y[[1, 2, 0]].signbit() != y[[2, 0, 1]].signbit()) & (dy != 0)
+        r = torch.where(crosses, r, torch.finfo(torch.float32).min)
         m = torch.where((r[2] > r[0]) & (r[2] > r[1]), 2, torch.where(r[1] > r[0], 1, 0))[None]
         pick = lambda value, m=m: value.gather(0, m)[0]
         r, dx, dy, fold = pick(r), pick(dx), pick(dy), pick(torch.stack(folds))

@@ -13,6 +13,7 @@ from kernels.attention import segment_attention, window_attention
 from kernels.camera import Camera
 from kernels.hash import build_table, lookup, neighbours
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
+from kernels.render_mesh import render_mesh
 from kernels.splat import splat
 from kernels.ssim import ssim
 from kernels.window import Windows, window_partition
@@ -79,9 +80,19 @@ def gaussians(dtype: torch.dtype) -> None:
     _backward(image.color, image.alpha)
 
 
+def meshes(dtype: torch.dtype) -> None:
+    """A rendered view of a large triangle and a small one; the renderer computes in fp32 whatever it is given."""
+    camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 16, 16)
+    corners = torch.tensor([[-0.4, 0.0, -0.4], [0.4, 0.0, -0.4], [0.0, 0.0, 0.4], [0.0, 0.1, 0.02], [0.02, 0.1, 0.0]])
+    vertices, colors = corners.requires_grad_(), torch.rand(5, 6, requires_grad=True)
+    faces = torch.tensor([[0, 1, 2], [2, 3, 4]], dtype=torch.int32)
+    image = render_mesh(vertices, faces, colors, [0, 5], [0, 2], camera, [0])
+    _backward(image.color, image.alpha, image.depth, image.normal, image.normal_map)
+
+
 def similarity(dtype: torch.dtype) -> None:
     a, b = (torch.rand(1, 3, 16, 16).to(dtype).requires_grad_() for _ in range(2))
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity)}
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, meshes)}
