@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.raster_torch import EMPTY, Pieces, clip_faces
+from kernels.raster_torch import EMPTY, NOWHERE, Pieces, clip_faces
 from kernels.reduce import sum_rows
 
 PIXELS_MAX = 1 << 23
 NONE = tl.constexpr(EMPTY)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to even
 LARGEST = tl.constexpr(1048576.0)
-OUTSIDE = tl.constexpr(127)
+OFF = tl.constexpr(NOWHERE)
 
 
 def _tiles(target: str) -> dict:
@@ -49,7 +49,7 @@ def _raster_snap(clip_ptr, snapped_ptr, depth_ptr, P, W, H, BLOCK: tl.constexpr)
     code = (x > w).to(tl.int32) + 2 * (x < -w).to(tl.int32) + 4 * (y > w).to(tl.int32) + 8 * (y < -w).to(tl.int32)
     code += 16 * (z > w).to(tl.int32) + 32 * (z < -w).to(tl.int32)
     finite = tl.abs(x) + tl.abs(y) + tl.abs(z) + tl.abs(w) < float("inf")
-    code = tl.where(finite & ((w != 0) | (code != 0)), code, OUTSIDE)
+    code = tl.where(finite & ((w != 0) | (code != 0)), code, OFF)
     inside = code == 0
     scale = tl.div_rn(1.0, tl.where(inside, w, 1.0))  # rounded as IEEE does: every kernel and the torch path agree
     px, py = _rounded(x * scale * (W * 8.0)), _rounded(y * scale * (H * 8.0))
@@ -131,8 +131,9 @@ def _raster_small(
     x0, y0, out0 = _load3(snapped_ptr + a * 3, live)
     x1, y1, out1 = _load3(snapped_ptr + b * 3, live)
     x2, y2, out2 = _load3(snapped_ptr + c * 3, live)
-    whole = live & ((out0 | out1 | out2) == 0)
-    partly = live & ((out0 | out1 | out2) != 0) & ((out0 & out1 & out2) == 0)
+    some = out0 | out1 | out2
+    whole = live & (some == 0)
+    partly = live & (some != 0) & (some < OFF) & ((out0 & out1 & out2) == 0)
     area = _area(x0, y0, x1, y1, x2, y2)
     i0, i1 = _box(x0, x1, x2, W)
     j0, j1 = _box(y0, y1, y2, H)

@@ -12,7 +12,7 @@ from torch import Tensor
 STEPS = 16  # positions of a snapped vertex per pixel
 CHUNK = 1 << 22  # pixels expanded at once
 EMPTY = torch.iinfo(torch.int64).max  # key of a pixel that no face covers
-OUTSIDE = 127  # outcode of a position that is not finite
+NOWHERE = 64  # outcode of a position that is not finite; its faces are not drawn
 
 
 class Snapped(NamedTuple):
@@ -37,7 +37,7 @@ def snap(clip: Tensor, height: int, width: int) -> Snapped:
     x, y, z, w = clip.unbind(-1)
     code = (x > w).int() + 2 * (x < -w).int() + 4 * (y > w).int() + 8 * (y < -w).int() + 16 * (z > w).int() + 32 * (z < -w).int()
     finite = (x.abs() + y.abs() + z.abs() + w.abs()) < torch.inf
-    code = torch.where(finite & ~((w == 0) & (code == 0)), code, OUTSIDE)
+    code = torch.where(finite & ~((w == 0) & (code == 0)), code, NOWHERE)
     inside = code == 0
     scale = 1 / torch.where(inside, w, 1)
     half = clip.new_tensor([STEPS // 2 * width, STEPS // 2 * height])
@@ -124,7 +124,8 @@ def rasterize_torch(clip: Tensor, faces: Tensor, table: Tensor, height: int, wid
     snapped = snap(clip, height, width)
     code = snapped.code[rows]
     whole = (code == 0).all(1)
-    partly = (~whole & ((code[:, 0] & code[:, 1] & code[:, 2]) == 0)).nonzero()[:, 0]
+    a, b, c = code.unbind(1)
+    partly = (~whole & ((a & b & c) == 0) & ((a | b | c) < NOWHERE)).nonzero()[:, 0]
     whole = whole.nonzero()[:, 0]
     pieces = Pieces(snapped.xy[rows[whole]].view(-1, 6), snapped.depth[rows[whole]], view[whole], face[whole])
     if len(partly):

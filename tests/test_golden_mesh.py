@@ -194,7 +194,7 @@ def test_published_training_pictures(device):
         image_close(value, t[f"pred_{name}"], name)
     image_close(image.normal_map, t["pred_normal_map"], "normal map")
 
-    mask, target = t["gt_mask"].to(device), t["image"].to(device).float() * (t["alpha"].to(device).float() / 255)
+    mask, target = t["gt_mask"].to(device), t["image"].to(device).float() * t["alpha"].to(device)
     l1 = lambda a, b: (a - b).abs().mean()
     perceptual = lambda a, b: l1(a, b) + note["lambdas"]["ssim"] * (1 - ssim(a, b).mean())
     beta = 1 / (2 * note["rep_res"])

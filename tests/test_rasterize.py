@@ -33,7 +33,7 @@ def test_faces_that_reach_out_of_the_frustum_match_the_reference(device, radius)
     vertices, faces, _ = soup(24, 3, 0.7)
     clip = positions(vertices, 24, 24, radius)
     outside = (clip[:, :3].abs() > clip[:, 3:]).any(1)[faces.long()]
-    assert (outside.any(1) & ~outside.all(1)).sum() > 8
+    assert (outside.any(1) & ~outside.all(1)).sum() > 4
     agrees(clip, faces, 24, 24, device)
 
 
@@ -65,10 +65,10 @@ def test_the_effective_near_plane(device):
 @pytest.mark.parametrize("reach", [1.0, 1.4], ids=["up to the border", "beyond the frustum"])
 def test_shared_edges_cover_every_pixel_once(device, reach):
     """Each face of a torn-up plane alone, as scenes of one batch: every pixel is seen by exactly one."""
-    n, W, H = 5, 15, 11
+    n, W, H = 4, 15, 11
     rng = torch.Generator().manual_seed(2)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-reach, reach, n + 1)] * 2, indexing="xy"), -1)
-    grid[1:-1, 1:-1] += (torch.rand(n - 1, n - 1, 2, generator=rng) - 0.5) * 0.35
+    grid[1:-1, 1:-1] += (torch.rand(n - 1, n - 1, 2, generator=rng) - 0.5) * 0.3
     grid[2, 2] = torch.tensor([1 / W, 1 / H])  # a pixel's centre
     grid[3, 1] = grid[2, 1] * torch.tensor([1.0, 0]) + grid[3, 1] * torch.tensor([0, 1.0])  # a vertical edge
     w = 1 + torch.rand(n + 1, n + 1, 1, generator=rng)
