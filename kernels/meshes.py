@@ -33,12 +33,10 @@ class MeshLayout:
     @property
     def most(self) -> int:
         """Faces of the largest scene."""
-        return max((b - a for a, b in zip(self.face_starts, self.face_starts[1:], strict=False)), default=0)
+        return max([0, *[b - a for a, b in zip(self.face_starts, self.face_starts[1:], strict=False)]])
 
 
-def make_mesh_layout(
-    vertex_starts: list[int], face_starts: list[int], view_scene: list[int], device: torch.device
-) -> MeshLayout:
+def make_mesh_layout(vertex_starts: list[int], face_starts: list[int], view_scene: list[int], device: torch.device) -> MeshLayout:
     """The MeshLayout of B scenes (scene b owns the vertices vertex_starts[b] : vertex_starts[b + 1], its faces likewise) and
     V views. Does not wait for the device.
 

@@ -104,9 +104,7 @@ def _(vertices, rast, faces, table, order):
 
 
 @torch.library.custom_op("trislat::flat_normals_backward", mutates_args=())
-def _flat_normals_backward(
-    grad: Tensor, vertices: Tensor, rast: Tensor, faces: Tensor, table: Tensor, order: Tensor
-) -> Tensor:
+def _flat_normals_backward(grad: Tensor, vertices: Tensor, rast: Tensor, faces: Tensor, table: Tensor, order: Tensor) -> Tensor:
     """The gradient of the vertices."""
     V, H, W, _ = rast.shape
     M = V * H * W

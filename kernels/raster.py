@@ -1,8 +1,8 @@
 """Rasterisation on a GPU: V views, F faces, P clip rows, R pieces. Each stage is one launch for all views.
 
-    _raster_snap     clip rows -> integer positions on a grid of 1/16 px, z / w, and which frustum planes they are outside of
+    _raster_snap     clip rows -> integer positions on a grid of 1/16 px, z / w, and which frustum planes are crossed
     _raster_small    one face per thread: those of few pixels go straight to the z-buffer, the others onto two lists
-    _raster_large    pieces of the listed faces (those that reach out of the frustum are clipped first), a tile of pixels at a time
+    _raster_large    the listed faces, those that reach out of the frustum clipped to pieces first, a tile of pixels at a time
     _raster_resolve  the nearest face of every pixel -> u, v, z / w, face + 1
 
 A pixel of the z-buffer is one integer, the depth in its high half and the complement of the face in its low half, so an atomic
@@ -321,7 +321,9 @@ def rasterize_triton(
     if wrong:
         return rast.zero_(), wrong
     if large + partly:
-        pieces = _pieces(torch.cat([names[:large], names[pairs - partly :]]), large, clip, snapped, depth, faces, table, height, width)
+        pieces = _pieces(
+            torch.cat([names[:large], names[pairs - partly :]]), large, clip, snapped, depth, faces, table, height, width
+        )
         R = len(pieces.view)
         grid = (triton.cdiv(R, tiles["pieces"]), tiles["strides"])
         shape = {"PIECES": tiles["pieces"], "PIXELS": tiles["pixels"], "num_warps": 4}

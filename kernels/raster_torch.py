@@ -45,9 +45,7 @@ def snap(clip: Tensor, height: int, width: int) -> Snapped:
     return Snapped(torch.where(inside[..., None], xy, 0).int(), torch.where(inside, z * scale, 0), code)
 
 
-def clip_faces(
-    corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int
-) -> Pieces:
+def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int) -> Pieces:
     """Faces [n, 3, 4] that reach out of the frustum -> up to 7 pieces each (Sutherland and Hodgman 1974).
 
     `xy` [n, 3, 2] and `depth` [n, 3] are the snapped corners: those inside stay what they are for their other faces, and a

@@ -5,8 +5,8 @@ What is computed is what TRELLIS trains its meshes with, the CUDA rasteriser of 
 - Vertices are snapped to 1/16 px; a pixel is covered if its centre is inside by exact integer edge functions, where left edges
   and those of the smallest row are inside: two faces that share an edge cover every pixel along it once.
 - The nearest z / w of the plane through the snapped vertices is seen; of equal ones, the later face.
-- The perspective-correct barycentrics (u, v) are those of the positions before snapping. With e_k = (x_k, y_k) - f w_k for a pixel
-  at f in NDC, a_0 = e_1 x e_2 and cyclic, (u, v) = (a_0, a_1) / (a_0 + a_1 + a_2).
+- The perspective-correct barycentrics (u, v) are those of the positions before snapping. With e_k = (x_k, y_k) - f w_k for a
+  pixel at f in NDC, a_0 = e_1 x e_2 and cyclic, (u, v) = (a_0, a_1) / (a_0 + a_1 + a_2).
 Gradients of (u, v) reach x, y, w of the clip positions; those of z / w and of the face are none. Two published rules: the clamps
 of u and v pass the gradient, and its denominator has 1e-6 added to its magnitude. Derivatives of silhouettes come from
 kernels.antialias.

@@ -6,7 +6,6 @@ program is finished; one that reaches across its ends leaves a partial sum, and 
 rows of the next launch, B / 2 times fewer each time, until one program holds them all.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -24,9 +24,7 @@ def _origin(at: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([x.to(dtype) + 0.5 - width / 2, y.to(dtype) + 0.5 - height / 2])
 
 
-def find_pairs(
-    rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor
-) -> tuple[Tensor, Tensor]:
+def find_pairs(rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and code, [2, V, H, W] each, as kernels.silhouettes has them."""
     V, H, W, _ = rast.shape
     number, depth = rast[..., 3].reshape(-1), rast[..., 2].reshape(-1)

@@ -147,7 +147,9 @@ def test_published_backward_of_each_op(here, case):
         (g,) = torch.autograd.grad((own[..., :2] * t["up_rast_uv"].to(here).float()).sum(), clip)
         close(g.cpu(), t["rast_gpos"][0], 1e-4, "rasterize")
     attributes = t["vertex_attrs"][:, :3].to(here).requires_grad_()
-    g_attributes, g_rast = torch.autograd.grad((interpolate(attributes, rast, faces) * upstream["color"]).sum(), (attributes, rast))
+    g_attributes, g_rast = torch.autograd.grad(
+        (interpolate(attributes, rast, faces) * upstream["color"]).sum(), (attributes, rast)
+    )
     close(g_attributes, t["interp_color_gattr"], 1e-4, "interpolate")
     close(g_rast[..., :2], t["interp_color_grast_uv"], 1e-4, "interpolate to (u, v)")
     assert not g_rast[..., 2:].any()

@@ -202,7 +202,9 @@ def test_sums_by_key(kernel_device, monkeypatch, B):
     key = key[torch.randperm(len(key), generator=rng)].to(kernel_device)
     rows, weight = torch.randn(len(key), 3, generator=rng), torch.rand(3 * len(key), generator=rng)
     order = key.sort(stable=True).indices
-    want = torch.zeros(10, 3, dtype=torch.float64).index_add_(0, key.cpu().clamp(min=0), rows.double() * (key.cpu() >= 0)[:, None])
+    want = torch.zeros(10, 3, dtype=torch.float64).index_add_(
+        0, key.cpu().clamp(min=0), rows.double() * (key.cpu() >= 0)[:, None]
+    )
     assert_close(sum_rows(rows.to(kernel_device), key, order, 10), want, 1e-6)
     shared = key.repeat_interleave(3)
     order = shared.sort(stable=True).indices
