@@ -19,6 +19,7 @@ from kernels.norm import add_layer_norm as add_layer_norm
 from kernels.norm import gelu as gelu
 from kernels.norm import layer_norm as layer_norm
 from kernels.norm import rms_norm as rms_norm
+from kernels.raymarch import raymarch as raymarch
 from kernels.splat import splat as splat
 from kernels.ssim import ssim as ssim
 from kernels.window import Windows as Windows

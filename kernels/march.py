@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.march_segments import Segments, corner, direction, load_camera
+from kernels.march_segments import Segments
 from kernels.pairs import Layout
 
 STOP, CLAMP = tl.constexpr(1e-3), tl.constexpr(0.999)
@@ -39,7 +39,7 @@ def _backward_tiles(target: str) -> dict:
     """Backward: L segments of a voxel, K samples of each at a time (not yet measured on a GPU)."""
     if target == "interpreter":
         return {"L": 64, "K": 32}
-    return {"L": 16, "K": 4, "num_warps": 4}
+    return {"L": 16, "K": 2, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -50,6 +50,12 @@ def _taps(axis_ptr, q, rank, valid, R, DIM: tl.constexpr):
     at = (axis_ptr + i * R)[:, :, None] + rank[None, None, :]
     a, b = tl.load(at, valid, 0.0), tl.load(at + R, valid, 0.0)
     return i, w, a + w[:, :, None] * (b - a)
+
+
+@triton.jit
+def _along(path_ptr, k, live):
+    """One coordinate of sample k [L, K] of segments [L]; the increments stand 4 places behind the first sample's."""
+    return tl.load(path_ptr, live, 0.0)[:, None] + tl.load(path_ptr + 4, live, 0.0)[:, None] * k
 
 
 @triton.jit
@@ -75,18 +81,15 @@ def _sigmoid(x):
 
 @triton.jit
 def _march(
-    voxels_ptr, position_ptr, cameras_ptr, offset_ptr, background_ptr, first_ptr, samples_ptr, voxel_ptr, order_ptr,
-    bounds_ptr, image_ptr, final_ptr, depth_ptr, used_ptr, state_ptr, W, H, TX, TY, resolution, size, step, R,
-    DIM: tl.constexpr, RANKS: tl.constexpr, SIDE: tl.constexpr, K: tl.constexpr,
+    voxels_ptr, background_ptr, samples_ptr, voxel_ptr, path_ptr, order_ptr, bounds_ptr, image_ptr, final_ptr, depth_ptr,
+    used_ptr, state_ptr, W, H, TX, TY, step, R, DIM: tl.constexpr, RANKS: tl.constexpr,
+    SIDE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     tile, lane = tl.program_id(0), tl.arange(0, SIDE * SIDE)
     v = (tile // TX // TY).to(tl.int64)
     x, y = tile % TX * SIDE + lane % SIDE, tile // TX % TY * SIDE + lane // SIDE
     inside, pixel = (x < W) & (y < H), y * W + x
     ray = v * H * W + pixel
-    rotation, o, focal, middle = load_camera(cameras_ptr, v)
-    d, shrink = direction(rotation, focal, middle, x, y)
-    offset = tl.load(offset_ptr + ray, inside, 0.0)
     cursor, end = tl.load(bounds_ptr + ray, inside, 0), tl.load(bounds_ptr + ray + 1, inside, 0)
     rank = tl.arange(0, RANKS)
     taps = 3 * DIM * R
@@ -97,7 +100,7 @@ def _march(
     alive = cursor < end
     while tl.max(alive.to(tl.int32), 0) > 0:
         slot = tl.load(order_ptr + cursor, alive, 0)
-        first, samples = tl.load(first_ptr + slot, alive, 0), tl.load(samples_ptr + slot, alive, 0)
+        samples = tl.load(samples_ptr + slot, alive, 0)
         row = tl.load(voxel_ptr + slot, alive, 0).to(tl.int64)
         entry, entering = state_ptr + slot * 5, alive & (k == 0)
         tl.store(entry, light, entering)
@@ -105,20 +108,16 @@ def _march(
         tl.store(entry + 2, green, entering)
         tl.store(entry + 3, blue, entering)
         tl.store(entry + 4, distance, entering)
-        _, low = corner(position_ptr, row, alive, resolution, size)
         at = k[:, None] + tl.arange(0, K)[None, :]
         live = alive[:, None] & (at < samples[:, None])
-        z = ((first[:, None] + at).to(tl.float32) + offset[:, None]) * step  # (lanes, K)
-        scale = resolution * DIM
-        base = voxels_ptr + row * (taps + 4 * R)
+        base, path = voxels_ptr + row * (taps + 4 * R), path_ptr + slot * 8
         axis, valid = base[:, None] + tl.zeros_like(at), live[:, :, None] & (rank < R)[None, None, :]
-        _, _, e = _taps(axis, ((o[0] - low[0])[:, None] + d[0][:, None] * z) * scale - 0.5, rank, valid, R, DIM)
-        axis += DIM * R
-        _, _, f = _taps(axis, ((o[1] - low[1])[:, None] + d[1][:, None] * z) * scale - 0.5, rank, valid, R, DIM)
+        _, _, e = _taps(axis, _along(path, at, alive), rank, valid, R, DIM)
+        _, _, f = _taps(axis + DIM * R, _along(path + 1, at, alive), rank, valid, R, DIM)
         e *= f
-        axis += DIM * R
-        _, _, f = _taps(axis, ((o[2] - low[2])[:, None] + d[2][:, None] * z) * scale - 0.5, rank, valid, R, DIM)
+        _, _, f = _taps(axis + 2 * DIM * R, _along(path + 2, at, alive), rank, valid, R, DIM)
         e *= f
+        z = _along(path + 3, at, alive)
         own = (base + taps)[:, None] + rank[None, :]
         some = alive[:, None] & (rank < R)[None, :]
         s = tl.sum(e * tl.load(own, some, 0.0)[:, None, :], 2)
@@ -148,7 +147,7 @@ def _march(
     tl.store(image + plane, green + light * tl.load(background + 1), inside)
     tl.store(image + 2 * plane, blue + light * tl.load(background + 2), inside)
     tl.store(final_ptr + ray, light, inside)
-    tl.store(depth_ptr + ray, distance * shrink, inside)
+    tl.store(depth_ptr + ray, distance, inside)
 
 
 @triton.jit
@@ -168,16 +167,15 @@ def _contract(a, b, total, L: tl.constexpr, K: tl.constexpr, M: tl.constexpr, RA
 
 @triton.jit
 def _march_backward(
-    voxels_ptr, position_ptr, cameras_ptr, offset_ptr, views_ptr, scenes_ptr, by_scene_ptr, ray_ptr, first_ptr, used_ptr,
-    start_ptr, state_ptr, grad_image_ptr, grad_depth_ptr, arriving_ptr, grad_ptr, W, H, resolution, size, step, R,
-    DIM: tl.constexpr, DIM_P: tl.constexpr, RANKS: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+    voxels_ptr, views_ptr, scenes_ptr, by_scene_ptr, ray_ptr, used_ptr, path_ptr, start_ptr, state_ptr, grad_image_ptr,
+    grad_depth_ptr, arriving_ptr, grad_ptr, plane, step, R, DIM: tl.constexpr, DIM_P: tl.constexpr, RANKS: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     scene = scenes_ptr + tl.program_id(1) * 4
     n, count, mine, views = tl.program_id(0), tl.load(scene + 1), tl.load(scene + 2), tl.load(scene + 3)
     if n >= count:
         return
     row = tl.load(scene) + n
-    _, low = corner(position_ptr, row, True, resolution, size)
     rank = tl.arange(0, RANKS)
     some = rank < R
     taps = 3 * DIM * R
@@ -186,25 +184,20 @@ def _march_backward(
     k_green, k_blue = tl.load(base + taps + 2 * R + rank, some, 0.0), tl.load(base + taps + 3 * R + rank, some, 0.0)
     total_x, total_y = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([DIM_P, RANKS], tl.float32)
     total_z, total_w = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([4, RANKS], tl.float32)
-    plane, scale = H * W, resolution * DIM
     for j in range(0, views):
         v = tl.load(by_scene_ptr + mine + j)
-        rotation, o, focal, middle = load_camera(cameras_ptr, v)
         pair = start_ptr + tl.load(views_ptr + v * 3 + 2) + n
         begin, end = tl.load(pair), tl.load(pair + 1)
         for m in range(begin, end, L):
             slot = m + tl.arange(0, L)
-            live = slot < end
-            used, first = tl.load(used_ptr + slot, live, 0), tl.load(first_ptr + slot, live, 0)
+            used = tl.load(used_ptr + slot, slot < end, 0)
             live = used > 0
             ray = tl.load(ray_ptr + slot, live, 0).to(tl.int64)
             pixel = ray - v * plane
-            d, shrink = direction(rotation, focal, middle, (pixel % W).to(tl.int32), (pixel // W).to(tl.int32))
-            offset = tl.load(offset_ptr + ray, live, 0.0)
             grad = grad_image_ptr + v * 3 * plane + pixel
             gr, gg = tl.load(grad, live, 0.0), tl.load(grad + plane, live, 0.0)
-            gb, gd = tl.load(grad + 2 * plane, live, 0.0), tl.load(grad_depth_ptr + ray, live, 0.0) * shrink
-            entry = state_ptr + slot * 5
+            gb, gd = tl.load(grad + 2 * plane, live, 0.0), tl.load(grad_depth_ptr + ray, live, 0.0)
+            entry, path = state_ptr + slot * 5, path_ptr + slot * 8
             light = tl.load(entry, live, 0.0)
             behind = tl.load(arriving_ptr + ray, live, 0.0) - gr * tl.load(entry + 1, live, 0.0)
             behind -= gg * tl.load(entry + 2, live, 0.0) + gb * tl.load(entry + 3, live, 0.0)
@@ -212,14 +205,11 @@ def _march_backward(
             for k in range(0, tl.max(used, 0), K):
                 at = k + tl.arange(0, K)[None, :]
                 taken = at < used[:, None]
-                z = ((first[:, None] + at).to(tl.float32) + offset[:, None]) * step  # (L, K)
-                qx = (o[0] - low[0] + d[0][:, None] * z) * scale - 0.5
-                qy = (o[1] - low[1] + d[1][:, None] * z) * scale - 0.5
-                qz = (o[2] - low[2] + d[2][:, None] * z) * scale - 0.5
                 valid = taken[:, :, None] & some[None, None, :]
-                ix, wx, fx = _taps(base, qx, rank, valid, R, DIM)
-                iy, wy, fy = _taps(base + DIM * R, qy, rank, valid, R, DIM)
-                iz, wz, fz = _taps(base + 2 * DIM * R, qz, rank, valid, R, DIM)
+                ix, wx, fx = _taps(base, _along(path, at, live), rank, valid, R, DIM)
+                iy, wy, fy = _taps(base + DIM * R, _along(path + 1, at, live), rank, valid, R, DIM)
+                iz, wz, fz = _taps(base + 2 * DIM * R, _along(path + 2, at, live), rank, valid, R, DIM)
+                z = _along(path + 3, at, live)
                 xy = fx * fy
                 e = xy * fz
                 s = tl.sum(e * density[None, None, :], 2)
@@ -235,7 +225,8 @@ def _march_backward(
                 behind -= tl.sum(part, 1)
                 light = tl.min(through, 1)
                 gs = tl.where(taken, step * (through * a - rest) * slope, 0.0)
-                r, g, b = weight * gr[:, None] * r * (1 - r), weight * gg[:, None] * g * (1 - g), weight * gb[:, None] * b * (1 - b)
+                r, g = weight * gr[:, None] * r * (1 - r), weight * gg[:, None] * g * (1 - g)  # of the logits from here on
+                b = weight * gb[:, None] * b * (1 - b)
                 which = tl.arange(0, 4)[None, None, :]
                 heads = tl.where(which < 2, tl.where(which == 0, gs[:, :, None], r[:, :, None]),
                                  tl.where(which == 2, g[:, :, None], b[:, :, None]))  # fmt: skip
@@ -257,52 +248,50 @@ def _march_backward(
 
 def march(
     voxels: Tensor,  # [N, (3 n + 4) R]: taps [3, n, R], density [R], colour [3, R]
-    position: Tensor,  # [N, 3]
-    cameras: Tensor,  # [V, 16]
-    offset: Tensor,  # [V, H, W]
-    background: Tensor,  # [V, 3]
     segments: Segments,
-    resolution: int,
+    background: Tensor,  # [V, 3]
+    height: int,
+    width: int,
+    step: float,
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Image [V, 3, H, W], final transmittance and depth [V, H, W]; per segment, for the backward, the samples used [S] and
     (transmittance, colour, depth) at its entry [S, 5], written where some are used."""
-    V, height, width = offset.shape
-    image, final, depth = offset.new_empty(V, 3, height, width), torch.empty_like(offset), torch.empty_like(offset)
-    used, state = torch.zeros_like(segments.samples), offset.new_empty(len(segments.ray), 5)
+    V = len(background)
+    image, final = background.new_empty(V, 3, height, width), background.new_empty(V, height, width)
+    depth = torch.empty_like(final)
+    used, state = torch.zeros_like(segments.samples), background.new_empty(len(segments.ray), 5)
     tiles = _tiles(backend.target(voxels))
     TX, TY = triton.cdiv(width, tiles["SIDE"]), triton.cdiv(height, tiles["SIDE"])
     backend.launch(
-        _march, (V * TX * TY,), voxels, position, cameras, offset, background, segments.first, segments.samples,
-        segments.voxel, segments.order, segments.bounds, image, final, depth, used, state, width, height, TX, TY,
-        resolution, 1 / resolution, 0.5 / (dim * resolution), rank, DIM=dim, RANKS=triton.next_power_of_2(rank), **tiles,
+        _march, (V * TX * TY,), voxels, background, segments.samples, segments.voxel, segments.path, segments.order,
+        segments.bounds, image, final, depth, used, state, width, height, TX, TY, step, rank,
+        DIM=dim, RANKS=triton.next_power_of_2(rank), **tiles,
     )  # fmt: skip
     return image, final, depth, used, state
 
 
 def march_backward(
-    voxels: Tensor, position: Tensor, cameras: Tensor, offset: Tensor, layout: Layout,
+    voxels: Tensor,
+    layout: Layout,
     ray: Tensor,  # [S] int32
-    first: Tensor,  # [S] int32
-    used: Tensor,  # [S] int32
+    path: Tensor,  # [S, 8]
     start: Tensor,  # [P + 1] int64
+    used: Tensor,  # [S] int32
     state: Tensor,  # [S, 5]
     grad_image: Tensor,  # [V, 3, H, W]
     grad_depth: Tensor,  # [V, H, W]
     arriving: Tensor,  # [V, H, W]: what the whole ray contributes to the loss
-    resolution: int,
+    step: float,
     rank: int,
     dim: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The gradient of the voxels, each written once: the same bits every time."""
-    _, height, width = offset.shape
-    grad = torch.empty_like(voxels)
-    pad = triton.next_power_of_2
+    grad, pad = torch.empty_like(voxels), triton.next_power_of_2
     backend.launch(
-        _march_backward, (layout.most, len(layout.scenes)), voxels, position, cameras, offset, layout.views, layout.scenes,
-        layout.by_scene, ray, first, used, start, state, grad_image, grad_depth, arriving, grad, width, height,
-        resolution, 1 / resolution, 0.5 / (dim * resolution), rank, DIM=dim, DIM_P=pad(dim), RANKS=pad(rank),
-        **_backward_tiles(backend.target(voxels)),
+        _march_backward, (layout.most, len(layout.scenes)), voxels, layout.views, layout.scenes, layout.by_scene, ray, used,
+        path, start, state, grad_image, grad_depth, arriving, grad, grad_depth[0].numel(), step, rank,
+        DIM=dim, DIM_P=pad(dim), RANKS=pad(rank), **_backward_tiles(backend.target(voxels)),
     )  # fmt: skip
     return grad

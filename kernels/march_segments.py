@@ -32,9 +32,9 @@ class Segments:
     """S segments in the order of the pairs, and every ray's list of them."""
 
     ray: Tensor  # [S] int32: pixel (view * H + y) * W + x
-    first: Tensor  # [S] int32: the first sample
     samples: Tensor  # [S] int32: how many
     voxel: Tensor  # [S] int32
+    path: Tensor  # [S, 8]: the first sample's place in taps (3) and camera depth, and their increments per sample
     start: Tensor  # [P + 1] int64: pair p owns the segments start[p] : start[p + 1]
     order: Tensor  # [S] int64: segments, ray after ray, near to far
     bounds: Tensor  # [rays + 1] int32: ray i has order[bounds[i] : bounds[i + 1]]
@@ -49,7 +49,7 @@ def _tiles(target: str) -> dict:
 
 
 @triton.jit
-def load_camera(cameras_ptr, v):
+def _camera(cameras_ptr, v):
     """One view's rotation rows, centre, focal lengths and principal point (px): scalars."""
     c = cameras_ptr + v * 16
     r0 = tl.load(c), tl.load(c + 1), tl.load(c + 2)
@@ -60,7 +60,7 @@ def load_camera(cameras_ptr, v):
 
 
 @triton.jit
-def direction(rotation, focal, middle, x, y):
+def _direction(rotation, focal, middle, x, y):
     """World direction of unit length through the centre of pixel (x, y), and the camera depth of one unit along it."""
     u, v = (x.to(tl.float32) + 0.5 - middle[0]) / focal[0], (y.to(tl.float32) + 0.5 - middle[1]) / focal[1]
     shrink = 1 / tl.sqrt(u * u + v * v + 1)
@@ -69,16 +69,6 @@ def direction(rotation, focal, middle, x, y):
     d1 = (u * r0[1] + v * r1[1] + r2[1]) * shrink
     d2 = (u * r0[2] + v * r1[2] + r2[2]) * shrink
     return (d0, d1, d2), shrink
-
-
-@triton.jit
-def corner(position_ptr, row, live, resolution, size):
-    """The least corner of the box of each voxel, in cells [.] float and in world units."""
-    p = position_ptr + row * 3
-    c0 = tl.floor(tl.load(p, live, 0.0) * resolution)
-    c1 = tl.floor(tl.load(p + 1, live, 0.0) * resolution)
-    c2 = tl.floor(tl.load(p + 2, live, 0.0) * resolution)
-    return (c0, c1, c2), (c0 * size - 0.5, c1 * size - 0.5, c2 * size - 0.5)
 
 
 @triton.jit
@@ -117,16 +107,19 @@ def _slab(low, high, o, d):
 
 @triton.jit
 def _segments(
-    position_ptr, cameras_ptr, views_ptr, offset_ptr, count_ptr, start_ptr, ray_ptr, first_ptr, samples_ptr, voxel_ptr,
-    W, H, resolution, size, per_unit, WRITE: tl.constexpr, PAIRS: tl.constexpr, PIXELS: tl.constexpr,
+    position_ptr, cameras_ptr, views_ptr, offset_ptr, count_ptr, start_ptr, key_ptr, samples_ptr, voxel_ptr, path_ptr,
+    W, H, resolution, size, per_unit, scale, WRITE: tl.constexpr, PAIRS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     v = tl.program_id(1)
     begin, count, pair = tl.load(views_ptr + v * 3), tl.load(views_ptr + v * 3 + 1), tl.load(views_ptr + v * 3 + 2)
     n = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = n < count
-    rotation, o, focal, middle = load_camera(cameras_ptr, v)
-    cell, low = corner(position_ptr, begin + n, live, resolution, size)
-    high = (cell[0] + 1) * size - 0.5, (cell[1] + 1) * size - 0.5, (cell[2] + 1) * size - 0.5
+    rotation, o, focal, middle = _camera(cameras_ptr, v)
+    p = position_ptr + (begin + n) * 3
+    c0, c1 = tl.floor(tl.load(p, live, 0.0) * resolution), tl.floor(tl.load(p + 1, live, 0.0) * resolution)
+    c2 = tl.floor(tl.load(p + 2, live, 0.0) * resolution)
+    low = c0 * size - 0.5, c1 * size - 0.5, c2 * size - 0.5
+    high = (c0 + 1) * size - 0.5, (c1 + 1) * size - 0.5, (c2 + 1) * size - 0.5
     x0, y0, x1, y1, depth = _rectangle(rotation, o, focal, middle, low, high, W, H)
     across = tl.maximum(x1 - x0, 1)
     area = tl.where(live & (depth > NEAR) & (x1 > x0), across * tl.maximum(y1 - y0, 0), 0)
@@ -138,7 +131,7 @@ def _segments(
         inside = at < area[:, None]
         x, y = x0[:, None] + at % across[:, None], y0[:, None] + at // across[:, None]
         ray = (v * H + y) * W + x
-        d, _ = direction(rotation, focal, middle, x, y)
+        d, shrink = _direction(rotation, focal, middle, x, y)
         in0, out0 = _slab(low[0], high[0], o[0], d[0])
         in1, out1 = _slab(low[1], high[1], o[1], d[1])
         in2, out2 = _slab(low[2], high[2], o[2], d[2])
@@ -148,10 +141,19 @@ def _segments(
         hit = inside & (t_in < t_out) & (first <= last)
         if WRITE:
             slot = found[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1
-            tl.store(ray_ptr + slot, ray, hit)
-            tl.store(first_ptr + slot, tl.where(hit, first, 0.0).to(tl.int32), hit)
-            tl.store(samples_ptr + slot, tl.where(hit, last - first + 1, 0.0).to(tl.int32), hit)
+            first, count = tl.where(hit, first, 0.0), tl.where(hit, last - first + 1, 0.0)
+            tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
+            tl.store(samples_ptr + slot, count.to(tl.int32), hit)
             tl.store(voxel_ptr + slot, (begin + n)[:, None].to(tl.int32) + tl.zeros_like(x), hit)
+            z, path = (first + offset) / per_unit, path_ptr + slot * 8
+            tl.store(path, ((o[0] - low[0])[:, None] + d[0] * z) * scale - 0.5, hit)
+            tl.store(path + 1, ((o[1] - low[1])[:, None] + d[1] * z) * scale - 0.5, hit)
+            tl.store(path + 2, ((o[2] - low[2])[:, None] + d[2] * z) * scale - 0.5, hit)
+            tl.store(path + 3, z * shrink, hit)
+            tl.store(path + 4, d[0] * 0.5, hit)
+            tl.store(path + 5, d[1] * 0.5, hit)
+            tl.store(path + 6, d[2] * 0.5, hit)
+            tl.store(path + 7, shrink / per_unit, hit)
         found += tl.sum(hit.to(tl.int32), 1)
     if not WRITE:
         tl.store(count_ptr + pair + n, found, live)
@@ -163,7 +165,7 @@ def find_segments(
     offset: Tensor,  # [V, H, W] fp32
     layout: Layout,
     resolution: int,
-    per_unit: float,  # samples per world unit
+    dim: int,
     mistakes: Tensor,  # [2] int64, read together with the number of segments
 ) -> tuple[Segments, list[int]]:
     """The segments of all views in two launches, and the two numbers of `mistakes`.
@@ -172,26 +174,29 @@ def find_segments(
     where the segments are more than an int32 counts.
     """
     V, height, width = offset.shape
-    P, new = layout.pair_start[-1], lambda *size: torch.empty(size, dtype=torch.int32, device=position.device)
-    count = torch.empty(P, dtype=torch.int64, device=position.device)
+    device = position.device
+    count = torch.empty(layout.pair_start[-1], dtype=torch.int64, device=device)
     tiles = _tiles(backend.target(position))
     grid = triton.cdiv(layout.most, tiles["PAIRS"]), V
     fixed = position, cameras, layout.views, offset
-    sizes = width, height, resolution, 1 / resolution, per_unit
+    sizes = width, height, resolution, 1 / resolution, 2.0 * dim * resolution, float(dim * resolution)
     # the arguments that only the second pass uses stand in as `count` in the first
     backend.launch(_segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles)
     start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     S, *wrong = torch.cat([start[-1:], mistakes]).tolist()
     if S >= 2**31:
         raise ValueError(f"{S} segments (a ray in a voxel) are more than {2**31 - 1}: render fewer views at once")
-    ray, first, samples, voxel = new(S), new(S), new(S), new(S)
-    backend.launch(_segments, grid, *fixed, count, start, ray, first, samples, voxel, *sizes, WRITE=True, **tiles)
-    order, bounds = by_ray(ray, first, V * height * width)
-    return Segments(ray, first, samples, voxel, start, order, bounds), wrong
+    key, path = torch.empty(S, dtype=torch.int64, device=device), torch.empty(S, 8, device=device)
+    samples, voxel = (torch.empty(S, dtype=torch.int32, device=device) for _ in range(2))
+    backend.launch(_segments, grid, *fixed, count, start, key, samples, voxel, path, *sizes, WRITE=True, **tiles)
+    return Segments(((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)), wrong
 
 
-def by_ray(ray: Tensor, first: Tensor, rays: int) -> tuple[Tensor, Tensor]:
-    """The order of the segments by ray, then by first sample, and where each ray begins in it."""
-    key, order = torch.sort((ray.long() << 32) + first, stable=True)
-    edges = (torch.arange(rays + 1, device=ray.device) << 32) - 2**31
+def by_ray(key: Tensor, rays: int) -> tuple[Tensor, Tensor]:
+    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each ray's bounds in it.
+
+    A first sample is negative only for a voxel behind the eye but not near it, which takes a resolution below 8.
+    """
+    key, order = torch.sort(key, stable=True)
+    edges = (torch.arange(rays + 1, device=key.device) << 32) - 2**31
     return order, torch.searchsorted(key, edges, out_int32=True)

@@ -10,7 +10,7 @@ NEAR, MARGIN, CLIP = 0.2, 0.05, 1e-3
 TESTS = 16384  # pixels of boxes tested at once
 
 
-def directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Unit world directions of all rays [3, V H W] and the camera depth of one unit along them [V H W]."""
     focal, middle = cameras[:, 12:14, None], cameras[:, 14:16, None]
     u = (torch.arange(width).to(cameras) + 0.5 - middle[:, 0]) / focal[:, 0]  # [V, W]
@@ -22,7 +22,7 @@ def directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
     return torch.stack(d).view(3, -1), shrink.view(-1)
 
 
-def corners(position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+def _corners(position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
     """The least and the greatest corner of every voxel [3, N]; neighbours agree on their faces to the bit."""
     cell = torch.floor(position.t() * resolution)
     return cell / resolution - 0.5, (cell + 1) / resolution - 0.5
@@ -50,12 +50,13 @@ def find_segments_torch(
     offset: Tensor,  # [V, H, W]
     layout: Layout,
     resolution: int,
-    per_unit: float,
+    dim: int,
 ) -> Segments:
     """As kernels.march_segments.find_segments."""
     V, H, W = offset.shape
-    low, high = corners(position, resolution)
-    direction, _ = directions(cameras, H, W)
+    per_unit, scale = 2 * dim * resolution, dim * resolution
+    low, high = _corners(position, resolution)
+    direction, shrink = _directions(cameras, H, W)
     inverse = torch.where(direction == 0, 1e10, 1 / direction)
     offset = offset.view(-1)
     found: list[tuple[Tensor, ...]] = []
@@ -85,15 +86,17 @@ def find_segments_torch(
             xi = offset.index_select(0, ray)
             first, last = (t_in * per_unit).sub_(xi).ceil_(), (t_out * per_unit).sub_(xi).floor_()
             hit = ((t_in < t_out) & (first <= last)).nonzero()[:, 0]
-            first, last = first[hit].int(), last[hit].int()
-            hits.append((ray[hit].int(), first, last - first + 1, (n[hit] + (a + begin)).int()))
+            n, ray, first, last, xi = n[hit], ray[hit], first[hit], last[hit], xi[hit]
+            d, shorter, z = direction.index_select(1, ray), shrink.index_select(0, ray), xi.add_(first).div_(per_unit)
+            q = torch.addcmul(near[:, a:b].index_select(1, n).neg_(), d, z).mul_(scale).sub_(0.5)
+            path = torch.cat([q, (z * shorter)[None], d.mul_(0.5), shorter.div_(per_unit)[None]]).t()
+            hits.append(((ray << 32) + first.long(), (last - first + 1).int(), (n + (a + begin)).int(), path))
             a, done = b, int(ends[b - 1])
         found += hits
-        owners = torch.cat([h[3] for h in hits]) - begin if hits else area[:0]
+        owners = torch.cat([h[2] for h in hits]) - begin if hits else area[:0]
         counts.append(torch.bincount(owners, minlength=end - begin))
-    none = torch.zeros(0, dtype=torch.int32)
-    found.append((none,) * 4)
-    ray, first, samples, voxel = (torch.cat(parts) for parts in zip(*found, strict=True))
-    start = torch.nn.functional.pad(torch.cat([none.long(), *counts]).cumsum(0), (1, 0))
-    order, bounds = by_ray(ray, first, V * H * W)
-    return Segments(ray, first, samples, voxel, start, order, bounds)
+    none = torch.zeros(0, dtype=torch.int64)
+    found.append((none, none.int(), none.int(), offset.new_zeros(0, 8)))
+    key, samples, voxel, path = (torch.cat(parts) for parts in zip(*found, strict=True))
+    start = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
+    return Segments(((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * H * W))

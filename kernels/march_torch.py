@@ -14,53 +14,39 @@ import torch
 from torch import Tensor
 
 from kernels.march_segments import Segments
-from kernels.march_segments_torch import directions
 
 STOP = 1e-3
-CLAMP = 6.907768153436  # optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP
+CLAMP = 6.907768153668287  # optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP
 SAMPLES = 16384  # samples evaluated at once
 PIECE = 64  # at most this many segments of a voxel in one group
 
 
-class _Scene(NamedTuple):
+class _Field(NamedTuple):
     """What every evaluation reads."""
 
     voxels: Tensor  # [N, (3 n + 4) R]
-    low: Tensor  # [3, N] least corners
-    center: Tensor  # [3, V] of the cameras
-    direction: Tensor  # [3, rays]
-    offset: Tensor  # [rays]
-    shrink: Tensor  # [rays]: camera depth of one unit along the ray
     step: float
     rank: int
     dim: int
-
-    @property
-    def scale(self) -> float:  # taps per world unit
-        return 0.5 / self.step
-
-
-def _scene(voxels: Tensor, low: Tensor, cameras: Tensor, offset: Tensor, step: float, rank: int, dim: int) -> _Scene:
-    direction, shrink = directions(cameras, *offset.shape[1:])
-    return _Scene(voxels, low, cameras[:, 9:12].t().contiguous(), direction, offset.view(-1), shrink, step, rank, dim)
 
 
 class _Part:
     """G groups of L samples each, from T segments; m = G L samples, those that fill up a group are not `live`."""
 
-    def __init__(self, scene: _Scene, voxel: Tensor, q: Tensor, dq: Tensor, samples: Tensor, length: Tensor, G: int):
-        R, dim = scene.rank, scene.dim
+    def __init__(self, field: _Field, voxel: Tensor, path: Tensor, samples: Tensor, length: Tensor, G: int):
+        R, dim = field.rank, field.dim
         m = int(length.sum())
-        self.scene, self.voxel, self.G, self.L = scene, voxel, G, m // G
+        self.field, self.voxel, self.G, self.L = field, voxel, G, m // G
         self.start = length.cumsum(0) - length  # [T]
         self.samples = samples
         self.owner = torch.repeat_interleave(length, output_size=m)  # [m] segment
         k = torch.arange(m) - self.of(self.start)
         last = self.of(samples) - 1
         self.live = k <= last
-        self.k = torch.minimum(k, last).to(q.dtype)
-        q = torch.addcmul(self.of(q), self.of(dq), self.k)  # [3, m] in taps
-        tap = torch.arange(dim, dtype=q.dtype)
+        k = torch.minimum(k, last).to(path.dtype)
+        first, further = self.of(path).view(2, 4, m)
+        q, self.z = torch.addcmul(first, further, k).split([3, 1])  # in taps [3, m], camera depth [1, m]
+        tap = torch.arange(dim, dtype=path.dtype)
         inside = q.clamp(0, dim - 1)
         weights = (inside[..., None] - tap).abs_().neg_().add_(1).clamp_(min=0)  # [3, m, n]
         beyond = q.sub_(inside)  # extrapolate below tap 0 and above tap n - 1
@@ -70,7 +56,7 @@ class _Part:
         weights[..., -1] += above
         weights[..., -2] -= above
         self.weights = weights.view(3 * G, self.L, dim)
-        rows = scene.voxels.index_select(0, voxel)
+        rows = field.voxels.index_select(0, voxel)
         taps, self.heads = rows[:, : 3 * dim * R], rows[:, 3 * dim * R :].reshape(G, 4, R)
         taps = taps.view(G, 3, dim, R).transpose(0, 1).reshape(3 * G, dim, R)
         self.f = torch.bmm(self.weights, taps).view(3, G, self.L, R)
@@ -80,7 +66,7 @@ class _Part:
         self.s = logits[0]
         self.color = logits[1:].sigmoid_()  # [3, m]
         rho = torch.nn.functional.softplus(self.s, threshold=10)
-        self.depth = rho.mul_(scene.step).clamp_(max=CLAMP).mul_(self.live)  # optical
+        self.depth = rho.mul_(field.step).clamp_(max=CLAMP).mul_(self.live)  # optical
 
     def of(self, values: Tensor) -> Tensor:
         """Values per segment [..., T] at the samples [..., m]."""
@@ -104,7 +90,7 @@ class _Part:
 
     def backward(self, grad: Tensor) -> Tensor:
         """The gradient of the groups' voxels [G, (3 n + 4) R], of that of s and the colour logits [4, m]."""
-        G, L, R = self.G, self.L, self.scene.rank
+        G, L, R = self.G, self.L, self.field.rank
         grad = grad.view(4, G, L).transpose(0, 1)  # [G, 4, L]
         g_heads = torch.bmm(grad, self.e)
         ge = torch.bmm(grad.transpose(1, 2), self.heads)
@@ -117,9 +103,9 @@ class _Part:
         return torch.cat([g_taps.view(3, G, -1).transpose(0, 1).reshape(G, -1), g_heads.view(G, -1)], 1)
 
 
-def _parts(scene: _Scene, ray: Tensor, first: Tensor, samples: Tensor, voxel: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+def _parts(field: _Field, voxel: Tensor, path: Tensor, samples: Tensor) -> Iterator[tuple[_Part, Tensor]]:
     """Every part of some segments, and which of them it holds [T]."""
-    if not len(ray):
+    if not len(voxel):
         return
     order = voxel.sort(stable=True).indices
     owner = voxel[order]
@@ -139,55 +125,44 @@ def _parts(scene: _Scene, ray: Tensor, first: Tensor, samples: Tensor, voxel: Te
     size, of_group = size[by_total], owner[begins[by_total]]
     ends = size.cumsum(0)
 
-    ray, first, samples, voxel = (t.index_select(0, order).long() for t in (ray, first, samples, voxel))
-    d = scene.direction.index_select(1, ray)
-    near = (first + scene.offset.index_select(0, ray)) * scene.step
-    view = ray // (len(scene.offset) // max(scene.center.shape[1], 1))
-    q = scene.center.index_select(1, view).sub_(scene.low.index_select(1, voxel)).addcmul_(d, near).mul_(scene.scale).sub_(0.5)
-    dq, length, lengths, at, a, done = d.mul_(0.5), samples.clone(), total.tolist(), ends.tolist(), 0, 0
+    path, samples = path.index_select(0, order).t().contiguous(), samples.index_select(0, order).long()
+    length, lengths, at, a, done = samples.clone(), total.tolist(), ends.tolist(), 0, 0
     while a < len(lengths):
         b = min(len(lengths), a + max(1, SAMPLES // lengths[a]))
         length[ends[a:b] - 1] += lengths[a] - total[a:b]
         here = slice(done, at[b - 1])
-        part = _Part(scene, of_group[a:b], q[:, here], dq[:, here], samples[here], length[here], b - a)
+        part = _Part(field, of_group[a:b], path[:, here], samples[here], length[here], b - a)
         yield part, order[here]
         a, done = b, at[b - 1]
 
 
 def march_torch(
     voxels: Tensor,  # [N, (3 n + 4) R]
-    low: Tensor,  # [3, N] least corners of the voxels, world units
-    cameras: Tensor,  # [V, 16]
-    offset: Tensor,  # [V, H, W]
-    background: Tensor,  # [V, 3]
     segments: Segments,
+    background: Tensor,  # [V, 3]
+    height: int,
+    width: int,
     step: float,
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As kernels.march.march."""
-    scene = _scene(voxels, low, cameras, offset, step, rank, dim)
-    rays = offset.numel()
-    ray, first, samples, voxel, order, bounds = (
-        segments.ray, segments.first, segments.samples, segments.voxel, segments.order, segments.bounds.long(),
-    )  # fmt: skip
-    used, state = torch.zeros_like(samples), offset.new_empty(len(ray), 5)
-    seen = offset.new_zeros(5, rays)  # transmittance, colour, distance so far
+    field, bounds = _Field(voxels, step, rank, dim), segments.bounds.long()
+    used, state = torch.zeros_like(segments.samples), voxels.new_empty(len(segments.ray), 5)
+    seen = voxels.new_zeros(5, len(bounds) - 1)  # transmittance, colour, depth so far
     seen[0] = 1
-    alive = (bounds[1:] > bounds[:-1]).nonzero()[:, 0]
-    j = 0
+    alive, j = (bounds[1:] > bounds[:-1]).nonzero()[:, 0], 0
     while len(alive):
-        slot = order[bounds[alive] + j]
+        slot = segments.order[bounds[alive] + j]
         entry = seen.index_select(1, alive)
         state[slot] = entry.t()
         taken, leaving = used.new_empty(len(slot)), torch.empty_like(entry)
-        for part, which in _parts(scene, alive, first[slot], samples[slot], voxel[slot]):
+        for part, which in _parts(field, *(t[slot] for t in (segments.voxel, segments.path, segments.samples))):
             entering = entry.index_select(1, which)
             before, behind = part.light(entering[0])
             kept = (before >= STOP) & part.live
             weight = before.sub_(behind).mul_(kept)
-            z = part.k + part.of(first[slot[which]] + scene.offset[alive[which]])
-            gained = part.total(torch.cat([part.color, z.mul_(step)[None]]).mul_(weight))
+            gained = part.total(torch.cat([part.color, part.z]).mul_(weight))
             count = part.total(kept).long()
             leaving[0, which] = behind.index_select(0, part.start + count - 1).to(leaving.dtype)
             leaving[1:, which] = entering[1:].add_(gained)
@@ -196,19 +171,17 @@ def march_torch(
         seen[:, alive] = leaving
         j += 1
         alive = alive[(leaving[0] >= STOP) & (bounds[alive] + j < bounds[alive + 1])]
-    seen[4] *= scene.shrink
-    V, H, W = offset.shape
-    final = seen[0].view(V, H, W)
-    image = torch.addcmul(seen[1:4].view(3, V, H, W).transpose(0, 1), background[:, :, None, None], final[:, None])
-    return image, final.clone(), seen[4].view(V, H, W).clone(), used, state
+    light, *color, depth = seen.view(5, -1, height, width).unbind()
+    image = torch.addcmul(torch.stack(color, 1), background[:, :, None, None], light[:, None])
+    return image, light.clone(), depth.clone(), used, state
 
 
 def march_torch_backward(
-    voxels: Tensor, low: Tensor, cameras: Tensor, offset: Tensor,
+    voxels: Tensor,
     ray: Tensor,  # [S] int32
-    first: Tensor,  # [S] int32
-    used: Tensor,  # [S] int32
     voxel: Tensor,  # [S] int32
+    path: Tensor,  # [S, 8]
+    used: Tensor,  # [S] int32
     state: Tensor,  # [S, 5]
     grad_image: Tensor,  # [V, 3, H, W]
     grad_depth: Tensor,  # [V, H, W]
@@ -216,26 +189,22 @@ def march_torch_backward(
     step: float,
     rank: int,
     dim: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As kernels.march.march_backward."""
-    scene = _scene(voxels, low, cameras, offset, step, rank, dim)
     visited = used.nonzero()[:, 0]
-    ray, first, used, voxel = (t[visited].long() for t in (ray, first, used, voxel))
-    state = state[visited].t()
-    upstream = torch.cat([grad_image.transpose(0, 1).reshape(3, -1), (grad_depth.view(-1) * scene.shrink)[None]])
-    upstream = upstream.index_select(1, ray)  # [4, segments]
-    behind = arriving.view(-1)[ray] - (upstream * state[1:]).sum(0)
+    ray, voxel, path, used, state = (t[visited] for t in (ray, voxel, path, used, state))
+    upstream = torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)  # [4, segments]
+    behind = arriving.view(-1)[ray] - (upstream * state[:, 1:].t()).sum(0)
     grad = torch.zeros_like(voxels)
-    for part, which in _parts(scene, ray, first, used, voxel):
+    for part, which in _parts(_Field(voxels, step, rank, dim), voxel, path, used):
         g = part.of(upstream[:, which])
-        z = (part.k + part.of(first[which] + scene.offset[ray[which]])).mul_(step)
-        before, after = part.light(state[0, which])
-        weight = (before - after).to(z.dtype).mul_(part.live)
-        a = (g[:3] * part.color).sum(0).addcmul_(z, g[3])
+        before, after = part.light(state[which, 0])
+        weight = (before - after).to(g.dtype).mul_(part.live)
+        a = torch.cat([part.color, part.z]).mul_(g).sum(0)
         rest = part.of(behind[which]) - part.along(weight * a)
         slope = torch.where(part.s > 10, 1, part.s.sigmoid())
-        g_logits = g  # of s, then of the three colours
-        g_logits[1:], density = g[:3] * weight * part.color * (1 - part.color), (after * a - rest).mul_(step)
-        g_logits[0] = density.to(z.dtype).mul_(slope).mul_(part.live)
+        g_rho = (after * a - rest).mul_(step).to(g.dtype)
+        g_color = g[:3].mul_(weight).mul_(part.color).mul_(1 - part.color)
+        g_logits = torch.cat([g_rho.mul_(slope).mul_(part.live)[None], g_color])
         grad.index_add_(0, part.voxel, part.backward(g_logits))
     return grad

@@ -14,7 +14,7 @@ from kernels import backend
 from kernels.camera import Camera, Image
 from kernels.march import march, march_backward
 from kernels.march_segments import find_segments
-from kernels.march_segments_torch import corners, find_segments_torch
+from kernels.march_segments_torch import find_segments_torch
 from kernels.march_torch import march_torch, march_torch_backward
 from kernels.pairs import make_layout
 
@@ -37,21 +37,20 @@ def _raymarch(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Image [V, 3, H, W], final transmittance and depth [V, H, W], and what the backward needs of every segment."""
     layout = make_layout(starts, view_scene, voxels.device)
-    per_unit = 2 * dim * resolution
+    _, height, width = offset.shape
+    scene = position, cameras, offset, layout, resolution, dim
     mistakes = _mistakes(position, offset, resolution)
+    rest = background, height, width, 0.5 / (dim * resolution), rank, dim
     if backend.is_torch(voxels):
         _refuse(mistakes.tolist(), position, offset, resolution)
         with torch.autocast(voxels.device.type, enabled=False):
-            s = find_segments_torch(position, cameras, offset, layout, resolution, per_unit)
-            low, _ = corners(position, resolution)
-            image, final, depth, used, state = march_torch(
-                voxels, low, cameras, offset, background, s, 1 / per_unit, rank, dim
-            )
+            s = find_segments_torch(*scene)
+            image, final, depth, used, state = march_torch(voxels, s, *rest)
     else:
-        s, wrong = find_segments(position, cameras, offset, layout, resolution, float(per_unit), mistakes)
+        s, wrong = find_segments(*scene, mistakes)
         _refuse(wrong, position, offset, resolution)
-        image, final, depth, used, state = march(voxels, position, cameras, offset, background, s, resolution, rank, dim)
-    return image, final, depth, [s.ray, s.first, s.voxel, used, s.start, state]
+        image, final, depth, used, state = march(voxels, s, *rest)
+    return image, final, depth, [s.ray, s.voxel, s.path, s.start, used, state]
 
 
 def _mistakes(position: Tensor, offset: Tensor, resolution: int) -> Tensor:
@@ -82,32 +81,26 @@ def _(voxels, position, cameras, offset, background, starts, view_scene, resolut
     V, H, W = offset.shape
     S, first = torch.library.get_ctx().new_dynamic_size(), [*starts, 0]
     P = sum(first[s + 1] - first[s] for s in view_scene)
-    each = [voxels.new_empty(S, dtype=torch.int32) for _ in range(4)]
-    saved = [*each, voxels.new_empty(P + 1, dtype=torch.int64), voxels.new_empty(S, 5)]
+    ray, voxel, used = (voxels.new_empty(S, dtype=torch.int32) for _ in range(3))
+    start = voxels.new_empty(P + 1, dtype=torch.int64)
+    saved = [ray, voxel, voxels.new_empty(S, 8), start, used, voxels.new_empty(S, 5)]
     return voxels.new_empty(V, 3, H, W), torch.empty_like(offset), torch.empty_like(offset), saved
 
 
 @torch.library.custom_op("trislat::raymarch_backward", mutates_args=())
 def _raymarch_backward(
     grad_image: Tensor, grad_final: Tensor, grad_depth: Tensor, image: Tensor, final: Tensor, depth: Tensor, voxels: Tensor,
-    position: Tensor, cameras: Tensor, offset: Tensor, saved: list[Tensor], starts: list[int], view_scene: list[int],
-    resolution: int, rank: int, dim: int,
+    saved: list[Tensor], starts: list[int], view_scene: list[int], resolution: int, rank: int, dim: int,
 ) -> Tensor:  # fmt: skip
     """The gradient of the voxels [N, (3 n + 4) R]."""
-    ray, first, voxel, used, start, state = saved
+    ray, voxel, path, start, used, state = saved
     grad_image, grad_depth = grad_image.contiguous(), grad_depth.contiguous()
     arriving = (image * grad_image).sum(1).addcmul_(depth, grad_depth).addcmul_(final, grad_final)
-    upstream = state, grad_image, grad_depth, arriving
+    rest = used, state, grad_image, grad_depth, arriving, 0.5 / (dim * resolution), rank, dim
     if backend.is_torch(voxels):
-        low, _ = corners(position, resolution)
         with torch.autocast(voxels.device.type, enabled=False):
-            return march_torch_backward(
-                voxels, low, cameras, offset, ray, first, used, voxel, *upstream, 0.5 / (dim * resolution), rank, dim
-            )
-    layout = make_layout(starts, view_scene, voxels.device)
-    return march_backward(
-        voxels, position, cameras, offset, layout, ray, first, used, start, *upstream, resolution, rank, dim
-    )
+            return march_torch_backward(voxels, ray, voxel, path, *rest)
+    return march_backward(voxels, make_layout(starts, view_scene, voxels.device), ray, path, start, *rest)
 
 
 @_raymarch_backward.register_fake
@@ -116,15 +109,15 @@ def _(grad_image, grad_final, grad_depth, image, final, depth, voxels, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    voxels, position, cameras, offset, _, *ctx.rest = inputs
+    voxels, _, _, _, _, *ctx.rest = inputs
     image, final, depth, saved = output
-    ctx.save_for_backward(image, final, depth, voxels, position, cameras, offset, *saved)
+    ctx.save_for_backward(image, final, depth, voxels, *saved)
 
 
 def _backward(ctx, grad_image, grad_final, grad_depth, grad_saved):
-    image, final, depth, voxels, position, cameras, offset, *saved = ctx.saved_tensors
+    image, final, depth, voxels, *saved = ctx.saved_tensors
     grad = torch.ops.trislat.raymarch_backward(
-        grad_image, grad_final, grad_depth, image, final, depth, voxels, position, cameras, offset, saved, *ctx.rest
+        grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest
     )
     views = None if ctx.rest[1] else []  # torch wants an empty list's structure
     return grad, None, None, None, None, None, views, None, None, None
