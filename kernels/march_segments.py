@@ -141,9 +141,9 @@ def _segments(
         hit = inside & (t_in < t_out) & (first <= last)
         if WRITE:
             slot = found[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1
-            first, count = tl.where(hit, first, 0.0), tl.where(hit, last - first + 1, 0.0)
+            first, last = tl.where(hit, first, 0.0), tl.where(hit, last, 0.0)
             tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
-            tl.store(samples_ptr + slot, count.to(tl.int32), hit)
+            tl.store(samples_ptr + slot, (last - first + 1).to(tl.int32), hit)
             tl.store(voxel_ptr + slot, (begin + n)[:, None].to(tl.int32) + tl.zeros_like(x), hit)
             z, path = (first + offset) / per_unit, path_ptr + slot * 8
             tl.store(path, ((o[0] - low[0])[:, None] + d[0] * z) * scale - 0.5, hit)

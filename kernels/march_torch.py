@@ -30,6 +30,19 @@ class _Field(NamedTuple):
     dim: int
 
 
+def _weights(q: Tensor, dim: int) -> Tensor:
+    """The weight of every tap at places q [..., 1, L] -> [..., n, L]: hats around each tap, but the first two and the last
+    two go on outwards in straight lines, which extrapolates."""
+    tap, infinite = torch.arange(dim, dtype=q.dtype)[:, None], torch.inf
+    least_rise, least_fall = torch.zeros_like(tap), torch.zeros_like(tap)
+    least_rise[0], least_rise[1], least_fall[-1], least_fall[-2] = infinite, -infinite, infinite, -infinite
+    rise = torch.sub(q, tap - 1)
+    torch.maximum(rise, least_rise, out=rise)
+    fall = torch.sub(tap + 1, q)
+    torch.maximum(fall, least_fall, out=fall)
+    return torch.minimum(rise, fall, out=rise)
+
+
 class _Part:
     """G groups of L samples each, from T segments; m = G L samples, those that fill up a group are not `live`."""
 
@@ -46,20 +59,11 @@ class _Part:
         k = torch.minimum(k, last).to(path.dtype)
         first, further = self.of(path).view(2, 4, m)
         q, self.z = torch.addcmul(first, further, k).split([3, 1])  # in taps [3, m], camera depth [1, m]
-        tap = torch.arange(dim, dtype=path.dtype)
-        inside = q.clamp(0, dim - 1)
-        weights = (inside[..., None] - tap).abs_().neg_().add_(1).clamp_(min=0)  # [3, m, n]
-        beyond = q.sub_(inside)  # extrapolate below tap 0 and above tap n - 1
-        below, above = beyond.clamp(max=0), beyond.clamp(min=0)
-        weights[..., 0] -= below
-        weights[..., 1] += below
-        weights[..., -1] += above
-        weights[..., -2] -= above
-        self.weights = weights.view(3 * G, self.L, dim)
+        self.weights = _weights(q.view(3, G, 1, self.L), dim).view(3 * G, dim, self.L)
         rows = field.voxels.index_select(0, voxel)
         taps, self.heads = rows[:, : 3 * dim * R], rows[:, 3 * dim * R :].reshape(G, 4, R)
         taps = taps.view(G, 3, dim, R).transpose(0, 1).reshape(3 * G, dim, R)
-        self.f = torch.bmm(self.weights, taps).view(3, G, self.L, R)
+        self.f = torch.bmm(self.weights.transpose(1, 2), taps).view(3, G, self.L, R)
         self.xy = self.f[0] * self.f[1]
         self.e = self.xy * self.f[2]
         logits = torch.bmm(self.heads, self.e.transpose(1, 2)).transpose(0, 1).reshape(4, m)
@@ -99,7 +103,7 @@ class _Part:
         ge.mul_(self.f[2])
         torch.mul(ge, self.f[1], out=g[0])
         torch.mul(ge, self.f[0], out=g[1])
-        g_taps = torch.bmm(self.weights.transpose(1, 2), g.view(3 * G, L, R))
+        g_taps = torch.bmm(self.weights, g.view(3 * G, L, R))
         return torch.cat([g_taps.view(3, G, -1).transpose(0, 1).reshape(G, -1), g_heads.view(G, -1)], 1)
 
 
@@ -157,7 +161,7 @@ def march_torch(
         entry = seen.index_select(1, alive)
         state[slot] = entry.t()
         taken, leaving = used.new_empty(len(slot)), torch.empty_like(entry)
-        for part, which in _parts(field, *(t[slot] for t in (segments.voxel, segments.path, segments.samples))):
+        for part, which in _parts(field, *(t.index_select(0, slot) for t in (segments.voxel, segments.path, segments.samples))):
             entering = entry.index_select(1, which)
             before, behind = part.light(entering[0])
             kept = (before >= STOP) & part.live
@@ -192,16 +196,16 @@ def march_torch_backward(
 ) -> Tensor:
     """As kernels.march.march_backward."""
     visited = used.nonzero()[:, 0]
-    ray, voxel, path, used, state = (t[visited] for t in (ray, voxel, path, used, state))
+    ray, voxel, path, used, state = (t.index_select(0, visited) for t in (ray, voxel, path, used, state))
     upstream = torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)  # [4, segments]
     behind = arriving.view(-1)[ray] - (upstream * state[:, 1:].t()).sum(0)
-    grad = torch.zeros_like(voxels)
+    grad, entering = torch.zeros_like(voxels), state[:, 0].contiguous()
     for part, which in _parts(_Field(voxels, step, rank, dim), voxel, path, used):
-        g = part.of(upstream[:, which])
-        before, after = part.light(state[which, 0])
+        g = part.of(upstream.index_select(1, which))
+        before, after = part.light(entering.index_select(0, which))
         weight = (before - after).to(g.dtype).mul_(part.live)
         a = torch.cat([part.color, part.z]).mul_(g).sum(0)
-        rest = part.of(behind[which]) - part.along(weight * a)
+        rest = part.of(behind.index_select(0, which)) - part.along(weight * a)
         slope = torch.where(part.s > 10, 1, part.s.sigmoid())
         g_rho = (after * a - rest).mul_(step).to(g.dtype)
         g_color = g[:3].mul_(weight).mul_(part.color).mul_(1 - part.color)
