@@ -289,9 +289,10 @@ def march_backward(
 ) -> Tensor:
     """The gradient of the voxels, each written once: the same bits every time."""
     grad, pad = torch.empty_like(voxels), triton.next_power_of_2
+    _, height, width = grad_depth.shape
     backend.launch(
         _march_backward, (layout.most, len(layout.scenes)), voxels, layout.views, layout.scenes, layout.by_scene, ray, used,
-        path, start, state, grad_image, grad_depth, arriving, grad, grad_depth[0].numel(), step, rank,
+        path, start, state, grad_image, grad_depth, arriving, grad, height * width, step, rank,
         DIM=dim, DIM_P=pad(dim), RANKS=pad(rank), **_backward_tiles(backend.target(voxels)),
     )  # fmt: skip
     return grad

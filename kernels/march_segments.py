@@ -63,12 +63,10 @@ def _camera(cameras_ptr, v):
 def _direction(rotation, focal, middle, x, y):
     """World direction of unit length through the centre of pixel (x, y), and the camera depth of one unit along it."""
     u, v = (x.to(tl.float32) + 0.5 - middle[0]) / focal[0], (y.to(tl.float32) + 0.5 - middle[1]) / focal[1]
-    shrink = 1 / tl.sqrt(u * u + v * v + 1)
     r0, r1, r2 = rotation
-    d0 = (u * r0[0] + v * r1[0] + r2[0]) * shrink
-    d1 = (u * r0[1] + v * r1[1] + r2[1]) * shrink
-    d2 = (u * r0[2] + v * r1[2] + r2[2]) * shrink
-    return (d0, d1, d2), shrink
+    d0, d1, d2 = u * r0[0] + v * r1[0] + r2[0], u * r0[1] + v * r1[1] + r2[1], u * r0[2] + v * r1[2] + r2[2]
+    shrink = 1 / tl.sqrt(d0 * d0 + d1 * d1 + d2 * d2)
+    return (d0 * shrink, d1 * shrink, d2 * shrink), shrink
 
 
 @triton.jit

@@ -16,10 +16,10 @@ def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tenso
     u = (torch.arange(width).to(cameras) + 0.5 - middle[:, 0]) / focal[:, 0]  # [V, W]
     v = (torch.arange(height).to(cameras) + 0.5 - middle[:, 1]) / focal[:, 1]
     u, v = u[:, None, :], v[:, :, None]
-    shrink = 1 / torch.sqrt(u * u + v * v + 1)  # [V, H, W]
     r = cameras[:, :9].view(-1, 3, 3)[..., None, None]
-    d = [(u * r[:, 0, a] + v * r[:, 1, a] + r[:, 2, a]).mul_(shrink) for a in range(3)]
-    return torch.stack(d).view(3, -1), shrink.view(-1)
+    d = torch.stack([u * r[:, 0, a] + v * r[:, 1, a] + r[:, 2, a] for a in range(3)])  # [3, V, H, W]
+    shrink = 1 / torch.sqrt((d * d).sum(0))
+    return d.mul_(shrink).view(3, -1), shrink.view(-1)
 
 
 def _corners(position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:

@@ -116,9 +116,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_image, grad_final, grad_depth, grad_saved):
     image, final, depth, voxels, *saved = ctx.saved_tensors
-    grad = torch.ops.trislat.raymarch_backward(
-        grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest
-    )
+    grad = torch.ops.trislat.raymarch_backward(grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest)
     views = None if ctx.rest[1] else []  # torch wants an empty list's structure
     return grad, None, None, None, None, None, views, None, None, None
 
@@ -215,9 +213,7 @@ def _pack(camera: Camera) -> Tensor:
     return torch.cat([camera.extrinsics[:, :3, :3].flatten(1), camera.center, pixels], 1)
 
 
-def raymarch_reference(
-    position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset
-) -> Image:
+def raymarch_reference(position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset) -> Image:
     """`raymarch` by the book: one view after another, every ray with every voxel, textbook formulas, autograd."""
     starts, images = _host(starts), []
     for v, s in enumerate(_host(view_scene)):
