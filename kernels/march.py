@@ -28,15 +28,17 @@ STOP, CLAMP = tl.constexpr(1e-3), tl.constexpr(0.999)
 
 
 def _tiles(target: str) -> dict:
-    """Forward: tiles of SIDE^2 pixels, K samples at a time (not yet measured on a GPU). The rays of a tile have lists of
-    unequal length, so small tiles waste least; 4 samples hide the latency of the taps."""
+    """Forward: tiles of SIDE^2 pixels, K samples of each at a time (not yet measured on a GPU). The rays of a tile have lists
+    of unequal length: of its lanes 81 % are at work (SIDE 8: 70 %) on a transparent sphere at resolution 64 and 512 x 512
+    pixels, 77 % on an opaque one; K 4 would leave 73 and 58 %. Lists per tile of 8 x 8 pixels would leave 10 %."""
     if target == "interpreter":
         return {"SIDE": 32, "K": 32}
-    return {"SIDE": 4, "K": 4, "num_warps": 4}
+    return {"SIDE": 4, "K": 2, "num_warps": 2, "num_stages": 1}
 
 
 def _backward_tiles(target: str) -> dict:
-    """Backward: L segments of a voxel, K samples of each at a time (not yet measured on a GPU)."""
+    """Backward: L segments of a voxel, K samples of each at a time (not yet measured on a GPU). 47 % of the lanes are at work
+    on that sphere, 36 % if opaque; more samples at a time would spill, as a thread holds all that it contracts."""
     if target == "interpreter":
         return {"L": 64, "K": 32}
     return {"L": 16, "K": 2, "num_warps": 4, "num_stages": 1}

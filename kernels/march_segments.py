@@ -8,8 +8,10 @@ belongs to the voxel on its + side. A voxel whose centre is nearer than 0.2 is n
 
 A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to write. So segments
 are in the order of the pairs, a voxel's segments of one view side by side, which the voxel-parallel backward reads without
-a search; one sort gives every ray its list, near to far. At resolution 64 and 512 x 512 pixels a voxel's box covers about
-70 pixels and about 40 of their rays cross it: 3e6 box tests of 40 instructions, less than a lookup of every cell on the way.
+a search; one sort gives every ray its list, near to far. Of a sphere of 19e3 voxels at resolution 64 and 512 x 512 pixels a
+voxel's box covers 70 pixels and 52 of their rays cross it: two times 1.3e6 independent box tests. A lookup volume would cost
+two walks of 10^2 dependent loads per ray and a second sort for the backward; lists per tile of 8 x 8 pixels (69e3 pairs of a
+tile and a voxel) would make 98e6 lanes step through 9.9e6 samples.
 """
 
 from dataclasses import dataclass
