@@ -37,6 +37,7 @@ from kernels.normals import flat_normals as flat_normals
 from kernels.rasterize import rasterize as rasterize
 from kernels.render_mesh import face_camera as face_camera
 from kernels.render_mesh import render_mesh as render_mesh
+from kernels.raymarch import raymarch as raymarch
 from kernels.splat import splat as splat
 from kernels.ssim import ssim as ssim
 from kernels.window import Windows as Windows

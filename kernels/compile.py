@@ -65,10 +65,10 @@ TARGETS = {
 }
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 # The names in kernels.workloads, whose import would load Triton
-OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes"
+OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes,radiance"
 
 # Kernels that a training step spends its time in: a spill there is a defect
-HOT = re.compile(r"attention|norm|gelu|blend|ssim|sum_uses|conv|statistics|gradients|dual|average|vertex_bwd|fields_bwd|raster|silhouette|sum_runs")
+HOT = re.compile(r"attention|norm|gelu|blend|ssim|sum_uses|conv|statistics|gradients|dual|average|vertex_bwd|fields_bwd|raster|silhouette|sum_runs|march")
 
 
 @dataclass(frozen=True)

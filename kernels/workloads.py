@@ -19,6 +19,7 @@ from kernels.isosurface import isosurface
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
 from kernels.serialize import serialized_windows
 from kernels.render_mesh import render_mesh
+from kernels.raymarch import raymarch
 from kernels.splat import splat
 from kernels.ssim import ssim
 from kernels.window import Windows, window_partition
@@ -143,9 +144,19 @@ def meshes(dtype: torch.dtype) -> None:
     _backward(image.color, image.alpha, image.depth, image.normal, image.normal_map)
 
 
+def radiance(dtype: torch.dtype) -> None:
+    """A view of two voxels at the published rank and number of taps, and at the demo's; fp32 whatever it is given."""
+    for resolution, rank, dim in ((64, 16, 8), (16, 8, 4)):
+        camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
+        position = (torch.tensor([[8, 8, 8], [8, 8, 9]]) * (resolution // 16) + 0.5) / resolution
+        tensors = [t.requires_grad_() for t in (torch.ones(2, rank, 3, dim), torch.zeros(2, rank), torch.zeros(2, rank, 1, 3))]
+        image = raymarch(position, *tensors, [0, 2], camera, [0], torch.ones(1, 3), resolution)
+        _backward(image.color, image.alpha, image.depth)
+
+
 def similarity(dtype: torch.dtype) -> None:
     a, b = (torch.rand(1, 3, 16, 16).to(dtype).requires_grad_() for _ in range(2))
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, 53, 101):         fields = torch.randn(40, channels, requires_grad=True)         out = isosurface(_coords(40, 5), fields, 5, True)         _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)   WORKLOADS = {op.__name__: op for op in (attention, surfaces, meshes)}
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, 53, 101):         fields = torch.randn(40, channels, requires_grad=True)         out = isosurface(_coords(40, 5), fields, 5, True)         _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)   WORKLOADS = {op.__name__: op for op in (attention, surfaces, meshes, radiance)}
