@@ -12,6 +12,9 @@ from torch import nn
 from models.gaussian import GaussianDecoder as GaussianDecoder
 from models.gaussian import GaussianScene as GaussianScene
 from models.gaussian import GaussianVAE as GaussianVAE
+from models.radiance import RadianceDecoder as RadianceDecoder
+from models.radiance import RadianceScene as RadianceScene
+from models.radiance import RadianceVAE as RadianceVAE
 from models.scene import penalties as penalties
 from models.scene import render as render
 from models.sparse import SparseTensor as SparseTensor
@@ -21,7 +24,7 @@ from models.vae import Posterior as Posterior
 from models.vae import load_weights, read_pretrained
 from models.vae import save_pretrained as save_pretrained
 
-MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder)}
+MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder, RadianceDecoder)}
 
 
 def load_pretrained(prefix: str | Path) -> nn.Module:

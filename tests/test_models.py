@@ -27,8 +27,7 @@ REPRESENTATION = {
 def build(case, device):
     meta, tensors = golden(case)
     tensors = {k: v.to(device) for k, v in tensors.items()}
-    model_class = {"SLatEncoder": models.Encoder, "SLatGaussianDecoder": models.GaussianDecoder}[meta["cls"]]
-    model = model_class(**meta["config"]).to(device)
+    model = models.MODELS[meta["cls"]](**meta["config"]).to(device)
     load_into(model, load_weights(tensors), case)
     x = models.SparseTensor(tensors["in/feats"].clone().requires_grad_(), tensors["in/coords"])
     return model, x, tensors
@@ -117,19 +116,19 @@ def test_block_and_position_embedding_match_published(device):
     assert_close(position_embedding(SpatialCache(coords, None), 64), tensors["ape/out"], T1, "position embedding")
 
 
-def test_full_size_models_take_the_published_state_dicts():
-    for case, model_class in (("manifest_slat_encoder", models.Encoder), ("manifest_slat_decoder_gs", models.GaussianDecoder)):
-        manifest = json.loads((GOLDEN / f"{case}.json").read_text())
-        with torch.device("meta"):
-            model = model_class(**manifest["args"])
-        own = model.state_dict()
-        assert {t["name"]: tuple(t["shape"]) for t in manifest["state_dict"]} == {k: tuple(v.shape) for k, v in own.items()}
-        assert sum(p.numel() for p in model.parameters()) == manifest["num_parameters"]
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        published = {
-            t["name"]: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for t in manifest["state_dict"]
-        }
-        model.load_state_dict(published, strict=True, assign=True)
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("manifest_*.json")), ids=lambda file: file.stem)
+def test_full_size_models_take_the_published_state_dicts(file):
+    manifest = json.loads(file.read_text())
+    with torch.device("meta"):
+        model = models.MODELS[manifest["class"].removeprefix("Elastic")](**manifest["args"])
+    own = model.state_dict()
+    assert {t["name"]: tuple(t["shape"]) for t in manifest["state_dict"]} == {k: tuple(v.shape) for k, v in own.items()}
+    assert sum(p.numel() for p in model.parameters()) == manifest["num_parameters"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    published = {
+        t["name"]: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for t in manifest["state_dict"]
+    }
+    model.load_state_dict(published, strict=True, assign=True)
 
 
 def test_initialisation_zeroes_what_the_published_one_does():

@@ -1,0 +1,103 @@
+"""Latents -> a radiance field in N sparse voxels. Published: SLatRadianceFieldDecoder.
+
+Each voxel holds a small tensor of rank R in CP form ("trivec": R vectors of n numbers along each axis), whose R products
+at a point weight R densities and R colours (arXiv 2412.01506; the representation is that of Strivec, arXiv 2307.13226).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
+
+import torch
+from torch import Tensor
+
+from kernels.camera import Camera, Image
+from kernels.raymarch import raymarch
+from models.sparse import SparseTensor
+from models.vae import VAE, Decoder, Encoder
+
+
+@dataclass(frozen=True)
+class RadianceConfig:
+    """The published `representation_config`, parsed once, and what ours adds to it."""
+
+    rank: int = 16
+    dim: int = 8  # numbers along each axis of a voxel
+    density_scale: float = 1.0  # multiplies the raw densities; above 1 an untrained field turns opaque sooner
+
+    @classmethod
+    def parse(cls, published: dict) -> "RadianceConfig":
+        """Raises ValueError for a key or value that cannot be."""
+        known = {f.name for f in fields_of(cls)}
+        if unknown := sorted(published.keys() - known):
+            raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
+        config = cls(**published)
+        if config.rank < 1 or config.dim < 2:
+            raise ValueError(f"rank {config.rank} must be at least 1, dim {config.dim} at least 2")
+        if not config.density_scale > 0:
+            raise ValueError(f"density_scale {config.density_scale} must exceed 0")
+        return config
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Channels of the output layer by published name, in order."""
+        return {"trivec": self.rank * 3 * self.dim, "density": self.rank, "features_dc": self.rank * 3}
+
+
+@dataclass
+class RadianceScene:
+    """The radiance field of one object, on a grid of `resolution` voxels along each side of the unit cube."""
+
+    position: Tensor  # [N, 3] voxel centres in [0, 1]
+    trivec: Tensor  # [N, R, 3, n]
+    density: Tensor  # [N, R]
+    color: Tensor  # [N, R, 1, 3] spherical-harmonic coefficients
+    resolution: int
+
+    def render(self, camera: Camera, background: Tensor) -> Image:
+        """The scene seen from V views on background [V, 3]."""
+        return self.render_batch([self], camera, [0] * len(camera), background)
+
+    @classmethod
+    def render_batch(
+        cls, scenes: Sequence["RadianceScene"], camera: Camera, view_scene: Sequence[int], background: Tensor
+    ) -> Image:
+        """Views [V] of B scenes in one launch; models.render is the public name.
+
+        Where gradients are recorded every ray starts its samples at a random offset, as published; elsewhere at half a
+        step, so that pictures and scores repeat.
+        """
+        sizes = {scene.resolution for scene in scenes}
+        if len(sizes) != 1:
+            raise ValueError(f"the scenes of a batch have different resolutions: {sorted(sizes)}")
+        starts = torch.tensor([0, *(len(scene.position) for scene in scenes)]).cumsum(0)
+        tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in ("position", "trivec", "density", "color")]
+        offset = None if torch.is_grad_enabled() else background.new_full((len(camera), camera.height, camera.width), 0.5)
+        return raymarch(*tensors, starts, camera, view_scene, background, sizes.pop(), offset=offset)
+
+    @classmethod
+    def penalties(cls, scenes: Sequence["RadianceScene"]) -> dict[str, Tensor]:
+        """None: a radiance field trains on its pictures alone."""
+        return {}
+
+
+class RadianceDecoder(Decoder):
+    """Latents [N, latent_channels] -> a RadianceScene per sample (published: SLatRadianceFieldDecoder)."""
+
+    NAME, CONFIG = "SLatRadianceFieldDecoder", RadianceConfig
+
+    def forward(self, z: SparseTensor) -> list[RadianceScene]:
+        """One scene per sample; a sample without voxels gives a field without voxels."""
+        R, n = self.config.rank, self.config.dim
+        trivec, density, color = self.fields(z).feats.split([*self.config.fields.values()], dim=1)
+        position = (z.coords[:, 1:].to(trivec.dtype) + 0.5) / self.resolution
+        tensors = (position, trivec.view(-1, R, 3, n) + 1, density * self.config.density_scale, color.view(-1, R, 1, 3))
+        parts = [tensor.split(z.cache.counts) for tensor in tensors]
+        return [RadianceScene(*scene, self.resolution) for scene in zip(*parts, strict=True)]
+
+
+class RadianceVAE(VAE):
+    """An encoder of its own and a radiance-field decoder."""
+
+    def __init__(self, encoder: Encoder | None, decoder: RadianceDecoder):
+        super().__init__(encoder, decoder)

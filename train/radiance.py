@@ -1,0 +1,49 @@
+"""Train the radiance-field VAE.
+
+    python -m train.radiance                              # embedded objects, minutes on a CPU
+    python -m train.radiance --preset small --data DIR    # one GPU with 24 GB
+    torchrun --nproc-per-node 8 -m train.radiance --preset base --data DIR --encoder RUN    # on a trained, frozen encoder
+    python -m train.radiance --help                       # every flag; --resume RUN continues
+"""
+
+from dataclasses import dataclass, replace
+
+from models import Encoder, RadianceDecoder, RadianceVAE
+from train import loop
+from train.config import Config, Sizes
+
+
+@dataclass(frozen=True)
+class RadianceSizes(Sizes):
+    """The field inside a voxel."""
+
+    rank: int = 16
+    dim: int = 8
+    density_scale: float = 1.0
+
+
+BASE = Config(model=RadianceSizes(), steps=500_000)
+SMALL = replace(
+    BASE, preset="small", features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
+    model=RadianceSizes(channels=384, blocks=6, heads=6),
+)  # fmt: skip
+DEMO = replace(
+    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=2, steps=600, batch_size=4, micro_batch=4,
+    precision="fp32", lr=2e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=200, save_every=400,
+    model=RadianceSizes(channels=64, blocks=2, heads=2, rank=8, dim=4, logvar_init=-4.0),
+)  # fmt: skip
+PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
+
+
+def build(config: Config, in_channels: int) -> RadianceVAE:
+    """The VAE for features of `in_channels`, with the published construction."""
+    size, trunk = config.model, config.trunk()
+    representation = {"rank": size.rank, "dim": size.dim}
+    if size.density_scale != 1:
+        representation["density_scale"] = size.density_scale
+    encoder = Encoder(in_channels=in_channels, logvar_init=size.logvar_init, **trunk)
+    return RadianceVAE(encoder, RadianceDecoder(representation_config=representation, **trunk))
+
+
+if __name__ == "__main__":
+    loop.main("radiance", PRESETS, build)
