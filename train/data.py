@@ -137,7 +137,7 @@ class Dataset(torch.utils.data.Dataset):
             )
         self.resolution, self.image_size, self.num_views, self.max_voxels = resolution, image_size, num_views, max_voxels
         self.views, self.holdout_views, self.seed = views, holdout_views, seed
-        self.min_aesthetic, self.split = min_aesthetic, split
+        self.min_aesthetic, self.split, self.features = min_aesthetic, split, features
         suffix = "" if resolution == 64 else f"_{resolution}"
         self._flag, self._count, self._folder = f"feature_{features}{suffix}", f"num_voxels{suffix}", f"{features}{suffix}"
         self._memory: dict | None = {} if cache else None
@@ -211,6 +211,9 @@ class Dataset(torch.utils.data.Dataset):
         if name not in self._objects:
             raise ValueError(f"{name} is not an object of {self.summary()}")
         coords, features = self._features(name)
+        if features.shape[1] != self.channels:
+            a, b = self._feature_file(name), self._feature_file(self.names[0])
+            raise ValueError(f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}")
         frames, own = self._frames(name)
         chosen = [own[v] for v in (range(len(own)) if views is None else views)]
         like = self._cached(picture_size, frames.files[0])
@@ -226,15 +229,23 @@ class Dataset(torch.utils.data.Dataset):
             self._memory[read, args] = read(*args)
         return self._memory[read, args]
 
+    def _feature_file(self, name: str) -> Path:
+        return self._objects[name][0] / "features" / self._folder / f"{name}.npz"
+
     def _features(self, name: str) -> tuple[Tensor, Tensor]:
         root, promised = self._objects[name]
-        file = root / "features" / self._folder / f"{name}.npz"
+        file = self._feature_file(name)
         coords, features = self._cached(read_features, file, self.resolution)
         if promised is not None and promised != len(coords):
             raise ValueError(f"{file} has {len(coords)} voxels, but {self._count} in {root / 'metadata.csv'} says {promised}")
         if len(coords) > self.max_voxels:
             raise ValueError(f"{file} has {len(coords)} voxels, over the limit of {self.max_voxels}")
         return coords, features
+
+    def features_saw_holdout(self, name: str) -> bool:
+        """Whether the object's `rgb` features were made, as its transforms.json says, from views that are held out here."""
+        holdout = self._frames(name)[0].holdout
+        return self.features == "rgb" and holdout is not None and holdout < self.holdout_views
 
     def _frames(self, name: str) -> tuple:
         file = self._objects[name][0] / "renders" / name / "transforms.json"
@@ -297,7 +308,8 @@ class Sampler:
         """Continue exactly; ValueError where the saved order is of other objects, another batch or seed."""
         for name in ("length", "batch_size", "seed"):
             if state[name] != getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)} is not the saved order's {state[name]}")
+                what = "number of objects" if name == "length" else name
+                raise ValueError(f"{what} {getattr(self, name)} is not the saved order's {state[name]}")
         self.step = state["step"]
 
 
