@@ -23,9 +23,9 @@ from kernels.group_norm import group_norm_silu as group_norm_silu
 from kernels.hash import build_table as build_table
 from kernels.hash import lookup as lookup
 from kernels.hash import neighbours as neighbours
+from kernels.interpolate import interpolate as interpolate
 from kernels.isosurface import Surfaces as Surfaces
 from kernels.isosurface import isosurface as isosurface
-from kernels.interpolate import interpolate as interpolate
 from kernels.meshes import MeshLayout as MeshLayout
 from kernels.meshes import make_mesh_layout as make_mesh_layout
 from kernels.meshes import opposite_vertices as opposite_vertices
@@ -35,9 +35,9 @@ from kernels.norm import layer_norm as layer_norm
 from kernels.norm import rms_norm as rms_norm
 from kernels.normals import flat_normals as flat_normals
 from kernels.rasterize import rasterize as rasterize
+from kernels.raymarch import raymarch as raymarch
 from kernels.render_mesh import face_camera as face_camera
 from kernels.render_mesh import render_mesh as render_mesh
-from kernels.raymarch import raymarch as raymarch
 from kernels.splat import splat as splat
 from kernels.ssim import ssim as ssim
 from kernels.window import Windows as Windows

@@ -68,7 +68,10 @@ DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes,radiance"
 
 # Kernels that a training step spends its time in: a spill there is a defect
-HOT = re.compile(r"attention|norm|gelu|blend|ssim|sum_uses|conv|statistics|gradients|dual|average|vertex_bwd|fields_bwd|raster|silhouette|sum_runs|march")
+HOT = re.compile(
+    r"attention|norm|gelu|blend|ssim|sum_uses|conv|statistics|gradients|dual|average"
+    r"|vertex_bwd|fields_bwd|raster|silhouette|sum_runs|march"
+)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from kernels.group_norm import group_norm_silu
 from kernels.hash import build_table, lookup, neighbours
 from kernels.isosurface import isosurface
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
-from kernels.serialize import serialized_windows
-from kernels.render_mesh import render_mesh
 from kernels.raymarch import raymarch
+from kernels.render_mesh import render_mesh
+from kernels.serialize import serialized_windows
 from kernels.splat import splat
 from kernels.ssim import ssim
 from kernels.window import Windows, window_partition
@@ -134,6 +134,19 @@ def convolution(dtype: torch.dtype) -> None:
     child_neighbours(taps)
 
 
+def similarity(dtype: torch.dtype) -> None:
+    a, b = (torch.rand(1, 3, 16, 16).to(dtype).requires_grad_() for _ in range(2))
+    _backward(ssim(a, b))
+
+
+def surfaces(dtype: torch.dtype) -> None:
+    """A surface with and without color; extraction computes in fp32 whatever it is given."""
+    for channels in (53, 101):
+        fields = torch.randn(40, channels, requires_grad=True)
+        out = isosurface(_coords(40, 5), fields, 5, True)
+        _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)
+
+
 def meshes(dtype: torch.dtype) -> None:
     """A rendered view of a large triangle and a small one; the renderer computes in fp32 whatever it is given."""
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 16, 16)
@@ -154,9 +167,9 @@ def radiance(dtype: torch.dtype) -> None:
         _backward(image.color, image.alpha, image.depth)
 
 
-def similarity(dtype: torch.dtype) -> None:
-    a, b = (torch.rand(1, 3, 16, 16).to(dtype).requires_grad_() for _ in range(2))
-    _backward(ssim(a, b))
-
-
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, 53, 101):         fields = torch.randn(40, channels, requires_grad=True)         out = isosurface(_coords(40, 5), fields, 5, True)         _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)   WORKLOADS = {op.__name__: op for op in (attention, surfaces, meshes, radiance)}
+WORKLOADS = {
+    op.__name__: op
+    for op in (
+        attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, surfaces, meshes, radiance,
+    )
+}  # fmt: skip
