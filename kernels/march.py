@@ -33,7 +33,7 @@ def _tiles(target: str) -> dict:
     pixels, 77 % on an opaque one; K 4 would leave 73 and 58 %. Lists per tile of 8 x 8 pixels would leave 10 %."""
     if target == "interpreter":
         return {"SIDE": 32, "K": 32}
-    return {"SIDE": 4, "K": 2, "num_warps": 2, "num_stages": 1}
+    return {"SIDE": 4, "K": 2, "num_warps": 4, "num_stages": 1}
 
 
 def _backward_tiles(target: str) -> dict:
