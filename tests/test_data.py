@@ -143,6 +143,35 @@ def test_a_folder_that_is_none(tmp_path):
         opened(tmp_path, views="holdout")
 
 
+def record_holdout(root, name, value):
+    file = root / "renders" / name / "transforms.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": value}))
+
+
+def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
+    root, other = make(tmp_path / "one"), make(tmp_path / "two", ["dd", "ee"])
+    assert len(opened(root, holdout_views=4)) == 3  # the published layout does not say what features saw
+    for name in ("aa", "bb"):
+        record_holdout(root, name, 2)
+    assert len(opened(root, holdout_views=2, views="holdout").item("aa").image) == 2
+    assert len(opened(root, holdout_views=1).item("aa").image) == 4
+    message = r"aa.transforms.json: 3 held-out views, but its features were made without only 2 of 5 frames: use .* 2 or fewer"
+    for views in ("train", "holdout"):
+        with pytest.raises(ValueError, match=message):
+            opened(root, holdout_views=3, views=views)
+    record_holdout(root, "bb", 1)
+    data = opened(root, holdout_views=2)
+    with pytest.raises(ValueError, match="bb.transforms.json: 2 held-out views, but .* only 1 of 5 frames"):
+        data[1]
+    record_holdout(other, "dd", 0)
+    with pytest.raises(ValueError, match="dd.transforms.json: .* only 0 of 5 .* prepare it again with train.prepare"):
+        opened(root, other, holdout_views=2)
+    for value in (-1, 6, True, "2", 1.0):
+        record_holdout(other, "dd", value)
+        with pytest.raises(ValueError, match=rf"dd.transforms.json: holdout {value!r} is not a number of its 5 frames"):
+            opened(other)
+
+
 def test_collate_adds_the_batch_column_and_keeps_views_with_their_objects(tmp_path):
     data = opened(make(tmp_path), num_views=2)
     items = [data[i] for i in (2, 0)]

@@ -1,7 +1,8 @@
 """Reads the files of a dataset in the published layout (microsoft/TRELLIS, dataset_toolkits); every error names its file.
 
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters of train.data use
-    ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians), transform_matrix (4 x 4, Blender axes)
+    ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians), transform_matrix (4 x 4, Blender axes);
+                                         holdout, where train.prepare made it: how many of the last frames no feature saw
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
 """
@@ -28,6 +29,7 @@ class Frames:
     files: list[Path]
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
+    holdout: int | None = None  # the last so many views are in no feature; None: the file does not say
 
 
 def read_metadata(root: Path) -> list[dict[str, str]]:
@@ -60,11 +62,15 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 
 
 def read_frames(file: Path) -> Frames:
-    """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has no usable camera."""
+    """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has no usable camera.
+
+    Also where its `holdout` is not a number of its frames.
+    """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     try:
-        frames = json.loads(file.read_text(encoding="utf-8"))["frames"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        frames, holdout = content["frames"], content.get("holdout")
         names = [str(frame["file_path"]) for frame in frames]
         matrix = np.array([frame["transform_matrix"] for frame in frames], np.float64)
         fov = np.array([frame["camera_angle_x"] for frame in frames], np.float64)
@@ -82,7 +88,9 @@ def read_frames(file: Path) -> Frames:
     if not usable.all():
         frame = int(np.argmin(usable))
         raise ValueError(f"{file}: frame {frame} has no usable camera (angle {fov[frame]}, matrix {matrix[frame].tolist()})")
-    return Frames([file.parent / name for name in names], matrix, fov)
+    if holdout is not None and not (type(holdout) is int and 0 <= holdout <= len(names)):
+        raise ValueError(f"{file}: holdout {holdout!r} is not a number of its {len(names)} frames")
+    return Frames([file.parent / name for name in names], matrix, fov, holdout)
 
 
 def picture_size(file: Path) -> tuple[int, int]:
