@@ -19,6 +19,9 @@ from kernels.norm import add_layer_norm as add_layer_norm
 from kernels.norm import gelu as gelu
 from kernels.norm import layer_norm as layer_norm
 from kernels.norm import rms_norm as rms_norm
+from kernels.pool import pool as pool
+from kernels.pool import pooling as pooling
+from kernels.pool import unpool as unpool
 from kernels.splat import splat as splat
 from kernels.ssim import ssim as ssim
 from kernels.window import Windows as Windows

@@ -58,7 +58,7 @@ TARGETS = {
     "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64),
 }
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
-OPS = "attention,norms,coordinates,gaussians,similarity"  # the names in kernels.workloads, whose import would load Triton
+OPS = "attention,norms,coordinates,gaussians,similarity,scales"  # the names in kernels.workloads, whose import would load Triton
 
 # Kernels that a training step spends its time in: a spill there is a defect
 HOT = re.compile(r"attention|norm|gelu|blend|ssim")

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels.attention import segment_attention, window_attention
+from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.hash import build_table, lookup, neighbours
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
+from kernels.pool import pool, pooling, unpool
 from kernels.splat import splat
 from kernels.ssim import ssim
 from kernels.window import Windows, window_partition
@@ -84,4 +86,13 @@ def similarity(dtype: torch.dtype) -> None:
     _backward(ssim(a, b))
 
 
-WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity)}
+def scales(dtype: torch.dtype) -> None:
+    """Features to a coarser scale and back."""
+    for channels in (CHANNELS, DEMO_CHANNELS):
+        cache = SpatialCache(_coords(40, 16))
+        groups = cache.get(pooling, 2)
+        x = torch.randn(len(cache), channels).to(dtype).requires_grad_()
+        _backward(unpool(pool(x, groups), groups))
+
+
+WORKLOADS = {op.__name__: op for op in (attention, norms, coordinates, gaussians, similarity, scales)}

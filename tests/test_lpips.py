@@ -105,7 +105,7 @@ def test_a_pickle_that_asks_for_more_than_arrays_runs_nothing(tmp_path, capsys):
     file = write_package(tmp_path / "b.tar.gz", b"cbuiltins\neval\n(S'1'\ntR.")
     assert "it asks for builtins.eval" in refusal(capsys, file) and not (tmp_path / "ran").exists()
     file = write_package(tmp_path / "c.tar.gz", pickled({"VGG16_0": np.array([None, {}])}))
-    assert "an array of type |O, not <f4" in refusal(capsys, file)
+    assert "an array of type |O8, not <f4" in refusal(capsys, file)
 
 
 def test_files_that_are_no_package_are_named(tmp_path, capsys):
