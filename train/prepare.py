@@ -3,7 +3,7 @@
     pip install '.[prepare]'
     python -m train.prepare MESHES... --out DIR
 
-MESHES are OBJ (with MTL and images), GLB or glTF files, folders that are searched for them, or lists: text files (.txt) of
+MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, folders that are searched for them, or lists: text files (.txt) of
 lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the paths relative to --root. What comes out:
 
     metadata.csv                        one row an object; columns below
@@ -306,9 +306,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
-    missing = [name for name in ("embreex", "trimesh") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"train.prepare needs {' and '.join(missing)}: pip install '.[prepare]'", file=sys.stderr)
+    if importlib.util.find_spec("embreex") is None:
+        print("train.prepare needs embreex: pip install '.[prepare]'", file=sys.stderr)
         return 2
     try:
         features = None if args.features == "none" else args.features
