@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.camera import Camera, Image
-from kernels.norm import layer_norm
 from kernels.splat import splat
-from models.layers import Trunk
 from models.sparse import SparseTensor
-from models.vae import OUTPUT_EPS, VAE, Encoder
+from models.vae import VAE, Decoder, Encoder
+
+FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # channels a Gaussian, in order
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class GaussianConfig:
         if unknown := sorted(published.keys() - known):
             raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
         config = cls(**{names.get(key, key): value for key, value in published.items()})
-        if unknown := sorted(config.lr.keys() - {f"_{n}" for n in ("xyz", "features_dc", "scaling", "rotation", "opacity")}):
+        if unknown := sorted(config.lr.keys() - FIELDS.keys()):
             raise ValueError(f"representation_config lr has unknown fields {unknown}")
         if config.scaling_activation not in ("softplus", "exp"):
             raise ValueError(f"scaling_activation {config.scaling_activation!r} is not softplus or exp")
@@ -53,6 +53,11 @@ class GaussianConfig:
         if not 0 < config.opacity_bias < 1 or config.scaling_bias <= 0:
             raise ValueError(f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} above 0")
         return config
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Channels of the output layer by published name, in order."""
+        return {name: self.num_gaussians * width for name, width in FIELDS.items()}
 
     @property
     def scaling_shift(self) -> float:
@@ -117,41 +122,23 @@ def _offset_perturbation(config: GaussianConfig) -> Tensor:  # [per_voxel, 3]
     return torch.atanh((2 * torch.tensor(points) - 1) / config.voxel_size)
 
 
-class GaussianDecoder(Trunk):
+class GaussianDecoder(Decoder):
     """Latents [N, latent_channels] -> a GaussianScene per sample (published: SLatGaussianDecoder)."""
 
-    NAME = "SLatGaussianDecoder"
-    FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # channels a Gaussian, in order
+    NAME, CONFIG = "SLatGaussianDecoder", GaussianConfig
 
-    def __init__(
-        self, resolution: int, model_channels: int, latent_channels: int, num_blocks: int,
-        *, representation_config: dict, **trunk,
-    ):  # fmt: skip
-        super().__init__(latent_channels, model_channels, num_blocks, **trunk)
-        if resolution < 1:
-            raise ValueError(f"resolution {resolution} must be at least 1")
-        self.resolution, self.latent_channels = resolution, latent_channels
-        self.config = GaussianConfig.parse(representation_config)
-        self.args = dict(
-            resolution=resolution, model_channels=model_channels, latent_channels=latent_channels,
-            num_blocks=num_blocks, representation_config=representation_config, **trunk,
-        )  # fmt: skip
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         if self.config.perturb_offset:
             self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
-        self.out_layer = nn.Linear(model_channels, self.config.num_gaussians * sum(self.FIELDS.values()))
-        self.initialize()
-
-    def fields(self, z: SparseTensor) -> SparseTensor:
-        """The raw output layer, [N, per_voxel * 14], channels in the published order."""
-        return z.replace(self.out_layer(layer_norm(self.trunk(z.feats, z.cache), OUTPUT_EPS)))
 
     def forward(self, z: SparseTensor) -> list[GaussianScene]:
         """One scene per sample; a sample without voxels gives a scene without Gaussians."""
         config, K = self.config, self.config.num_gaussians
-        raw = self.fields(z).feats.split([K * width for width in self.FIELDS.values()], dim=1)
+        raw = self.fields(z).feats.split([*config.fields.values()], dim=1)
         xyz, color, scaling, rotation, opacity = (
-            part.reshape(len(z), K, width) * config.lr.get(name, 1.0)
-            for part, (name, width) in zip(raw, self.FIELDS.items(), strict=True)
+            part.reshape(len(z), K, part.shape[1] // K) * config.lr.get(name, 1.0)
+            for part, name in zip(raw, config.fields, strict=True)
         )
         if config.perturb_offset:
             xyz = xyz + self.offset_perturbation

@@ -70,10 +70,46 @@ class Encoder(Trunk):
         return Posterior(mean, logvar, x)
 
 
+class Decoder(Trunk):
+    """Latents [N, latent_channels] -> a Scene per sample; the ground of every kind of decoder.
+
+    A subclass names its published class (NAME) and how the published `representation_config` becomes a frozen dataclass
+    whose `fields` are the channels of the output layer in published order (CONFIG); it turns them into scenes (forward).
+    Raises ValueError for a resolution below 1 and whatever the trunk and the configuration do not know.
+    """
+
+    NAME: str
+    CONFIG: type
+
+    def __init__(
+        self, resolution: int, model_channels: int, latent_channels: int, num_blocks: int,
+        *, representation_config: dict, **trunk,
+    ):  # fmt: skip
+        super().__init__(latent_channels, model_channels, num_blocks, **trunk)
+        if resolution < 1:
+            raise ValueError(f"resolution {resolution} must be at least 1")
+        self.resolution, self.latent_channels = resolution, latent_channels
+        self.config = self.CONFIG.parse(representation_config)
+        self.args = dict(
+            resolution=resolution, model_channels=model_channels, latent_channels=latent_channels,
+            num_blocks=num_blocks, representation_config=representation_config, **trunk,
+        )  # fmt: skip
+        self.out_layer = nn.Linear(model_channels, sum(self.config.fields.values()))
+        self.initialize()
+
+    def fields(self, z: SparseTensor) -> SparseTensor:
+        """The raw output layer, channels in the published order."""
+        return z.replace(self.out_layer(layer_norm(self.trunk(z.feats, z.cache), OUTPUT_EPS)))
+
+    def forward(self, z: SparseTensor) -> list[Scene]:
+        """One scene per sample; a sample without voxels gives an empty scene."""
+        raise NotImplementedError
+
+
 class VAE(nn.Module):
     """An encoder and a decoder, trained end to end. The encoder is None where latents come from a frozen one."""
 
-    def __init__(self, encoder: Encoder | None, decoder: nn.Module):
+    def __init__(self, encoder: Encoder | None, decoder: Decoder):
         super().__init__()
         if encoder is not None and encoder.latent_channels != decoder.latent_channels:
             raise ValueError(

@@ -10,7 +10,8 @@ from train import checkpoint
 
 
 def tensors(scale: float = 1.0):
-    return {"model.a": torch.randn(30, 7) * scale, "adam.a.step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
+    kept = {"optimizer.a.step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
+    return {"model.a": torch.randn(30, 7) * scale} | kept
 
 
 def test_round_trip_is_exact(tmp_path):
@@ -20,7 +21,7 @@ def test_round_trip_is_exact(tmp_path):
     assert file.name == "step_00000012.safetensors" and state == {"step": 12, "log2": 20.001, "names": ["a"]}
     assert read.keys() == written.keys()
     assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in written.items())
-    assert checkpoint.group(read, "model").keys() == {"a"} and checkpoint.group(read, "adam").keys() == {"a.step"}
+    assert checkpoint.group(read, "model").keys() == {"a"} and checkpoint.group(read, "optimizer").keys() == {"a.step"}
 
 
 def test_only_the_last_few_are_kept_and_the_newest_is_found(tmp_path):

@@ -62,6 +62,7 @@ def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
         ("--image-size 8", "image_size 8 must be at least 16"),
         ("--resolution 2000", "resolution 2000 must be at most 1024"),
         ("--precision fp8", "precision 'fp8' is not one of fp32, bf16, fp16"),
+        ("--optimizer sgd", "optimizer 'sgd' is not one of adamw, muon"),
         ("--holdout-views 0", "holdout_views 0 must be at least 1"),
         ("--batch-size 6 --micro-batch 4", "batch_size 6 is not a multiple of micro_batch 4"),
         ("--resume run --out other", "cannot change out"),

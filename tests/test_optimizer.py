@@ -17,7 +17,7 @@ def norm_of(parameters):
 
 def optimizer(clip=norm_of, scale=None, **kwargs):
     torch.manual_seed(0)
-    parameters = {"a": nn.Parameter(torch.randn(5)), "b": nn.Parameter(torch.randn(2, 3))}
+    parameters = {"a": nn.Parameter(torch.randn(5)), "blocks.0.b": nn.Parameter(torch.randn(2, 3))}
     return Optimizer(parameters.items(), clip, scale or LossScale(0, 0, 0), **kwargs)
 
 
@@ -85,22 +85,45 @@ def test_scale_does_not_change_the_step():
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
 
 
-def test_state_continues_to_the_bit():
+@pytest.mark.parametrize("muon", [False, True])
+def test_state_continues_to_the_bit(muon):
     def go(run, steps):
         for step in steps:
             run.backward(sum((p.square() * (step + 1)).sum() for p in run.parameters.values()))
             run.step(0.1 / (step + 1))
         return torch.cat([t.detach().flatten() for t in (*run.parameters.values(), *run.average.values())])
 
-    straight = go(optimizer(scale=LossScale(20.0, 0.001), ema=0.9), range(6))
-    first = optimizer(scale=LossScale(20.0, 0.001), ema=0.9)
+    straight = go(optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon), range(6))
+    first = optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon)
     go(first, range(3))
-    second = optimizer(scale=LossScale(20.0, 0.001), ema=0.9)
+    second = optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon)
     with torch.no_grad():
         for name, p in second.parameters.items():
             p.copy_(first.parameters[name])
     second.load({name: t.clone() for name, t in first.tensors().items()}, first.state())
     assert torch.equal(go(second, range(3, 6)), straight) and second.scale.log2 == pytest.approx(20.006)
+
+
+def test_muon_takes_orthogonal_steps_for_matrices_inside_blocks_alone():
+    torch.manual_seed(0)
+    shapes = {"encoder.blocks.0.w": (32, 48), "blocks.1.w": (24, 24), "blocks.0.bias": (7,), "out_layer.weight": (4, 6)}
+    start = {name: torch.randn(shape) for name, shape in shapes.items()}
+    upstream = {name: torch.randn(shape) for name, shape in shapes.items()}
+    moved = []
+    for muon in (False, True):
+        run = Optimizer([(n, nn.Parameter(t.clone())) for n, t in start.items()], norm_of, LossScale(0, 0, 0), muon=muon)
+        for _ in range(2):
+            run.backward(sum((p * upstream[name]).sum() for name, p in run.parameters.items()))
+            run.step(0.01)
+        moved.append({name: p.detach() - start[name] for name, p in run.parameters.items()})
+    for name in ("blocks.0.bias", "out_layer.weight"):
+        assert torch.equal(moved[0][name], moved[1][name])
+    for name in ("encoder.blocks.0.w", "blocks.1.w"):
+        # a constant gradient U S V' moves the matrix along -U V', by 0.2 sqrt(larger side) each step; Muon's five
+        # Newton-Schulz iterations bring every singular value to within about 0.3 of 1
+        u, _, v = torch.linalg.svd(upstream[name], full_matrices=False)
+        along = torch.diag(u.T @ moved[1][name] @ v.T) / -(2 * 0.01 * 0.2 * max(shapes[name]) ** 0.5)
+        assert (along - 1).abs().max() < 0.4 and (moved[1][name] - moved[0][name]).abs().max() > 1e-3
 
 
 def test_averaged_weights_are_swapped_in_and_out():
@@ -119,5 +142,5 @@ def test_bad_parameters_are_named():
         Optimizer([("head", nn.Parameter(torch.zeros(2).half()))], norm_of, LossScale())
     run = optimizer()
     run.backward(run.parameters["a"].sum())
-    with pytest.raises(ValueError, match="b and 0 other parameters got no gradient"):
+    with pytest.raises(ValueError, match="blocks.0.b and 0 other parameters got no gradient"):
         run.step(0.1)

@@ -177,7 +177,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     tensors, recorded = state(tmp_path)
     assert all(t.isfinite().all() for t in tensors.values())
     assert recorded["optimizer"]["log2_scale"] == pytest.approx(20 + 3 * 0.001 - 1)
-    assert tensors["adam.encoder.input_layer.weight.step"] == 3 and recorded["optimizer"]["steps"] == 4
+    assert tensors["optimizer.encoder.input_layer.weight.step"] == 3 and recorded["optimizer"]["steps"] == 4
     assert len(recorded["clipper"]["norms"]) == 3
 
 

@@ -16,6 +16,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
 CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")  # of a run that is resumed
 
 
@@ -87,6 +88,7 @@ class Config:
     steps: int = _flag(750_000, "optimiser steps of the whole run")
     batch_size: int = _flag(256, "objects in an optimiser step, over all ranks")
     micro_batch: int = _flag(2, "objects in one forward pass on one rank")
+    optimizer: str = _flag("adamw", "adamw; or muon, orthogonal steps for the matrices inside blocks and adamw for the rest")
     precision: str = _flag("fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32")
     lr: float = 1e-4
     warmup: int = _flag(0, "steps until the full learning rate")
@@ -114,6 +116,8 @@ class Config:
             raise ValueError(f"resolution {self.resolution} must be at most 1024")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         if not (self.lr > 0 and self.max_norm > 0 and 0 <= self.final_lr <= 1 and 0 <= self.ema < 1):
             raise ValueError(
                 f"lr {self.lr} and max_norm {self.max_norm} must exceed 0, "
@@ -129,6 +133,15 @@ class Config:
         if self.batch_size % (world * self.micro_batch):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of {world} ranks x micro_batch {self.micro_batch}")
         return self.batch_size // (world * self.micro_batch)
+
+    def trunk(self) -> dict:
+        """The constructor arguments that the encoder and the decoder share, with the published construction."""
+        size = self.model
+        return dict(
+            resolution=self.resolution, model_channels=size.channels, latent_channels=size.latent, num_blocks=size.blocks,
+            num_heads=size.heads, mlp_ratio=size.mlp_ratio, attn_mode="swin", window_size=size.window,
+            use_checkpoint=size.recompute,
+        )  # fmt: skip
 
     def lr_at(self, step: int) -> float:
         """The learning rate of optimiser step `step`, counted from 0: linear warm-up, then a cosine to final_lr."""

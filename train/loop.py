@@ -28,12 +28,13 @@ from train import checkpoint, floors, report
 from train.config import PRECISIONS, Config, from_cli, write_config
 from train.data import Batch
 from train.latents import Latents, load_encoder
-from train.losses import GradClipper, Reconstruction, composite, kl, psnr
+from train.losses import GradClipper, Pictures, composite, kl
 from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
 from train.objects import Objects
 from train.optimizer import LossScale, Optimizer
 
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
+Compare = Callable[[str | None], nn.Module]  # (file of LPIPS weights) -> what compares scenes with a batch, as Pictures does
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -49,26 +50,24 @@ def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
 class Objective(nn.Module):
     """A batch -> its loss, its terms and its PSNR: the one forward pass that DDP sees."""
 
-    def __init__(self, vae: VAE, reconstruction: nn.Module, weights: Mapping[str, float]):
+    def __init__(self, vae: VAE, compare: nn.Module, weights: Mapping[str, float]):
         super().__init__()
-        self.vae, self.reconstruction, self.weights = vae, reconstruction, weights
+        self.vae, self.compare, self.weights = vae, compare, weights
 
     def forward(self, x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` [N, latent] and `background` [V, 3] are the step's random draws."""
         posterior, scenes = self.vae(x, noise)
-        image = models.render(scenes, batch.camera, batch.view_scene, background)
-        target = composite(batch.image, background)
-        terms = self.reconstruction(image.color, target) | models.penalties(scenes)
+        terms, psnr = self.compare(scenes, batch, background)
         if posterior is not None:
             terms["kl"] = kl(posterior.mean, posterior.logvar)
         loss = weighted(terms, self.weights)
-        return loss, {"loss": loss, **terms, "psnr": psnr(image.color, target).mean()}
+        return loss, {"loss": loss, **terms, "psnr": psnr}
 
 
 class Run:
     """What a training run holds on one rank. Raises ValueError or OSError for whatever it is told that cannot be."""
 
-    def __init__(self, script: str, config: Config, build: Build, here: Machine):
+    def __init__(self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures):
         self.script, self.config, self.here, self.done = script, config, here, 0
         self.objects = Objects(config, here)
         self._build = build
@@ -80,11 +79,13 @@ class Run:
         off |= {} if config.lpips else {"lpips": "no weights given (--lpips FILE)"}
         self.weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
         self.recipe = report.recipe(self.weights, off)
-        objective = Objective(self.vae, Reconstruction(config.lpips).to(here.device), self.weights)
+        objective = Objective(self.vae, compare(config.lpips).to(here.device), self.weights)
         self.objective = DistributedDataParallel(objective, broadcast_buffers=False) if here.world > 1 else objective
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
-        self.optimizer = Optimizer(self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema)
+        self.optimizer = Optimizer(
+            self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema, config.optimizer == "muon"
+        )
         if config.resume:
             self.folder = Path(config.resume)
             self._load(checkpoint.newest(self.folder / "checkpoints"))
@@ -252,12 +253,14 @@ def conclude(run: Run) -> floors.Scores:
     return scores
 
 
-def main(script: str, presets: Mapping[str, Config], build: Build, argv: Sequence[str] | None = None) -> None:
+def main(
+    script: str, presets: Mapping[str, Config], build: Build, argv: Sequence[str] | None = None, compare: Compare = Pictures
+) -> None:
     """The command line of a training script. Wrong flags, data, folders and files end with a message and status 2."""
     config = from_cli(script, presets, argv, world_size())
     with ExitStack() as stack:
         try:
-            run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)))
+            run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)), compare)
         except (ValueError, OSError) as error:
             print(f"python -m train.{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from error

@@ -6,13 +6,16 @@ The weights are the run's (train.config); a term here is unweighted, and 0 is it
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import models
 from kernels.ssim import ssim
+from models.scene import Scene
+from train.data import Batch
 from train.lpips import LPIPS
 
 
@@ -46,6 +49,21 @@ class Reconstruction(nn.Module):
         if self.lpips is not None:
             terms["lpips"] = self.lpips(rendered, target).mean()
         return terms
+
+
+class Pictures(nn.Module):
+    """How decoded scenes differ from the views of a batch: pictures on plain backgrounds, and the scenes' own penalties."""
+
+    def __init__(self, lpips: str | Path | None = None):
+        super().__init__()
+        self.reconstruction = Reconstruction(lpips)
+
+    def forward(self, scenes: Sequence[Scene], batch: Batch, background: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms by name, unweighted, and the mean PSNR; `background` [V, 3]."""
+        image = models.render(scenes, batch.camera, batch.view_scene, background)
+        target = composite(batch.image, background)
+        terms = self.reconstruction(image.color, target) | models.penalties(scenes)
+        return terms, psnr(image.color, target).mean()
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:

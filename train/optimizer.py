@@ -1,4 +1,4 @@
-"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW, averaged weights.
+"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW or Muon, averaged weights.
 
 The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
 loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
@@ -27,10 +27,16 @@ class LossScale:
         self.log2 += self.growth if finite else -self.backoff
 
 
+def _is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
+    return p.ndim == 2 and ".blocks." in f".{name}"
+
+
 class Optimizer:
     """AdamW over named fp32 parameters with everything that surrounds a step.
 
     `clip(parameters) -> norm` clips their gradients in place and returns the norm before (a tensor or a float).
+    `muon` gives the matrices inside blocks orthogonal steps instead (Muon, Jordan et al. 2024), as large as AdamW's would
+    be (arXiv 2502.16982), so that one learning rate serves all.
     Raises ValueError for parameters that are not fp32: eps = 1e-8 is zero in fp16, and the first step would give NaN.
     """
 
@@ -41,12 +47,17 @@ class Optimizer:
         scale: LossScale,
         weight_decay: float = 0.0,
         ema: float = 0.9999,
+        muon: bool = False,
     ):
         self.parameters = dict(parameters)
         if low := [name for name, p in self.parameters.items() if p.dtype != torch.float32]:
             raise ValueError(f"{low[0]} is {self.parameters[low[0]].dtype}: master weights are fp32; precision is of activations")
         self.clip, self.scale, self.decay = clip, scale, ema
-        self.adam = torch.optim.AdamW(self.parameters.values(), weight_decay=weight_decay, foreach=True)
+        hidden = [p for name, p in self.parameters.items() if muon and _is_hidden_matrix(name, p)]
+        others = [p for name, p in self.parameters.items() if not (muon and _is_hidden_matrix(name, p))]
+        self.methods: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, weight_decay=weight_decay, foreach=True)]
+        if hidden:
+            self.methods.append(torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.steps = self.skipped = 0
 
@@ -62,10 +73,10 @@ class Optimizer:
         torch._foreach_mul_([p.grad for p in parameters], 2.0**-self.scale.log2)
         norm = float(self.clip(parameters))
         finite = math.isfinite(norm)
-        if finite:
-            for group in self.adam.param_groups:
+        for method in self.methods if finite else ():
+            for group in method.param_groups:
                 group["lr"] = lr
-            self.adam.step()
+            method.step()
         self.scale.update(finite)
         self.steps += 1
         self.skipped += not finite
@@ -98,9 +109,11 @@ class Optimizer:
         return self.decay**self.steps
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights: average.NAME and adam.NAME.{step, exp_avg, exp_avg_sq}."""
-        states = {name: self.adam.state.get(p, {}) for name, p in self.parameters.items()}
-        moments = {f"adam.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        """What a checkpoint holds beside the weights: average.NAME and optimizer.NAME.{step, exp_avg, ...}."""
+        states = {p: state for method in self.methods for p, state in method.state.items()}
+        moments = {
+            f"optimizer.{name}.{key}": value for name, p in self.parameters.items() for key, value in states.get(p, {}).items()
+        }
         return {f"average.{name}": t for name, t in self.average.items()} | moments
 
     def state(self) -> dict:
@@ -109,8 +122,10 @@ class Optimizer:
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Continue from `tensors()` and `state()`."""
         self.steps, self.skipped, self.scale.log2 = state["steps"], state["skipped"], state["log2_scale"]
+        owner = {p: method for method in self.methods for group in method.param_groups for p in group["params"]}
         for name, p in self.parameters.items():
             self.average[name].copy_(tensors[f"average.{name}"])
-            if f"adam.{name}.step" in tensors:  # not before the first step that was not skipped
-                moments = {key: tensors[f"adam.{name}.{key}"].to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[p] = {"step": tensors[f"adam.{name}.step"].clone()} | moments
+            prefix = f"optimizer.{name}."
+            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if moments:  # none before the first step that was not skipped; AdamW keeps its count of steps on the host
+                owner[p].state[p] = {k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in moments.items()}

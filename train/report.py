@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import backend
-from train.config import Config
+from train.config import OPTIMIZERS, Config
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
@@ -44,7 +44,8 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
         "parameters": ", ".join(f"{part} {count:,}" for part, count in parts.items()),
         "data": data,
         "loss": loss,
-        "optimiser": f"AdamW, lr {schedule}, weight decay {config.weight_decay:g}, clip {config.max_norm:g}, EMA {config.ema:g}",
+        "optimiser": f"{OPTIMIZERS[config.optimizer]}, lr {schedule}, weight decay {config.weight_decay:g}, "
+        f"clip {config.max_norm:g}, EMA {config.ema:g}",
         "steps": f"{config.steps:,} of {config.batch_size} objects x {config.views} views at {config.image_size} px"
         f", {config.micro_batches(here.world)} micro-batches a rank",
         "out": str(folder),
