@@ -7,6 +7,7 @@ Each voxel predicts, in this channel order, offsets, colours, scales, rotations 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,12 @@ class GaussianConfig:
             raise ValueError(f"scaling_activation {config.scaling_activation!r} is not softplus or exp")
         if config.num_gaussians < 1:
             raise ValueError(f"num_gaussians {config.num_gaussians} must be at least 1")
-        if config.perturb_offset and config.voxel_size <= 1:
+        if config.perturb_offset and not 1 < config.voxel_size < math.inf:
             raise ValueError(f"voxel_size {config.voxel_size} must exceed 1 where offsets are perturbed (atanh of 1 is infinite)")
-        if not 0 < config.opacity_bias < 1 or config.scaling_bias <= 0:
-            raise ValueError(f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} above 0")
+        if not (0 < config.opacity_bias < 1 and 0 < config.scaling_bias < math.inf):
+            raise ValueError(
+                f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} be finite and above 0"
+            )
         return config
 
     @property
@@ -62,7 +65,8 @@ class GaussianConfig:
     @property
     def scaling_shift(self) -> float:
         """The activation's inverse at scaling_bias."""
-        return math.log(math.expm1(self.scaling_bias)) if self.scaling_activation == "softplus" else math.log(self.scaling_bias)
+        bias = self.scaling_bias
+        return bias + math.log(-math.expm1(-bias)) if self.scaling_activation == "softplus" else math.log(bias)
 
     @property
     def opacity_shift(self) -> float:
@@ -93,7 +97,7 @@ class GaussianScene:
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different kernel sizes: {sorted(sizes)}")
         names = ("center", "scale", "rotation", "opacity", "color")
-        starts = torch.tensor([0, *(len(scene.center) for scene in scenes)]).cumsum(0)
+        starts = [0, *accumulate(len(scene.center) for scene in scenes)]  # a list: torch.compile cannot trace what is read
         tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in names]
         return splat(*tensors, starts, camera, view_scene, background, kernel_size=sizes.pop())
 

@@ -146,7 +146,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
-    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the published layout."""
+    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the published layout.
+
+    A file is complete or as it was before. Raises OSError that names the one which could not be written.
+    """
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -154,9 +157,13 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
         ".safetensors": lambda path: save_file(weights, path),
         ".json": lambda path: path.write_text(json.dumps({"name": model.NAME, "args": model.args}, indent=2)),
     }.items():
-        partial = prefix.with_name(prefix.name + suffix + ".partial")
-        write(partial)
-        partial.replace(prefix.with_name(prefix.name + suffix))
+        file, partial = prefix.with_name(prefix.name + suffix), prefix.with_name(prefix.name + suffix + ".partial")
+        try:
+            write(partial)
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"could not save {file}: {error}") from error
 
 
 def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:

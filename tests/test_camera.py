@@ -56,6 +56,12 @@ def test_project_known_points():
     assert_close(depth[0], torch.tensor([2.0, 5.0]), 1e-6)
 
 
+def test_depth_is_along_the_view_and_negative_behind_it():
+    camera = Camera.orbit([0.0, 1.0], [0.0, 0.4])
+    _, depth = camera.project(torch.stack([camera.center, 2 * camera.center, -camera.center], 1))
+    torch.testing.assert_close(depth, torch.tensor([[0.0, -2.0, 4.0]] * 2), atol=1e-5, rtol=0)
+
+
 def test_rays_pass_through_the_pixel_centres():
     camera = Camera.orbit(torch.tensor([0.3, 1.0]), torch.tensor([0.5, -0.2]), 2.0, 0.7, 12, 7)
     camera.intrinsics[:, 0, 2] += 0.07

@@ -58,6 +58,15 @@ def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
         ("--steps many", "invalid int value: 'many'"),
         ("--steps 0", "steps 0 must be at least 1"),
         ("--lr nan", "lr nan"),
+        ("--lr inf", "lr inf must exceed 0"),
+        ("--weight-decay inf", "weight_decay inf be at least 0, and both be finite"),
+        ("--weight-decay nan", "weight_decay nan"),
+        ("--max-norm nan", "max_norm nan must exceed 0"),
+        ("--model.mlp-ratio -1", "model.mlp_ratio -1.0 gives 64 channels no finite width"),
+        ("--model.mlp-ratio 0.01", "model.mlp_ratio 0.01 gives 64 channels"),
+        ("--model.mlp-ratio nan", "model.mlp_ratio nan"),
+        ("--model.mlp-ratio inf", "model.mlp_ratio inf"),
+        ("--model.logvar-init nan", "model.logvar_init nan must be finite"),
         ("--ema 1", "ema 1.0 in [0, 1)"),
         ("--image-size 8", "image_size 8 must be at least 16"),
         ("--resolution 2000", "resolution 2000 must be at most 1024"),
@@ -77,7 +86,8 @@ def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
 def test_impossible_values_exit_with_a_message(line, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(line)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 2, said  # usage and what is wrong
 
 
 def test_a_batch_must_divide_over_the_ranks(capsys):
@@ -103,14 +113,28 @@ def test_config_json_round_trip(tmp_path):
     assert resumed == replace(config, out=None, resume=str(tmp_path), steps=2000)
 
 
+def test_a_full_disk_leaves_the_recorded_config(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    write_config(parse("--lr 0.5"), "gaussian", file)
+
+    def full(self, text):
+        self.open("w").close()  # created or emptied, as write_text does first
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(file), "write_text", full)
+    with pytest.raises(OSError, match="could not write .*config.json: .*No space left"):
+        write_config(parse("--lr 0.25"), "gaussian", file)
+    assert read_config(file, "gaussian", PRESETS).lr == 0.5 and list(tmp_path.iterdir()) == [file]
+
+
 def test_bad_config_json_is_named(tmp_path):
     file = tmp_path / "config.json"
     write_config(parse(), "gaussian", file)
     with pytest.raises(ValueError, match="config.json is not a run of train.mesh"):
         read_config(file, "mesh", PRESETS)
     whole = file.read_text()
-    for broken in (whole[:40], whole.replace('"lr"', '"rate"'), whole.replace('"heads"', '"hats"')):
-        file.write_text(broken)
+    for broken in (whole[:40], whole.replace('"lr"', '"rate"'), whole.replace('"heads"', '"hats"'), "[]", "null", '"\x80"'):
+        file.write_bytes(broken.encode("latin-1"))
         with pytest.raises(ValueError, match="config.json does not describe a run of train.gaussian"):
             read_config(file, "gaussian", PRESETS)
         write_config(parse(), "gaussian", file)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import traceback
 from dataclasses import replace
 
@@ -72,6 +73,18 @@ def view_number(image) -> int:  # `make` paints it into the blue channel
     return round(image[2, 0, 0].item() * 255) // 40
 
 
+def test_objects_of_other_channels_name_both_files(tmp_path):
+    root = make(tmp_path)
+    file = root / "features" / f"rgb_{RES}" / "bb.npz"
+    with np.load(file) as content:
+        arrays = dict(content)
+    np.savez(file, indices=arrays["indices"], patchtokens=arrays["patchtokens"][:, :4])
+    data = opened(root)
+    data.item("cc")
+    with pytest.raises(ValueError, match=rf"bb.npz has 4 feature channels, but .*aa.npz has {CHANNELS}"):
+        data.item("bb")
+
+
 def test_random_views_depend_on_seed_draw_and_object_and_never_touch_held_out_ones(tmp_path):
     root = make(tmp_path)
     data = opened(root, holdout_views=2)
@@ -97,16 +110,16 @@ def test_filters_count_what_they_leave_out(tmp_path):
     names = [f"{i}{i}" for i in range(8)]
     root = make(
         tmp_path, names,
-        aesthetic_score=["5", "", "4.49", "nan", "6", "6", "6", "6"],
+        aesthetic_score=["4.5", "", "4.49", "nan", "6", "6", "6", "6"],
         rendered=["True", "", "True", "True", "False", "True", "True", "True"],
         split=["", "train", "train", "train", "train", "test", "train", "train"],
     )  # fmt: skip
     rows = metadata(root)
     rows[6][f"feature_rgb_{RES}"] = ""
     write_metadata(root, rows)
-    data = opened(root, max_voxels=15)  # object i has 9 + i
+    data = opened(root, max_voxels=14)  # object i has 9 + i
     assert data.names == ["00", "11", "33"]
-    reasons = "of aesthetic score below 4.5", "without views", "of another split", "without features", "over 15 voxels"
+    reasons = "of aesthetic score below 4.5", "without views", "of another split", "without features", "over 14 voxels"
     assert data.skipped == dict.fromkeys(reasons, 1)
     assert data.summary().startswith("3 of 8 objects (") and data.summary().endswith(f") in {root}")
     assert all(f"1 {reason}" in data.summary() for reason in reasons)
@@ -155,10 +168,15 @@ def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
         record_holdout(root, name, 2)
     assert len(opened(root, holdout_views=2, views="holdout").item("aa").image) == 2
     assert len(opened(root, holdout_views=1).item("aa").image) == 4
-    message = r"aa.transforms.json: 3 held-out views, but its features were made without only 2 of 5 frames: use .* 2 or fewer"
+    message = r"aa.transforms.json: 3 held-out views, but its rgb features were made without only 2 of 5 frames: use .* 2 or"
     for views in ("train", "holdout"):
         with pytest.raises(ValueError, match=message):
             opened(root, holdout_views=3, views=views)
+    shutil.copytree(root / "features" / f"rgb_{RES}", root / "features" / f"dino_{RES}")
+    rows = [{"sha256": "aa", f"feature_dino_{RES}": "True", f"feature_rgb_{RES}": "True"}]
+    write_metadata(root, rows)
+    assert opened(root, features="dino", holdout_views=3).names == ["aa"]  # of other features it says nothing
+    write_metadata(root, rows + [rows[0] | {"sha256": "bb"}])
     record_holdout(root, "bb", 1)
     data = opened(root, holdout_views=2)
     with pytest.raises(ValueError, match="bb.transforms.json: 2 held-out views, but .* only 1 of 5 frames"):
@@ -223,7 +241,8 @@ def test_the_order_resumes_exactly():
     second.load_state_dict(first.state_dict(step=2))  # the loader had fetched two steps ahead of training
     assert take(second, 3) == expected[2:5]
     for name, value in (("length", 8), ("batch_size", 8), ("seed", 6)):
-        with pytest.raises(ValueError, match=rf"{name} \d is not the saved order's {value}"):
+        what = "number of objects" if name == "length" else name
+        with pytest.raises(ValueError, match=rf"{what} \d is not the saved order's {value}"):
             first.load_state_dict(first.state_dict() | {name: value})
 
 

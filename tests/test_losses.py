@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import models
+from models import GaussianScene
 from tests.conftest import assert_close, golden
 from train.losses import GradClipper, Reconstruction, composite, kl, psnr, smooth_l1
 from train.lpips import LPIPS, _unit, weight_shapes
@@ -133,10 +135,14 @@ def test_the_gaussian_recipe_gives_the_published_loss_and_gradients():
     target = composite(torch.cat([t["in/gt_image"], t["in/gt_alpha"][:, None]], dim=1).float(), t["in/bg_color"])
     # the published activations, over all Gaussians of an uneven batch at once
     bias = 0.004 + math.log(-math.expm1(-0.004))
-    scale = torch.cat([torch.sqrt(F.softplus(s + bias).square() + 9e-4**2) for s, _ in raw])
-    opacity = torch.cat([torch.sigmoid(o + math.log(0.1 / 0.9)) for _, o in raw])
+    scale = [torch.sqrt(F.softplus(s + bias).square() + 9e-4**2) for s, _ in raw]
+    opacity = [torch.sigmoid(o + math.log(0.1 / 0.9)) for _, o in raw]
+    any_of = lambda s, *shape: torch.zeros(len(s), *shape)  # what no penalty reads
+    penalties = models.penalties(
+        [GaussianScene(any_of(s, 3), s, any_of(s, 4), o, any_of(s, 1, 3)) for s, o in zip(scale, opacity, strict=True)]
+    )
     terms = Reconstruction()(rendered, target)
-    terms |= {"kl": kl(mean, logvar), "reg_vol": scale.prod(1).mean(), "reg_opacity": (opacity - 1).square().mean()}
+    terms |= {"kl": kl(mean, logvar), "reg_vol": penalties["volume"], "reg_opacity": penalties["opacity"]}
     factors = {"l1": 1, "ssim": case["lambda_ssim"], "kl": case["lambda_kl"]}
     factors |= {"reg_vol": case["regularizations"]["lambda_vol"], "reg_opacity": case["regularizations"]["lambda_opacity"]}
     loss = sum(factors[name] * term for name, term in terms.items())

@@ -17,6 +17,13 @@ def test_a_machine_without_torchrun_is_one_rank():
         assert here.mean(torch.tensor([2.0])).tolist() == [2.0] and here.agree("x") == "x"
 
 
+def test_means_and_agreement_over_ranks(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(5))  # another rank's numbers
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, device: box.__setitem__(0, "rank 0's"))
+    here = Machine(torch.device("cpu"), 1, 2)
+    assert here.mean(torch.tensor([1.0, 3.0])).tolist() == [3.0, 4.0] and here.agree(None) == "rank 0's" and not here.leads
+
+
 ABSENT = [("quantum", "device 'quantum'"), ("meta", "neither a CPU nor a GPU"), ("cuda:99", "GPUs")]
 
 
@@ -50,3 +57,11 @@ def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capfd):
         os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert Machine(torch.device("cpu"), 1, 2).leads is False
+
+
+def test_a_forked_data_worker_leaves_the_signal_to_its_run(capfd):
+    with Interrupt() as interrupt:
+        interrupt.process += 1  # what a worker sees: the handler of another process
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert interrupt.received == 0 and capfd.readouterr().err == ""

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
 from kernels import backend
 from kernels.cache import SpatialCache
 from kernels.camera import Camera
+from kernels.splat import splat
 from models.layers import Block, position_embedding
 from models.vae import load_weights as load_into
 from tests.conftest import GOLDEN, assert_close, golden, load_weights
@@ -208,6 +210,35 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
     assert_close(together.color[2:3], alone.color, 1e-6, "color")
 
 
+def test_scenes_render_with_the_low_pass_filter_of_their_decoder():
+    representation = REPRESENTATION | {"2d_filter_kernel_size": 5.0}
+    decoder = randomize(models.GaussianDecoder(16, 32, 4, 2, num_heads=2, window_size=4, representation_config=representation))
+    (scene,) = decoder(batch([3], "cpu", channels=4))
+    camera, background = Camera.orbit(0.3, 0.1, width=24), torch.zeros(1, 3)
+    gaussians = scene.center, scene.scale, scene.rotation, scene.opacity, scene.color, [0, 12], camera, [0], background
+    color = scene.render(camera, background).color
+    assert torch.equal(color, splat(*gaussians, kernel_size=5.0).color) and not torch.equal(color, splat(*gaussians).color)
+
+
+def test_a_whole_forward_pass_compiles_without_breaking_the_graph():
+    one = dict(num_heads=2, window_size=4)  # one block: tracing takes its time
+    decoder = models.GaussianDecoder(16, 32, 4, 1, representation_config=REPRESENTATION, **one)
+    vae = models.GaussianVAE(randomize(models.Encoder(16, 5, 32, 4, 1, **one)), randomize(decoder))
+    x = batch([5, 0, 3], "cpu")
+    camera, background = Camera.orbit([0.0, 1.0], [0.1] * 2, width=16), torch.zeros(2, 3)
+
+    def loss(feats):
+        posterior, scenes = vae(x.replace(feats), torch.zeros(len(x), vae.encoder.latent_channels))
+        image = models.render(scenes, camera, [0, 2], background)
+        return image.color.square().mean() + sum(models.penalties(scenes).values()) + posterior.logvar.mean()
+
+    feats = x.feats.requires_grad_()
+    torch._dynamo.reset()
+    eager, compiled = loss(feats), torch.compile(loss, fullgraph=True, backend="aot_eager")(feats)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(torch.autograd.grad(compiled, feats)[0], torch.autograd.grad(eager, feats)[0])
+
+
 def test_a_forward_pass_builds_two_partitions(device):
     encoder = models.Encoder(16, 5, 32, 4, 12, num_heads=2, window_size=4).to(device)
     x = batch([30], device)
@@ -246,6 +277,29 @@ def test_save_and_load(tmp_path):
         again = models.load_pretrained(tmp_path / "sub" / "model")
         assert again.args == model.args and again.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
+    model = small_encoder()
+    models.save_pretrained(model, tmp_path / "m")
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(models.vae, "save_file", full)
+    with pytest.raises(OSError, match=r"could not save .*m.safetensors: No space left"):
+        models.save_pretrained(randomize(model), tmp_path / "m")
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_the_scale_bias_is_the_size_of_an_untrained_gaussian():
+    for activation, inverse in (("softplus", torch.nn.functional.softplus), ("exp", torch.exp)):
+        for bias in (4e-3, 0.5, 800.0):  # expm1(800) is more than a float holds
+            config = REPRESENTATION | {"scaling_bias": bias, "scaling_activation": activation}
+            shift = models.gaussian.GaussianConfig.parse(config).scaling_shift
+            assert inverse(torch.tensor(shift, dtype=torch.float64)).item() == pytest.approx(bias)
 
 
 def test_published_names_and_fp16_files_load(tmp_path):
@@ -307,7 +361,10 @@ def test_impossible_trunks(change, message):
     [
         ({"num_gausians": 3}, "num_gausians"),
         ({"voxel_size": 1.0}, "voxel_size 1.0"),
+        ({"voxel_size": math.nan}, "voxel_size nan"),
         ({"opacity_bias": 1.5}, "opacity_bias 1.5"),
+        ({"scaling_bias": math.nan}, "scaling_bias nan"),
+        ({"scaling_bias": math.inf}, "scaling_bias inf"),
         ({"scaling_activation": "relu"}, "relu"),
         ({"lr": {"_color": 1.0}}, "_color"),
     ],

@@ -76,6 +76,15 @@ def test_skipped_step_moves_no_weight_but_the_average():
     assert all(p.grad is None for p in run.parameters.values())
 
 
+def test_gradients_that_no_scale_makes_finite_end_the_run():
+    run = optimizer(scale=LossScale(20.0))
+    with pytest.raises(ValueError, match=r"the loss scale fell to 2\^-41, below 2\^-40, and gradients are still not finite"):
+        for _ in range(100):
+            run.backward(sum((p * math.nan).sum() for p in run.parameters.values()))
+            run.step(0.1)
+    assert run.scale.log2 == -41
+
+
 def test_scale_does_not_change_the_step():
     results = []
     for scale in (LossScale(0, 0, 0), LossScale(20.0)):
@@ -96,12 +105,14 @@ def test_state_continues_to_the_bit(muon):
     straight = go(optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon), range(6))
     first = optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon)
     go(first, range(3))
+    first.skipped = 2
     second = optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon)
     with torch.no_grad():
         for name, p in second.parameters.items():
             p.copy_(first.parameters[name])
     second.load({name: t.clone() for name, t in first.tensors().items()}, first.state())
     assert torch.equal(go(second, range(3, 6)), straight) and second.scale.log2 == pytest.approx(20.006)
+    assert (second.steps, second.skipped) == (6, 2)
 
 
 def test_muon_takes_orthogonal_steps_for_matrices_inside_blocks_alone():

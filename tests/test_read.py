@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -83,6 +85,17 @@ def pictures(mode="RGBA", size=(SIZE, SIZE), views=range(VIEWS)):
     return lambda root: [Image.new(mode, size).save(root / f"renders/aa/{v:03d}.png") for v in views]
 
 
+def enormous(root):  # as its header says
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 6, 0, 0, 0)
+    whole = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (root / PNG).write_bytes(whole + struct.pack(">I", 1 << 20) + b"IDAT")
+
+
+def one_array(root):
+    np.save(root / "one.npy", np.zeros(3))
+    (root / "one.npy").replace(root / NPZ)
+
+
 def frame(key, value):
     def breaker(root):
         content = json.loads((root / JSON).read_text())
@@ -92,15 +105,25 @@ def frame(key, value):
     return breaker
 
 
+def test_a_table_that_a_spreadsheet_wrote(tmp_path):
+    root = make(tmp_path)
+    (root / CSV).write_bytes(b"\xef\xbb\xbf" + (root / CSV).read_bytes())
+    assert opened(root).names == ["aa", "bb", "cc"]
+
+
 NONE = dict(indices=np.zeros((0, 3), np.uint8), patchtokens=np.zeros((0, 6), np.float16))
 BROKEN = {  # what is broken: (how, in which file, what the message says after its name)
     "no metadata": (delete(CSV), CSV, " is missing"),
+    "metadata empty": (cut(CSV, 0), CSV, " has no column sha256, only: nothing"),
+    "count infinite": (text(CSV, ",9", ",-inf"), CSV, ": num_voxels_8 of aa is '-inf', not a finite number"),
     "no sha256 column": (text(CSV, "sha256", "hash"), CSV, " has no column sha256, only: hash, "),
     "no such features": (text(CSV, "feature_rgb_8", "feature_dino"), CSV, " has no column feature_rgb_8: .* feature_dino"),
     "count not a number": (text(CSV, ",9", ",many"), CSV, ": num_voxels_8 of aa is 'many', not a number"),
     "count contradicts": (text(CSV, ",9", ",12"), NPZ, " has 9 voxels, but num_voxels_8 in .*metadata.csv says 12"),
     "npz missing": (delete(NPZ), NPZ, " is missing"),
     "npz truncated": (cut(NPZ), NPZ, " cannot be read"),
+    "npz is one array": (one_array, NPZ, " cannot be read: .*not an npz"),
+    "npz is text": (lambda root: (root / NPZ).write_text("no arrays" * 9), NPZ, " cannot be read: .*not an npz archive"),
     "npz without keys": (arrays(patchtokens=None, x=np.zeros(3)), NPZ, ".* no array patchtokens, only indices, x"),
     "indices flat": (arrays(indices=np.zeros(27, np.uint8)), NPZ, r": indices are uint8 \[27\], not integers \[V, 3\]"),
     "indices float": (arrays(indices=np.zeros((9, 3))), NPZ, r": indices are float64 \[9, 3\], not integers"),
@@ -118,9 +141,11 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
     "no angle": (text(JSON, "camera_angle_x", "angle"), JSON, " lacks 'camera_angle_x'"),
     "matrix 3 x 4": (text(JSON, ", [0.0, 0.0, 0.0, 1.0]]", "]"), JSON, r": transform_matrix has shape \[3, 4\], not \[4, 4\]"),
     "matrix singular": (frame("transform_matrix", [[0.0] * 4] * 4), JSON, ": frame 1 has no usable camera"),
+    "angle too wide": (frame("camera_angle_x", math.pi), JSON, r": frame 1 has no usable camera \(angle 3.14"),
     "angle nan": (frame("camera_angle_x", math.nan), JSON, r": frame 1 has no usable camera \(angle nan"),
     "view missing": (delete(PNG), PNG, " is missing, though transforms.json lists it"),
     "view truncated": (cut(PNG), PNG, " is truncated or damaged"),
+    "view enormous": (enormous, PNG, " is truncated or not a picture: Image size .* exceeds limit"),
     "view empty": (cut(PNG, 0), PNG, " is truncated or not a picture"),
     "no alpha": (pictures("RGB"), PNG, " has mode RGB: views need colour and alpha"),
     "not square": (pictures(size=(SIZE, 20)), PNG, " is 24 x 20 pixels, not square"),

@@ -34,6 +34,24 @@ def test_log_drops_later_and_half_rows_and_thins_what_it_draws(tmp_path, monkeyp
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(1, 32))
 
 
+def test_numbers_that_json_does_not_know_become_null():
+    assert report.finite({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": "x"}) == {"a": None, "b": None, "c": 1.5, "d": "x"}
+
+
+def test_what_is_wrong_with_a_log_names_it(tmp_path):
+    file = tmp_path / "log.jsonl"
+    for damaged in ("{nonsense", "[1]", '{"loss": 1}'):
+        file.write_text('{"step": 1, "seconds": 1}\n' + damaged + "\n")
+        with pytest.raises(ValueError, match="log.jsonl, line 2 is not a row of a run"):
+            report.Log(file, 2)
+        assert len(file.read_text().splitlines()) == 2
+    file.unlink()
+    with pytest.raises(OSError, match="could not write .*log.jsonl: .*No space left"), report.Log(file) as log:
+        log.stream.close()
+        log.stream = open("/dev/full", "a", buffering=1)
+        log.write({"step": 1, "seconds": 1})
+
+
 @pytest.mark.parametrize("values", [[], [None], [0.5], [0.5, None, 0.0, 0.25]], ids=str)
 def test_curves_of_any_history(tmp_path, values):
     rows = [{"step": i + 1, "loss": v, "l1": v, "psnr": v and 20 + v} for i, v in enumerate(values)]

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image as Picture
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import models
-from train import checkpoint, loop
+from train import checkpoint, latents, loop
 from train.gaussian import PRESETS, build
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +180,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     assert recorded["optimizer"]["log2_scale"] == pytest.approx(20 + 3 * 0.001 - 1)
     assert tensors["optimizer.encoder.input_layer.weight.step"] == 3 and recorded["optimizer"]["steps"] == 4
     assert len(recorded["clipper"]["norms"]) == 3
+    # the untrained weights still have 1/16 in the average
+    assert json.loads((tmp_path / "evaluation.json").read_text())["weights"] == "last"
 
 
 def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path, monkeypatch):
@@ -241,20 +244,27 @@ def test_a_frozen_encoder_gives_cached_latents_and_no_kl(finished, tmp_path, cap
     train("--resume", out, "--steps", "2")
 
 
-def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path):
+def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, monkeypatch):
     objects = loop.Objects(loop.from_cli("gaussian", PRESETS, TINY), loop.Machine(torch.device("cpu"), 0, 1))
     batch = next(objects.steps())[0]
-    latents = loop.Latents(loop.load_encoder(finished, 50, 16)[0], tmp_path)
+    cache = loop.Latents(loop.load_encoder(finished, 50, 16)[0], tmp_path)
     x = models.SparseTensor(batch.features, batch.coords, batch.batch_size)
     for _ in range(2):  # made, then read
-        assert torch.allclose(latents(batch).feats, latents.encoder(x).mean, atol=1e-6)
+        assert torch.allclose(cache(batch).feats, cache.encoder(x).mean, atol=1e-6)
     name, other = batch.names
     (tmp_path / f"{name}.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=f"{name}.safetensors is truncated"):
-        latents(batch)
+        cache(batch)
     shutil.copy(tmp_path / f"{other}.safetensors", tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=f"{name}.safetensors holds"):
-        latents(batch)
+    with pytest.raises(ValueError, match=f"{name}.safetensors holds .* voxels that are not the object's"):
+        cache(batch)
+    save_file({"other": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=f"{name}.safetensors holds other, not mean and coords"):
+        cache(batch)
+    (tmp_path / f"{name}.safetensors").unlink()
+    monkeypatch.setattr(latents, "save_file", lambda tensors, file: (_ for _ in ()).throw(SafetensorError("No space left")))
+    with pytest.raises(OSError, match=f"could not save .*{name}.safetensors: No space left"):
+        cache(batch)
 
 
 def refused(capsys, *flags) -> str:
@@ -278,7 +288,7 @@ def test_output_folders(tmp_path, capsys, monkeypatch):
 def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
     assert "nowhere is not a folder" in refused(capsys, *TINY, "--data", "nowhere", "--out", tmp_path / "a")
     leaking = refused(capsys, *TINY, "--holdout-views", "5", "--out", tmp_path / "a")
-    assert "5 held-out views, but its features were made without only 4 of 20 frames: use --holdout-views 4 or fewer" in leaking
+    assert "5 held-out views, but its rgb features were made without only 4 of 20 frames: use --holdout-views 4" in leaking
     assert "has no column feature_dinov2_16" in refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
     empty = shutil.copytree(finished, tmp_path / "b", ignore=lambda *_: ["checkpoints"])
     assert "holds no checkpoint" in refused(capsys, "--resume", empty)

@@ -17,7 +17,7 @@ KEEP = 3
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping, keep: int = KEEP) -> Path:
-    """Write FOLDER/step_NNNNNNNN.safetensors and delete all but the newest `keep`; returns the file.
+    """Write FOLDER/step_NNNNNNNN.safetensors; delete all but the newest `keep` and what a killed run left; returns the file.
 
     The data reach the disk under another name before the file takes its own, so a crash or a full disk leaves the
     previous checkpoints as they were. Raises OSError that names the file and the newest complete checkpoint.
@@ -34,7 +34,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping,
         partial.unlink(missing_ok=True)
         survivor = max(folder.glob("step_*.safetensors"), default="none")
         raise OSError(f"could not save {file}: {error}; the newest complete checkpoint is {survivor}") from error
-    for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
+    for old in [*sorted(folder.glob("step_*.safetensors"))[:-keep], *folder.glob("step_*.partial")]:
         old.unlink()
     return file
 

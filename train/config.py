@@ -41,6 +41,10 @@ class Sizes:
         for name in ("channels", "blocks", "heads", "window", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} {getattr(self, name)} must be at least 1")
+        if not 1 <= self.channels * self.mlp_ratio < math.inf:
+            raise ValueError(f"model.mlp_ratio {self.mlp_ratio} gives {self.channels} channels no finite width of at least 1")
+        if self.logvar_init is not None and not math.isfinite(self.logvar_init):
+            raise ValueError(f"model.logvar_init {self.logvar_init} must be finite")
         if self.channels % (8 * self.heads) or self.channels > 128 * self.heads:
             raise ValueError(
                 f"model.channels {self.channels} must be model.heads {self.heads} times a multiple of 8 that is at most 128"
@@ -107,7 +111,7 @@ class Config:
                      "eval_objects"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "warmup", "weight_decay"):
+        for name in ("seed", "workers", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.image_size < 16:
@@ -118,10 +122,11 @@ class Config:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-        if not (self.lr > 0 and self.max_norm > 0 and 0 <= self.final_lr <= 1 and 0 <= self.ema < 1):
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(f"lr {self.lr} must exceed 0, weight_decay {self.weight_decay} be at least 0, and both be finite")
+        if not (self.max_norm > 0 and 0 <= self.final_lr <= 1 and 0 <= self.ema < 1):
             raise ValueError(
-                f"lr {self.lr} and max_norm {self.max_norm} must exceed 0, "
-                f"final_lr {self.final_lr} must lie in [0, 1], ema {self.ema} in [0, 1)"
+                f"max_norm {self.max_norm} must exceed 0, final_lr {self.final_lr} lie in [0, 1], ema {self.ema} in [0, 1)"
             )
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
@@ -169,7 +174,9 @@ def _replaced(config, values: dict):
 
 
 def _parser(script: str, presets: dict[str, Config]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"python -m train.{script}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    name = f"python -m train.{script}"
+    usage = f"{name} [--preset NAME] [--FLAG VALUE ...]   (--help lists the flags)"  # not 50 flags before every error
+    parser = argparse.ArgumentParser(name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first = next(iter(presets))
     parser.add_argument("--preset", choices=list(presets), help=f"where every other value comes from (default: {first})")
     for name, kind, _, help in _leaves(presets[first]):
@@ -212,10 +219,21 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
         parser.error(str(error))
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write all of a text file or leave it as it was; OSError that names it where the disk is full or cannot be written."""
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(text)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {file}: {error}") from error
+
+
 def write_config(config: Config, script: str, file: Path) -> None:
     """Record the config in its own run folder, whose path is not part of it."""
     values = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
-    file.write_text(json.dumps({"script": script} | values, indent=2) + "\n")
+    write_whole(file, json.dumps({"script": script} | values, indent=2) + "\n")
 
 
 def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
@@ -223,12 +241,12 @@ def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
     if not file.is_file():
         raise ValueError(f"{file} is not there: {file.parent} is not a run folder")
     try:
-        recorded = json.loads(file.read_text())
+        recorded = dict(json.loads(file.read_text()))
         if recorded.pop("script") != script:
             raise ValueError(f"{file} is not a run of train.{script}")
         recorded["data"] = tuple(recorded["data"])
         template = presets[recorded["preset"]]
         nested = {name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")}
         return replace(template, **recorded | nested)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} does not describe a run of train.{script}: {error!r}") from error

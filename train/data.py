@@ -104,8 +104,8 @@ class Dataset(torch.utils.data.Dataset):
     split an object is a training object. `skipped` counts the others by reason, `summary()` says it in a line.
 
     The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them, "train" only the rest.
-    Where transforms.json says how many frames were held out of the features, more than those cannot be kept apart: the
-    features would show the model what it is scored on. Fewer can.
+    Where transforms.json says how many frames the `rgb` features were made without, more than those cannot be kept apart:
+    the features would show the model what it is scored on. Fewer can.
     `dataset[index, draw]` picks its views by (seed, draw, index) alone; `dataset[index]` is draw 0. A broken object raises
     ValueError that names its file; no other object ever takes its place. `cache=True` keeps what was decoded in memory.
 
@@ -139,7 +139,7 @@ class Dataset(torch.utils.data.Dataset):
             )
         self.resolution, self.image_size, self.num_views, self.max_voxels = resolution, image_size, num_views, max_voxels
         self.views, self.holdout_views, self.seed = views, holdout_views, seed
-        self.min_aesthetic, self.split = min_aesthetic, split
+        self.min_aesthetic, self.split, self.features = min_aesthetic, split, features
         suffix = "" if resolution == 64 else f"_{resolution}"
         self._flag, self._count, self._folder = f"feature_{features}{suffix}", f"num_voxels{suffix}", f"{features}{suffix}"
         self._memory: dict | None = {} if cache else None
@@ -215,6 +215,9 @@ class Dataset(torch.utils.data.Dataset):
         if name not in self._objects:
             raise ValueError(f"{name} is not an object of {self.summary()}")
         coords, features = self._features(name)
+        if features.shape[1] != self.channels:
+            a, b = self._feature_file(name), self._feature_file(self.names[0])
+            raise ValueError(f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}")
         frames, own = self._frames(name)
         chosen = [own[v] for v in (range(len(own)) if views is None else views)]
         like = self._cached(picture_size, frames.files[0])
@@ -230,9 +233,12 @@ class Dataset(torch.utils.data.Dataset):
             self._memory[read, args] = read(*args)
         return self._memory[read, args]
 
+    def _feature_file(self, name: str) -> Path:
+        return self._objects[name][0] / "features" / self._folder / f"{name}.npz"
+
     def _features(self, name: str) -> tuple[Tensor, Tensor]:
         root, promised = self._objects[name]
-        file = root / "features" / self._folder / f"{name}.npz"
+        file = self._feature_file(name)
         coords, features = self._cached(read_features, file, self.resolution)
         if promised is not None and promised != len(coords):
             raise ValueError(f"{file} has {len(coords)} voxels, but {self._count} in {root / 'metadata.csv'} says {promised}")
@@ -246,9 +252,9 @@ class Dataset(torch.utils.data.Dataset):
         count, held = len(frames.files), self.holdout_views
         if count <= held:
             raise ValueError(f"{file} lists {count} frames: {held} held-out views leave none to train on")
-        if frames.holdout is not None and held > frames.holdout:
+        if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
             raise ValueError(
-                f"{file}: {held} held-out views, but its features were made without only {frames.holdout} of {count} frames: "
+                f"{file}: {held} held-out views, but its rgb features were made without only {frames.holdout} of {count} frames: "
                 f"use --holdout-views {frames.holdout} or fewer"
                 + ("" if frames.holdout else "; prepare it again with train.prepare --holdout-views")
             )
@@ -307,7 +313,8 @@ class Sampler:
         """Continue exactly; ValueError where the saved order is of other objects, another batch or seed."""
         for name in ("length", "batch_size", "seed"):
             if state[name] != getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)} is not the saved order's {state[name]}")
+                what = "number of objects" if name == "length" else name
+                raise ValueError(f"{what} {getattr(self, name)} is not the saved order's {state[name]}")
         self.step = state["step"]
 
 

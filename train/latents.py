@@ -34,7 +34,8 @@ class Latents:
     """Batch -> latents [N, latent] on its voxels, from FOLDER/<object>.safetensors.
 
     An object that is not there yet is encoded alone, so its latents do not depend on the batch it first appears in.
-    Raises ValueError that names a cached file which is truncated or belongs to other voxels.
+    Raises ValueError that names a cached file which is truncated or belongs to other voxels, OSError that names one which
+    cannot be written.
     """
 
     def __init__(self, encoder: Encoder, folder: Path):
@@ -53,13 +54,19 @@ class Latents:
             alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
             mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
             partial = file.with_suffix(f".{os.getpid()}.partial")  # ranks may meet the same object at once
-            save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
-            partial.replace(file)
+            try:
+                save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
+                partial.replace(file)
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise OSError(f"could not save {file}: {error}") from error
             return mean
         try:
             saved = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated: delete it and it will be made again ({error})") from error
+        if saved.keys() != {"mean", "coords"}:
+            raise ValueError(f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords")
         if not torch.equal(saved["coords"], coords[:, 1:].cpu()):
             raise ValueError(f"{file} holds {len(saved['coords'])} voxels that are not the object's {len(coords)}")
         return saved["mean"].to(features)

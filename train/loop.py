@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from models import VAE, SparseTensor
 from models.scene import Scene
 from models.vae import load_weights
 from train import checkpoint, floors, report
-from train.config import PRECISIONS, Config, from_cli, write_config
+from train.config import PRECISIONS, Config, from_cli, write_config, write_whole
 from train.data import Batch
 from train.latents import Latents, load_encoder
 from train.losses import GradClipper, Pictures, composite, kl
@@ -164,27 +165,40 @@ class Run:
     def _load(self, file: Path) -> None:
         tensors, state = checkpoint.load(file)
         load_weights(self.vae, checkpoint.group(tensors, "model"), str(file))
-        self.optimizer.load(tensors, state["optimizer"])
-        self.clipper.load_state_dict(state["clipper"])
-        self.objects.sampler.load_state_dict(state["sampler"])
-        self.done = state["step"]
+        try:
+            self.optimizer.load(tensors, state["optimizer"])
+            self.clipper.load_state_dict(state["clipper"])
+            self.objects.sampler.load_state_dict(state["sampler"])
+            self.done = state["step"]
+        except KeyError as error:
+            raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
 
 
 def _new_folder(script: str, out: str | None) -> Path:
     """Make the run's folder: OUT, which must be new or empty, or the next free runs/SCRIPT-NNN."""
-    if out is None:
-        taken = [int(m[1]) for p in Path("runs").glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
-        folder = Path("runs") / f"{script}-{max(taken, default=0) + 1:03d}"
-    else:
-        folder = Path(out)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
+    folder = Path("runs" if out is None else out)
+    if out is not None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if out is None:
+            folder = _numbered(folder, script)
         (folder / "log.jsonl").touch()
     except OSError as error:
         raise ValueError(f"run folder {folder} cannot be written: {error}") from error
     return folder
+
+
+def _numbered(parent: Path, script: str) -> Path:
+    """Make the next PARENT/SCRIPT-NNN: of runs that start at once, each gets its own."""
+    taken = [int(m[1]) for p in parent.glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
+    for number in count(max(taken, default=0) + 1):
+        folder = parent / f"{script}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
 
 
 def fit(run: Run) -> None:
@@ -209,11 +223,11 @@ def fit(run: Run) -> None:
             if here.leads:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
                 progress.update(row, run.optimizer.skipped)
+                if last or run.done % config.save_every == 0:
+                    run.save()  # before the pictures: what is wrong with one must not cost the steps
                 if last or run.done % config.sample_every == 0:
                     report.picture(run.sample(), folder / "samples" / f"step_{run.done:08d}.png")
                     report.curves(log.rows, run.weights, folder / "curves.png")
-                if last or run.done % config.save_every == 0:
-                    _save(run)
             if stop:
                 break
     if run.done < config.steps:
@@ -222,14 +236,6 @@ def fit(run: Run) -> None:
         raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
     if here.leads:
         conclude(run)
-
-
-def _save(run: Run) -> None:
-    try:
-        run.save()
-    except OSError as error:
-        print(f"\n{error}\nfree some space, then: python -m train.{run.script} --resume {run.folder}", file=sys.stderr)
-        raise SystemExit(1) from error
 
 
 def conclude(run: Run) -> floors.Scores:
@@ -246,9 +252,9 @@ def conclude(run: Run) -> floors.Scores:
         rgb = run.config.features == "rgb"
         scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
     weights = "averaged" if averaged else "last"
-    values = {name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()}
+    values = {name: {group: report.finite(asdict(s)) for group, s in row.items()} for name, row in scores.items()}
     content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
-    (run.folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     print(f"{floors.table(scores)}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
     return scores
 
@@ -256,12 +262,27 @@ def conclude(run: Run) -> floors.Scores:
 def main(
     script: str, presets: Mapping[str, Config], build: Build, argv: Sequence[str] | None = None, compare: Compare = Pictures
 ) -> None:
-    """The command line of a training script. Wrong flags, data, folders and files end with a message and status 2."""
+    """The command line of a training script.
+
+    Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a disk that is full, or fails,
+    with a message and status 1; a second Ctrl-C with status 130. Where there is a checkpoint, the message says how to go on.
+    """
     config = from_cli(script, presets, argv, world_size())
+    run = None
     with ExitStack() as stack:
         try:
             run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)), compare)
-        except (ValueError, OSError) as error:
-            print(f"python -m train.{script}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
-        fit(run)
+            fit(run)
+        except (ValueError, OSError, KeyboardInterrupt) as error:
+            kept = run is not None and any((run.folder / "checkpoints").glob("step_*.safetensors"))
+            hint = f"\ncontinue with: python -m train.{script} --resume {run.folder}" if kept else ""
+            stopped = isinstance(error, KeyboardInterrupt)
+            what = "interrupted" if stopped else f"error: {_reason(error)}"
+            print(f"\npython -m train.{script}: {what}{hint}", file=sys.stderr)
+            raise SystemExit(130 if stopped else 1 if run and isinstance(error, OSError) else 2) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, without the traceback that a data worker puts before it."""
+    text = str(error)
+    return text.strip().rpartition(f"\n{type(error).__name__}: ")[2] if text.startswith("Caught ") else text

@@ -37,6 +37,7 @@ class Objects:
         self.sampler = Sampler(
             len(self.train), config.batch_size, micro_batch=config.micro_batch, seed=config.seed, rank=here.rank, world=here.world
         )
+        self.train[0], self.gallery()  # what is wrong with every object, or with what is looked at, shows before the first step
 
     def summary(self) -> str:
         voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"

@@ -3,7 +3,7 @@
 The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
 loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
 step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on. Unlike there, the
-gradients of the weights are accumulated in fp32, so only what flows through the activations can overflow.
+gradients of several micro-batches are summed in fp32; one micro-batch's still pass through fp16 and can overflow there.
 """
 
 import math
@@ -14,10 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+LEAST_LOG2 = -40.0  # below it no fp16 gradient is left
+
 
 @dataclass
 class LossScale:
-    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1."""
+    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1.
+
+    Raises ValueError where it has fallen so far that overflow cannot be why gradients are not finite.
+    """
 
     log2: float = 20.0
     growth: float = 1e-3
@@ -25,6 +30,11 @@ class LossScale:
 
     def update(self, finite: bool) -> None:
         self.log2 += self.growth if finite else -self.backoff
+        if self.log2 < LEAST_LOG2:
+            raise ValueError(
+                f"the loss scale fell to 2^{self.log2:.0f}, below 2^{LEAST_LOG2:.0f}, and gradients are still not finite: "
+                "that is no overflow of fp16, so look at the learning rate, the data or the checkpoint"
+            )
 
 
 def _is_hidden_matrix(name: str, p: nn.Parameter) -> bool:

@@ -2,7 +2,11 @@
 
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters of train.data use
     ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians), transform_matrix (4 x 4, Blender axes);
-                                         holdout, where train.prepare made it: how many of the last frames no feature saw
+<<<<<<< HEAD
+                                         holdout, where train.prepare made it: how many of the last frames no `rgb` feature saw
+=======
+                                         holdout (ours): how many of the last frames no `rgb` feature was made from
+>>>>>>> main
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
 """
@@ -29,7 +33,7 @@ class Frames:
     files: list[Path]
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
-    holdout: int | None = None  # the last so many views are in no feature; None: the file does not say
+    holdout: int | None = None  # the last frames that `rgb` features were made without; None where the file does not say
 
 
 def read_metadata(root: Path) -> list[dict[str, str]]:
@@ -40,24 +44,27 @@ def read_metadata(root: Path) -> list[dict[str, str]]:
     if not file.is_file():
         raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
+        with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a byte order mark first
             reader = csv.DictReader(stream)
+            columns = reader.fieldnames or []
             rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if "sha256" not in (reader.fieldnames or ()):
-        raise ValueError(f"{file} has no column sha256, only: {', '.join(reader.fieldnames or ['nothing'])}")
+    if "sha256" not in columns:
+        raise ValueError(f"{file} has no column sha256, only: {', '.join(columns) or 'nothing'}")
     if empty := [i for i, row in enumerate(rows) if not row["sha256"]]:
         raise ValueError(f"{file} has no sha256 in row {empty[0] + 1} of {len(rows)}")
     return rows
 
 
 def number(row: dict[str, str], column: str, file: Path) -> float | None:
-    """A cell as a number, None where it is empty or nan; ValueError that names file, object and cell."""
+    """A cell as a number, None where it is empty or nan; ValueError that names file, object and cell where it is neither."""
     try:
         value = float(row.get(column) or "nan")
     except ValueError as error:
         raise ValueError(f"{file}: {column} of {row['sha256']} is {row[column]!r}, not a number") from error
+    if math.isinf(value):
+        raise ValueError(f"{file}: {column} of {row['sha256']} is {row[column]!r}, not a finite number")
     return None if math.isnan(value) else value
 
 
@@ -130,7 +137,7 @@ def _opened(file: Path) -> Image.Image:
         raise ValueError(f"{file} is missing, though transforms.json lists it")
     try:
         return Image.open(file)
-    except (OSError, SyntaxError, struct.error) as error:
+    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is truncated or not a picture: {error}") from error
 
 
@@ -143,6 +150,8 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("truncated, or not an npz archive")
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             if missing := {"indices", "patchtokens"} - set(content.files):
                 raise ValueError(f"no array {' and '.join(sorted(missing))}, only {', '.join(content.files) or 'nothing'}")

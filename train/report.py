@@ -1,6 +1,7 @@
 """What a run shows: the header, the progress line, log.jsonl, sample pictures and curves."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import backend
-from train.config import OPTIMIZERS, Config
+from train.config import OPTIMIZERS, Config, write_whole
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
@@ -53,24 +54,32 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
 
 
+def finite(row: Mapping) -> dict:
+    """The row as JSON can hold it: None instead of a number that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 class Log:
     """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
 
-    Opened at `step`, it drops later rows: a resumed run repeats those steps.
+    Opened at `step`, it drops later rows: a resumed run repeats those steps. Raises ValueError for a file with a row that is
+    none, OSError where it cannot be written, both with the file's name.
     """
 
     def __init__(self, file: Path, step: int = 0):
+        self.file = file
         self.rows: list[dict] = []
         self.stride = 1
         kept = []
         if file.is_file():
-            for line in file.read_text().splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break  # half a row, where the run was killed while writing it, or a step after the checkpoint
+            for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
+                try:
+                    if not line.endswith("\n") or json.loads(line)["step"] > step:
+                        break  # half a row, where the run was killed while writing it, or a step after the checkpoint
+                except (json.JSONDecodeError, TypeError, KeyError) as error:
+                    raise ValueError(f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}") from error
                 kept.append(line)
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(file)
+        write_whole(file, "".join(kept))
         for line in kept:
             self._remember(json.loads(line))
         self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
@@ -85,15 +94,22 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row; what is not a finite number is written as null."""
-        clean = {k: None if isinstance(v, float) and not -float("inf") < v < float("inf") else v for k, v in row.items()}
-        self.stream.write(json.dumps(clean) + "\n")
+        clean = finite(row)
+        try:
+            self.stream.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.file}: {error}") from error
         self._remember(clean)
 
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stream.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.stream.close()
+        except OSError:
+            if kind is None:  # else it is the row again that could not be written
+                raise
 
 
 class Progress:

@@ -1,0 +1,56 @@
+"""What a run trains on and what it is scored on stay apart; scores are of posterior means."""
+
+import pytest
+import torch
+
+import models
+from tests.test_data import make, view_number
+from tests.test_stops import own_data
+from tests.test_train import TINY
+from train import loop
+from train.gaussian import PRESETS, build
+
+HERE = loop.Machine(torch.device("cpu"), 0, 1)
+
+
+def config(*flags):
+    return loop.from_cli("gaussian", PRESETS, [*map(str, (*TINY, *flags))])
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Objects aa, bb, cc with views 0, 1, 2 to train on and 3, 4 held out; cc is held out whole."""
+    flags = own_data(tmp_path)
+    make(tmp_path / "split", split=["train", "train", "test"])
+    return [tmp_path / "split" if flag == tmp_path / "data" else flag for flag in flags]
+
+
+def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
+    objects = loop.Objects(config(*data, "--image-size", "24", "--eval-objects", "3", "--steps", "40"), HERE)
+    batches = [batch for step in objects.steps() for batch in step]
+    trained = {(name, view_number(image)) for b in batches for name, image in zip(b.names, b.image, strict=True)}
+    assert trained == {(name, view) for name in ("aa", "bb") for view in (0, 1, 2)}
+    assert sorted(objects.groups["held-out views"]) == ["aa", "bb"] and objects.groups["held-out objects"] == ["cc"]
+    for name in ("aa", "bb", "cc"):
+        assert [view_number(image) for image in objects.views(name, "train").image] == [0, 1, 2]
+        assert [view_number(image) for image in objects.views(name, "holdout").image] == [3, 4]
+    gallery = objects.gallery()
+    assert sorted(gallery.names) == ["aa", "bb", "cc"] and [view_number(image) for image in gallery.image] == [3, 3, 3]
+
+
+def test_views_that_the_features_saw_are_not_held_out():
+    objects = lambda holdout: loop.Objects(config("--holdout-views", holdout), HERE)
+    assert "the last 4 views, 4 whole objects" in objects(4).summary()  # with which the embedded objects were made
+    with pytest.raises(ValueError, match="5 held-out views, but its rgb features were made without only 4 of 20 frames"):
+        objects(5)
+
+
+def test_pictures_and_scores_are_of_posterior_means(data, tmp_path):
+    run = loop.Run("gaussian", config(*data, "--out", tmp_path / "run"), build, HERE)
+    torch.nn.init.normal_(run.vae.decoder.out_layer.weight)  # untrained it is zero, and every latent gives the same scene
+    batch = run.objects.gallery()
+    posterior = run.vae.encoder(models.SparseTensor(batch.features, batch.coords, batch.batch_size))
+    means, sampled = (run.vae.decoder(z) for z in (posterior.mode(), posterior.sample()))
+    for scene, mean, other in zip(run.decode(batch), means, sampled, strict=True):
+        assert torch.equal(scene.color, mean.color) and torch.equal(scene.center, mean.center)
+        assert not torch.equal(scene.color, other.color)

@@ -1,0 +1,83 @@
+"""What stops a run of train.gaussian once its flags are read, what it says then, and that it can go on."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch._utils import ExceptionWrapper
+
+from tests.test_data import make
+from tests.test_train import TINY, fresh, refused, rows, state, train
+from train import loop
+
+
+def own_data(tmp_path: Path) -> list:
+    """Flags for a dataset of three objects, 8^3, five views of 24 pixels."""
+    own = "--resolution 8 --features rgb --model.window 4 --eval-objects 1".split()
+    return ["--data", make(tmp_path / "data"), *own]
+
+
+def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, capsys):
+    data, out = own_data(tmp_path), tmp_path / "run"
+    message = refused(capsys, *TINY, *data, "--views", "4", "--out", out)
+    assert "transforms.json: 3 train views, 4 wanted" in message and "--resume" not in message
+    assert "lists 5 frames: 5 held-out views leave none" in refused(capsys, *TINY, *data, "--holdout-views", "5", "--out", out)
+    assert not out.exists()
+
+
+def test_an_object_that_breaks_a_run_is_named_and_the_run_can_go_on(tmp_path, capsys):
+    data, out = own_data(tmp_path), tmp_path / "run"
+    seed = next(s for s in range(9) if np.random.default_rng([s, 0]).permutation(3)[1] == 1)
+    files = [tmp_path / "data" / "renders" / "bb" / f"{view:03d}.png" for view in range(3)]  # 3 and 4 are held out
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-60])
+    flags = ["--batch-size", "1", "--steps", "3", "--save-every", "1", "--seed", str(seed), "--out", out]
+    message = refused(capsys, *TINY, *data, *flags)
+    assert re.search(r"error: \S+bb.00\d.png is truncated or damaged", message) and f"--resume {out}" in message, message
+    for file, content in zip(files, whole, strict=True):
+        file.write_bytes(content)
+    train("--resume", out)
+    assert [row["step"] for row in rows(out)] == [1, 2, 3]
+
+
+def test_an_error_in_a_data_worker_is_told_without_its_traceback():
+    try:
+        raise ValueError("000.png is truncated")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ValueError) as caught:
+        wrapped.reraise()
+    assert "Traceback" in str(caught.value) and loop._reason(caught.value) == "000.png is truncated"
+
+
+def test_steps_are_saved_before_their_picture_is_drawn(tmp_path, capsys, monkeypatch):
+    def failing(pictures, file):
+        raise OSError(f"could not write {file}")
+
+    monkeypatch.setattr(loop.report, "picture", failing)
+    with pytest.raises(SystemExit) as stopped:
+        fresh(tmp_path, "--steps", "2", "--save-every", "1", "--sample-every", "1")
+    assert stopped.value.code == 1 and f"--resume {tmp_path}" in capsys.readouterr().err and state(tmp_path)[1]["step"] == 1
+
+
+def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    whole = loop.Run.step
+
+    def step(self, batches):
+        if self.done == 1:
+            raise KeyboardInterrupt
+        return whole(self, batches)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(SystemExit) as stopped:
+        fresh(tmp_path, "--steps", "2", "--save-every", "1")
+    message = capsys.readouterr().err
+    assert stopped.value.code == 130 and "interrupted\ncontinue with" in message and f"--resume {tmp_path}" in message
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # each looks before the other has made its folder
+    assert [loop._new_folder("gaussian", None) for _ in range(3)] == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
