@@ -1,244 +1,118 @@
-"""Attention inside segments of uneven length: N rows, M segments, H heads, D head channels; one launch per size class.
+"""Attention inside segments of uneven length: N rows, M segments, K listed keys, H heads, D head channels; one launch per
+size class.
 
 Rows are read and written through the row order of the windows, so no permuted copy exists. A short segment is one tile:
 the forward pass walks its heads (the loads of the next head overlap this one), the backward pass makes dq, dk, dv of one
-head in one program, in the form S^T = K Q^T whose P^T and dS^T are the left operands of dV and dK. Longer segments are
-tiles of rows that loop over the segment (Dao, FlashAttention-2, arXiv 2307.08691). Which tiles exist is listed on the
-device, once per windows: nothing waits for the device, nothing is added atomically, results are deterministic.
+head in one program, in the form S^T = K Q^T whose P^T and dS^T are the left operands of dV and dK. Longer segments, and
+those whose keys are other rows than the queries, are tiles of rows that loop over the segment (Dao, FlashAttention-2, arXiv
+2307.08691). Where a row is a key more than once, the gradients of each use are kept apart and then summed row by row.
+Nothing waits for the device, nothing is added atomically, results are deterministic.
+
+The programs are in `attention_tiles`, their launches in `attention_launch`, the path for CPU tensors in `attention_torch`.
 """
 
-from typing import NamedTuple
-
 import torch
-import triton
 from torch import Tensor
 
-from kernels import attention_tiles as kernel
+from kernels import attention_launch as launches
 from kernels import attention_torch as padded
 from kernels import backend
+from kernels.attention_launch import Segments, keep
 from kernels.window import Windows
-
-ANY = 2**31 - 1
-KEPT = 16  # how many plans and tile lists are kept
-
-
-class Tile(NamedTuple):
-    """How segments of `low` < length <= `high` are computed: `rows` of them by a program, `step` of the other side at a time."""
-
-    low: int
-    high: int
-    rows: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool) -> tuple[list[Tile], list[Tile]]:
-    """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
-
-    The q/k norm (`normed`) holds more of a row in registers. The last class loops, from any length.
-    """
-    if target == "interpreter":  # a program costs milliseconds whatever its size
-        forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 256, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
-        backward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, 256, 256, 128, 4, 1), Tile(256, ANY, 128, 256, 4, 1)]
-    elif dtype == torch.float32:  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
-        forward = [Tile(0, ANY, 32, 16, 4, 1)]
-        step = 32 if pad_d <= 32 and not normed else 16
-        backward = [Tile(0, ANY, 32, step, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
-        if pad_d <= 64 and not normed:
-            backward = [Tile(0, 64, 64, 16, 8, 2 if target.startswith("sm_8") else 1), backward[0]._replace(low=64)]
-    elif pad_d > 64:
-        forward, backward = [Tile(0, ANY, 64, 32, 4, 2)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
-        if normed:
-            forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
-    elif target.startswith("gfx"):
-        forward = [Tile(0, ANY, 64, 32, 4, 2)]
-        backward = [Tile(0, 64, 64, 16, 4, 2), Tile(64, 128, 128, 16, 8, 1), Tile(128, ANY, 64, 16, 4, 2)]
-        if not normed:
-            backward[2:] = [Tile(128, 256, 256, 16, 8, 1), Tile(256, ANY, 64, 16, 4, 2)]
-    elif 90 <= int(target.removeprefix("sm_")) < 120:  # 227 KB of shared memory, and products from it
-        step = 64 if target == "sm_90" else 32
-        forward = [Tile(0, 64, 64, 64, 4, 2), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, step, 4, 3)]
-        backward = [Tile(0, 64, 64, 32, 4, 2), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 2)]
-        if not normed:
-            backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 2)]
-    elif normed:
-        forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, ANY, 64, 64, 4, 3)]
-        backward = [Tile(0, ANY, 64, 16, 4, 2)]
-    else:
-        forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, 128, 128, 128, 8, 2), Tile(128, ANY, 64, 64, 4, 3)]
-        backward = [Tile(0, 64, 64, 32, 4, 1), Tile(64, 128, 128, 32, 8, 2), Tile(128, ANY, 64, 32, 4, 3)]
-    return forward, backward
-
-
-_kept: dict[tuple, tuple] = {}
-
-
-def _keep(tensors: tuple[Tensor | None, ...], make, *args):
-    """make(*args), kept for the next call with the same memory in `tensors`, which the entry keeps alive.
-
-    By memory and version, not by object: checkpointing and torch.compile hand over aliases of the same tensors.
-    """
-    key = make, args, *((t.data_ptr(), t.shape, 0 if t.is_inference() else t._version) for t in tensors if t is not None)
-    made = _kept.pop(key, None) or (make(*tensors, *args), tensors)
-    _kept[key] = made  # the most recent last
-    for old in list(_kept)[:-KEPT]:
-        _kept.pop(old, None)
-    return made[0]
-
-
-def _list_tiles(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tensor:
-    """[1 + tiles, 2] int32, as many as there can be: how many there are, then (segment, first position) of each."""
-    M = len(starts) - 1
-    most = min(M, N // (low + 1)) + (0 if high <= rows else N // rows)
-    work = starts.new_empty(1 + most, 2)
-    block = min(1024, triton.next_power_of_2(M))
-    backend.launch(kernel._list_tiles, (1,), starts, work, M, LOW=low, HIGH=high, ROWS=rows, BLOCK=block, num_warps=4)
-    return work
-
-
-def _programs(tiles: int, tensor: Tensor) -> int:
-    """Programs along the tiles: more than run at once would start only to find nothing left."""
-    units = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-    return min(tiles, 8 * units)
-
-
-def _constants(q: Tensor, tile: Tile) -> dict[str, int]:
-    H, D = q.shape[1:]
-    return dict(H=H, D=D, PAD_D=max(16, triton.next_power_of_2(D)), STRIDE=q.stride(0), ROWS=tile.rows, STAGES=tile.num_stages,
-                num_warps=tile.num_warps, num_stages=tile.num_stages)  # fmt: skip
-
-
-def _classes(q: Tensor, bound: int | None, normed: bool) -> tuple[list[Tile], list[Tile]]:
-    """Those that a segment of up to `bound` rows can be in; None: queries and keys are separate, all tiles loop."""
-    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q), normed)
-    if bound is None:
-        return [forward[-1]._replace(low=0)], [backward[-1]._replace(low=0)]
-    return [t for t in forward if t.low < bound], [t for t in backward if t.low < bound]
-
-
-def _forward(q, k, v, gamma, order, q_starts, k_starts, bound: int | None, scale: float) -> tuple[Tensor, Tensor]:
-    N, H, D = q.shape
-    out, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
-    for tile in _classes(q, bound, gamma is not None)[0]:
-        work = _keep((q_starts,), _list_tiles, N, tile.low, tile.high, tile.rows)
-        programs, constants = _programs(len(work) - 1, q), _constants(q, tile)
-        if tile.high <= tile.rows:
-            heads = min(H, 4)
-            backend.launch(kernel._attention_short, (triton.cdiv(H, heads), programs), q, k, v, gamma, order, q_starts, work,
-                           out, lse, N, scale, HEADS=heads, **constants)  # fmt: skip
-        else:
-            backend.launch(kernel._attention_long, (H, programs), q, k, v, gamma, order, q_starts, k_starts, work, out, lse,
-                           N, scale, STEP=tile.step, **constants)  # fmt: skip
-    return out, lse
-
-
-def _backward(grad, q, k, v, out, lse, gamma, order, q_starts, k_starts, bound: int | None, scale: float, dq, dk, dv) -> Tensor:
-    """Fill dq, dk, dv; return dgamma [2, H, D], or nothing [0] without gamma."""
-    N, H, D = q.shape
-    classes = _classes(q, bound, gamma is not None)[1]
-    lists = [_keep((q_starts,), _list_tiles, N, tile.low, tile.high, tile.rows) for tile in classes]
-    parts = None if gamma is None else gamma.new_zeros(sum(len(work) - 1 for work in lists), 2, H, D)
-    first = 0
-    for tile, work in zip(classes, lists, strict=True):
-        tiles, constants = len(work) - 1, _constants(q, tile) | {"STEP": tile.step}
-        grid, part = (H, _programs(tiles, q)), None if parts is None else parts[first : first + tiles]
-        if tile.high <= tile.rows:
-            backend.launch(kernel._attention_short_backward, grid, q, k, v, gamma, order, q_starts, work, out, lse, grad,
-                           dq, dk, dv, part, N, scale, **constants)  # fmt: skip
-        else:
-            delta = torch.empty_like(lse)
-            backend.launch(kernel._attention_long_dq, grid, q, k, v, gamma, order, q_starts, k_starts, work, out, lse, grad,
-                           dq, delta, part, N, scale, **constants)  # fmt: skip
-            if k_starts is not q_starts:
-                work = _keep((k_starts,), _list_tiles, len(k), tile.low, tile.high, tile.rows)
-                grid = (H, _programs(len(work) - 1, q))
-            backend.launch(kernel._attention_long_dkv, grid, q, k, v, gamma, order, q_starts, k_starts, work, lse, delta, grad,
-                           dk, dv, part, N, scale, **constants)  # fmt: skip
-        first += tiles
-    return q.new_empty(0) if parts is None else parts.sum(0)
-
-
-def _norm(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The q/k norm of x [N, 2, H, D] in its type; the unit rows and the inverse norms, negative where a norm is below 1e-12."""
-    wide = x.to(gamma.dtype)
-    norm = wide.norm(dim=-1, keepdim=True)
-    inverse = norm.clamp(min=1e-12).reciprocal()
-    unit = wide * inverse
-    return (unit * gamma * x.shape[-1] ** 0.5).to(x.dtype), unit, inverse.copysign(norm - 1e-12)
-
-
-def _norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x [N, 2, H, D] and gamma [2, H, D]."""
-    _, unit, inverse = _norm(x, gamma)
-    grad = grad * x.shape[-1] ** 0.5
-    dgamma, grad = (grad * unit).sum(0), grad * gamma
-    along = (grad * unit).sum(-1, keepdim=True).where(inverse > 0, 0)
-    return inverse.abs() * (grad - unit * along), dgamma
 
 
 def _window_plan(order: Tensor, starts: Tensor, heads: int) -> padded.Plan:
     return padded.plan(starts, starts, heads, len(order), len(order), order)
 
 
+def _listed_plan(order: Tensor, starts: Tensor, key_starts: Tensor, heads: int, keys: int) -> padded.Plan:
+    return padded.plan(starts, key_starts, heads, len(order), keys, order)
+
+
 def _segment_plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: int) -> padded.Plan:
     return padded.plan(q_starts, k_starts, heads, q_rows, k_rows)
 
 
+def _operands(
+    qkv: Tensor, order: Tensor, starts: Tensor, keys: Tensor | None, key_starts: Tensor | None, gamma: Tensor | None,
+    phases: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, padded.Plan]:  # fmt: skip
+    """q [N, H, D], rotated and normed, and k, v of every key, for the torch path."""
+    qk, heads = qkv[:, :2], qkv.shape[2]
+    if phases is not None:
+        qk = padded.rotate(qk, phases)
+    if gamma is not None:
+        qk = padded.norm(qk, gamma)[0]
+    (q, k), v = qk.unbind(1), qkv[:, 2]
+    if keys is None:
+        return q, k, v, keep((order, starts), _window_plan, heads)
+    return q, k[keys.long()], v[keys.long()], keep((order, starts, key_starts), _listed_plan, heads, len(keys))
+
+
+def _segments(order, starts, keys, key_starts, uses, use_starts, bound: int) -> Segments:
+    if keys is None:
+        return Segments(order, starts, order, starts, min(bound, len(order)))
+    return Segments(order, starts, keys, key_starts, None, (uses, use_starts))
+
+
 @torch.library.custom_op("trislat::window_attention", mutates_args=())
 def _window_attention(
-    qkv: Tensor, order: Tensor, starts: Tensor, gamma: Tensor | None, bound: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, order: Tensor, starts: Tensor, keys: Tensor | None, key_starts: Tensor | None, uses: Tensor | None,
+    use_starts: Tensor | None, gamma: Tensor | None, phases: Tensor | None, bound: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [N, H, D], and lse [H, N] by position: log sum exp of the scores; the torch path has no use for it, [0, N]."""
     if backend.is_torch(qkv):
-        q, k, v = qkv.unbind(1) if gamma is None else (*_norm(qkv[:, :2], gamma)[0].unbind(1), qkv[:, 2])
-        out = padded.forward(q, k, v, _keep((order, starts), _window_plan, qkv.shape[2]), scale)
+        out = padded.forward(*_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale)
         return out, out.new_empty(0, len(out), dtype=torch.float32)
-    return _forward(*qkv.unbind(1), gamma, order, starts, starts, min(bound, len(qkv)), scale)
+    segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
+    return launches.forward(*qkv.unbind(1), gamma, phases, segments, scale)
 
 
 @_window_attention.register_fake
-def _(qkv, order, starts, gamma, bound, scale):
+def _(qkv, order, starts, keys, key_starts, uses, use_starts, gamma, phases, bound, scale):
     N, _, H, D = qkv.shape
     return qkv.new_empty(N, H, D), qkv.new_empty(0 if backend.is_torch(qkv) else H, N, dtype=torch.float32)
 
 
 @torch.library.custom_op("trislat::window_attention_backward", mutates_args=())
 def _window_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, order: Tensor, starts: Tensor, gamma: Tensor | None, bound: int,
-    scale: float,
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, order: Tensor, starts: Tensor, keys: Tensor | None,
+    key_starts: Tensor | None, uses: Tensor | None, use_starts: Tensor | None, gamma: Tensor | None, phases: Tensor | None,
+    bound: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dqkv [N, 3, H, D], and dgamma [2, H, D] or, without gamma, [0]."""
-    if len(lse) == 0:  # what the forward pass ran on, whichever context the backward pass runs in
-        q, k, v = qkv.unbind(1) if gamma is None else (*_norm(qkv[:, :2], gamma)[0].unbind(1), qkv[:, 2])
-        dq, dk, dv = padded.backward(grad, q, k, v, _keep((order, starts), _window_plan, qkv.shape[2]), scale)
-        if gamma is None:
-            return torch.stack([dq, dk, dv], 1).to(qkv.dtype), qkv.new_empty(0)
-        dqk, dgamma = _norm_backward(torch.stack([dq, dk], 1), qkv[:, :2], gamma)
-        return torch.cat([dqk, dv[:, None]], 1).to(qkv.dtype), dgamma
-    dqkv = torch.empty_like(qkv)
-    bound = min(bound, len(qkv))
-    dgamma = _backward(
-        grad.contiguous(), *qkv.unbind(1), out, lse, gamma, order, starts, starts, bound, scale, *dqkv.unbind(1)
-    )
-    return dqkv, dgamma
+    if len(lse) > 0:  # what the forward pass ran on, whichever context the backward pass runs in
+        dqkv, segments = torch.empty_like(qkv), _segments(order, starts, keys, key_starts, uses, use_starts, bound)
+        operands = grad.contiguous(), *qkv.unbind(1), out, lse, gamma, phases, segments, scale, *dqkv.unbind(1)
+        return dqkv, launches.backward(*operands)
+    dq, dk, dv = padded.backward(grad, *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale)
+    if keys is not None:
+        dk, dv = (padded.sum_uses(d, uses, use_starts) for d in (dk, dv))
+    dqk, dgamma = torch.stack([dq, dk], 1), qkv.new_empty(0)
+    if gamma is not None:
+        qk = qkv[:, :2] if phases is None else padded.rotate(qkv[:, :2], phases)
+        dqk, dgamma = padded.norm_backward(dqk, qk, gamma)
+    if phases is not None:
+        dqk = padded.rotate(dqk, phases, back=True)
+    return torch.cat([dqk, dv[:, None]], 1).to(qkv.dtype), dgamma
 
 
 @_window_attention_backward.register_fake
-def _(grad, qkv, out, lse, order, starts, gamma, bound, scale):
+def _(grad, qkv, out, lse, order, starts, keys, key_starts, uses, use_starts, gamma, phases, bound, scale):
     return torch.empty_like(qkv), qkv.new_empty(0) if gamma is None else torch.empty_like(gamma)
 
 
 def _save_window(ctx, inputs, output):
-    qkv, order, starts, gamma, ctx.bound, ctx.scale = inputs
-    ctx.save_for_backward(qkv, *output, order, starts, gamma)
+    qkv, *lists, ctx.bound, ctx.scale = inputs
+    ctx.normed = lists[6] is not None
+    ctx.save_for_backward(qkv, *output, *lists)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_window(ctx, grad, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes at the first read and allows no second
-    dqkv, dgamma = torch.ops.trislat.window_attention_backward(grad, *saved, ctx.bound, ctx.scale)
-    return dqkv, None, None, None if saved[-1] is None else dgamma, None, None
+    # saved_tensors is read once: activation checkpointing recomputes at the first read and allows no second
+    dqkv, dgamma = torch.ops.trislat.window_attention_backward(grad, *ctx.saved_tensors, ctx.bound, ctx.scale)
+    return dqkv, *[None] * 6, dgamma if ctx.normed else None, None, None, None
 
 
 _window_attention.register_autograd(_differentiate_window, setup_context=_save_window)
@@ -250,9 +124,9 @@ def _segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """out [Nq, H, D], lse [H, Nq] or [0, Nq] as in window_attention."""
     if backend.is_torch(q):
-        plan = _keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
+        plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
         return padded.forward(q, k, v, plan, scale), q.new_empty(0, len(q), dtype=torch.float32)
-    return _forward(q, k, v, None, None, q_starts, k_starts, None, scale)
+    return launches.forward(q, k, v, None, None, Segments(None, q_starts, None, k_starts), scale)
 
 
 @_segment_attention.register_fake
@@ -265,11 +139,12 @@ def _segment_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_starts: Tensor, k_starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(lse) == 0:
-        plan = _keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
+        plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
         dq, dk, dv = padded.backward(grad, q, k, v, plan, scale)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _backward(grad.contiguous(), q, k, v, out, lse, None, None, q_starts, k_starts, None, scale, dq, dk, dv)
+    segments = Segments(None, q_starts, None, k_starts)
+    launches.backward(grad.contiguous(), q, k, v, out, lse, None, None, segments, scale, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -305,12 +180,14 @@ def window_attention(
     scale: float | None = None,  # of the scores; D ** -0.5
     q_gamma: Tensor | None = None,  # [H, D], with k_gamma: q and k are RMS-normed over D and scaled by them first
     k_gamma: Tensor | None = None,
+    phases: Tensor | None = None,  # [N, D / 2] complex: q and k, in pairs of channels (2 i, 2 i + 1), are multiplied by them
 ) -> Tensor:  # [N, H, D]
-    """softmax(scale q k^T) v among the rows of each window, every window and head in one launch per size class.
+    """softmax(scale q k^T) v of each window's rows over its keys, every window and head in one launch per size class.
 
-    Any window length; fp32 accumulation; deterministic, forward and backward (to qkv and both gammas; once
-    differentiable). With the gammas, q becomes q / max(|q|, 1e-12) * gamma * sqrt(D), in fp32, rounded to q's type.
-    Nothing waits for the device; for CPU tensors the window starts are read. Raises ValueError for wrong ranks, types,
+    Any window length; fp32 accumulation; deterministic, forward and backward (to qkv and both gammas, not to the phases;
+    once differentiable). The rotation by the phases (Su et al., RoFormer, arXiv 2104.09864) comes first, as published; then
+    the norm: with the gammas, q becomes q / max(|q|, 1e-12) * gamma * sqrt(D). Both are computed in fp32 and rounded to q's
+    type. Nothing waits for the device; for CPU tensors the window starts are read. Raises ValueError for wrong ranks, types,
     head sizes (multiples of 8 from 8 to 128) and row counts.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
@@ -326,8 +203,15 @@ def window_attention(
             if g.shape != qkv.shape[2:]:
                 raise ValueError(f"{name} must be [H, D] = {list(qkv.shape[2:])}, got {list(g.shape)}")
         gamma = torch.stack([q_gamma, k_gamma]).to(torch.promote_types(qkv.dtype, torch.float32))
+    if phases is not None:
+        if phases.shape != (len(qkv), qkv.shape[3] // 2) or not phases.is_complex():
+            expected = [len(qkv), qkv.shape[3] // 2]
+            raise ValueError(f"phases must be [N, D / 2] = {expected} complex, got {list(phases.shape)} {phases.dtype}")
+        phases = torch.view_as_real(phases.detach().resolve_conj()).to(torch.promote_types(qkv.dtype, torch.float32)).contiguous()
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.trislat.window_attention(qkv.contiguous(), windows.order, windows.starts, gamma, windows.bound, scale)[0]
+    uses = (None, None) if windows.keys is None else windows.uses
+    lists = windows.order, windows.starts, windows.keys, windows.key_starts, *uses
+    return torch.ops.trislat.window_attention(qkv.contiguous(), *lists, gamma, phases, windows.bound, scale)[0]
 
 
 def segment_attention(
@@ -356,14 +240,23 @@ def segment_attention(
     return torch.ops.trislat.segment_attention(*args)[0]
 
 
-def window_attention_reference(qkv, order, starts, scale=None, q_gamma=None, k_gamma=None):
+def rotate_reference(x, phases):
+    """Pairs of channels (2 i, 2 i + 1) of x [N, H, D] multiplied, as complex numbers, by phases [N, D / 2]."""
+    pairs = torch.complex(x[..., 0::2], x[..., 1::2]) * phases[:, None]
+    return torch.stack([pairs.real, pairs.imag], -1).flatten(-2)
+
+
+def window_attention_reference(qkv, windows, scale=None, q_gamma=None, k_gamma=None, phases=None):
     """One window after the other; [N, H, D]."""
     q, k, v = qkv.unbind(1)
+    if phases is not None:
+        q, k = rotate_reference(q, phases), rotate_reference(k, phases)
     if q_gamma is not None:
         root = qkv.shape[-1] ** 0.5
         q, k = (torch.nn.functional.normalize(x, dim=-1) * g * root for x, g in ((q, q_gamma), (k, k_gamma)))
-    order = order.long()
-    out = segment_attention_reference(q[order], k[order], v[order], starts, starts, scale)
+    order = windows.order.to(qkv.device).long()
+    keys, key_starts = (order, windows.starts) if windows.keys is None else (windows.keys.to(order), windows.key_starts)
+    out = segment_attention_reference(q[order], k[keys], v[keys], windows.starts, key_starts, scale)
     return torch.zeros_like(out).index_copy(0, order, out)
 
 

@@ -1,12 +1,12 @@
 """The Triton programs of `kernels.attention`: N rows, M segments, H heads, D head channels padded to PAD_D, a power of two.
 
 Pointers: q, k, v and their gradients [N, H, D] with STRIDE between rows; out, grad [N, H, D]; gamma [2, H, D] fp32 or None
-(no q/k norm); order [N] int32 or None (position = row); starts [M + 1] int32; work from `_list_tiles`; lse, delta [H, N] fp32
-by position; dgamma [tiles, 2, H, D] fp32. Program axis 0 is the head, or a group: heads share the lines of a row. Axis 1
-strides over the tiles in `work`.
+(no q/k norm); phases [N, D / 2, 2] fp32 or None (no rotation); order of the queries, keys [N] int32 or None (position = row);
+starts [M + 1] int32; work from `_list_tiles`; lse, delta [H, N] fp32 by position; dgamma [tiles, 2, H, D] fp32. Program axis 0
+is the head, or a group: heads share the lines of a row. Axis 1 strides over the tiles in `work`.
 
 Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key is masked out of the softmax. Loops call
-no helper except the norm: Triton's interpreter pays milliseconds for each call.
+no helper except the rotation and the norm: Triton's interpreter pays milliseconds for each call.
 """
 
 import triton
@@ -31,6 +31,17 @@ def _list_tiles(starts_ptr, work_ptr, M, LOW: tl.constexpr, HIGH: tl.constexpr, 
             tl.store(slot + 2 * t + 1, begin + t * ROWS, mask=t < tiles)
         total += tl.sum(tiles)
     tl.store(work_ptr, total)
+
+
+@triton.jit
+def _rotate(x, phases_ptr, row, live, SIGN: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
+    """Pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] turned by their phases, or back (SIGN -1), in their type."""
+    d = tl.arange(0, PAD_D)[None, :]
+    phases = tl.load(phases_ptr + row * D + d, mask=live[:, None] & (d < D), other=0.0)
+    cos, sin = tl.split(tl.reshape(phases, [x.shape[0], PAD_D // 2, 2]))
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), [x.shape[0], PAD_D // 2, 2]))
+    sin *= SIGN
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], PAD_D]).to(x.dtype)
 
 
 @triton.jit
@@ -60,7 +71,7 @@ def _norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_short(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, order_ptr, starts_ptr, work_ptr, out_ptr, lse_ptr, N, scale,
+    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, starts_ptr, work_ptr, out_ptr, lse_ptr, N, scale,
     H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -77,6 +88,9 @@ def _attention_short(
             q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
             k = tl.load(k_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
             v = tl.load(v_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            if phases_ptr is not None:
+                q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
+                k = _rotate(k, phases_ptr, row, live, 1, D, PAD_D)
             if gamma_ptr is not None:
                 q = _norm(q, gamma_ptr + h * D, D, PAD_D)
                 k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
@@ -92,7 +106,8 @@ def _attention_short(
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_long(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, order_ptr, q_starts_ptr, k_starts_ptr, work_ptr, out_ptr, lse_ptr, N, scale,
+    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, work_ptr, out_ptr, lse_ptr,
+    N, scale,
     H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -106,6 +121,8 @@ def _attention_long(
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
         row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
         q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+        if phases_ptr is not None:
+            q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
         if gamma_ptr is not None:
             q = _norm(q, gamma_ptr + h * D, D, PAD_D)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -116,9 +133,11 @@ def _attention_long(
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = (k_at if order_ptr is None else tl.load(order_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+            k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            if phases_ptr is not None:
+                k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
             if gamma_ptr is not None:
                 k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]
@@ -137,8 +156,8 @@ def _attention_long(
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_short_backward(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, order_ptr, starts_ptr, work_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr,
-    dgamma_ptr, N, scale,
+    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, starts_ptr, work_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr,
+    dv_ptr, dgamma_ptr, N, scale,
     H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +174,8 @@ def _attention_short_backward(
         k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         dgamma = tl.zeros([PAD_D], tl.float32)
+        if phases_ptr is not None:
+            k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
         if gamma_ptr is not None:
             k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
         dk = tl.zeros([ROWS, PAD_D], tl.float32)
@@ -168,6 +189,8 @@ def _attention_short_backward(
             g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
+            if phases_ptr is not None:
+                x = _rotate(x, phases_ptr, row, live, 1, D, PAD_D)
             q = x if gamma_ptr is None else _norm(x, gamma_ptr + h * D, D, PAD_D)
             delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
@@ -180,22 +203,28 @@ def _attention_short_backward(
             if gamma_ptr is not None:
                 dq, part = _norm_backward(dq, x, gamma_ptr + h * D, D, PAD_D)
                 dgamma += part
+            if phases_ptr is not None:
+                dq = _rotate(dq, phases_ptr, row, live, -1, D, PAD_D)
             tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
         dk *= scale
         if gamma_ptr is not None:
             at = dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D)
             tl.store(at, dgamma, mask=tl.arange(0, PAD_D) < D)
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            if phases_ptr is not None:
+                k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
             dk, dgamma = _norm_backward(dk, k, gamma_ptr + (H + h) * D, D, PAD_D)
             tl.store(at + H * D, dgamma, mask=tl.arange(0, PAD_D) < D)
+        if phases_ptr is not None:
+            dk = _rotate(dk, phases_ptr, k_row, k_live, -1, D, PAD_D)
         tl.store(dk_ptr + k_row * STRIDE + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
         tl.store(dv_ptr + k_row * STRIDE + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_long_dq(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, order_ptr, q_starts_ptr, k_starts_ptr, work_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr,
-    delta_ptr, dgamma_ptr, N, scale,
+    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, work_ptr, out_ptr, lse_ptr,
+    grad_ptr, dq_ptr, delta_ptr, dgamma_ptr, N, scale,
     H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -212,6 +241,8 @@ def _attention_long_dq(
         g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
         out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
+        if phases_ptr is not None:
+            q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
         if gamma_ptr is not None:
             q = _norm(q, gamma_ptr + h * D, D, PAD_D)
         delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
@@ -222,9 +253,11 @@ def _attention_long_dq(
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = (k_at if order_ptr is None else tl.load(order_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+            k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            if phases_ptr is not None:
+                k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
             if gamma_ptr is not None:
                 k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]
@@ -234,19 +267,26 @@ def _attention_long_dq(
         dq *= scale
         if gamma_ptr is not None:
             q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            if phases_ptr is not None:
+                q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
             dq, dgamma = _norm_backward(dq, q, gamma_ptr + h * D, D, PAD_D)
             tl.store(dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D), dgamma, mask=tl.arange(0, PAD_D) < D)
+        if phases_ptr is not None:
+            dq = _rotate(dq, phases_ptr, row, live, -1, D, PAD_D)
         tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_long_dkv(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, order_ptr, q_starts_ptr, k_starts_ptr, work_ptr, lse_ptr, delta_ptr, grad_ptr, dk_ptr,
-    dv_ptr, dgamma_ptr, N, scale,
+    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, work_ptr, lse_ptr, delta_ptr,
+    grad_ptr, dk_ptr, dv_ptr, dgamma_ptr, N, scale,
     H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BY_POSITION: tl.constexpr,
 ):  # fmt: skip
-    """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries."""
+    """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries.
+
+    They are stored by position [K, H, D], for `_sum_uses`, where a row may be a key more than once.
+    """
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
@@ -254,9 +294,11 @@ def _attention_long_dkv(
         k_at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         k_live = k_at < tl.load(k_starts_ptr + segment + 1)
         k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-        k_row = (k_at if order_ptr is None else tl.load(order_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+        k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
         k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+        if phases_ptr is not None:
+            k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
         if gamma_ptr is not None:
             k = _norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
         dk = tl.zeros([ROWS, PAD_D], tl.float32)
@@ -271,6 +313,8 @@ def _attention_long_dkv(
             g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
             delta = tl.load(delta_ptr + h * N + at, mask=live, other=0.0)
+            if phases_ptr is not None:
+                q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
             if gamma_ptr is not None:
                 q = _norm(q, gamma_ptr + h * D, D, PAD_D)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
@@ -281,7 +325,36 @@ def _attention_long_dkv(
         dk *= scale
         if gamma_ptr is not None:
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            if phases_ptr is not None:
+                k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
             dk, dgamma = _norm_backward(dk, k, gamma_ptr + (H + h) * D, D, PAD_D)
             tl.store(dgamma_ptr + ((i * 2 + 1) * H + h) * D + tl.arange(0, PAD_D), dgamma, mask=tl.arange(0, PAD_D) < D)
-        tl.store(dk_ptr + k_row * STRIDE + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
-        tl.store(dv_ptr + k_row * STRIDE + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
+        if phases_ptr is not None:
+            dk = _rotate(dk, phases_ptr, k_row, k_live, -1, D, PAD_D)
+        to = k_at.to(tl.int64)[:, None] * (H * D) if BY_POSITION else k_row * STRIDE
+        tl.store(dk_ptr + to + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
+        tl.store(dv_ptr + to + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _sum_uses(
+    dk_uses_ptr, dv_uses_ptr, uses_ptr, use_starts_ptr, dk_ptr, dv_ptr, N,
+    C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of each row, C = H D channels: the sum over its uses as a key, in their order. A program: ROWS x BLOCK."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    begin = tl.load(use_starts_ptr + row, mask=row < N, other=0)
+    end = tl.load(use_starts_ptr + row + 1, mask=row < N, other=0)
+    dk = tl.zeros([ROWS, BLOCK], tl.float32)
+    dv = tl.zeros([ROWS, BLOCK], tl.float32)
+    for t in range(0, tl.max(end - begin)):
+        live = begin + t < end
+        use = tl.load(uses_ptr + begin + t, mask=live, other=0).to(tl.int64)[:, None]
+        mask = live[:, None] & (c < C)
+        dk += tl.load(dk_uses_ptr + use * C + c, mask=mask, other=0.0)
+        dv += tl.load(dv_uses_ptr + use * C + c, mask=mask, other=0.0)
+    mask = (row < N)[:, None] & (c < C)
+    to = row.to(tl.int64)[:, None] * STRIDE + c
+    tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=mask)

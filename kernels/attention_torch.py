@@ -80,7 +80,7 @@ def _side(order: Tensor | None, N: int, heads: int, groups: list[list[list[int]]
 def plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: int, order: Tensor | None = None) -> Plan:
     """Group the segments that q_starts and k_starts [M + 1] cut off: longest first, while a batch wastes little.
 
-    `order` [N] names the row at each position, of queries and keys alike; without it, positions are rows.
+    `order` [N] names the query at each position, and the key too where k_starts is q_starts; without it, positions are rows.
     """
     q, k = q_starts.tolist(), k_starts.tolist()
     segments = [(q[m + 1] - q[m], k[m + 1] - k[m], q[m], k[m]) for m in range(len(q) - 1)]
@@ -103,7 +103,7 @@ def plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: in
     if q_starts is k_starts:
         keys, k_spans = queries, q_spans
     else:
-        keys, k_spans = _side(order, k_rows, heads, [[[s[1], s[3]] for s in g] for g in groups])
+        keys, k_spans = _side(None, k_rows, heads, [[[s[1], s[3]] for s in g] for g in groups])
     batches = []
     for (q_first, q_length, _), (k_first, k_length, pad) in zip(q_spans, k_spans, strict=True):
         bias = torch.zeros(pad.shape).masked_fill_(pad, -torch.inf) if pad.any() else None
@@ -177,3 +177,38 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: f
                 dks.baddbmm_(ds.mT, qs[:, m]), dvs.baddbmm_(p.mT, gs[:, m])
     dq *= scale
     return plan.queries.scatter(dq, like_q), plan.keys.scatter(dk, like_k), plan.keys.scatter(dv, like_k)
+
+
+def rotate(x: Tensor, phases: Tensor, back: bool = False) -> Tensor:
+    """Pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] turned by phases [N, D / 2, 2], or back, in its type."""
+    pairs = torch.view_as_complex(x.to(phases.dtype).unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.view_as_complex(phases)[:, None, None]
+    return torch.view_as_real(pairs * (turn.conj() if back else turn)).flatten(-2).to(x.dtype)
+
+
+def norm(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The q/k norm of x [N, 2, H, D] in its type; the unit rows and the inverse norms, negative where a norm is below 1e-12."""
+    wide = x.to(gamma.dtype)
+    norm = wide.norm(dim=-1, keepdim=True)
+    inverse = norm.clamp(min=1e-12).reciprocal()
+    unit = wide * inverse
+    return (unit * gamma * x.shape[-1] ** 0.5).to(x.dtype), unit, inverse.copysign(norm - 1e-12)
+
+
+def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x [N, 2, H, D] and gamma [2, H, D]."""
+    _, unit, inverse = norm(x, gamma)
+    grad = grad * x.shape[-1] ** 0.5
+    dgamma, grad = (grad * unit).sum(0), grad * gamma
+    along = (grad * unit).sum(-1, keepdim=True).where(inverse > 0, 0)
+    return inverse.abs() * (grad - unit * along), dgamma
+
+
+def sum_uses(x: Tensor, uses: Tensor, starts: Tensor) -> Tensor:
+    """[N, ...]: the sum of x [K, ...] over the uses of each row as a key (`Windows.uses`), in their order."""
+    begin, count = starts[:-1].long(), starts.diff()
+    total = x.new_zeros(len(count), *x.shape[1:])
+    for t in range(int(count.max()) if len(count) else 0):
+        rows = (count > t).nonzero()[:, 0]
+        total[rows] += x[uses[begin[rows] + t].long()]
+    return total

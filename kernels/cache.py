@@ -97,6 +97,14 @@ class SpatialCache:
         cache, _ = self._follow("subdivide", 2, self._make_children)
         return cache
 
+    @property
+    def parent(self) -> "SpatialCache | None":
+        """The cache whose `subdivide` made this one; None for any other."""
+        number, _ = self._scale.links.get(("pool", 2), (None, None))
+        if number is None or self._family.scales[number].links.get(("subdivide", 2), (None,))[0] != self._number:
+            return None
+        return self.pool(2)[0]
+
     def pool(self, factor: int = 2) -> tuple["SpatialCache", Tensor]:
         """The coarser voxels that hold these, by batch, x, y, z; and the coarse row of each fine one, [N] int32.
 

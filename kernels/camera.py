@@ -21,6 +21,7 @@ class Image:
     alpha: Tensor  # [V, 1, H, W], 1 - transmittance
     depth: Tensor | None = None  # [V, 1, H, W], world units
     normal: Tensor | None = None  # [V, 3, H, W]
+    normal_map: Tensor | None = None  # [V, 3, H, W], what a mesh's vertices carry beyond their colour
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,5 @@
-"""python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--json FILE]
+"""python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--hot] [--json FILE]
+       python -m kernels.compile --markdown FILE --also OTHER_VENV/bin/python
 
 Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory. Two steps, each in
 processes of its own because Triton decides at import whether it interprets or compiles:
@@ -7,6 +8,9 @@ processes of its own because Triton decides at import whether it interprets or c
    sizes of each target, and every launch is noted with its argument types, constants and options. So what is built is
    what is launched, never a copy of it.
 2. build: each distinct launch is compiled for its targets, disassembled and counted.
+
+What comes out depends on the version of Triton. `--also PYTHON` builds the same launches, recorded once, with another
+interpreter's Triton too, and `--markdown` writes one table of both, from fresh builds: its seconds are of compilations.
 
 Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a kernel marked hot.
 """
@@ -17,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +34,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.compile_report import describe, document, merged
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POINTEES = {
@@ -58,10 +64,14 @@ TARGETS = {
     "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64),
 }
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
-OPS = "attention,norms,coordinates,gaussians,similarity,scales"  # the names in kernels.workloads, whose import would load Triton
+# The names in kernels.workloads, whose import would load Triton
+OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes,radiance,scales"
 
 # Kernels that a training step spends its time in: a spill there is a defect
-HOT = re.compile(r"attention|norm|gelu|blend|ssim")
+HOT = re.compile(
+    r"attention|norm|gelu|blend|ssim|sum_uses|conv|statistics|gradients|dual|average"
+    r"|vertex_bwd|fields_bwd|raster|silhouette|sum_runs|march"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,13 @@ class Build:
     kernel: str
     types: tuple[tuple[str, str], ...]  # argument name, Triton type; "constexpr" for None
     aligned: tuple[int, ...]  # positions of arguments divisible by 16
+    ones: tuple[str, ...]  # integer arguments that were 1
     constants: tuple[tuple[str, object], ...]
+
+    @property
+    def hot(self) -> bool:
+        """Whether a spill in it is a defect."""
+        return bool(HOT.search(self.kernel))
 
     @property
     def dtype(self) -> str:
@@ -90,7 +106,7 @@ def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build
 
         def note(kernel, grid, args, constants, target=target):
             names = kernel.arg_names
-            types, aligned = [], []
+            types, aligned, ones = [], [], []
             for position, (name, value) in enumerate(zip(names, args, strict=False)):
                 if isinstance(value, Tensor):
                     types.append((name, "*" + POINTEES[value.dtype]))
@@ -101,10 +117,11 @@ def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build
                 else:
                     types.append((name, "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"))
                     divisible = isinstance(value, int) and value % 16 == 0
+                    ones += [name] if isinstance(value, int) and value == 1 else []
                 if divisible:
                     aligned.append(position)
             where = kernel.fn.__module__, kernel.fn.__name__
-            build = Build(*where, tuple(types), tuple(aligned), tuple(sorted(constants.items())))
+            build = Build(*where, tuple(types), tuple(aligned), tuple(ones), tuple(sorted(constants.items())))
             found = builds.setdefault(build, [])
             if target not in found:
                 found.append(target)
@@ -160,7 +177,8 @@ def _read_amd(compiled) -> dict:
 def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
     """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
-    by_shared = target.shared_unit // (shared + 1024) if shared else 32
+    reserved = 1024 if target.backend == "cuda" else 0  # NVIDIA keeps this much of every block's for itself
+    by_shared = target.shared_unit // (shared + reserved) if shared else 32
     return max(0, min(by_registers, by_shared, target.warps // warps, 32))
 
 
@@ -186,6 +204,9 @@ def _build(build: Build, target_name: str) -> dict:
     constants = {k: v for k, v in build.constants if k not in options}
     types = dict(build.types)
     constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
+    generic = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    aligned = [i for i in build.aligned if kernel.arg_names[i] not in generic]
+    constants |= {name: 1 for name in build.ones if name not in generic}  # Triton makes an argument of 1 a constant
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     if target.backend == "hip":
         options.pop("maxnreg", None)
@@ -193,9 +214,9 @@ def _build(build: Build, target_name: str) -> dict:
         fn=kernel,
         signature=signature,
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in build.aligned},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    row = {**asdict(build), "dtype": build.dtype, "target": target_name, "hot": bool(HOT.search(build.kernel))}
+    row = {**asdict(build), "dtype": build.dtype, "target": target_name, "hot": build.hot}
     began = time.perf_counter()
     try:
         compiled = compile(
@@ -208,77 +229,118 @@ def _build(build: Build, target_name: str) -> dict:
     row["seconds"] = round(time.perf_counter() - began, 2)
     row |= (_read_nvidia if target.backend == "cuda" else _read_amd)(compiled)
     row["shared"], row["warps"] = compiled.metadata.shared, compiled.metadata.num_warps
+    row["shared_limit"] = f"{100 * row['shared'] / target.shared_block:.0f} %"
     row["blocks_per_unit"] = _blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
     failure = _verdict(row, target, target_name)
     return row | ({"failure": failure} if failure else {})
 
 
-def describe(row: dict) -> str:
-    """The row's constants in short."""
-    constants = ", ".join(f"{k}={v}" for k, v in row["constants"] if k not in ("num_warps", "num_stages"))
-    return f"{row['kernel']} {row['dtype']} ({constants})"
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown, one line per kernel, specialisation and target."""
-    head = ["kernel", "target", "regs", "stack B", "spills", "shared B", "warps", "blocks/unit", "mma", "async", "s", ""]
-    keys = ["target", "registers", "stack", "spills", "shared", "warps", "blocks_per_unit", "tensor_core", "async_copies"]
-    keys.append("seconds")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in sorted(rows, key=lambda r: (r["module"], r["kernel"], r["dtype"], str(r["constants"]), r["target"])):
-        cells = [describe(row), *(str(row.get(k, "-")) for k in keys), row.get("failure", "")]
-        lines.append("| " + " | ".join(cells).replace("\n", " ") + " |")
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}")
-    parser.add_argument("--dtype", default="fp16,bf16,fp32", help="of the ops' tensors; comma-separated")
-    parser.add_argument("--op", default=OPS, help="of kernels.workloads; comma-separated")
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--record", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    targets, dtypes, ops = args.target.split(","), args.dtype.split(","), args.op.split(",")
-    for given, known in ((targets, TARGETS), (dtypes, DTYPES), (ops, OPS.split(","))):
-        if unknown := [x for x in given if x not in known]:
-            parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    if args.record:
-        print(json.dumps([asdict(build) | {"targets": found} for build, found in _record(ops, dtypes, targets).items()]))
-        return 0
-
-    import triton
-
+def _recorded(args: argparse.Namespace) -> str:
+    """The launches as JSON text, made by another process whose Triton interprets."""
     command = [sys.executable, "-m", "kernels.compile", "--record"]
     command += ["--op", args.op, "--dtype", args.dtype, "--target", args.target]
-    recorded = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if recorded.returncode:
-        print(recorded.stderr, file=sys.stderr)
-        return 1
-    builds: dict[Build, list[str]] = {}
-    for fields in json.loads(recorded.stdout.splitlines()[-1]):
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}\nrecording the launches failed")
+    return done.stdout.splitlines()[-1]
+
+
+def _read(text: str) -> dict[Build, list[str]]:
+    """Launches and their targets, from what `_recorded` returned."""
+    builds = {}
+    for fields in json.loads(text):
+        targets = fields.pop("targets")
         pairs = {key: tuple((k, v) for k, v in fields[key]) for key in ("types", "constants")}
-        found = fields.pop("targets")
-        builds[Build(**fields | pairs | {"aligned": tuple(fields["aligned"])})] = found
-    builds = {build: found for build, found in builds.items() if args.kernel in build.kernel}
-    print(f"triton {triton.__version__}, torch {torch.__version__}: {len(builds)} launches for {', '.join(targets)}", flush=True)
-    began, rows = time.perf_counter(), []
+        lists = {key: tuple(fields[key]) for key in ("aligned", "ones")}
+        builds[Build(**fields | pairs | lists)] = targets
+    return builds
+
+
+def _wanted(build: Build, args: argparse.Namespace) -> bool:
+    line = describe(asdict(build) | {"dtype": build.dtype})
+    unwanted = args.without and re.search(args.without, line)
+    return args.kernel in build.kernel and (build.hot or not args.hot) and not unwanted
+
+
+def _build_all(builds: dict[Build, list[str]], workers: int) -> list[dict]:
+    """The rows of all builds; failures are printed as they come."""
+    rows = []
     os.environ.pop("TRITON_INTERPRET", None)
-    with ProcessPoolExecutor(args.workers) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         jobs = [pool.submit(_build, build, target) for build, found in builds.items() for target in found]
         for job in as_completed(jobs):
             rows.append(job.result())
             if "failure" in rows[-1]:
                 print(f"FAILED {describe(rows[-1])} for {rows[-1]['target']}: {rows[-1]['failure']}", flush=True)
-    print(table(rows))
-    failures = sum("failure" in row for row in rows)
+    return rows
+
+
+def _build_with(python: str, launches: str, args: argparse.Namespace, folder: Path) -> dict:
+    """The report of another interpreter's Triton on the same launches."""
+    (folder / "launches.json").write_text(launches)
+    command = [python, "-m", "kernels.compile", "--launches", str(folder / "launches.json"), "--kernel", args.kernel]
+    command += ["--json", str(folder / "rows.json"), "--workers", str(args.workers)] + ["--hot"] * args.hot
+    command += ["--without", args.without] if args.without else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not (folder / "rows.json").exists():
+        raise SystemExit(f"{done.stdout}{done.stderr}\n{python} built nothing")
+    print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("triton", "FAILED"))), flush=True)
+    return json.loads((folder / "rows.json").read_text())
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}")
+    parser.add_argument("--dtype", default="fp16,bf16,fp32", help="of the ops' tensors; comma-separated")
+    parser.add_argument("--op", default=OPS, help="of kernels.workloads; comma-separated")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--without", help="leave out launches whose line in the table matches this regular expression")
+    parser.add_argument("--hot", action="store_true", help="only the kernels that a training step spends its time in")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--markdown", type=Path, help="also write the table here, from fresh builds")
+    parser.add_argument("--also", help="a Python with another Triton that builds the same launches")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--record", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--launches", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    known = {"target": TARGETS, "dtype": DTYPES, "op": OPS.split(",")}
+    for name, names in known.items():
+        if unknown := [x for x in getattr(args, name).split(",") if x not in names]:
+            parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(names)}")
+    if args.also and not shutil.which(args.also):
+        parser.error(f"--also {args.also} is no Python that can be run")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args = _parse(argv)
+    if args.record:
+        found = _record(args.op.split(","), args.dtype.split(","), args.target.split(","))
+        print(json.dumps([asdict(build) | {"targets": targets} for build, targets in found.items()]))
+        return 0
+    launches = args.launches.read_text() if args.launches else _recorded(args)
+    chosen = {build: targets for build, targets in _read(launches).items() if _wanted(build, args)}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.markdown:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        import triton
+
+        print(f"triton {triton.__version__}, torch {torch.__version__}: {len(chosen)} launches", flush=True)
+        began, rows = time.perf_counter(), _build_all(chosen, args.workers)
+        rows = json.loads(json.dumps(rows))  # as another version's rows come: lists where there were tuples
+        reports = [{"triton": triton.__version__, "torch": torch.__version__, "rows": rows}]
+        if args.also:
+            reports = sorted([*reports, _build_with(args.also, launches, args, Path(folder))], key=lambda r: r["triton"])
+    print(merged(reports))
+    failures = sum("failure" in row for report in reports for row in report["rows"])
     kernels = len({(row["module"], row["kernel"]) for row in rows})
-    print(f"\n{kernels} kernels, {len(rows)} builds, {failures} failures, {time.perf_counter() - began:.0f} s")
+    builds = sum(len(report["rows"]) for report in reports)
+    print(f"\n{kernels} kernels, {builds} builds, {failures} failures, {time.perf_counter() - began:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "torch": torch.__version__, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1))
+    if args.markdown:
+        args.markdown.write_text(document(reports, {name: target.shared_block for name, target in TARGETS.items()}))
     return int(failures > 0 or not rows)
 
 

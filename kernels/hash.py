@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.children import child_neighbours, parent_size
 
 TILE = 1024  # rows, queries or taps per program; not yet measured on a GPU
 LIMIT = 1024  # coordinates are below it: 10 bits an axis
@@ -191,6 +192,13 @@ def _neighbours(
     tl.store(out_ptr + entry, _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE), mask=live)
 
 
+def _insert_tiles(target: str) -> dict[str, int]:
+    """One key a thread: Triton 3.6 for AMD compiles no wider compare-and-swap. In the interpreter, few large programs."""
+    if target == "interpreter":
+        return {"TILE": TILE, "num_warps": 4}
+    return {"TILE": 256, "num_warps": 4 if target.startswith("gfx9") else 8}
+
+
 def _is_dense(N: int, size: Sequence[int]) -> bool:
     cells = size[0] * size[1] * size[2] * size[3]
     return max(size[1:]) <= DENSE_EXTENT and cells <= DENSE_CELLS and cells <= max(DENSE_SMALL, DENSE_PER_ROW * N)
@@ -219,7 +227,8 @@ def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tens
     else:
         slots = _slots(N)
         keys, rows = keys.new_full((slots,), -1), coords.new_full((slots,), -1)
-        backend.launch(_insert, (triton.cdiv(N, TILE),), coords, keys, rows, N, slots, TILE=TILE, num_warps=4)
+        tiles = _insert_tiles(backend.target(coords))
+        backend.launch(_insert, (triton.cdiv(N, tiles["TILE"]),), coords, keys, rows, N, slots, **tiles)
     return rows, keys
 
 
@@ -319,11 +328,14 @@ def neighbours(
 
     Taps (i, j, k) count along x, y, z, x slowest; tap (i, j, k) reads coord + (i - r, j - r, k - r) with r = kernel_size // 2.
     Raises ValueError for an even or non-positive kernel size; `cache.get(neighbours, 3)` memoises the map and its table.
+    Voxels that `cache.subdivide()` made need no table: their map follows from their parents'.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
     if isinstance(voxels, Tensor):
         coords, table = voxels.contiguous(), build_table(voxels)
+    elif voxels.parent is not None:
+        return child_neighbours(voxels.parent.get(neighbours, parent_size(kernel_size)), kernel_size)
     else:
         coords, table = voxels.coords, voxels.get(build_table)
     return torch.ops.trislat.neighbours(coords, table.keys, table.rows, table.size, table.kind, kernel_size)

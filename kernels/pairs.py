@@ -28,7 +28,7 @@ class Layout:
     @property
     def most(self) -> int:
         """Gaussians of the largest scene."""
-        return max((b - a for a, b in zip(self.starts, self.starts[1:], strict=False)), default=0)
+        return max([0, *[b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]])
 
 
 def make_layout(starts: list[int], view_scene: list[int], device: torch.device) -> Layout:

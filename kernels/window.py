@@ -42,11 +42,16 @@ class lazy:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Rows grouped into segments that attend to themselves: M windows over N rows, empty windows included."""
+    """Rows grouped into segments: M windows over N rows, empty windows included, each row in one.
+
+    The rows of a window attend to themselves, or, where `keys` says so, to a list of rows that may be in other windows too.
+    """
 
     order: Tensor  # [N] int32: the row at each window-sorted position
     starts: Tensor  # [M + 1] int32: window m owns the sorted positions starts[m] : starts[m + 1]
     bound: int  # no window has more rows than this (its volume, or N for full attention); known without reading the device
+    keys: Tensor | None = None  # [K] int32: rows attended to
+    key_starts: Tensor | None = None  # [M + 1] int32: window m attends to keys[key_starts[m] : key_starts[m + 1]]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -61,6 +66,13 @@ class Windows:
         """The window of each sorted position, [N] int32."""
         position = torch.arange(len(self.order), dtype=torch.int32, device=self.order.device)
         return torch.searchsorted(self.starts[1:], position, right=True, out_int32=True)
+
+    @lazy
+    def uses(self) -> tuple[Tensor, Tensor]:
+        """Where each row is in `keys`, ascending: positions [K] int32, and the starts of the rows among them [N + 1] int32."""
+        rows, slots = self.keys.sort(stable=True)
+        edges = torch.arange(len(self.order) + 1, dtype=torch.int32, device=rows.device)
+        return slots.int(), torch.searchsorted(rows, edges, out_int32=True)
 
 
 @triton.jit
@@ -147,7 +159,8 @@ def _(coords, batch_size, extent, window, shift):
     return coords.new_empty(coords.shape[0]), coords.new_empty(batch_size * grid[0] * grid[1] * grid[2] + 1)
 
 
-def _triple(value: int | Sequence[int], what: str, least: int | None) -> list[int]:
+def per_axis(value: int | Sequence[int], what: str, least: int | None) -> list[int]:
+    """One number per axis from one or three; ValueError for another count, and below `least`."""
     values = [value] * 3 if isinstance(value, int) else list(value)
     if len(values) != 3:
         raise ValueError(f"{what} needs 1 or 3 numbers, one per axis, got {len(values)}")
@@ -169,7 +182,7 @@ def window_partition(
     `extent` they are taken at the caller's word instead, unread. Raises ValueError for a window below 1, for wrong coords
     and batch sizes, and for a window too small for the extent (more windows than can be listed).
     """
-    window, shift = _triple(window, "window", 1), _triple(shift, "shift", None)
+    window, shift = per_axis(window, "window", 1), per_axis(shift, "shift", None)
     if isinstance(voxels, Tensor) and extent is None:
         voxels = SpatialCache(voxels, batch_size)
     coords = voxels if isinstance(voxels, Tensor) else voxels.coords
@@ -179,7 +192,7 @@ def window_partition(
             raise ValueError(f"batch_size {batch_size} of a cache over {voxels.batch_size} samples")
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"coords must be [N, 4] int32, got {list(coords.shape)} {coords.dtype}")
-    extent = _triple(extent, "extent", 1)
+    extent = per_axis(extent, "extent", 1)
     shift = [s % w for s, w in zip(shift, window, strict=True)]
     grid = _grid(extent, window, shift)
     windows = batch_size * grid[0] * grid[1] * grid[2]

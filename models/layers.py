@@ -13,10 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import window_attention
 from kernels.cache import SpatialCache
 from kernels.norm import add_layer_norm, gelu, layer_norm
+from kernels.serialize import MODES as CURVES
+from kernels.serialize import serialized_windows
 from kernels.window import Windows, full_windows, window_partition
 
 BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5
-ATTENTION_MODES = ("full", "swin")
+CURVE_SHIFT = 16  # voxels by which "shift_window" moves every other block's curve
+ATTENTION_MODES = ("full", "swin", "shift_window", "shift_sequence", "shift_order")
+POSITION_MODES = ("ape", "rope")
 
 
 def position_embedding(cache: SpatialCache, channels: int) -> Tensor:  # [N, C] fp32
@@ -28,6 +32,15 @@ def position_embedding(cache: SpatialCache, channels: int) -> Tensor:  # [N, C] 
     return F.pad(embedding, (0, channels - embedding.shape[1]))
 
 
+def rotary_phases(cache: SpatialCache, channels: int) -> Tensor:  # [N, C / 2] complex64
+    """Rotations of the C channels of a head by raw voxel coordinates, axes x, y, z; channels that are left over stay."""
+    frequencies = channels // 3 // 2
+    k = torch.arange(frequencies, dtype=torch.float32, device=cache.coords.device)
+    angles = (cache.coords[:, 1:, None].float() * (1.0 / 10000 ** (k / frequencies))).flatten(1)
+    angles = F.pad(angles, (0, channels // 2 - angles.shape[1]))
+    return torch.polar(torch.ones_like(angles), angles)
+
+
 def shifted_windows(cache: SpatialCache, window: int, shift: int) -> Windows:
     """Cubic windows of `window` voxels a side, moved by `shift` along every axis."""
     return window_partition(cache, cache.batch_size, window, shift)
@@ -37,15 +50,39 @@ def whole_samples(cache: SpatialCache) -> Windows:
     return full_windows(cache)
 
 
+def curve_windows(cache: SpatialCache, window: int, curve: str, shift_sequence: int, shift_window: int) -> Windows:
+    """Overlapping runs of `window` voxels along a space-filling curve."""
+    return serialized_windows(cache, cache.batch_size, window, curve, shift_sequence, shift_window)
+
+
+def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
+    """How block i gets its windows from a SpatialCache: a function and its arguments after the cache."""
+    odd = i % 2
+    if attn_mode == "full":
+        return (whole_samples,)
+    if attn_mode == "swin":
+        return shifted_windows, window_size, window_size // 2 * odd
+    if attn_mode == "shift_window":
+        return curve_windows, window_size, CURVES[0], 0, CURVE_SHIFT * odd
+    if attn_mode == "shift_sequence":
+        return curve_windows, window_size, CURVES[0], window_size // 2 * odd, 0
+    return curve_windows, window_size, CURVES[i % len(CURVES)], 0, 0  # shift_order
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear with weights rounded to x's dtype."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many times faster
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """A linear layer whose fp32 weights are rounded to its input's dtype at use."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-            # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many times faster
-            return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
-        return F.linear(x, weight, bias)
+        return linear(x, self.weight, self.bias)
 
 
 class GELU(nn.Module):
@@ -64,11 +101,11 @@ class HeadRMSNorm(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows of voxels."""
+    """Multi-head self-attention inside windows of voxels, which `windows` (see `block_windows`) makes."""
 
-    def __init__(self, channels: int, heads: int, attn_mode: str, window_size: int, shift: int, qk_rms_norm: bool):
+    def __init__(self, channels: int, heads: int, windows: tuple, use_rope: bool, qk_rms_norm: bool):
         super().__init__()
-        self.heads, self.attn_mode, self.window_size, self.shift = heads, attn_mode, window_size, shift
+        self.heads, self.windows, self.use_rope = heads, windows, use_rope
         self.to_qkv = Linear(channels, 3 * channels)
         self.to_out = Linear(channels, channels)
         if qk_rms_norm:
@@ -77,13 +114,11 @@ class WindowAttention(nn.Module):
         self.qk_rms_norm = qk_rms_norm
 
     def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, C]
-        if self.attn_mode == "full":
-            windows = cache.get(whole_samples)
-        else:
-            windows = cache.get(shifted_windows, self.window_size, self.shift)
-        qkv = self.to_qkv(x).view(len(x), 3, self.heads, x.shape[1] // self.heads)
+        channels = x.shape[1] // self.heads
+        qkv = self.to_qkv(x).view(len(x), 3, self.heads, channels)
         gammas = {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma} if self.qk_rms_norm else {}
-        return self.to_out(window_attention(qkv, windows, **gammas).flatten(1))
+        phases = cache.get(rotary_phases, channels) if self.use_rope else None
+        return self.to_out(window_attention(qkv, cache.get(*self.windows), **gammas, phases=phases).flatten(1))
 
 
 class MLP(nn.Module):
@@ -101,11 +136,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on a residual stream x [N, C]."""
 
-    def __init__(
-        self, channels: int, heads: int, mlp_ratio: float, attn_mode: str, window_size: int, shift: int, qk_rms_norm: bool
-    ):
+    def __init__(self, channels: int, heads: int, mlp_ratio: float, windows: tuple, use_rope: bool, qk_rms_norm: bool):
         super().__init__()
-        self.attn = WindowAttention(channels, heads, attn_mode, window_size, shift, qk_rms_norm)
+        self.attn = WindowAttention(channels, heads, windows, use_rope, qk_rms_norm)
         self.mlp = MLP(channels, mlp_ratio)
 
     def forward(self, x: Tensor, addend: Tensor | None, cache: SpatialCache) -> tuple[Tensor, Tensor]:
@@ -121,7 +154,12 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Input layer, position embedding and blocks: [N, in_channels] -> [N, C] in the input's dtype.
 
-    `attn_mode`: "swin" alternates windows at shift 0 and window_size // 2; "full" attends within the whole sample.
+    `attn_mode`: "swin" alternates cubes of window_size voxels a side at shift 0 and window_size // 2; "full" attends within
+    the whole sample. The others attend to window_size voxels along a curve and alternate what is in them: "shift_window"
+    moves the z-order curve by 16 voxels, "shift_sequence" the windows along it by half of one, "shift_order" takes
+    z-order, transposed z-order, Hilbert and transposed Hilbert curves in turn.
+    `pe_mode`: "ape" adds a sine embedding to the features, "rope" rotates each head's queries and keys instead (where the
+    published code rotates by phases of all heads' channels together, and fails).
     Raises ValueError for heads that do not divide the channels, window_size < 1 and unknown modes.
     """
 
@@ -146,17 +184,18 @@ class Trunk(nn.Module):
             raise ValueError(f"model_channels {model_channels} is not a multiple of num_heads {heads}")
         if attn_mode not in ATTENTION_MODES:
             raise ValueError(f"attn_mode {attn_mode!r} is not one of {', '.join(ATTENTION_MODES)}")
-        if pe_mode != "ape":
-            raise ValueError(f"pe_mode {pe_mode!r} is not one of ape")
-        if window_size is None or window_size < 1:
+        if pe_mode not in POSITION_MODES:
+            raise ValueError(f"pe_mode {pe_mode!r} is not one of {', '.join(POSITION_MODES)}")
+        if attn_mode != "full" and (window_size is None or window_size < 1):
             raise ValueError(f"window_size {window_size} must be at least 1")
         if num_blocks < 1 or model_channels < 6:
             raise ValueError(f"num_blocks {num_blocks} must be at least 1 and model_channels {model_channels} at least 6")
         self.model_channels, self.num_heads, self.use_checkpoint = model_channels, heads, use_checkpoint
+        self.pe_mode = pe_mode
         self.activation_dtype = torch.float16 if use_fp16 else torch.float32
         self.input_layer = nn.Linear(in_channels, model_channels)
         self.blocks = nn.ModuleList(
-            Block(model_channels, heads, mlp_ratio, attn_mode, window_size, window_size // 2 * (i % 2), qk_rms_norm)
+            Block(model_channels, heads, mlp_ratio, block_windows(attn_mode, window_size, i), pe_mode == "rope", qk_rms_norm)
             for i in range(num_blocks)
         )
 
@@ -178,7 +217,9 @@ class Trunk(nn.Module):
         """The features before the output layer's norm."""
         if feats.shape[1] != self.input_layer.in_features:
             raise ValueError(f"features have {feats.shape[1]} channels, the model takes {self.input_layer.in_features}")
-        x = self.input_layer(feats) + cache.get(position_embedding, self.model_channels)
+        x = self.input_layer(feats)
+        if self.pe_mode == "ape":
+            x = x + cache.get(position_embedding, self.model_channels)
         dtype = feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
         x, addend = x.to(dtype), None
         for block in self.blocks:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import attention as module
-from kernels import backend
+from kernels import attention_launch as launches
+from kernels import attention_torch, backend
 from kernels.attention import (
     segment_attention,
     segment_attention_reference,
@@ -38,7 +38,7 @@ def compare(qkv, windows, gammas=(), scale=None, **kwargs):
         return window_attention(qkv, windows, scale=scale, **dict(zip(keys, g, strict=False)))
 
     def reference(qkv, *g):
-        return window_attention_reference(qkv, windows.order.cpu(), windows.starts, scale, *g)
+        return window_attention_reference(qkv, windows, scale, *g)
 
     assert_same(op, reference, qkv, *gammas, **kwargs)
 
@@ -176,21 +176,21 @@ def test_tiles_of_gpus(kernel_device, target, dtype, lengths):
         compare(*make(lengths, 1, 16, dtype, kernel_device))
 
 
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed, rotated", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", ["interpreter", "sm_80", "sm_86", "sm_90", "sm_120", "gfx942", "gfx1100"])
-def test_tiles_cover_every_length_once(target, dtype, normed):
+def test_tiles_cover_every_length_once(target, dtype, normed, rotated):
     for pad_d in (16, 32, 64, 128):
-        for classes in module._tiles(dtype, pad_d, target, normed):
-            assert [c.low for c in classes] == [0, *(c.high for c in classes[:-1])] and classes[-1].high == module.ANY
+        for classes in launches._tiles(dtype, pad_d, target, normed, rotated):
+            assert [c.low for c in classes] == [0, *(c.high for c in classes[:-1])] and classes[-1].high == launches.ANY
             assert classes[-1].high > classes[-1].rows  # loops: it also serves segment_attention
 
 
 def test_listed_tiles(kernel_device):
     starts = torch.tensor([0, *EDGES, *[0] * 1100, 33]).cumsum(0).int().to(kernel_device)
     lengths = starts.diff().tolist()
-    for low, high, rows in [(0, 64, 64), (64, 128, 128), (100, module.ANY, 64)]:
-        work = module._list_tiles(starts, int(starts[-1]), low, high, rows)
+    for low, high, rows in [(0, 64, 64), (64, 128, 128), (100, launches.ANY, 64)]:
+        work = launches._list_tiles(starts, int(starts[-1]), low, high, rows)
         expected = [[m, int(starts[m]) + t] for m, n in enumerate(lengths) if low < n <= high for t in range(0, n, rows)]
         assert work[0, 0] == len(expected) < len(work)
         assert work[1 : len(expected) + 1].tolist() == expected
@@ -211,15 +211,15 @@ def test_plans_follow_the_windows(device):
     """What is kept from call to call is found through aliases, and not after the windows have changed in place."""
     qkv, windows, _ = make([20, 12], 1, 16, torch.float32, device)
     window_attention(qkv, windows)
-    kept = len(module._kept)
+    kept = len(launches._kept)
     alias = Windows(windows.order.detach(), windows.starts.detach(), windows.bound)
     window_attention(qkv, alias)
-    assert len(module._kept) == kept
+    assert len(launches._kept) == kept
     windows.starts[1] = 5
     compare(qkv, Windows(windows.order, windows.starts, 32))
     for n in range(1, 40):
-        module._keep((torch.zeros(n),), len)
-    assert len(module._kept) == module.KEPT
+        launches.keep((torch.zeros(n),), len)
+    assert len(launches._kept) == launches.KEPT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -261,7 +261,7 @@ def test_float64_gradients():
 
 def test_long_windows_in_pieces(monkeypatch):
     """The torch path cuts batches of windows, and the queries of a long one, when a product would be large."""
-    monkeypatch.setattr(module.padded, "SCORES", 1000)
+    monkeypatch.setattr(attention_torch, "SCORES", 1000)
     compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
 
 

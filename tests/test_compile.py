@@ -1,29 +1,39 @@
-"""The build report: a fast subset really built, and its arithmetic."""
+"""The build report: a fast subset really built, its completeness, its arithmetic and its table."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from kernels.compile import OPS, TARGETS, _blocks_per_unit, _verdict, main
+import kernels
+from kernels.compile import OPS, TARGETS, Build, _blocks_per_unit, _parse, _read, _verdict, _wanted, main
+from kernels.compile_report import document, merged
 from kernels.workloads import WORKLOADS
 
 
-def run(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run(*arguments, interpret=False):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} 
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     command = [sys.executable, "-m", "kernels.compile", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_kernels_are_built_for_absent_gpus(tmp_path):
     report = tmp_path / "report.json"
-    done = run("--op", "similarity", "--dtype", "fp16", "--target", "sm_90,gfx942", "--workers", "2", "--json", str(report))
+    what = ["--op", "similarity", "--dtype", "fp16", "--target", "sm_90,gfx942", "--workers", "2", "--hot"]
+    done = run(*what, "--json", str(report), "--markdown", str(tmp_path / "report.md"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(report.read_text())["rows"]
     assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
     assert {row["kernel"] for row in rows} == {"_ssim_fwd", "_ssim_bwd"}
+    table = (tmp_path / "report.md").read_text()
+    assert "## kernels.ssim" in table and table.count("| hot |") == 4
+    assert "most a block may have: gfx942 65536, sm_90 232448" in table
     for row in rows:
         assert row["registers"] > 16 and row["blocks_per_unit"] >= 1 and row["spills"] == 0 and row["hot"]
         assert row["shared"] <= TARGETS[row["target"]].shared_block
@@ -45,8 +55,70 @@ def test_blocks_per_multiprocessor_by_what_runs_out():
     assert _blocks_per_unit(h100, registers=32, shared=100 << 10, warps=4) == 2  # shared memory
 
 
+def test_amd_reserves_no_shared_memory():
+    assert _blocks_per_unit(TARGETS["gfx942"], registers=32, shared=64 << 10, warps=4) == 1
+
+
+def entry_points() -> set[str]:
+    """Every Triton function that no other one calls: what can only be launched."""
+    functions = [
+        node
+        for file in Path(kernels.__file__).parent.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    calls = [node.func for function in functions for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return {f.name for f in functions} - {getattr(call, "id", getattr(call, "attr", "")) for call in calls}
+
+
+def test_every_kernel_is_built_and_what_was_recorded_can_be_read():
+    done = run("--record", "--dtype", "fp16", "--target", "sm_90", interpret=True)
+    assert done.returncode == 0, done.stderr
+    builds = _read(done.stdout)
+    assert {build.kernel for build in builds} == entry_points()
+    assert {build.dtype for build in builds} == {"fp16", "fp32", "int"}
+    insert = next(build for build in builds if build.kernel == "_insert")
+    assert dict(insert.types)["keys_ptr"] == "*i64" and 0 in insert.aligned  # memory comes aligned
+    splat = next(build for build in builds if build.kernel == "_emit")
+    assert dict(splat.types)["TX"] == "i32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [([], True), (["--hot"], True), (["--kernel", "x"], False), (["--without", r"C=76\b"], True), (["--without", "C"], False)],
+    ids=str,
+)
+def test_launches_are_chosen(arguments, wanted):
+    norm = Build("kernels.norm", "_layer_norm_fwd", (("x_ptr", "*fp16"),), (0,), (), (("C", 768), ("num_warps", 4)))
+    assert bool(_wanted(norm, _parse(arguments))) == wanted
+    assert not _wanted(replace(norm, kernel="_lookup"), _parse(["--hot"]))
+
+
+def report(version: str, registers: int, **changes) -> dict:
+    row = {"module": "kernels.x", "kernel": "_k", "types": [["x_ptr", "*fp16"]], "ones": []}
+    row |= {"constants": [["C", 8], ["num_warps", 4]]}
+    row |= {"dtype": "fp16", "target": "sm_90", "hot": False, "registers": registers, "stack": 0, "shared": 0} | changes
+    return {"triton": version, "rows": [row]}
+
+
+def test_two_versions_share_a_line_of_the_table():
+    reports = [report("3.6.0", 32), report("3.9.0", 40, failure="3 spills in a hot kernel")]
+    (line,) = merged(reports).splitlines()[2:]
+    assert line.startswith("| _k fp16 (C=8) | sm_90 | 32 / 40 | 0 | - | 0 |")
+    assert line.endswith("| triton 3.9.0: 3 spills in a hot kernel |")
+    text = document(reports, {"sm_90": 232448})
+    assert text.startswith("# Kernels built for absent GPUs, Triton 3.6.0 and 3.9.0\n")
+    assert "Triton 3.9.0: 1 kernels, 1 builds, 1 failures" in text
+
+
 def test_every_op_of_the_list_exists():
     assert OPS.split(",") == list(WORKLOADS)
+
+
+def test_another_python_must_be_there(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--also", "/no/such/python"])
+    assert "--also /no/such/python is no Python that can be run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--target", "sm_91"], ["--dtype", "fp8"], ["--op", "sort"]])

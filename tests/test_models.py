@@ -13,7 +13,7 @@ from kernels import backend
 from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.splat import splat
-from models.layers import Block, position_embedding
+from models.layers import Block, block_windows, position_embedding
 from models.vae import load_weights as load_into
 from tests.conftest import GOLDEN, assert_close, golden, load_weights
 
@@ -105,7 +105,7 @@ def test_gaussian_decoder_matches_published(case, device):
 def test_block_and_position_embedding_match_published(device):
     _, tensors = golden("ops_sparse")
     tensors = {k: v.to(device) for k, v in tensors.items()}
-    block = Block(32, 2, 2, "swin", 4, 2, qk_rms_norm=True).to(device)
+    block = Block(32, 2, 2, block_windows("swin", 4, 1), False, qk_rms_norm=True).to(device)
     load_into(block, load_weights(tensors, "block/sd/"), "block")
     cache = SpatialCache(tensors["coords"], None)
     for scale, name in ((1.0, "out"), (1e-3, "out_for_1e-3_input")):  # the small input tells eps 1e-6 from 1e-5
@@ -347,8 +347,8 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
     [
         ({"num_heads": 5}, "model_channels 32 is not a multiple of num_heads 5"),
         ({"window_size": 0}, "window_size 0"),
-        ({"attn_mode": "swim"}, "attn_mode 'swim' is not one of full, swin"),
-        ({"pe_mode": "sine"}, "pe_mode 'sine'"),
+        ({"attn_mode": "swim"}, "attn_mode 'swim' is not one of full, swin, shift_window, shift_sequence, shift_order"),
+        ({"pe_mode": "sine"}, "pe_mode 'sine' is not one of ape, rope"),
     ],
 )
 def test_impossible_trunks(change, message):

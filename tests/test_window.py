@@ -63,6 +63,19 @@ def test_the_sorted_partition_is_the_scanned_one(device, monkeypatch, size, shif
     assert torch.equal(by_sort.order, scanned.order) and torch.equal(by_sort.starts, scanned.starts)
 
 
+def test_wide_extents_are_sorted(device):
+    """A grid of 2e8 cells is not made: few voxels far apart."""
+    coords = voxels([60, 0, 40], (900, 3, 1000))
+    windows = window_partition(coords.to(device), 3, 64, 32, extent=(900, 3, 1000))
+    grid = window._grid((900, 3, 1000), [64] * 3, [32] * 3)
+    assert 3 * grid[0] * grid[1] * grid[2] * 64**3 > window.DENSE_CELLS
+    starts, order = windows.starts.tolist(), windows.order.tolist()
+    assert (starts[0], starts[-1], len(windows)) == (0, 100, 3 * grid[0] * grid[1] * grid[2])
+    for (b, x, y, z), rows in window_partition_reference(coords, 3, 64, 32):
+        m = ((b * grid[0] + x) * grid[1] + y) * grid[2] + z
+        assert order[starts[m] : starts[m + 1]] == rows
+
+
 def test_order_does_not_depend_on_the_input_order(device):
     coords = voxels([200])
     shuffled = coords[torch.randperm(200, generator=torch.Generator().manual_seed(1))]

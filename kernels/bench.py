@@ -1,0 +1,191 @@
+"""python -m kernels.bench [OP ...] [--size small|base] [--dtype fp16,bf16] [--json PATH] [--errors]
+
+Times every op forward and backward against its floor on this device and against every other implementation that can be
+imported, in the same run, after checking that they agree (kernels.measure says how). On a CPU, what is measured is the
+torch path against the naive reference: that says nothing about the kernels.
+
+--errors prints instead how far each implementation is from the reference in float64, by type; on a CPU with
+TRITON_INTERPRET=1 the kernels too, interpreted. --json writes
+{device, driver, torch, triton, commit, date, ceilings, cases, missing}; PATH may be a folder, in which the file is named
+after the device. Exit status 1: ours failed or two implementations disagree.
+
+A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields kernels.measure.Case.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from kernels.measure import DTYPES, OURS, Case, Ceilings, Clock, errors, measure, measure_ceilings
+from kernels.peers import KNOWN, optional
+
+# Op -> the module with its cases. Looked up by name, and only when asked for: kernels imports nothing that stands on it
+OPS = {
+    "window_attention": "kernels.bench_attention",
+    "segment_attention": "kernels.bench_attention",
+    "layer_norm": "kernels.bench_passes",
+    "add_layer_norm": "kernels.bench_passes",
+    "rms_norm": "kernels.bench_passes",
+    "gelu": "kernels.bench_passes",
+    "ssim": "kernels.bench_passes",
+    "build_table": "kernels.bench_coords",
+    "lookup": "kernels.bench_coords",
+    "neighbours": "kernels.bench_coords",
+    "window_partition": "kernels.bench_coords",
+    "cache_hit": "kernels.bench_coords",
+    "splat": "kernels.bench_splat",
+    "block": "train.bench",
+    "train_step": "train.bench",
+}
+COLUMNS = ["op", "pass", "size", "dtype", "impl", "median_us", "spread_us", "bytes", "flops", "floor_us", "fraction", "agrees"]
+
+
+def cases(op: str, size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """The cases of one op of OPS; KeyError for another name."""
+    return getattr(importlib.import_module(OPS[op]), f"{op}_cases")(size, dtypes, device)
+
+
+def device_name(device: torch.device) -> str:
+    """As the vendor calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def file_name(name: str) -> str:
+    """The device in lower case: nvidia-h100-80gb-hbm3.json."""
+    return "-".join(re.findall(r"[a-z0-9.]+", name.lower())) + ".json"
+
+
+def _ask(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+
+
+def facts(device: torch.device) -> dict:
+    """What the numbers depend on beside the code."""
+    driver = "none"
+    if device.type == "cuda":
+        driver = torch.version.hip or _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    commit = _ask("git", "rev-parse", "--short=12", "HEAD")
+    changed = _ask("git", "status", "--porcelain", "--untracked-files=no") not in ("unknown", "")
+    return {
+        "device": device_name(device), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
+        "commit": commit + ("+changes" if changed else ""),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }  # fmt: skip
+
+
+def lines(rows: list[dict]) -> Iterator[str]:
+    """One case and pass as text: the floor, then every implementation."""
+    head = None
+    for row in rows:
+        key = row["op"], row["pass"], row["size"], row["dtype"]
+        if key != head:
+            head = key
+            yield f"{row['op']} {row['pass']}  {row['size']}  {row['dtype']}   floor {row['floor_us']:.1f} us"
+        time = "DISAGREES, not timed" if row["agrees"] is False else "failed, see below"
+        if row["median_us"] is not None:
+            time = f"{row['median_us']:>12.1f} us +- {row['spread_us']:.1f}"
+            time += f"   {100 * row['fraction']:.1f} % of the floor" if row["fraction"] else ""
+        yield f"    {row['impl']:<50} {time}"
+
+
+def error_table(rows: list[dict]) -> str:
+    """Markdown: largest difference over largest value, of the output and of the worst gradient; below it, what did not run."""
+    table = ["| op | size | type | implementation | output | gradient |", "|---|---|---|---|---|---|"]
+    number = lambda x: "-" if x is None else f"{x:.1e}"
+    for row in rows:
+        if "why" not in row:
+            cells = [row["op"], row["size"], row["dtype"], row["impl"], number(row["output"]), number(row["gradient"])]
+            table.append("| " + " | ".join(cells) + " |")
+    reasons = dict.fromkeys(f"- {row['impl']}: {row['why']}" for row in rows if "why" in row)
+    return "\n".join([*table, "", *(["Not run:", "", *reasons] if reasons else [])])
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[1])
+    parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
+    parser.add_argument("--size", choices=("small", "base"), help="default: base on a GPU, small on a CPU")
+    parser.add_argument("--dtype", help="comma-separated (default: fp16,bf16 on a GPU, fp32 on a CPU; --errors: all three)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--seconds", type=float, default=0.25, help="spent on one measurement, warm-up aside")
+    parser.add_argument("--json", type=Path, help="write the results here; in a folder, to a file named after the device")
+    parser.add_argument("--errors", action="store_true", help="print errors against float64 instead of times")
+    args = parser.parse_args(argv)
+    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = args.device.type == "cuda"
+    args.size = args.size or ("base" if gpu and not args.errors else "small")
+    default = "fp16,bf16,fp32" if args.errors else "fp16,bf16" if gpu else "fp32"
+    args.dtype, args.op = (args.dtype or default).split(","), args.op or list(OPS)
+    for given, known in ((args.op, OPS), (args.dtype, DTYPES)):
+        if unknown := [x for x in given if x not in known]:
+            parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return args
+
+
+def _errors(args: argparse.Namespace) -> int:
+    rows = []
+    for op in args.op:
+        for case in cases(op, args.size, args.dtype, args.device):
+            if case.reference is not None:
+                rows += errors(case)
+    print("\nLargest difference from float64 over the largest value, of the output and of the worst gradient.\n")
+    print(error_table(rows))
+    return int(any(row["impl"] == OURS and "why" in row for row in rows))
+
+
+def _measure(args: argparse.Namespace, clock: Clock, result: dict, ceilings: Ceilings) -> None:
+    """Fill the result's cases and missing, written after every op: a crash loses one op, not the run."""
+    for op in args.op:
+        for case in cases(op, args.size, args.dtype, args.device):
+            rows, missing = measure(case, clock, ceilings)
+            print("\n".join(lines(rows)), flush=True)
+            for row in missing:
+                print(f"    {row['impl']:<50} {row['why']}", flush=True)
+            result["cases"] += rows
+            result["missing"] += missing
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args = _parse(argv)
+    about = facts(args.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if args.device.type == "cpu" and not args.errors:
+        print("A CPU: the torch path is measured against the naive reference, not the Triton kernels.")
+    print("peers: " + "; ".join(f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN))
+    if args.errors:
+        return _errors(args)
+    clock = Clock(args.device, args.seconds)
+    ceilings = measure_ceilings(clock, *((1024, 8192) if args.device.type == "cuda" else (128, 1024)))
+    products = ", ".join(f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items())
+    print(f"ceilings measured now: copy {ceilings.copy / 1e9:.3g} GB/s, {products}\n")
+    limits = {"copy_bytes_per_s": ceilings.copy, "product_flops_per_s": ceilings.product}
+    result = about | {"ceilings": limits, "cases": [], "missing": []}
+    if args.json and args.json.is_dir():
+        args.json /= file_name(about["device"])
+    _measure(args, clock, result, ceilings)
+    failed = any(row["impl"] == OURS for row in result["missing"])
+    return int(failed or any(row["agrees"] is False for row in result["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

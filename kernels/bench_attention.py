@@ -1,0 +1,186 @@
+"""Attention in windows and in segments: C = H D channels, n rows in a window.
+
+Forward flops are 4 C sum n^2 (two products), backward 10 C sum n^2 (five). Compulsory bytes of one pass over qkv [N, 3C],
+out [N, C] and the fp32 log-sum-exp [N, H]: forward (3 + 1) N C, backward (3 + 1 + 1 + 3) N C elements, N H numbers each.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.attention import segment_attention, segment_attention_reference, window_attention
+from kernels.measure import DTYPES, Case, Impl, Work
+from kernels.peers import compiled, optional
+from kernels.shells import batch, shell
+from kernels.window import Windows, window_partition
+
+WINDOW = 8
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [rows, H, D], starts [M + 1] int32, longest
+
+
+@cache
+def voxels(size: str) -> dict[str, Tensor]:
+    """The coordinate sets that block, attention and norms are measured on: [N, 4] by name."""
+    if size == "small":
+        return {"sphere 32^3": batch(shell("sphere", 32)), "blobs 16^3": batch(shell("blobs", 16))}
+    uneven = batch(*map(shell, ("noisy sphere", "rough sphere", "rotated box", "small sphere")))
+    single = ("sphere", "noisy sphere", "rough sphere", "blobs")
+    return {name: batch(shell(name)) for name in single} | {"batch of 4": uneven}
+
+
+def sizes(size: str) -> tuple[int, int]:
+    """Heads and channels per head: of the published models, or few for a CPU."""
+    return (2, 32) if size == "small" else (12, 64)
+
+
+def attention_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[Work, Work]:
+    """Forward and backward; `squares` = sum n^2 over the windows, `width` bytes an element."""
+    C, lse = H * D, 4 * N * H
+    return Work(4 * N * C * width + lse, 4 * C * squares), Work(8 * N * C * width + lse, 10 * C * squares)
+
+
+def _squares(windows: Windows) -> int:
+    return int(windows.lengths.long().square().sum())
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """torch's own kernel for segments of uneven length (FlashAttention-2); on a CPU it raises NotImplementedError."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, starts, starts, longest, longest)
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """The naive reference: one window after the other."""
+    return segment_attention_reference(q, k, v, starts, starts)
+
+
+def _flash_attn() -> Attend | str:
+    """The flash_attn package, if it is there."""
+    module = optional("flash_attn")
+    if isinstance(module, str):
+        return module
+    return lambda q, k, v, starts, longest: module.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
+
+
+class Layout:
+    """What peers need to know of the windows, made before anything is timed, empty windows left out."""
+
+    def __init__(self, windows: Windows):
+        lengths = windows.lengths[windows.lengths > 0]
+        self.order, self.longest = windows.order.long(), int(lengths.max())
+        self.starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        self.inverse = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order)).to(self.order))
+        self.segment = torch.repeat_interleave(torch.arange(len(lengths)).to(self.order), lengths.long())
+        self.place = self.segment * self.longest + torch.arange(len(self.order)).to(self.order) - self.starts[self.segment]
+
+    def gathered(self, attend: Attend) -> Impl:
+        """The attention alone: its rows are gathered before and scattered after the clock."""
+        return Impl(
+            lambda q, k, v: attend(q, k, v, self.starts, self.longest),
+            prepare=lambda qkv: tuple(x.contiguous() for x in qkv[self.order].unbind(1)),
+            restore=lambda out: out[self.inverse],
+        )
+
+    def published(self, attend: Attend) -> Impl:
+        """What the published model runs: gather, attention, scatter."""
+        return Impl(lambda qkv: attend(*qkv[self.order].unbind(1), self.starts, self.longest)[self.inverse])
+
+    def padded(self) -> Impl:
+        """Every window padded to the longest, one scaled_dot_product_attention with a mask."""
+        M = len(self.starts) - 1
+        mask = torch.zeros(M * self.longest, dtype=torch.bool, device=self.order.device)
+        mask[self.place] = True
+        mask = mask.view(M, 1, 1, self.longest)
+
+        def run(qkv):
+            _, _, H, D = qkv.shape
+            padded = qkv.new_zeros(M * self.longest, 3, H, D).index_copy(0, self.place, qkv[self.order])
+            q, k, v = padded.view(M, self.longest, 3, H, D).permute(2, 0, 3, 1, 4)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return out.transpose(1, 2).reshape(M * self.longest, H, D)[self.place][self.inverse]
+
+        return Impl(run)
+
+    def block_mask(self, block: int = 128):
+        """FlexAttention's list of key blocks for each query block, from the window bounds: no N^2 evaluation."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        N = len(self.order)
+        first = torch.arange(0, N, block, device=self.order.device)
+        last = (first + block).clamp(max=N) - 1
+        low = self.starts[self.segment[first]] // block
+        high = (self.starts[self.segment[last] + 1] - 1) // block + 1
+        columns = torch.arange(len(first), dtype=torch.int32, device=self.order.device)
+        indices = (low[:, None] + columns).clamp(max=len(first) - 1)
+        segment = self.segment
+        same = lambda b, h, i, j: segment[i] == segment[j]
+        counts = (high - low).int()[None, None]
+        return BlockMask.from_kv_blocks(
+            counts, indices[None, None].int().contiguous(), BLOCK_SIZE=block, mask_mod=same, seq_lengths=(N, N)
+        )
+
+    def flex(self, compile: Callable) -> Impl | str:
+        """FlexAttention over gathered rows; `compile` turns the eager function into the fused one, or says why not."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        attend = compile(flex_attention)
+        if isinstance(attend, str):
+            return attend
+        mask = self.block_mask()
+        return Impl(
+            lambda q, k, v: attend(q, k, v, block_mask=mask),
+            prepare=lambda qkv: tuple(x.transpose(0, 1)[None].contiguous() for x in qkv[self.order].unbind(1)),
+            restore=lambda out: out[0].transpose(0, 1)[self.inverse],
+        )
+
+
+def _random(shape: tuple, dtype: str, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+
+
+def attention_case(op: str, name: str, dtype: str, coords: Tensor, H: int, D: int, device: torch.device) -> Case:
+    """One coordinate set, one type, with every peer."""
+    coords = coords.to(device)
+    windows = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0)
+    layout, N = Layout(windows), len(coords)
+    forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
+    common = dict(op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward])
+    others = _flash_attn()
+    if op == "segment_attention":  # q, k, v as three tensors in window order
+        starts = windows.starts
+        peers = {"torch varlen_attn": Impl(lambda q, k, v: flash(q, k, v, layout.starts, layout.longest))}
+        return Case(
+            inputs=lambda seed: tuple(_random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)),
+            ours=lambda q, k, v: segment_attention(q, k, v, starts, starts), peers=peers,
+            reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts), **common,
+        )  # fmt: skip
+    peers = {
+        "torch varlen_attn, rows gathered before": layout.gathered(flash),
+        "published path: gather + varlen_attn + scatter": layout.published(flash),
+        "flash_attn, rows gathered before": others if isinstance(others, str) else layout.gathered(others),
+        "FlexAttention, block mask, rows gathered before": layout.flex(lambda f: compiled(f, device)),
+        "padded scaled_dot_product_attention": layout.padded(),
+    }
+    return Case(
+        inputs=lambda seed: (_random((N, 3, H, D), dtype, device, seed),),
+        ours=lambda qkv: window_attention(qkv, windows), peers=peers,
+        reference=layout.published(one_by_one).run, **common,
+    )  # fmt: skip
+
+
+def window_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Every coordinate set."""
+    for name, coords in voxels(size).items():
+        for dtype in dtypes:
+            yield attention_case("window_attention", name, dtype, coords, *sizes(size), device)
+
+
+def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """The first coordinate set: what differs is that no row order is read."""
+    name, coords = next(iter(voxels(size).items()))
+    for dtype in dtypes:
+        yield attention_case("segment_attention", name, dtype, coords, *sizes(size), device)

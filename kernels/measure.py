@@ -1,0 +1,340 @@
+"""How one case is measured: inputs, implementations that must agree, the floor, the clock.
+
+The floor of a pass is what its compulsory traffic and its matrix products would take at this device's own ceilings,
+measured in the same run: per stage the larger of bytes / copy bandwidth and flops / product rate, summed over stages that
+follow each other. `bytes` are every input read once and every output written once, nothing an implementation chooses to
+keep; `flops` are those of matrix products alone. So a fraction of 1 cannot be passed, except where inputs stay in a cache.
+
+On a GPU the clock is that of events on the stream. A wait is queued first, so the host is ahead of the device and the
+gaps between calls are the device's own; an op that waits for the device itself shows that in its time, as its user sees it.
+Input sets are rotated until their bytes are several times the L2 cache.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from kernels import backend
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Two implementations of one function: largest difference over largest value, of outputs and of gradients
+AGREEMENT = {torch.float16: 8e-3, torch.bfloat16: 6e-2, torch.float32: 1e-4, torch.float64: 1e-9}
+# What an implementation may raise and be reported with, by name. torch's out-of-memory and compiler errors are RuntimeErrors
+FAILURES = (
+    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError, LookupError, TritonError,
+)  # fmt: skip
+OURS = "trislat"
+NAIVE = "naive reference"
+INTERPRETED = "trislat, kernels interpreted"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage cannot avoid."""
+
+    bytes: float = 0  # every input once, every output once
+    flops: float = 0  # of matrix products
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation. What `prepare` does is not timed; `restore` brings its output into ours' form."""
+
+    run: Callable  # (*prepared) -> tensor or tensors
+    prepare: Callable = lambda *args: args  # (*inputs) -> prepared; differentiable
+    restore: Callable = lambda out: out
+    tolerance: float | None = None  # None: by type
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size and type."""
+
+    op: str
+    size: str
+    dtype: str
+    inputs: Callable[[int], tuple]  # seed -> arguments on the device; those that require a gradient get one
+    ours: Callable
+    forward: Sequence[Work]
+    backward: Sequence[Work] = ()  # empty: no backward pass
+    peers: dict[str, Impl | str] = field(default_factory=dict)  # a string says why a peer is absent
+    reference: Callable | None = None  # the naive one
+    naive: bool = True  # whether the reference is also run at this size
+    parameters: Sequence[Tensor] = ()  # differentiated beside the inputs
+    on_host: bool = False  # measures the host's time of a call that leaves the device alone
+    forward_name: str = "forward"
+    restore: Callable = lambda out: out  # of ours, where outputs are not compared as they are
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches: bytes per second of a copy (read + write), flops per second of a product by type."""
+
+    copy: float
+    product: dict[str, float]
+
+    def floor_us(self, stages: Sequence[Work], dtype: str) -> float:
+        """The least time of the stages, one after another, in microseconds."""
+        rate = self.product.get(dtype, self.product["fp32"])
+        return 1e6 * sum(max(w.bytes / self.copy, w.flops / rate) for w in stages)
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float]:
+    """Median and interquartile range."""
+    if len(samples) == 1:
+        return samples[0], 0.0
+    low, _, high = quantiles(samples, n=4, method="inclusive")
+    return median(samples), high - low
+
+
+@dataclass
+class Clock:
+    """Times calls on one device, each long enough for a median."""
+
+    device: torch.device
+    seconds: float = 0.25  # spent on one measurement, warm-up aside
+    most: int = 200  # calls at most
+    least: int = 5
+    cuda: object = torch.cuda  # the module whose events and waits are used
+
+    def _host(self, call: Callable[[int], object]) -> list[float]:
+        began, samples = time.perf_counter(), []
+        for i in range(self.most):
+            before = time.perf_counter()
+            call(i)
+            samples.append(1e6 * (time.perf_counter() - before))
+            if i + 1 >= self.least and time.perf_counter() - began > self.seconds:
+                break
+        return samples
+
+    def _events(self, call: Callable[[int], object], host_seconds: float) -> list[float]:
+        samples, numbers = [], count()
+        while len(samples) < self.most and (len(samples) < self.least or sum(samples) < 1e6 * self.seconds):
+            events = [self.cuda.Event(enable_timing=True) for _ in range(21)]
+            self.cuda.synchronize(self.device)
+            self.cuda._sleep(int(2e9 * 1.5 * min(20 * host_seconds, 0.2)))  # cycles, at about 2 GHz
+            events[0].record()
+            for event in events[1:]:
+                call(next(numbers))
+                event.record()
+            self.cuda.synchronize(self.device)
+            samples += [1e3 * a.elapsed_time(b) for a, b in pairwise(events)]
+        return samples
+
+    def time(self, call: Callable[[int], object], on_host: bool = False) -> list[float]:
+        """Microseconds of each call(i), i = 0, 1, ...; after a warm-up."""
+        gpu = self.device.type == "cuda"
+        for i in range(5 if gpu else 1):
+            call(i)
+        if not gpu or on_host:
+            return self._host(call)
+        self.cuda.synchronize(self.device)
+        before = time.perf_counter()
+        for i in range(5):
+            call(i)
+        host_seconds = (time.perf_counter() - before) / 5
+        return self._events(call, host_seconds)
+
+
+def measure_ceilings(clock: Clock, megabytes: int, edge: int) -> Ceilings:
+    """Copy `megabytes` and multiply `edge` x `edge` matrices on the clock's device."""
+    torch.manual_seed(0)
+    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=clock.device).random_()
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / (1e-6 * spread(clock.time(lambda i: target.copy_(source)))[0])
+    product = {}
+    for name, dtype in DTYPES.items():
+        if clock.device.type == "cpu" and name != "fp32":
+            continue  # 16-bit layers on a CPU multiply in fp32
+        a, b = (torch.randn(edge, edge, device=clock.device).to(dtype) for _ in range(2))
+        product[name] = 2 * edge**3 / (1e-6 * spread(clock.time(lambda i, a=a, b=b: a @ b))[0])
+    return Ceilings(copy, product)
+
+
+def tensors(result) -> list[Tensor]:
+    """The tensors of an output."""
+    return [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
+
+
+def _wrt(case: Case, args: tuple) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor) and a.requires_grad] + list(case.parameters)
+
+
+def evaluate(case: Case, impl: Impl, args: tuple) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of inputs and parameters for a fixed upstream gradient; in ours' form."""
+    out = tensors(impl.restore(impl.run(*impl.prepare(*args))))
+    if not case.backward:
+        return [t.detach() for t in out], []
+    differentiable = [t for t in out if t.requires_grad]
+    grads = torch.autograd.grad(differentiable, _wrt(case, args), upstream(differentiable), allow_unused=True)
+    return [t.detach() for t in out], [g for g in grads if g is not None]
+
+
+def upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random gradients of the outputs, the same for every implementation and type."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+
+
+def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference over the largest expected value, worst of all tensors; inf for shapes or NaN that differ.
+
+    Integers either equal (0) or do not (inf).
+    """
+    if len(actual) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if not b.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(a.cpu().long(), b.cpu().long()) else float("inf"))
+        elif b.numel():
+            off = (a.double().cpu() - b.double().cpu()).abs().max().item() / max(b.double().abs().max().item(), 1e-30)
+            worst = max(worst, off if off == off else float("inf"))
+    return worst
+
+
+def _sets(first: tuple, device: torch.device) -> int:
+    """How many input sets to rotate through: on a GPU several times the L2 cache."""
+    if device.type != "cuda" or not tensors(first):
+        return 2
+    size = sum(t.numel() * t.element_size() for t in tensors(first))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(32, max(3, -(-4 * cache // max(size, 1))))
+
+
+def _forward_call(impl: Impl, sets: list[tuple]) -> Callable[[int], object]:
+    prepared = [impl.prepare(*args) for args in sets]
+    return lambda i: impl.run(*prepared[i % len(prepared)])
+
+
+def _backward_call(case: Case, impl: Impl, sets: list[tuple]) -> Callable[[int], object]:
+    jobs = []
+    for args in sets:
+        prepared = tuple(  # leaves, so that what prepares them is not differentiated
+            a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in impl.prepare(*args)
+        )
+        out = [t for t in tensors(impl.run(*prepared)) if t.requires_grad]
+        jobs.append((out, _wrt(case, prepared), upstream(out)))
+
+    def call(i: int):
+        out, wrt, grads = jobs[i % len(jobs)]
+        return torch.autograd.grad(out, wrt, grads, retain_graph=True, allow_unused=True)
+
+    return call
+
+
+def implementations(case: Case) -> dict[str, Impl | str]:
+    """Ours, the naive reference where it is run, the peers."""
+    naive = {NAIVE: Impl(case.reference)} if case.reference and case.naive else {}
+    return {OURS: Impl(case.ours, restore=case.restore)} | naive | case.peers
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+@dataclass
+class _Missing:
+    """What was not measured, with the reason: the second half of the results."""
+
+    case: Case
+    rows: list[dict] = field(default_factory=list)
+
+    def note(self, impl: str, why: str) -> None:
+        case = self.case
+        self.rows.append({"op": case.op, "size": case.size, "dtype": case.dtype, "impl": impl, "why": why})
+
+
+def _compare(case: Case, first: tuple, missing: _Missing) -> dict[str, bool | None]:
+    """Whether each implementation that runs agrees with ours, and ours with any other; None where nothing is compared."""
+    ours, agrees = None, {}
+    for name, impl in implementations(case).items():
+        if isinstance(impl, str):
+            missing.note(name, impl)
+            continue
+        try:
+            got = [] if case.on_host else sum(evaluate(case, impl, first), [])
+        except FAILURES as error:
+            missing.note(name, f"failed: {_why(error)}")
+            continue
+        agrees[name] = None
+        if name == OURS:
+            ours = got
+        elif ours is not None:
+            limit = impl.tolerance or AGREEMENT[DTYPES.get(case.dtype, torch.float32)]
+            off = difference(got, ours)
+            agrees[name] = off <= limit
+            if not agrees[name]:
+                missing.note(name, f"disagrees with {OURS} by {off:.2e} of the largest value, allowed {limit:.2e}")
+    compared = [verdict for name, verdict in agrees.items() if verdict is not None]
+    if ours is not None and compared:
+        agrees[OURS] = any(compared)
+    return agrees
+
+
+def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], list[dict]]:
+    """Rows of the results, and what was not measured with the reason.
+
+    Implementations are compared before they are timed; one that disagrees is a row without a time. Only FAILURES are
+    caught, and reported by name.
+    """
+    torch.compiler.reset()  # so that no case runs into the limit of recompilations and falls back to eager unseen
+    rows, missing, first = [], _Missing(case), case.inputs(0)
+    agrees = _compare(case, first, missing)
+    sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, clock.device)))]
+    passes = {case.forward_name: case.forward} | ({"backward": case.backward} if case.backward else {})
+    for which, stages in passes.items():
+        floor = ceilings.floor_us(stages, case.dtype)
+        for name, verdict in agrees.items():
+            impl = implementations(case)[name]
+            row = {"op": case.op, "pass": which, "size": case.size, "dtype": case.dtype, "impl": name}
+            row |= {"median_us": None, "spread_us": None, "bytes": sum(w.bytes for w in stages)}
+            row |= {"flops": sum(w.flops for w in stages), "floor_us": floor, "fraction": None, "agrees": verdict}
+            rows.append(row)
+            if verdict is False:
+                continue
+            try:
+                call = _backward_call(case, impl, sets) if which == "backward" else _forward_call(impl, sets)
+                row["median_us"], row["spread_us"] = spread(clock.time(call, case.on_host))
+            except FAILURES as error:
+                missing.note(name, f"{which} failed: {_why(error)}")
+                continue
+            row["fraction"] = floor / row["median_us"] if floor else None
+    return rows, missing.rows
+
+
+def errors(case: Case) -> list[dict]:
+    """How far each implementation is from the reference in float64: largest difference over largest value.
+
+    On a CPU whose Triton interprets (TRITON_INTERPRET=1), ours is there twice: the torch path and the kernels.
+    """
+    args = case.inputs(0)
+    double = lambda x: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+    exact = evaluate(case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args))
+    rows, impls = [], implementations(case)
+    if os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16":  # the interpreter's bf16 arithmetic is wrong
+        impls = {OURS: impls.pop(OURS), INTERPRETED: Impl(case.ours, restore=case.restore)} | impls
+    for name, impl in impls.items():
+        row = {"op": case.op, "size": case.size, "dtype": case.dtype, "impl": name, "output": None, "gradient": None}
+        if isinstance(impl, str):
+            row["why"] = impl
+        else:
+            try:
+                with backend.use("interpreter") if name == INTERPRETED else nullcontext():
+                    got = evaluate(case, impl, args)
+                row["output"] = difference(got[0], exact[0])
+                row["gradient"] = difference(got[1], exact[1]) if case.backward else None
+            except FAILURES as error:
+                row["why"] = f"failed: {_why(error)}"
+        rows.append(row)
+    return rows
