@@ -34,6 +34,9 @@ from kernels.norm import gelu as gelu
 from kernels.norm import layer_norm as layer_norm
 from kernels.norm import rms_norm as rms_norm
 from kernels.normals import flat_normals as flat_normals
+from kernels.pool import pool as pool
+from kernels.pool import pooling as pooling
+from kernels.pool import unpool as unpool
 from kernels.rasterize import rasterize as rasterize
 from kernels.raymarch import raymarch as raymarch
 from kernels.render_mesh import face_camera as face_camera

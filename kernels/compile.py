@@ -65,7 +65,7 @@ TARGETS = {
 }
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 # The names in kernels.workloads, whose import would load Triton
-OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes,radiance"
+OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes,radiance,scales"
 
 # Kernels that a training step spends its time in: a spill there is a defect
 HOT = re.compile(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import segment_attention, window_attention
+from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.children import child_neighbours
 from kernels.conv import sparse_conv, subdivide_conv
@@ -17,6 +18,7 @@ from kernels.group_norm import group_norm_silu
 from kernels.hash import build_table, lookup, neighbours
 from kernels.isosurface import isosurface
 from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
+from kernels.pool import pool, pooling, unpool
 from kernels.raymarch import raymarch
 from kernels.render_mesh import render_mesh
 from kernels.serialize import serialized_windows
@@ -167,9 +169,18 @@ def radiance(dtype: torch.dtype) -> None:
         _backward(image.color, image.alpha, image.depth)
 
 
+def scales(dtype: torch.dtype) -> None:
+    """Features to a coarser scale and back."""
+    for channels in (CHANNELS, DEMO_CHANNELS):
+        cache = SpatialCache(_coords(40, 16))
+        groups = cache.get(pooling, 2)
+        x = torch.randn(len(cache), channels).to(dtype).requires_grad_()
+        _backward(unpool(pool(x, groups), groups))
+
+
 WORKLOADS = {
     op.__name__: op
     for op in (
-        attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, surfaces, meshes, radiance,
+        attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, surfaces, meshes, radiance, scales,
     )
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels.cache import SpatialCache
+from kernels.pool import pool, pooling, unpool
 
 
 class SparseTensor:
@@ -41,6 +42,29 @@ class SparseTensor:
     def replace(self, feats: Tensor) -> "SparseTensor":
         """Other features on the same voxels."""
         return SparseTensor(feats, cache=self.cache)
+
+    def pool(self, factor: int = 2) -> "SparseTensor":
+        """The coarser voxels that hold these, each with the mean of its children's features.
+
+        Raises ValueError for a factor below 1.
+        """
+        coarse, _ = self.cache.pool(factor)
+        return SparseTensor(pool(self.feats, self.cache.get(pooling, factor)), cache=coarse)
+
+    def unpool(self, factor: int = 2) -> "SparseTensor":
+        """The voxels that were pooled into these by that factor, each with its parent's features.
+
+        Raises ValueError for voxels that no `pool(factor)` made.
+        """
+        fine, _ = self.cache.unpool(factor)
+        return SparseTensor(unpool(self.feats, fine.get(pooling, factor)), cache=fine)
+
+    def subdivide(self) -> "SparseTensor":
+        """Every voxel as its 8 children at twice the resolution, each with its features.
+
+        Raises ValueError where a child would lie beyond the largest coordinate.
+        """
+        return SparseTensor(self.feats[:, None].expand(-1, 8, -1).flatten(0, 1), cache=self.cache.subdivide())
 
     def split(self) -> tuple[Tensor, ...]:
         """The feature rows of each sample, empty ones included."""

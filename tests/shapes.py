@@ -1,5 +1,8 @@
-"""Small textured meshes that tests of train.prepare write as OBJ files."""
+"""Small textured meshes that tests of train.prepare write as files: OBJ, and GLB part by part."""
 
+import io
+import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -32,3 +35,56 @@ def box(size=(1.0, 1.0, 1.0), colors: bool = True) -> tuple[str, str]:
     f = [f"usemtl side{i}\nf {s}" for i, s in enumerate(sides)]
     mtl = [f"newmtl side{i}\nKd {0.2 + 0.1 * i} {0.9 - 0.1 * i} 0.5" for i in range(6)]
     return "\n".join(v + f) + "\n", "\n".join(mtl) + "\n"
+
+
+class Gltf:
+    """A document that grows: arrays become accessors, bytes become buffer views."""
+
+    def __init__(self, **extra):
+        self.data = b""
+        self.document = {"asset": {"version": "2.0"}, "bufferViews": [], "accessors": [], "scenes": [{"nodes": [0]}]} | extra
+
+    def view(self, data: bytes, **extra) -> int:
+        self.data += b"\0" * (-len(self.data) % 4)
+        self.document["bufferViews"].append({"buffer": 0, "byteOffset": len(self.data), "byteLength": len(data)} | extra)
+        self.data += data
+        return len(self.document["bufferViews"]) - 1
+
+    def array(self, values, dtype="<f4", **extra) -> int:
+        values = np.asarray(values, dtype)
+        kind = {"f4": 5126, "u1": 5121, "u2": 5123, "u4": 5125, "i1": 5120, "i2": 5122}[values.dtype.str[1:]]
+        shape = {1: "SCALAR"} if values.ndim < 2 else {2: "VEC2", 3: "VEC3", 4: "VEC4", 16: "MAT4"}
+        entry = {"componentType": kind, "count": len(values), "type": shape[1 if values.ndim < 2 else values.shape[1]]}
+        self.document["accessors"].append(entry | {"bufferView": self.view(values.tobytes())} | extra)
+        return len(self.document["accessors"]) - 1
+
+    def primitive(self, positions, **fields) -> dict:
+        attributes = {"POSITION": self.array(positions)} | {k: fields.pop(k) for k in list(fields) if k.isupper()}
+        return {"attributes": attributes} | fields
+
+    def save(self, path: Path, primitives=(), **node) -> Path:
+        self.document.setdefault("nodes", [{"mesh": 0} | node])
+        self.document.setdefault("meshes", [{"primitives": list(primitives)}])
+        self.document["buffers"] = [{"byteLength": len(self.data)}]
+        head = json.dumps(self.document).encode()
+        head += b" " * (-len(head) % 4)
+        body = self.data + b"\0" * (-len(self.data) % 4)
+        length = 12 + 8 + len(head) + 8 + len(body)
+        chunks = struct.pack("<I4s", len(head), b"JSON") + head + struct.pack("<I4s", len(body), b"BIN\0") + body
+        path.write_bytes(struct.pack("<4sII", b"glTF", 2, length) + chunks)
+        return path
+
+
+TRIANGLE = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], float)
+SQUARE = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], float)
+UV = np.array([[0, 1], [1, 1], [1, 0], [0, 0]], float)  # v downwards: the picture upright
+
+
+def png(pixels) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def square(gltf: Gltf, uv=UV, **fields) -> dict:
+    return gltf.primitive(SQUARE, TEXCOORD_0=gltf.array(uv), indices=gltf.array([0, 1, 2, 0, 2, 3], "<u2"), **fields)

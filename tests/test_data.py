@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import traceback
 from dataclasses import replace
 
@@ -84,15 +85,6 @@ def test_objects_of_other_channels_name_both_files(tmp_path):
         data.item("bb")
 
 
-def test_features_that_saw_held_out_views_are_told_apart(tmp_path):
-    root = make(tmp_path)
-    for name, holdout in (("aa", 1), ("bb", 2)):  # cc does not say
-        file = root / "renders" / name / "transforms.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": holdout}))
-    data = opened(root, holdout_views=2, views="holdout")
-    assert [data.features_saw_holdout(name) for name in data.names] == [True, False, False]
-
-
 def test_random_views_depend_on_seed_draw_and_object_and_never_touch_held_out_ones(tmp_path):
     root = make(tmp_path)
     data = opened(root, holdout_views=2)
@@ -162,6 +154,40 @@ def test_a_folder_that_is_none(tmp_path):
         opened(make(tmp_path), holdout_views=5)[0]
     with pytest.raises(ValueError, match="holdout_views 0 at least 1"):
         opened(tmp_path, views="holdout")
+
+
+def record_holdout(root, name, value):
+    file = root / "renders" / name / "transforms.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": value}))
+
+
+def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
+    root, other = make(tmp_path / "one"), make(tmp_path / "two", ["dd", "ee"])
+    assert len(opened(root, holdout_views=4)) == 3  # the published layout does not say what features saw
+    for name in ("aa", "bb"):
+        record_holdout(root, name, 2)
+    assert len(opened(root, holdout_views=2, views="holdout").item("aa").image) == 2
+    assert len(opened(root, holdout_views=1).item("aa").image) == 4
+    message = r"aa.transforms.json: 3 held-out views, but its rgb features were made without only 2 of 5 frames: use .* 2 or"
+    for views in ("train", "holdout"):
+        with pytest.raises(ValueError, match=message):
+            opened(root, holdout_views=3, views=views)
+    shutil.copytree(root / "features" / f"rgb_{RES}", root / "features" / f"dino_{RES}")
+    rows = [{"sha256": "aa", f"feature_dino_{RES}": "True", f"feature_rgb_{RES}": "True"}]
+    write_metadata(root, rows)
+    assert opened(root, features="dino", holdout_views=3).names == ["aa"]  # of other features it says nothing
+    write_metadata(root, rows + [rows[0] | {"sha256": "bb"}])
+    record_holdout(root, "bb", 1)
+    data = opened(root, holdout_views=2)
+    with pytest.raises(ValueError, match="bb.transforms.json: 2 held-out views, but .* only 1 of 5 frames"):
+        data[1]
+    record_holdout(other, "dd", 0)
+    with pytest.raises(ValueError, match="dd.transforms.json: .* only 0 of 5 .* prepare it again with train.prepare"):
+        opened(root, other, holdout_views=2)
+    for value in (-1, 6, True, "2", 1.0):
+        record_holdout(other, "dd", value)
+        with pytest.raises(ValueError, match=rf"dd.transforms.json: holdout {value!r} is not a number of its 5 frames"):
+            opened(other)
 
 
 def test_collate_adds_the_batch_column_and_keeps_views_with_their_objects(tmp_path):

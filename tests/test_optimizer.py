@@ -31,7 +31,9 @@ def traced(case: str, clip, ema_index: int = 0):
     run = Optimizer({"w1": w1, "w2": w2}.items(), clip, scale, weight_decay=decay, ema=config["ema_rate"][ema_index])
     for step, (g1, g2) in enumerate(zip(t["g1"], t["g2"], strict=True)):
         used = w1.half() if fp16 else w1  # once a step: the published fp16 weights sum their micro-batches in fp16
-        run.backward(sum((used * a).sum() + (w2 * b).sum() for a, b in zip(g1, g2, strict=True)) / len(g1))
+        loss = sum((used * a).sum() + (w2 * b).sum() for a, b in zip(g1, g2, strict=True)) / len(g1)
+        run.backward(loss)
+        assert loss.item() == pytest.approx(t["trace/loss"][step].item(), rel=1e-4, abs=1e-6, nan_ok=True)
         norm = run.step(float(t["trace/lr"][step]))
         yield step, run, norm, t
         assert math.isfinite(norm) != bool(t["trace/skipped"][step])

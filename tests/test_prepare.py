@@ -244,11 +244,11 @@ def test_impossible_settings(pair, tmp_path, capsys, flags, message):
 
 def test_no_meshes_and_no_embree(tmp_path, capsys, monkeypatch):
     assert command(tmp_path, "--out", tmp_path / "o") == 2
-    assert f"{tmp_path} holds no .obj, .glb, .gltf file" in capsys.readouterr().err
+    assert f"{tmp_path} holds no .obj, .glb, .gltf, .ply file" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "embreex", None)
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
     assert command(tmp_path, "--out", tmp_path / "o") == 2
-    assert "needs embreex and trimesh: pip install '.[prepare]'" in capsys.readouterr().err
+    assert "needs embreex: pip install '.[prepare]'" in capsys.readouterr().err
 
 
 def test_workers_make_the_same_files(pair, tmp_path):

@@ -287,6 +287,8 @@ def test_output_folders(tmp_path, capsys, monkeypatch):
 
 def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
     assert "nowhere is not a folder" in refused(capsys, *TINY, "--data", "nowhere", "--out", tmp_path / "a")
+    leaking = refused(capsys, *TINY, "--holdout-views", "5", "--out", tmp_path / "a")
+    assert "5 held-out views, but its rgb features were made without only 4 of 20 frames: use --holdout-views 4" in leaking
     assert "has no column feature_dinov2_16" in refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
     empty = shutil.copytree(finished, tmp_path / "b", ignore=lambda *_: ["checkpoints"])
     assert "holds no checkpoint" in refused(capsys, "--resume", empty)

@@ -104,11 +104,13 @@ class Dataset(torch.utils.data.Dataset):
     split an object is a training object. `skipped` counts the others by reason, `summary()` says it in a line.
 
     The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them, "train" only the rest.
+    Where transforms.json says how many frames the `rgb` features were made without, more than those cannot be kept apart:
+    the features would show the model what it is scored on. Fewer can.
     `dataset[index, draw]` picks its views by (seed, draw, index) alone; `dataset[index]` is draw 0. A broken object raises
     ValueError that names its file; no other object ever takes its place. `cache=True` keeps what was decoded in memory.
 
-    Raises ValueError for a folder that is no dataset, one without these features, and where no object is left
-    (unless `required` is False).
+    Raises ValueError for a folder that is no dataset, one without these features, where no object is left
+    (unless `required` is False), and for a first object of a folder whose transforms.json cannot be used.
     """
 
     def __init__(
@@ -149,6 +151,8 @@ class Dataset(torch.utils.data.Dataset):
         self.names = list(self._objects)
         if required and not self.names:
             raise ValueError(f"no object is left: {self.summary()}")
+        for name in {root: name for name, (root, _) in reversed(self._objects.items())}.values():
+            self._frames(name)  # before a run starts; the other objects are checked when they are read
         self._channels = None
 
     def _list(self, root: Path) -> None:
@@ -242,17 +246,18 @@ class Dataset(torch.utils.data.Dataset):
             raise ValueError(f"{file} has {len(coords)} voxels, over the limit of {self.max_voxels}")
         return coords, features
 
-    def features_saw_holdout(self, name: str) -> bool:
-        """Whether the object's `rgb` features were made, as its transforms.json says, from views that are held out here."""
-        holdout = self._frames(name)[0].holdout
-        return self.features == "rgb" and holdout is not None and holdout < self.holdout_views
-
     def _frames(self, name: str) -> tuple:
         file = self._objects[name][0] / "renders" / name / "transforms.json"
         frames = self._cached(read_frames, file)
         count, held = len(frames.files), self.holdout_views
         if count <= held:
             raise ValueError(f"{file} lists {count} frames: {held} held-out views leave none to train on")
+        if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
+            raise ValueError(
+                f"{file}: {held} held-out views, but its rgb features were made without only {frames.holdout} of {count} frames: "
+                f"use --holdout-views {frames.holdout} or fewer"
+                + ("" if frames.holdout else "; prepare it again with train.prepare --holdout-views")
+            )
         return frames, range(count - held) if self.views == "train" else range(count - held, count)
 
 

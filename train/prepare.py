@@ -3,13 +3,13 @@
     pip install '.[prepare]'
     python -m train.prepare MESHES... --out DIR
 
-MESHES are OBJ (with MTL and images), GLB or glTF files, folders that are searched for them, or lists: text files (.txt) of
+MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, folders that are searched for them, or lists: text files (.txt) of
 lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the paths relative to --root. What comes out:
 
     metadata.csv                        one row an object; columns below
     renders/SHA/000.png ...             RGBA, straight alpha, cameras at radius 2 with a field of view of 40 degrees
     renders/SHA/transforms.json         aabb, scale, offset, frames (published keys); holdout: the last that many frames
-                                        are held out of training; recipe: what the views were made with
+                                        are held out: features never see them; recipe: what the views were made with
     renders/SHA/mesh.ply                vertices float32 and triangles int32 in the same z-up unit cube
     voxels/SHA.ply                      vertices (index + 0.5) / 64 - 0.5 of the surface cells; voxels_R for other sizes
     features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens float16 [V, 50] (train.voxelize); features/rgb_R
@@ -56,7 +56,7 @@ class Settings:
     out: Path
     resolution: tuple[int, ...] = (64,)
     views: int = 150
-    holdout_views: int = 0
+    holdout_views: int = 4
     size: int = 512
     supersample: int = 2
     features: str | None = "rgb"
@@ -293,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--root", type=Path, default=Path(), help="what paths in lists are relative to (default: here)")
     p.add_argument("--resolution", type=int, nargs="+", default=[64], help="voxels a side (default: 64)")
     p.add_argument("--views", type=int, default=150, help="views of each object, held-out ones included (default: 150)")
-    p.add_argument("--holdout-views", type=int, default=0, help="how many of them are held out (default: 0)")
+    p.add_argument("--holdout-views", type=int, default=4, help="how many of them are held out (default: 4)")
     p.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
     p.add_argument("--supersample", type=int, default=2, help="rays a pixel: this number squared (default: 2)")
     p.add_argument("--features", choices=["rgb", "none"], default="rgb", help="per-voxel features (default: rgb)")
@@ -306,9 +306,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
-    missing = [name for name in ("embreex", "trimesh") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"train.prepare needs {' and '.join(missing)}: pip install '.[prepare]'", file=sys.stderr)
+    if importlib.util.find_spec("embreex") is None:
+        print("train.prepare needs embreex: pip install '.[prepare]'", file=sys.stderr)
         return 2
     try:
         features = None if args.features == "none" else args.features

@@ -1,7 +1,8 @@
 """Views of a textured mesh by exact ray casts (Embree through embreex): RGBA images and the surface points behind them.
 
 Light does not move with the camera: a key light, a top and a bottom light as wide as the sky, and 0.3 of ambient; both
-sides of every face reflect, by Lambert's law, without shadows. Colours are multiplied in display space, as the textures are.
+sides of every face reflect, by Lambert's law, without shadows. Light multiplies display values, and so do an OBJ's colours;
+glTF's base colour is first made in linear light, as its specification says.
 """
 
 import numpy as np
@@ -121,9 +122,22 @@ class Caster:
             alpha[here] = material.opacity
             if material.texture is not None:
                 texel = sample(material.texture, uv[here])
-                albedo[here] *= texel[:, :3]
+                albedo[here] *= to_linear(texel[:, :3]) if material.linear else texel[:, :3]
                 alpha[here] *= texel[:, 3]
+            if material.linear:
+                albedo[here] = to_display(albedo[here])
         return (albedo * light[:, None]).clip(0, 1), alpha, normal
+
+
+def to_linear(color: np.ndarray) -> np.ndarray:
+    """Display values to linear light (sRGB, IEC 61966-2-1), in [0, 1]."""
+    return np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+
+
+def to_display(light: np.ndarray) -> np.ndarray:
+    """Linear light, clipped to [0, 1], to display values: `to_linear` backwards."""
+    light = light.clip(0, 1)
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 def sample(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:

@@ -2,7 +2,11 @@
 
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters of train.data use
     ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians), transform_matrix (4 x 4, Blender axes);
+<<<<<<< HEAD
+                                         holdout, where train.prepare made it: how many of the last frames no `rgb` feature saw
+=======
                                          holdout (ours): how many of the last frames no `rgb` feature was made from
+>>>>>>> main
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
 """
@@ -29,7 +33,7 @@ class Frames:
     files: list[Path]
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
-    holdout: int | None  # the last frames that `rgb` features were made without; None where the file does not say
+    holdout: int | None = None  # the last frames that `rgb` features were made without; None where the file does not say
 
 
 def read_metadata(root: Path) -> list[dict[str, str]]:
@@ -65,7 +69,10 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 
 
 def read_frames(file: Path) -> Frames:
-    """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has no usable camera."""
+    """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has no usable camera.
+
+    Also where its `holdout` is not a number of its frames.
+    """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     try:
@@ -74,7 +81,6 @@ def read_frames(file: Path) -> Frames:
         names = [str(frame["file_path"]) for frame in frames]
         matrix = np.array([frame["transform_matrix"] for frame in frames], np.float64)
         fov = np.array([frame["camera_angle_x"] for frame in frames], np.float64)
-        holdout = None if holdout is None else int(holdout)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is truncated or not JSON: {error}") from error
     except KeyError as error:
@@ -89,6 +95,8 @@ def read_frames(file: Path) -> Frames:
     if not usable.all():
         frame = int(np.argmin(usable))
         raise ValueError(f"{file}: frame {frame} has no usable camera (angle {fov[frame]}, matrix {matrix[frame].tolist()})")
+    if holdout is not None and not (type(holdout) is int and 0 <= holdout <= len(names)):
+        raise ValueError(f"{file}: holdout {holdout!r} is not a number of its {len(names)} frames")
     return Frames([file.parent / name for name in names], matrix, fov, holdout)
 
 
