@@ -63,8 +63,10 @@ def test_the_effective_near_plane(device):
 
 
 @pytest.mark.parametrize("reach", [1.0, 1.4], ids=["up to the border", "beyond the frustum"])
-def test_shared_edges_cover_every_pixel_once(device, reach):
+def test_shared_edges_cover_every_pixel_once(device, reach, monkeypatch):
     """Each face of a torn-up plane alone, as scenes of one batch: every pixel is seen by exactly one."""
+    tiles = {"faces": 32, "few": 0, "pieces": 32, "strides": 1, "pixels": 256}
+    monkeypatch.setattr(raster, "_tiles", lambda target: tiles)  # all as large faces: few programs
     n, W, H = 4, 15, 11
     rng = torch.Generator().manual_seed(2)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-reach, reach, n + 1)] * 2, indexing="xy"), -1)
@@ -153,7 +155,7 @@ def test_views_share_their_launches(kernel_device):
 
 def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     clip, faces, layout = batch(device)
-    runs = [rasterize(clip, faces, 12, 18, layout.clip_table) for _ in range(2)]
+    runs = [rasterize(clip, faces, 12, 18, layout.clip_table[:2]) for _ in range(2)]
     assert torch.equal(*runs)
     upstream = torch.randn(runs[0].shape, generator=torch.Generator().manual_seed(4)).to(device)
     once, again, scaled = (
@@ -172,7 +174,7 @@ def test_small_and_large_faces_are_drawn_alike(kernel_device, monkeypatch):
     for few, pieces, strides, pixels in shapes:
         tiles = {"faces": 64, "few": few, "pieces": pieces, "strides": strides, "pixels": pixels}
         monkeypatch.setattr(raster, "_tiles", lambda target, tiles=tiles: tiles)
-        pictures.append(rasterize(clip, faces, 12, 18, layout.clip_table[:2]))
+        pictures.append(rasterize(clip, faces, 12, 18, layout.clip_table[:1]))
     assert all(torch.equal(p, pictures[0]) for p in pictures) and pictures[0].any()
 
 
