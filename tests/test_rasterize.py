@@ -37,6 +37,18 @@ def test_faces_that_reach_out_of_the_frustum_match_the_reference(device, radius)
     agrees(clip, faces, 24, 24, device)
 
 
+def test_edges_through_pixel_centres_match_the_reference(device):
+    """Left edges and those of the smallest row are inside, right ones and those of the largest row are not."""
+    x, y = torch.meshgrid(torch.tensor([1.5, 3.5, 5.5]), torch.tensor([0.5, 2.5, 3.5]), indexing="xy")
+    clip = torch.stack([x / 4 - 1, y / 2 - 1, 0 * x, 1 + 0 * x], -1).view(-1, 4)
+    faces = torch.tensor([[0, 1, 4], [0, 4, 3], [4, 5, 8], [7, 4, 8]])
+    agrees(clip, faces, 4, 8, device)
+    seen = rasterize(clip.to(device), faces.to(device), 4, 8)[0, ..., 3] > 0
+    want = torch.zeros(4, 8, dtype=torch.bool)
+    want[0:2, 1:3] = want[2:3, 3:5] = True
+    assert torch.equal(seen.cpu(), want)
+
+
 def test_closed_surface_in_float64_matches_the_reference_to_rounding():
     vertices, faces, _ = ball(6)
     clip = positions(vertices, 30, 20).double().requires_grad_()
