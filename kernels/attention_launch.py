@@ -52,8 +52,10 @@ def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: b
     elif rotated:
         forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, ANY, 64, 32, 4, 1)]
         backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
-        if target.startswith(("sm_8", "sm_12")):  # products from registers
-            backward = [Tile(0, ANY, 32, 16, 4, 1)]
+        if not target.startswith(("sm_9", "sm_10")):  # products from registers: a short segment's tile spills
+            forward = [Tile(0, ANY, 64, 32, 4, 1)]
+        if target.startswith(("sm_8", "sm_12")):
+            backward = [Tile(0, ANY, 32, 16, 8, 1)]
     elif target.startswith("gfx"):
         forward = [Tile(0, ANY, 64, 32, 4, 2)]
         backward = [Tile(0, 64, 64, 16, 4, 2), Tile(64, 128, 128, 16, 8, 1), Tile(128, ANY, 64, 16, 4, 2)]

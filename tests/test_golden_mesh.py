@@ -176,12 +176,13 @@ def test_published_evaluation_picture(device):
         image_close(value.view(t[f"out_{name}"].shape), t[f"out_{name}"], name)
 
 
-def test_published_training_pictures(device):
-    """The ground truth, whose normals are turned to the camera, and the prediction; the gradient of the published loss."""
+@pytest.mark.parametrize("here", ["torch", pytest.param("kernels", marks=pytest.mark.slow)], indirect=True)
+def test_published_training_pictures_and_gradients(here):
+    """The ground truth, whose normals are turned to the camera, the prediction, and the gradient of the published loss."""
     note, t = golden("mesh_m_losses_40")
     size = note["resolution"]
-    camera = Camera(t["extrinsics"][None], t["intrinsics"][None], size, size).to(device)
-    split = lambda kind: (t[f"{kind}_vertices"].to(device), t[f"{kind}_faces"].to(device))
+    camera = Camera(t["extrinsics"][None], t["intrinsics"][None], size, size).to(here)
+    split = lambda kind: (t[f"{kind}_vertices"].to(here), t[f"{kind}_faces"].to(here))
     vertices, faces = split("gt")
     truth = render_mesh(vertices, faces, None, [0, len(vertices)], [0, len(faces)], camera, [0])
     assert truth.color is None and truth.normal_map is None
@@ -190,18 +191,18 @@ def test_published_training_pictures(device):
     image_close(face_camera(truth.normal, camera), t["gt_normal_flipped"], "normal")
     vertices, faces = split("pred")
     vertices.requires_grad_()
-    colors = t["pred_vertex_attrs"].to(device).requires_grad_()
+    colors = t["pred_vertex_attrs"].to(here).requires_grad_()
     image = render_mesh(vertices, faces, colors, [0, len(vertices)], [0, len(faces)], camera, [0])
     for name, value in (("mask", image.alpha), ("depth", image.depth), ("normal", image.normal), ("color", image.color)):
         image_close(value, t[f"pred_{name}"], name)
     image_close(image.normal_map, t["pred_normal_map"], "normal map")
 
-    mask, target = t["gt_mask"].to(device), t["image"].to(device).float() * t["alpha"].to(device)
+    mask, target = t["gt_mask"].to(here), t["image"].to(here).float() * t["alpha"].to(here)
     l1 = lambda a, b: (a - b).abs().mean()
     perceptual = lambda a, b: l1(a, b) + note["lambdas"]["ssim"] * (1 - ssim(a, b).mean())
     beta = 1 / (2 * note["rep_res"])
-    depth = torch.nn.functional.smooth_l1_loss(image.depth * mask, t["gt_depth"].to(device) * mask, beta=beta)
-    normal = perceptual(image.normal * mask, t["gt_normal_flipped"].to(device) * mask)
+    depth = torch.nn.functional.smooth_l1_loss(image.depth * mask, t["gt_depth"].to(here) * mask, beta=beta)
+    normal = perceptual(image.normal * mask, t["gt_normal_flipped"].to(here) * mask)
     color = l1(image.color, target) + note["lambdas"]["color"] * perceptual(image.color, target)
     parts = {"mask_loss": l1(image.alpha, mask), "depth_loss": depth, "normal_loss_perceptual": normal, "color_loss": color}
     for name, value in parts.items():

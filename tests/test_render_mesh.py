@@ -10,7 +10,7 @@ from tests.conftest import assert_close, assert_same
 from tests.meshes import ball, cameras, soup
 
 FIELDS = ("alpha", "depth", "normal", "color", "normal_map")
-VIEWS = [2, 0, 1, 2, 0]
+VIEWS = [2, 1, 0, 2]
 
 
 def pictures(image) -> list[torch.Tensor]:
@@ -27,14 +27,15 @@ def scenes(device, dtype=torch.float32):
 
 
 def gradients(image, inputs, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
+    """Of a random linear loss; the graph stays."""
     rng = torch.Generator().manual_seed(5)
     upstream = [scale * torch.randn(t.shape, generator=rng).to(t) for t in pictures(image)]
-    return torch.autograd.grad(pictures(image), inputs, upstream)
+    return torch.autograd.grad(pictures(image), inputs, upstream, retain_graph=True)
 
 
 def test_batched_equals_looped(device):
     vertices, faces, colors, starts, face_starts = scenes(device)
-    view = cameras(5, 19, 11).to(device)
+    view = cameras(4, 19, 11).to(device)
     image = render_mesh(vertices, faces, colors, starts, face_starts, view, VIEWS)
     assert [p.shape[1:] for p in pictures(image)] == [(c, 11, 19) for c in (1, 1, 3, 3, 3)]
     total = gradients(image, (vertices, colors))
@@ -51,7 +52,7 @@ def test_batched_equals_looped(device):
             whole[mine] += g
     for a, b in zip(total, looped, strict=True):
         assert_close(a, b, 5e-6)
-    assert (image.alpha[2] == 0).all() and (image.normal[2] == 0.5).all() and image.alpha[0].any()
+    assert (image.alpha[1] == 0).all() and (image.normal[1] == 0.5).all() and image.alpha[0].any()
 
 
 def test_scenes_and_views_share_their_launches(kernel_device):
@@ -96,11 +97,11 @@ def test_the_host_reads_once_and_never_in_the_backward(kernel_device, monkeypatc
 
 def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     vertices, faces, colors, starts, face_starts = scenes(device)
-    run = lambda: render_mesh(vertices, faces, colors, starts, face_starts, cameras(3, 16, 13).to(device), [0, 2, 0])
+    run = lambda: render_mesh(vertices, faces, colors, starts, face_starts, cameras(2, 16, 13).to(device), [0, 2])
     first, second = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(pictures(first), pictures(second), strict=True))
     inputs = (vertices, colors)
-    once, again, scaled = gradients(first, inputs), gradients(second, inputs), gradients(run(), inputs, 2.0**20)
+    once, again, scaled = gradients(first, inputs), gradients(second, inputs), gradients(first, inputs, 2.0**20)
     for a, b, c in zip(once, again, scaled, strict=True):
         assert torch.equal(a, b) and torch.equal(a * 2**20, c) and a.abs().max() > 0
 
@@ -110,7 +111,7 @@ def test_kernels_and_torch_agree(kernel_device):
     for results, choice in ((got, None), (want, "torch")):
         with backend.use(choice) if choice else backend.use("interpreter"):
             vertices, faces, colors, starts, face_starts = scenes("cpu")
-            image = render_mesh(vertices, faces, colors, starts, face_starts, cameras(3, 33, 20), [2, 0, 2])
+            image = render_mesh(vertices, faces, colors, starts, face_starts, cameras(2, 23, 14), [2, 0])
             results += [*pictures(image), *gradients(image, (vertices, colors))]
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 2e-5)
