@@ -4,6 +4,7 @@ Each voxel holds a small tensor of rank R in CP form ("trivec": R vectors of n n
 at a point weight R densities and R colours (arXiv 2412.01506; the representation is that of Strivec, arXiv 2307.13226).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
@@ -24,6 +25,9 @@ class RadianceConfig:
     rank: int = 16
     dim: int = 8  # numbers along each axis of a voxel
     density_scale: float = 1.0  # multiplies the raw densities; above 1 an untrained field turns opaque sooner
+    # spread of the untrained vectors around 1. At 0, as published, the ranks of a voxel start equal, have equal gradients and,
+    # where gradients are deterministic, stay equal: a field of rank 1
+    trivec_std: float = 0.0
 
     @classmethod
     def parse(cls, published: dict) -> "RadianceConfig":
@@ -34,8 +38,10 @@ class RadianceConfig:
         config = cls(**published)
         if config.rank < 1 or config.dim < 2:
             raise ValueError(f"rank {config.rank} must be at least 1, dim {config.dim} at least 2")
-        if not config.density_scale > 0:
-            raise ValueError(f"density_scale {config.density_scale} must exceed 0")
+        if not (0 < config.density_scale < math.inf and 0 <= config.trivec_std < math.inf):
+            raise ValueError(
+                f"density_scale {config.density_scale} must exceed 0, trivec_std {config.trivec_std} be at least 0, both finite"
+            )
         return config
 
     @property
@@ -85,6 +91,11 @@ class RadianceDecoder(Decoder):
     """Latents [N, latent_channels] -> a RadianceScene per sample (published: SLatRadianceFieldDecoder)."""
 
     NAME, CONFIG = "SLatRadianceFieldDecoder", RadianceConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.trivec_std:
+            torch.nn.init.normal_(self.out_layer.bias[: self.config.fields["trivec"]], std=self.config.trivec_std)
 
     def forward(self, z: SparseTensor) -> list[RadianceScene]:
         """One scene per sample; a sample without voxels gives a field without voxels."""

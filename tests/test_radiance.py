@@ -44,6 +44,19 @@ def test_density_scale_multiplies_densities_alone():
     assert torch.equal(ours.density, theirs.density * 50) and torch.equal(ours.trivec, theirs.trivec)
 
 
+def test_ranks_start_equal_as_published_unless_they_are_spread(device):
+    x = batch([20], device, channels=4)
+    for std in (0.0, 0.5):
+        torch.manual_seed(0)
+        decoder = small_decoder(trivec_std=std).to(device)
+        scene = decoder(x)[0]
+        image = scene.render(cameras(1, device, 16), torch.zeros(1, 3, device=device))
+        (image.color * torch.linspace(0, 1, 16, device=device)).sum().backward()
+        gradient = decoder.out_layer.weight.grad[36:39]  # of the three densities, after 3 ranks x 3 axes x 4 numbers
+        assert gradient.abs().max() > 0 and torch.equal(gradient[0], gradient[1]) == (std == 0)
+        assert scene.trivec.std().item() == pytest.approx(std, abs=0.15) and (scene.density == 0).all()
+
+
 def test_batched_equals_looped_with_empty_samples(device):
     decoder = randomize(small_decoder(density_scale=30.0)).to(device)
     x = batch([30, 0, 1, 40, 0], device, channels=4)
@@ -103,6 +116,7 @@ def test_offsets_are_drawn_for_training_and_fixed_for_pictures(device):
         ({"rank": 0}, "rank 0 must be at least 1"),
         ({"dim": 1}, "dim 1 at least 2"),
         ({"density_scale": 0.0}, "density_scale 0.0 must exceed 0"),
+        ({"trivec_std": -1.0}, "trivec_std -1.0 be at least 0"),
     ],
 )
 def test_impossible_representations(change, message):

@@ -20,7 +20,8 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
 CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")  # of a run that is resumed
 
 
-def _flag(default, help: str):
+def flag(default, help: str):
+    """A field of a config with the text that --help shows for it."""
     return field(default=default, metadata={"help": help})
 
 
@@ -32,10 +33,10 @@ class Sizes:
     blocks: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
-    window: int = _flag(8, "edge of an attention window in voxels; odd blocks are shifted by half of it")
-    latent: int = _flag(8, "latent channels per voxel")
-    logvar_init: float | None = _flag(None, "log variance to start from (none: zero output layer, as published)")
-    recompute: bool = _flag(False, "keep no activations inside blocks: less memory, a third more time")
+    window: int = flag(8, "edge of an attention window in voxels; odd blocks are shifted by half of it")
+    latent: int = flag(8, "latent channels per voxel")
+    logvar_init: float | None = flag(None, "log variance to start from (none: zero output layer, as published)")
+    recompute: bool = flag(False, "keep no activations inside blocks: less memory, a third more time")
 
     def __post_init__(self):
         for name in ("channels", "blocks", "heads", "window", "latent"):
@@ -57,8 +58,8 @@ class Weights:
 
     l1: float = 1.0
     ssim: float = 0.2
-    lpips: float = _flag(0.2, "needs --lpips")
-    kl: float = _flag(1e-6, "of the posterior; off with --encoder")
+    lpips: float = flag(0.2, "needs --lpips")
+    kl: float = flag(1e-6, "of the posterior; off with --encoder")
 
     def __post_init__(self):
         for name, weight in asdict(self).items():
@@ -72,37 +73,37 @@ class Config:
 
     preset: str = "base"
     # data
-    data: tuple[str, ...] = _flag((), "dataset folder; may be repeated (default: the embedded objects)")
-    features: str = _flag("dinov2_vitl14_reg", "which features of the dataset the encoder reads")
-    resolution: int = _flag(64, "voxels along each side of the unit cube")
-    image_size: int = _flag(512, "edge of the views in pixels")
-    views: int = _flag(1, "views of each object in a step")
-    holdout_views: int = _flag(4, "the last views of every object, kept for evaluation")
+    data: tuple[str, ...] = flag((), "dataset folder; may be repeated (default: the embedded objects)")
+    features: str = flag("dinov2_vitl14_reg", "which features of the dataset the encoder reads")
+    resolution: int = flag(64, "voxels along each side of the unit cube")
+    image_size: int = flag(512, "edge of the views in pixels")
+    views: int = flag(1, "views of each object in a step")
+    holdout_views: int = flag(4, "the last views of every object, kept for evaluation")
     # the run
-    out: str | None = _flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
-    resume: str | None = _flag(None, "run folder to continue, exactly where it stopped")
+    out: str | None = flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
+    resume: str | None = flag(None, "run folder to continue, exactly where it stopped")
     seed: int = 0
-    device: str | None = _flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    deterministic: bool = _flag(False, "only algorithms that give the same bits every time")
-    workers: int = _flag(4, "processes that load data; 0 loads in the training process")
-    sample_every: int = _flag(1000, "steps between sample pictures and curves")
-    save_every: int = _flag(1000, "steps between checkpoints")
-    eval_objects: int = _flag(64, "most objects of each kind in the evaluation at the end")
+    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    deterministic: bool = flag(False, "only algorithms that give the same bits every time")
+    workers: int = flag(4, "processes that load data; 0 loads in the training process")
+    sample_every: int = flag(1000, "steps between sample pictures and curves")
+    save_every: int = flag(1000, "steps between checkpoints")
+    eval_objects: int = flag(64, "most objects of each kind in the evaluation at the end")
     # the optimiser
-    steps: int = _flag(750_000, "optimiser steps of the whole run")
-    batch_size: int = _flag(256, "objects in an optimiser step, over all ranks")
-    micro_batch: int = _flag(2, "objects in one forward pass on one rank")
-    optimizer: str = _flag("adamw", "adamw; or muon, orthogonal steps for the matrices inside blocks and adamw for the rest")
-    precision: str = _flag("fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32")
+    steps: int = flag(750_000, "optimiser steps of the whole run")
+    batch_size: int = flag(256, "objects in an optimiser step, over all ranks")
+    micro_batch: int = flag(2, "objects in one forward pass on one rank")
+    optimizer: str = flag("adamw", "adamw; or muon, orthogonal steps for the matrices inside blocks and adamw for the rest")
+    precision: str = flag("fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32")
     lr: float = 1e-4
-    warmup: int = _flag(0, "steps until the full learning rate")
-    final_lr: float = _flag(1.0, "fraction of lr that a cosine reaches at the last step; 1 is a constant lr")
+    warmup: int = flag(0, "steps until the full learning rate")
+    final_lr: float = flag(1.0, "fraction of lr that a cosine reaches at the last step; 1 is a constant lr")
     weight_decay: float = 0.0
-    max_norm: float = _flag(1.0, "clip gradients to this norm or the 95th percentile of the last 1000, whichever is less")
-    ema: float = _flag(0.9999, "decay of the averaged weights")
+    max_norm: float = flag(1.0, "clip gradients to this norm or the 95th percentile of the last 1000, whichever is less")
+    ema: float = flag(0.9999, "decay of the averaged weights")
     # what is trained
-    encoder: str | None = _flag(None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a run folder")
-    lpips: str | None = _flag(None, "file with the LPIPS (VGG16) weights")
+    encoder: str | None = flag(None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a run folder")
+    lpips: str | None = flag(None, "file with the LPIPS (VGG16) weights")
     model: Sizes = Sizes()
     weights: Weights = Weights()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from models import Encoder, RadianceDecoder, RadianceVAE
 from train import loop
-from train.config import Config, Sizes
+from train.config import Config, Sizes, flag
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,21 @@ class RadianceSizes(Sizes):
 
     rank: int = 16
     dim: int = 8
-    density_scale: float = 1.0
+    density_scale: float = flag(1.0, "multiplies the raw densities; 1 as published")
+    trivec_std: float = flag(0.0, "spread of the untrained vectors around 1; at 0, as published, a voxel's ranks start equal")
 
 
 BASE = Config(model=RadianceSizes(), steps=500_000)
 SMALL = replace(
     BASE, preset="small", features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
-    model=RadianceSizes(channels=384, blocks=6, heads=6),
+    model=RadianceSizes(channels=384, blocks=6, heads=6, density_scale=30.0, trivec_std=0.5),
 )  # fmt: skip
 DEMO = replace(
-    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=2, steps=600, batch_size=4, micro_batch=4,
-    precision="fp32", lr=2e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=200, save_every=400,
-    model=RadianceSizes(channels=64, blocks=2, heads=2, rank=8, dim=4, logvar_init=-4.0),
+    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=1, steps=900, batch_size=4, micro_batch=4,
+    precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=300, save_every=450,
+    model=RadianceSizes(
+        channels=64, blocks=2, heads=2, rank=4, dim=4, logvar_init=-4.0, density_scale=30.0, trivec_std=0.5
+    ),
 )  # fmt: skip
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
@@ -38,9 +41,7 @@ PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 def build(config: Config, in_channels: int) -> RadianceVAE:
     """The VAE for features of `in_channels`, with the published construction."""
     size, trunk = config.model, config.trunk()
-    representation = {"rank": size.rank, "dim": size.dim}
-    if size.density_scale != 1:
-        representation["density_scale"] = size.density_scale
+    representation = {"rank": size.rank, "dim": size.dim, "density_scale": size.density_scale, "trivec_std": size.trivec_std}
     encoder = Encoder(in_channels=in_channels, logvar_init=size.logvar_init, **trunk)
     return RadianceVAE(encoder, RadianceDecoder(representation_config=representation, **trunk))
 
