@@ -2,7 +2,8 @@
 
 A step takes `batch_size` objects over all ranks, in micro-batches. What it draws (views, posterior noise, backgrounds)
 depends only on the seed, the step and the object's place in the batch, so neither the number of ranks nor an
-interruption changes it; where the rays of a radiance field start depends on the rank too. Loss terms are means over a micro-batch, as published, averaged over micro-batches and ranks.
+interruption changes it; where the rays of a radiance field start depends on the rank too. Loss terms are means over a
+micro-batch, as published, averaged over micro-batches and ranks.
 """
 
 import json
