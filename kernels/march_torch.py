@@ -167,7 +167,7 @@ def march_torch(
             kept = (before >= STOP) & part.live
             weight = before.sub_(behind).mul_(kept)
             gained = part.total(torch.cat([part.color, part.z]).mul_(weight))
-            count = part.total(kept).long()
+            count = part.total(kept).long().clamp_(min=1)  # less only where a voxel is NaN
             leaving[0, which] = behind.index_select(0, part.start + count - 1).to(leaving.dtype)
             leaving[1:, which] = entering[1:].add_(gained)
             taken[which] = count.int()

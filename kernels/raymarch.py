@@ -143,7 +143,8 @@ def raymarch(
     An offset that is drawn comes from torch's generator of the device and is saved for the backward.
     Differentiable, to first order, in trivec, density and sh; positions, camera and background get no gradient. Computes
     in fp32 (16-bit inputs are converted; float64 only on the torch path). Same inputs and offset, same bits. On a GPU the
-    host waits once, for the number of segments.
+    host waits once, for the number of segments. Voxels are not searched for NaN: one that is not finite makes pixels NaN, on
+    the torch path others than its own too.
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to N; a view_scene of another length
     than the camera or naming no scene; colour coefficients above degree 0; fewer than 2 taps; a position outside [0, 1] or

@@ -304,6 +304,15 @@ def test_a_voxel_of_another_view_or_scene_gets_no_gradient(device):
         assert not g[: starts[1]].any() and g[starts[1] :].any()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's numpy
+def test_voxels_that_are_not_finite_show(device):
+    position, inputs, args = simple(device)
+    with torch.no_grad():
+        inputs[0][: args[0][1]] = float("nan")  # of scene 0
+    image = raymarch(position, *inputs, *args)
+    assert image.color.isnan().any() and any(g.isnan().any() for g in grads(image, inputs))
+
+
 def test_registered_with_torch(device):
     position, inputs, (starts, view, view_scene, light, resolution, offset) = simple(device)
     packed = torch.cat([inputs[0].permute(0, 2, 3, 1).flatten(1), inputs[1], inputs[2].flatten(1)], 1).detach().requires_grad_()
