@@ -12,6 +12,9 @@ from torch import nn
 from models.gaussian import GaussianDecoder as GaussianDecoder
 from models.gaussian import GaussianScene as GaussianScene
 from models.gaussian import GaussianVAE as GaussianVAE
+from models.mesh import MeshDecoder as MeshDecoder
+from models.mesh import MeshScene as MeshScene
+from models.mesh import MeshVAE as MeshVAE
 from models.radiance import RadianceDecoder as RadianceDecoder
 from models.radiance import RadianceScene as RadianceScene
 from models.radiance import RadianceVAE as RadianceVAE
@@ -24,7 +27,7 @@ from models.vae import Posterior as Posterior
 from models.vae import load_weights, read_pretrained
 from models.vae import save_pretrained as save_pretrained
 
-MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder, RadianceDecoder)}
+MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder, RadianceDecoder, MeshDecoder)}
 
 
 def load_pretrained(prefix: str | Path) -> nn.Module:
@@ -37,6 +40,8 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
     model_class = MODELS.get(name.removeprefix("Elastic"))
     if model_class is None:
         raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(MODELS)}")
+    if model_class is MeshDecoder:
+        args = {"skip_weight": "spconv"} | args  # ours say which they are
     try:
         model = model_class(**args)
     except TypeError as error:

@@ -213,6 +213,10 @@ class Trunk(nn.Module):
             raise ValueError(f"activation dtype {dtype} is not one of float32, float16, bfloat16")
         self.activation_dtype = dtype
 
+    def compute_dtype(self, feats: Tensor) -> torch.dtype:
+        """What the layers between input and output layer compute in: activation_dtype, or the features' own dtype for fp32."""
+        return feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
+
     def trunk(self, feats: Tensor, cache: SpatialCache) -> Tensor:
         """The features before the output layer's norm."""
         if feats.shape[1] != self.input_layer.in_features:
@@ -220,8 +224,7 @@ class Trunk(nn.Module):
         x = self.input_layer(feats)
         if self.pe_mode == "ape":
             x = x + cache.get(position_embedding, self.model_channels)
-        dtype = feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
-        x, addend = x.to(dtype), None
+        x, addend = x.to(self.compute_dtype(feats)), None
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
                 x, addend = checkpoint(block, x, addend, cache, use_reentrant=False)

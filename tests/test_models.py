@@ -24,10 +24,10 @@ REPRESENTATION = {
 }  # fmt: skip
 
 
-def build(case, device):
+def build(case, device, **extra):
     meta, tensors = golden(case)
     tensors = {k: v.to(device) for k, v in tensors.items()}
-    model = models.MODELS[meta["cls"]](**meta["config"]).to(device)
+    model = models.MODELS[meta["cls"]](**meta["config"], **extra).to(device)
     load_into(model, load_weights(tensors), case)
     x = models.SparseTensor(tensors["in/feats"].clone().requires_grad_(), tensors["in/coords"])
     return model, x, tensors

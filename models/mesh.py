@@ -1,0 +1,154 @@
+"""Latents -> a triangle mesh: N voxels become 64 N small cubes, whose fields become a surface. Published: SLatMeshDecoder.
+
+Two subdivisions after the transformer give four times the resolution; each small cube predicts the signed distance, the
+displacement and the colour of its corners and the weights that place the surface inside it (arXiv 2412.01506; the surface is
+that of FlexiCubes, arXiv 2308.05371). An untrained decoder puts the surface around every active voxel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from kernels.camera import Camera, Image
+from kernels.isosurface import isosurface
+from kernels.render_mesh import render_mesh
+from models.sparse import SparseTensor
+from models.upsample import SubdivideBlock
+from models.vae import VAE, Decoder, Encoder
+
+NEAR, FAR = 1.0, 100.0  # world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
+GROUPS = 32  # of the group norms, the last of which has model_channels / 8
+SUBDIVIDED = 4  # cubes along the side of a voxel
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """What a corner predicts: the published `representation_config`, parsed once."""
+
+    use_color: bool = False  # and with it the normal_map
+
+    @classmethod
+    def parse(cls, published: dict) -> "MeshConfig":
+        """Raises ValueError for a key or value that the published configuration does not know."""
+        known = {f.name for f in fields_of(cls)}
+        if unknown := sorted(published.keys() - known):
+            raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
+        config = cls(**published)
+        if not isinstance(config.use_color, bool):
+            raise ValueError(f"use_color {config.use_color!r} is not true or false")
+        return config
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Channels of the output layer by published name, in order; corners with x fastest."""
+        color = {"color": 8 * 6} if self.use_color else {}
+        return {"sdf": 8, "deform": 8 * 3, "weights": 21} | color
+
+
+@dataclass
+class MeshScene:
+    """The surface of one object. There may be none: no vertices and no faces."""
+
+    vertices: Tensor  # [P, 3] world units, the object inside [-0.5, 0.5]^3
+    faces: Tensor  # [F, 3] int32: rows of `vertices`, counter-clockwise seen from outside
+    color: Tensor | None  # [P, 3] in [0, 1]; None where the decoder has none
+    normal: Tensor | None  # [P, 3] the published normal_map channels, in [0, 1]
+    tsdf_position: Tensor  # [T, 3] the corners of the object's cubes, world units
+    tsdf_value: Tensor  # [T] their signed distance, negative inside
+    regularization: Tensor  # [] consistency + 0.5 deviation + 0.2 mean size of the weights
+    resolution: int  # cubes along a side of the grid
+
+    def render(self, camera: Camera, background: Tensor, ssaa: int = 1) -> Image:
+        """The scene seen from V views on background [V, 3]; ssaa > 1 renders larger and shrinks (published evaluation: 4)."""
+        return self.render_batch([self], camera, [0] * len(camera), background, ssaa)
+
+    @classmethod
+    def render_batch(
+        cls, scenes: Sequence["MeshScene"], camera: Camera, view_scene: Sequence[int], background: Tensor, ssaa: int = 1
+    ) -> Image:
+        """Views [V] of B scenes in one launch; models.render is the public name.
+
+        Unlit colours (None without), alpha the coverage, depth the camera's z (0 in the background), normal (n + 1) / 2 of the
+        faces in world axes (0.5 in the background); as `kernels.render_mesh`.
+        """
+        if background.shape != (len(camera), 3):
+            raise ValueError(f"background must be [{len(camera)}, 3], not {list(background.shape)}")
+        if len({scene.color is None for scene in scenes}) != 1:
+            raise ValueError("the scenes of a batch must all have colours, or none of them")
+        attributes = None
+        if scenes[0].color is not None:
+            attributes = torch.cat([torch.cat([scene.color, scene.normal], 1) for scene in scenes])
+        starts = [[0, *accumulate(len(getattr(scene, name)) for scene in scenes)] for name in ("vertices", "faces")]
+        vertices, faces = (torch.cat([getattr(scene, name) for scene in scenes]) for name in ("vertices", "faces"))
+        image = render_mesh(vertices, faces, attributes, *starts, camera, view_scene, NEAR, FAR, ssaa)
+        color = None if attributes is None else image.color + (1 - image.alpha) * background[:, :, None, None]
+        return Image(color, image.alpha, image.depth, image.normal, image.normal_map)
+
+    @classmethod
+    def penalties(cls, scenes: Sequence["MeshScene"]) -> dict[str, Tensor]:
+        """The mean regulariser of the batch; a scene without surface keeps its share."""
+        return {"regularization": torch.stack([scene.regularization for scene in scenes]).mean()}
+
+
+class MeshDecoder(Decoder):
+    """Latents [N, latent_channels] -> a MeshScene per sample (published: SLatMeshDecoder).
+
+    In training mode quads have a centre and four triangles, in evaluation mode two triangles. `skip_weight`: how the 1x1x1
+    convolutions read their weights (models.upsample); published checkpoints need "spconv". Raises ValueError for
+    model_channels that the group norms cannot divide.
+    """
+
+    NAME, CONFIG = "SLatMeshDecoder", MeshConfig
+
+    def __init__(self, *args, skip_weight: str = "linear", **kwargs):
+        super().__init__(*args, **kwargs)
+        C = self.model_channels
+        if C % (8 * GROUPS):
+            raise ValueError(f"model_channels {C} is not a multiple of {8 * GROUPS}: {GROUPS} groups normalise an eighth of them")
+        self.args["skip_weight"] = skip_weight
+        self.upsample = nn.ModuleList(
+            SubdivideBlock(channels, out, GROUPS, skip_weight) for channels, out in ((C, C // 4), (C // 4, C // 8))
+        )
+        self.out_layer = nn.Linear(C // 8, sum(self.config.fields.values()))  # no norm before it
+        nn.init.zeros_(self.out_layer.weight), nn.init.zeros_(self.out_layer.bias)
+
+    def fields(self, z: SparseTensor) -> SparseTensor:
+        """The raw output layer on the 64 N cubes, channels in the published order."""
+        h, cache = self.trunk(z.feats, z.cache), z.cache
+        h = h.to(self.compute_dtype(z.feats))
+        for block in self.upsample:
+            h, cache = block(h, cache)
+        return SparseTensor(self.out_layer(h.to(z.feats.dtype)), cache=cache)
+
+    def forward(self, z: SparseTensor) -> list[MeshScene]:
+        """One scene per sample; a sample without voxels, or whose field has one sign, gives a scene without faces."""
+        fields, resolution = self.fields(z), SUBDIVIDED * self.resolution
+        surfaces = isosurface(fields.cache, fields.feats, resolution, self.training)
+        sizes = {name: _sizes(getattr(surfaces, f"{name}_starts")) for name in ("vertex", "face", "tsdf")}
+        parts = [
+            surfaces.vertices.split(sizes["vertex"]), surfaces.faces.split(sizes["face"]),
+            surfaces.attributes.split(sizes["vertex"]), surfaces.tsdf_position.split(sizes["tsdf"]),
+            surfaces.tsdf_value.split(sizes["tsdf"]), surfaces.regularizer.unbind(), surfaces.vertex_starts[:-1].tolist(),
+        ]  # fmt: skip
+        scenes = []
+        for vertices, faces, attributes, position, value, regularization, first in zip(*parts, strict=True):
+            color, normal = attributes.split(3, dim=1) if self.config.use_color else (None, None)
+            scenes.append(
+                MeshScene(vertices, faces - first, color, normal, position, value, regularization, resolution)
+            )
+        return scenes
+
+
+def _sizes(starts: Tensor) -> list[int]:  # [B + 1] on the host
+    return starts.diff().tolist()
+
+
+class MeshVAE(VAE):
+    """An encoder of its own and a mesh decoder."""
+
+    def __init__(self, encoder: Encoder | None, decoder: MeshDecoder):
+        super().__init__(encoder, decoder)
