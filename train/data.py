@@ -7,6 +7,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kernels.camera import Camera
-from train.read import number, picture_size, read_features, read_frames, read_metadata, read_picture
+from train.read import number, picture_size, read_features, read_frames, read_mesh, read_metadata, read_picture
 
 EMBEDDED = Path(__file__).parent / "assets" / "demo"  # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The true surfaces of several objects, one after the other."""
+
+    vertices: Tensor  # [P, 3] float32, world units
+    faces: Tensor  # [F, 3] int32, rows of the object's own vertices
+    vertex_starts: list[int]  # [batch_size + 1]
+    face_starts: list[int]
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Item:
     features: Tensor  # [V, C] float32
     camera: Camera  # of k views
     image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
+    mesh: tuple[Tensor, Tensor] | None = None  # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Batch:
     view_scene: list[int]  # [V]: which object a view shows
     image: Tensor  # [V, 4, H, W] float32 RGBA in [0, 1], straight alpha
     names: list[str]  # [batch_size]: sha256
+    meshes: Meshes | None = None  # where the dataset reads them
 
     def __post_init__(self) -> None:
         shape = list(self.coords.shape)
@@ -59,7 +72,9 @@ class Batch:
     def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         camera = replace(self.camera, extrinsics=move(self.camera.extrinsics), intrinsics=move(self.camera.intrinsics))
         moved = {name: move(getattr(self, name)) for name in ("features", "coords", "image")}
-        return replace(self, camera=camera, **moved)
+        m = self.meshes
+        meshes = None if m is None else replace(m, vertices=move(m.vertices), faces=move(m.faces))
+        return replace(self, camera=camera, meshes=meshes, **moved)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`; what lives on the host stays there."""
@@ -80,6 +95,10 @@ def collate(items: Sequence[Item]) -> Batch:
             if a != b:
                 raise ValueError(f"object {first.name} has {a} {what}, but {item.name} has {b}")
     cameras = [item.camera for item in items]
+    meshes = None
+    if first.mesh is not None:
+        parts = [list(part) for part in zip(*(item.mesh for item in items), strict=True)]
+        meshes = Meshes(*map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts))
     return Batch(
         torch.cat([item.features for item in items]),
         torch.cat([torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]),
@@ -92,6 +111,7 @@ def collate(items: Sequence[Item]) -> Batch:
         [i for i, item in enumerate(items) for _ in range(len(item.image))],
         torch.cat([item.image for item in items]),
         [item.name for item in items],
+        meshes,
     )
 
 
@@ -108,6 +128,7 @@ class Dataset(torch.utils.data.Dataset):
     the features would show the model what it is scored on. Fewer can.
     `dataset[index, draw]` picks its views by (seed, draw, index) alone; `dataset[index]` is draw 0. A broken object raises
     ValueError that names its file; no other object ever takes its place. `cache=True` keeps what was decoded in memory.
+    `meshes=True` reads every object's mesh.ply too.
 
     Raises ValueError for a folder that is no dataset, one without these features, where no object is left
     (unless `required` is False), and for a first object of a folder whose transforms.json cannot be used.
@@ -129,6 +150,7 @@ class Dataset(torch.utils.data.Dataset):
         seed: int = 0,
         cache: bool = False,
         required: bool = True,
+        meshes: bool = False,
     ):
         if split not in ("train", "test", None) or views not in ("train", "holdout"):
             raise ValueError(f"split {split!r} is not train, test or None, or views {views!r} is not train or holdout")
@@ -143,6 +165,7 @@ class Dataset(torch.utils.data.Dataset):
         suffix = "" if resolution == 64 else f"_{resolution}"
         self._flag, self._count, self._folder = f"feature_{features}{suffix}", f"num_voxels{suffix}", f"{features}{suffix}"
         self._memory: dict | None = {} if cache else None
+        self._meshes = meshes
         self.skipped: Counter[str] = Counter()
         self._objects: dict[str, tuple[Path, int | None]] = {}  # sha256 -> root, voxels that metadata.csv promises
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
@@ -224,7 +247,8 @@ class Dataset(torch.utils.data.Dataset):
         images = [self._cached(read_picture, frames.files[v], self.image_size, like) for v in chosen]
         matrix, fov = torch.from_numpy(frames.matrix[chosen]), torch.from_numpy(frames.fov[chosen]).float()
         camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
-        return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255)
+        mesh = self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply") if self._meshes else None
+        return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
 
     def _cached(self, read: Callable, *args):
         if self._memory is None:

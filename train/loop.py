@@ -30,13 +30,13 @@ from train import checkpoint, floors, report
 from train.config import PRECISIONS, Config, from_cli, write_config, write_whole
 from train.data import Batch
 from train.latents import Latents, load_encoder
-from train.losses import GradClipper, Pictures, composite, kl
+from train.losses import GradClipper, Pictures, kl
 from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
 from train.objects import Objects
 from train.optimizer import LossScale, Optimizer
 
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
-Compare = Callable[[str | None], nn.Module]  # (file of LPIPS weights) -> what compares scenes with a batch, as Pictures does
+Compare = type[Pictures]  # what compares scenes with a batch: Pictures, or a class with the same methods
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -71,17 +71,20 @@ class Run:
 
     def __init__(self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures):
         self.script, self.config, self.here, self.done = script, config, here, 0
-        self.objects = Objects(config, here)
+        self.objects = Objects(config, here, compare.meshes)
         self._build = build
         self.vae = self.untrained()
         if config.encoder:
             encoder, digest = load_encoder(config.encoder, self.objects.channels, config.resolution)
             type(self.vae)(encoder, self.vae.decoder)  # raises where their latents differ
         off = {"kl": "the encoder is frozen"} if config.encoder else {}
-        off |= {} if config.lpips else {"lpips": "no weights given (--lpips FILE)"}
-        self.weights = {name: weight for name, weight in asdict(config.weights).items() if name not in off}
+        weights = asdict(config.weights)
+        if not config.lpips:
+            off |= {name: "no weights given (--lpips FILE)" for name in weights if name.endswith("lpips")}
+        self.weights = {name: weight for name, weight in weights.items() if name not in off}
         self.recipe = report.recipe(self.weights, off)
-        objective = Objective(self.vae, compare(config.lpips).to(here.device), self.weights)
+        self.compare = compare(config.lpips).to(here.device)
+        objective = Objective(self.vae, self.compare, self.weights)
         self.objective = DistributedDataParallel(objective, broadcast_buffers=False) if here.world > 1 else objective
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
@@ -115,13 +118,12 @@ class Run:
         vae, x = vae or self.vae, self._voxels(batch)
         return vae.decoder(x if self.latents else vae.encoder(x).mode())
 
+    @torch.no_grad()
     def sample(self) -> list[Tensor]:
-        """Held-out views of a few objects on white, [V, 3, H, W]: the true ones and the model's."""
+        """Rows of pictures [V, 3, H, W], held-out views of a few objects: the true ones above the model's."""
         self.vae.eval()
         batch = self.objects.gallery()
-        white = torch.ones(len(batch.image), 3, device=self.here.device)
-        image = models.render(self.decode(batch), batch.camera, batch.view_scene, white)
-        return [composite(batch.image, white), image.color]
+        return self.compare.show(self.decode(batch), batch)
 
     def _draws(self, step: int, micro: int, x: SparseTensor, views: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior noise [N, latent] and black or white backgrounds [V, 3] of a micro-batch."""
@@ -252,11 +254,15 @@ def conclude(run: Run) -> floors.Scores:
         decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=run.untrained().eval())}
         rgb = run.config.features == "rgb"
         scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
+        more, table = run.compare.measure(decoders, run.objects)
     weights = "averaged" if averaged else "last"
     values = {name: {group: report.finite(asdict(s)) for group, s in row.items()} for name, row in scores.items()}
     content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
+    if more:
+        content["surface"] = {name: {g: report.finite(s) for g, s in row.items()} for name, row in more.items()}
     write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
-    print(f"{floors.table(scores)}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
+    tables = "\n".join([floors.table(scores), *([table] if table else [])])
+    print(f"{tables}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
     return scores
 
 

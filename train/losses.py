@@ -6,7 +6,7 @@ The weights are the run's (train.config); a term here is unweighted, and 0 is it
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,6 +54,8 @@ class Reconstruction(nn.Module):
 class Pictures(nn.Module):
     """How decoded scenes differ from the views of a batch: pictures on plain backgrounds, and the scenes' own penalties."""
 
+    meshes = False  # whether a batch must bring the true meshes
+
     def __init__(self, lpips: str | Path | None = None):
         super().__init__()
         self.reconstruction = Reconstruction(lpips)
@@ -64,6 +66,15 @@ class Pictures(nn.Module):
         target = composite(batch.image, background)
         terms = self.reconstruction(image.color, target) | models.penalties(scenes)
         return terms, psnr(image.color, target).mean()
+
+    def show(self, scenes: Sequence[Scene], batch: Batch) -> list[Tensor]:
+        """Rows of a sample picture, [V, 3, H, W] on white: the true views, and the scenes from there."""
+        white = batch.image.new_ones(len(batch.image), 3)
+        return [composite(batch.image, white), models.render(scenes, batch.camera, batch.view_scene, white).color]
+
+    def measure(self, decoders: Mapping[str, Callable], objects: object) -> tuple[dict, str]:
+        """Scores beyond those of pictures, for evaluation.json, and their table: none."""
+        return {}, ""
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:

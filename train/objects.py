@@ -17,11 +17,11 @@ class Objects:
     Raises ValueError for a dataset that cannot be used (train.data says why).
     """
 
-    def __init__(self, config: Config, here: Machine):
+    def __init__(self, config: Config, here: Machine, meshes: bool = False):
         roots, self.config, self.here = config.data or [EMBEDDED], config, here
         common = dict(
             resolution=config.resolution, features=config.features, image_size=config.image_size, seed=config.seed,
-            holdout_views=config.holdout_views, cache=not config.data,
+            holdout_views=config.holdout_views, cache=not config.data, meshes=meshes,
         )  # fmt: skip
         self.train = Dataset(roots, num_views=config.views, **common)
         self.all = {views: Dataset(roots, split=None, views=views, **common) for views in ("train", "holdout")}

@@ -2,18 +2,16 @@
 
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters of train.data use
     ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians), transform_matrix (4 x 4, Blender axes);
-<<<<<<< HEAD
                                          holdout, where train.prepare made it: how many of the last frames no `rgb` feature saw
-=======
-                                         holdout (ours): how many of the last frames no `rgb` feature was made from
->>>>>>> main
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
+    ROOT/renders/SHA/mesh.ply            the object as triangles, in the same z-up unit cube
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
 """
 
 import csv
 import json
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -24,6 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from train.ply import read_ply
 
 
 @dataclass(frozen=True)
@@ -178,3 +178,14 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
         row = int(order[(~np.isfinite(stored)).any(1).argmax()])
         raise ValueError(f"{file}: patchtokens of row {row} are not finite in half precision")
     return torch.from_numpy(coords.astype(np.int32)), torch.from_numpy(stored)
+
+
+def read_mesh(file: Path) -> tuple[Tensor, Tensor]:
+    """The triangles of a mesh.ply as they stand: vertices [P, 3] float32 and faces [F, 3] int32. ValueError names the file."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    try:
+        mesh = read_ply(file)
+    except ValueError as error:
+        raise ValueError(f"{file.parent}{os.sep}{error}") from error
+    return torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces)
