@@ -36,8 +36,8 @@ SMALL = replace(
     model=Sizes(channels=512, blocks=6, heads=8),
 )  # fmt: skip
 DEMO = replace(
-    BASE, preset="demo", features="rgb", resolution=16, image_size=128, steps=300, batch_size=2, micro_batch=2,
-    precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=100, save_every=150,
+    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=4, steps=240, batch_size=2, micro_batch=2,
+    precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=80, save_every=120,
     model=Sizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
 )  # fmt: skip
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
