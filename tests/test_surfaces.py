@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import models
 from kernels.camera import Camera, Image
@@ -12,7 +13,7 @@ from models import MeshScene
 from tests.conftest import assert_close, golden
 from train.data import Meshes
 from train.mesh import BASE
-from train.surfaces import Surfaces, geometry, tsdf
+from train.surfaces import LAMP, Surfaces, geometry, shaded, tsdf
 
 SIZE = 24
 
@@ -116,6 +117,22 @@ def test_an_empty_mesh_is_left_out_of_pictures_alone():
     assert terms["mask"] == terms["depth"] == terms["l1"] == 0 and psnr.isfinite()
     sum(terms.values()).backward()
     assert nothing[0].tsdf_value.grad.abs().sum() > 0  # the distances still say where the surface should be
+
+
+def test_shading_follows_the_lamp_and_not_the_world():
+    """A wall that faces the camera is equally bright from everywhere; the background is white."""
+    brightness = []
+    for yaw in (0.0, 1.3):
+        camera = Camera.orbit([yaw], [0.4], width=SIZE)
+        normal = F.normalize(camera.center, dim=1)[:, :, None, None].expand(1, 3, SIZE, SIZE)
+        alpha = torch.ones(1, 1, SIZE, SIZE)
+        alpha[..., 0] = 0
+        picture = shaded(Image(None, alpha, None, (normal + 1) / 2), camera)
+        assert (picture[..., 0] == 1).all()
+        brightness.append(picture[0, :, 5, 5])
+    towards = LAMP[2] / sum(x * x for x in LAMP) ** 0.5
+    for value in brightness:
+        assert value.tolist() == pytest.approx([0.2 + 0.75 * towards] * 3, rel=1e-5)
 
 
 def test_no_corner_in_reach_of_the_surface_gives_zero():

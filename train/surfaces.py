@@ -21,6 +21,7 @@ from train.losses import Reconstruction, composite, psnr, smooth_l1
 from train.objects import Objects
 
 TRUNCATION = 3.0  # cubes on either side of the true surface in which signed distances are compared
+LAMP = (0.4, 0.75, 0.55)  # of shaded pictures: the way to it in camera axes (right, up, back)
 
 
 @torch.no_grad()
@@ -95,10 +96,11 @@ class Surfaces(nn.Module):
         return total / max(len(batch.view_scene), 1)
 
     def show(self, scenes: Sequence[MeshScene], batch: Batch) -> list[Tensor]:
-        """Rows of a sample picture: true colours, ours; true normals, ours."""
-        white = batch.image.new_ones(len(batch.image), 3)
-        image = models.render(scenes, batch.camera, batch.view_scene, white)
-        return [composite(batch.image, white), image.color, truth(batch).normal, face_camera(image.normal, batch.camera)]
+        """Rows of a sample picture, the true one above ours: grey under a lamp, normals, colours."""
+        white, true = batch.image.new_ones(len(batch.image), 3), truth(batch)
+        ours = models.render(scenes, batch.camera, batch.view_scene, white)
+        grey = [shaded(image, batch.camera) for image in (true, ours)]
+        return [*grey, true.normal, ours.normal, composite(batch.image, white), ours.color]
 
     def measure(self, decoders: Mapping[str, Callable], objects: Objects) -> tuple[dict, str]:
         """Scores of the surface on held-out views by decoder and group of objects, and their table."""
@@ -113,6 +115,14 @@ class Surfaces(nn.Module):
             cells = (f"{s.iou:.3f}  {s.normal:.2f}  {s.depth:.3f}" for s in row.values())
             lines.append(f"{name:<12}" + "".join(f"{cell:>32}" for cell in cells))
         return {name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()}, "\n".join(lines)
+
+
+def shaded(image: Image, camera: Camera) -> Tensor:
+    """Grey surfaces under a lamp beside the camera, on white: [V, 3, H, W]."""
+    lamp = F.normalize(image.normal.new_tensor(LAMP), dim=0) * image.normal.new_tensor([1, -1, -1])  # the camera's y is down
+    towards = (lamp @ camera.extrinsics[:, :3, :3])[:, :, None, None]  # world axes
+    lit = ((2 * image.normal - 1) * towards).sum(1, keepdim=True).clamp(min=0)
+    return ((0.2 + 0.75 * lit) * image.alpha + 1 - image.alpha).expand(-1, 3, -1, -1)
 
 
 def _fields(image: Image) -> tuple[Tensor, Tensor, Tensor, Tensor]:
