@@ -13,7 +13,7 @@ import models
 from models import MeshDecoder
 from train import checkpoint, loop
 from train.data import EMBEDDED
-from train.mesh import BASE, PRESETS, build
+from train.mesh import BASE, PRESETS, SMALL, build
 from train.surfaces import Surfaces
 
 TINY = (
@@ -142,4 +142,5 @@ def test_a_mesh_that_cannot_be_used_is_named(data, tmp_path, capsys):
 def test_base_is_the_published_recipe():
     assert (BASE.steps, BASE.batch_size, BASE.views, BASE.micro_batch) == (290_000, 256, 1, 1)
     assert (BASE.optimizer, BASE.precision, BASE.resolution, BASE.image_size, BASE.ema) == ("adamw", "fp16", 64, 512, 0.9999)
+    assert BASE.warmup == 0 and BASE.final_lr == 1 and SMALL.warmup > 100
     assert (BASE.model.channels, BASE.model.blocks, BASE.model.heads, BASE.model.logvar_init) == (768, 12, 12, None)
