@@ -236,7 +236,7 @@ def segment_attention(
     if q_starts.shape != k_starts.shape or q_starts.ndim != 1:
         raise ValueError(f"q_starts {list(q_starts.shape)} and k_starts {list(k_starts.shape)} must both be [M + 1]")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = q.contiguous(), k.contiguous(), v.contiguous(), q_starts, k_starts, scale
+    args = q.contiguous(), k.contiguous(), v.contiguous(), q_starts.contiguous(), k_starts.contiguous(), scale
     return torch.ops.trislat.segment_attention(*args)[0]
 
 

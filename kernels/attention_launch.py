@@ -117,12 +117,6 @@ def _programs(tiles: int, tensor: Tensor) -> int:
     return min(tiles, 8 * units)
 
 
-def _constants(q: Tensor, tile: Tile) -> dict[str, int]:
-    H, D = q.shape[1:]
-    return dict(H=H, D=D, PAD_D=max(16, triton.next_power_of_2(D)), STRIDE=q.stride(0), ROWS=tile.rows, STAGES=tile.num_stages,
-                num_warps=tile.num_warps, num_stages=tile.num_stages)  # fmt: skip
-
-
 class Segments(NamedTuple):
     """Which rows attend to which: queries [starts], keys [key_starts], per segment. Without lists, positions are rows."""
 
@@ -132,6 +126,15 @@ class Segments(NamedTuple):
     key_starts: Tensor  # [M + 1] int32; `starts` itself where segments attend to themselves
     bound: int | None = None  # no segment has more rows; None: keys are separate
     uses: tuple[Tensor, Tensor] | None = None  # where each row is among the keys, if more than once: `Windows.uses`
+
+
+def _constants(q: Tensor, segments: Segments, tile: Tile) -> dict[str, int]:
+    """The stride of rows is that of the op's contiguous tensors, not q.stride(0): with one row or none that may be any number,
+    and q, k and v have it in common."""
+    H, D = q.shape[1:]
+    stride = H * D if segments.order is None else 3 * H * D  # separate tensors, or parts of qkv
+    return dict(H=H, D=D, PAD_D=max(16, triton.next_power_of_2(D)), STRIDE=stride, ROWS=tile.rows, STAGES=tile.num_stages,
+                num_warps=tile.num_warps, num_stages=tile.num_stages)  # fmt: skip
 
 
 def _classes(q: Tensor, bound: int | None, normed: bool, rotated: bool) -> tuple[list[Tile], list[Tile]]:
@@ -152,7 +155,7 @@ def forward(
     out, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
     for tile in _classes(q, bound, gamma is not None, phases is not None)[0]:
         work = keep((starts,), _list_tiles, N, tile.low, tile.high, tile.rows)
-        programs, constants = _programs(len(work) - 1, q), _constants(q, tile)
+        programs, constants = _programs(len(work) - 1, q), _constants(q, segments, tile)
         if tile.high <= tile.rows:
             heads = min(H, 4)
             backend.launch(kernel._attention_short, (triton.cdiv(H, heads), programs), q, k, v, gamma, phases, order, starts,
@@ -178,7 +181,7 @@ def backward(
     dk_to, dv_to = (dk, dv) if uses is None else dk.new_empty(2, K, H, D, dtype=torch.float32)
     first = 0
     for tile, (work, key_work) in zip(classes, lists, strict=True):
-        tiles, constants = max(len(work), len(key_work)) - 1, _constants(q, tile) | {"STEP": tile.step}
+        tiles, constants = max(len(work), len(key_work)) - 1, _constants(q, segments, tile) | {"STEP": tile.step}
         grid, part = (H, _programs(len(work) - 1, q)), None if parts is None else parts[first : first + tiles]
         if tile.high <= tile.rows:
             backend.launch(kernel._attention_short_backward, grid, q, k, v, gamma, phases, order, starts, work, out, lse, grad,
@@ -194,6 +197,6 @@ def backward(
         first += tiles
     if uses is not None:
         grid = triton.cdiv(len(dk), SUM_ROWS), triton.cdiv(H * D, SUM_CHANNELS)
-        backend.launch(kernel._sum_uses, grid, dk_to, dv_to, *uses, dk, dv, len(dk), C=H * D, STRIDE=dk.stride(0), ROWS=SUM_ROWS,
+        backend.launch(kernel._sum_uses, grid, dk_to, dv_to, *uses, dk, dv, len(dk), C=H * D, STRIDE=3 * H * D, ROWS=SUM_ROWS,
                        BLOCK=SUM_CHANNELS, num_warps=4)  # fmt: skip
     return q.new_empty(0) if parts is None else parts.sum(0)

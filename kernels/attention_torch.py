@@ -181,9 +181,10 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: f
 
 def rotate(x: Tensor, phases: Tensor, back: bool = False) -> Tensor:
     """Pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] turned by phases [N, D / 2, 2], or back, in its type."""
-    pairs = torch.view_as_complex(x.to(phases.dtype).unflatten(-1, (-1, 2)).contiguous())
-    turn = torch.view_as_complex(phases)[:, None, None]
-    return torch.view_as_real(pairs * (turn.conj() if back else turn)).flatten(-2).to(x.dtype)
+    even, odd = x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # not view_as_complex, which needs an even storage offset
+    cos, sin = phases[:, None, None].unbind(-1)
+    sin = -sin if back else sin
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def norm(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,6 +215,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, o
         raise ValueError(f"order must hold {orders} x {len(x)} int32 rows, got {list(order.shape)} {order.dtype}")
 
 
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, order: Tensor | None, subdivided: bool) -> Tensor:
+    given = (None if t is None else t.contiguous() for t in (x, weight, bias, neighbours, order))
+    return torch.ops.trislat.sparse_conv(*given, subdivided)
+
+
 def sparse_conv(
     x: Tensor,  # [N, Ci] fp16, bf16 or fp32
     weight: Tensor,  # [Co, k, k, k, Ci] of any float dtype, k odd; taps along x, y, z
@@ -231,9 +236,7 @@ def sparse_conv(
     weight's kernel size or channels, bias, neighbours and x do not fit together.
     """
     _check(x, weight, bias, neighbours, order, 1)
-    return torch.ops.trislat.sparse_conv(
-        x.contiguous(), weight.flatten(1, 3).contiguous(), bias, neighbours.contiguous(), order, False
-    )
+    return _run(x, weight.flatten(1, 3), bias, neighbours, order, False)
 
 
 def octant_weights(
@@ -269,7 +272,7 @@ def subdivide_conv(
     if weight.shape[1] != 3:
         raise ValueError(f"a convolution after a subdivision has kernel size 3, the weight has {weight.shape[1]}")
     summed = octant_weights(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    return torch.ops.trislat.sparse_conv(x.contiguous(), summed, bias, parent_neighbours.contiguous(), order, True)
+    return _run(x, summed, bias, parent_neighbours, order, True)
 
 
 def _sorted_rows(present: Tensor) -> Tensor:

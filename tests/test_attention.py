@@ -245,6 +245,28 @@ def test_segments_of_nothing(device, Nq, Nk):
     assert all((t == 0).all() for t in (out, *grads))
 
 
+def test_no_segments(device):
+    q, k, v = (torch.randn(0, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    out = segment_attention(q, k, v, none, none)
+    assert [t.shape for t in (out, *torch.autograd.grad(out.sum(), [q, k, v]))] == [(0, 2, 16)] * 4
+    windows = Windows(none[:0], none, 0)
+    assert window_attention(torch.stack([q, k, v], 1), windows).shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("Nq, Nk", [(0, 9), (1, 9), (9, 1)])
+def test_strides_of_single_rows(device, Nq, Nk):
+    """A single row is contiguous whatever its stride, which says nothing about the other tensors."""
+    wide = [torch.randn(n, 5, 16, device=device)[:, 2:3] for n in (Nq, Nk, Nk)]
+    starts = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (Nq, Nk)]
+    plain = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in wide]
+    wide = [t.requires_grad_() for t in wide]
+    a, b = segment_attention(*wide, *starts), segment_attention(*plain, *starts)
+    assert torch.equal(a, b)
+    for x, y in zip(torch.autograd.grad(a.sum(), wide), torch.autograd.grad(b.sum(), plain), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_published_segment_attention(device):
     config, tensors = golden("ops_sparse")
     q, k, v = (tensors[f"varlen/{x}"].float().to(device) for x in "qkv")
@@ -263,16 +285,6 @@ def test_long_windows_in_pieces(monkeypatch):
     """The torch path cuts batches of windows, and the queries of a long one, when a product would be large."""
     monkeypatch.setattr(attention_torch, "SCORES", 1000)
     compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
-
-
-def test_registration():
-    qkv, windows, gammas = make([5, 20], 2, 8, torch.float32, torch.device("cpu"), norm=True)
-    gamma = torch.stack(gammas).detach().requires_grad_()
-    q, k, v = qkv.detach().unbind(1)
-    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(torch.ops.trislat.window_attention, (qkv, windows.order, windows.starts, gamma, 20, 0.3))
-    torch.library.opcheck(torch.ops.trislat.window_attention, (qkv, windows.order, windows.starts, None, 20, 0.3))
-    torch.library.opcheck(torch.ops.trislat.segment_attention, (q, k, v, windows.starts, windows.starts, 0.3))
 
 
 def test_compiles(device):

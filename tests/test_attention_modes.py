@@ -204,6 +204,14 @@ def test_published_cross_attention(device):
     assert_close(torch.nn.functional.linear(out, *linear["to_out"]), tensors["cross/out"], 1e-5)
 
 
+def test_rotation_at_an_odd_storage_offset(device):
+    N, windows = 5, Windows(*(torch.tensor(t, dtype=torch.int32, device=device) for t in ([4, 2, 0, 1, 3], [0, 5])), 5)
+    qkv = torch.randn(1 + N * 3 * 16, device=device)[1:].view(N, 3, 1, 16)
+    angles = torch.randn(N, 8, device=device)
+    phases = torch.polar(torch.ones_like(angles), angles)
+    assert torch.equal(window_attention(qkv, windows, phases=phases), window_attention(qkv.clone(), windows, phases=phases))
+
+
 def test_wrong_phases(device):
     windows = plain([5, 20], device)
     qkv, extra = make(windows, 2, 16, torch.float32, device, rope=True)

@@ -1,0 +1,67 @@
+"""Every op against its reference on random inputs (tests.draw): outputs and gradients, then the same bits again.
+
+A failure prints the seed of its case; `DRAWS[name](Draw(seed, device))` draws it again.
+"""
+
+import pytest
+import torch
+
+from kernels import backend
+from tests.conftest import GPU, assert_same
+from tests.draw import DRAWS, Case, Draw
+
+MANY = 200
+FEWER = {"surfaces": 20, "rasters": 20, "silhouettes": 20, "radiance": 40, "coordinates": 20}  # of slow references
+
+
+def check(case: Case, draw: Draw) -> None:
+    if not case.tensors:
+        assert case.op() == case.reference()
+        return
+    op, reference = handing_on(draw.strided(case.op)), handing_on(case.reference)
+    dtype = next(t.dtype for t in case.tensors)
+    tolerance = 1e-7 if dtype == torch.float64 else case.tolerance  # places of samples and edges are rounded, then divided by
+    assert_same(op, reference, *case.tensors, tolerance=tolerance)
+
+
+def outputs(result) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
+
+
+def handing_on(op):
+    """`op`, and of every tensor a little: where a gradient cancels, such as that of one key's score, this is the scale on
+    which rounding is judged."""
+    return lambda *tensors: [*outputs(op(*tensors)), *(0.05 * t for t in tensors)]
+
+
+def fuzz(name: str, device: torch.device, seeds: range) -> None:
+    for seed in seeds:
+        print(f"\r{name}, seed {seed}", end="")  # shown where it fails
+        torch.manual_seed(seed)  # of the upstream gradients
+        draw = Draw(seed, device)
+        check(DRAWS[name](draw), draw)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_inputs(device, name):
+    few = backend.name(torch.empty(0, device=device)) == "interpreter"
+    fuzz(name, device, range(10 if few else FEWER.get(name, MANY)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAWS)
+def test_many_random_inputs(device, name):
+    fuzz(name, device, range(1000, 1000 + MANY))
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWS if name != "coordinates"])
+def test_the_same_bits_again(device, name):
+    for seed in range(3):
+        print(f"{name}, seed {seed}")
+        runs = []
+        for _ in range(2):
+            case = DRAWS[name](Draw(seed, device))
+            out = [t for t in outputs(case.op(*case.tensors)) if t.requires_grad]
+            runs.append([*out, *torch.autograd.grad([t.sum() for t in out], case.tensors)])  # upstream of stride 0
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
