@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import backend
-from tests.conftest import GPU, assert_same
+from tests.conftest import assert_same
 from tests.draw import DRAWS, Case, Draw
 
 MANY = 200
