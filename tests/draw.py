@@ -98,8 +98,8 @@ class Draw:
         return SpatialCache(voxels(counts, (extent,) * 3, self.seed).to(self.device), len(counts))
 
     def strided(self, op: Callable) -> Callable:
-        """`op` of copies that lie in memory otherwise (strides, offset, NaN between rows); its first output is transposed, so that
-        the gradient that comes back to it is strided too."""
+        """`op` of copies that lie in memory otherwise (strides, offset, NaN between rows); its first output is transposed, so
+        that the gradient that comes back to it is strided too."""
         ways = [self.pick(0, 1, 2, 3) for _ in range(4)]
 
         def lay(t: Tensor, way: int) -> Tensor:
@@ -173,7 +173,9 @@ def segments(d: Draw) -> Case:
     q_starts, k_starts = d.starts(queries), d.starts(keys)
     tensors = [d.normal(sum(n), H, D, dtype=dtype) for n in (queries, keys, keys)]
     return Case(
-        lambda *x: segment_attention(*x, q_starts, k_starts), lambda *x: segment_attention_reference(*x, q_starts, k_starts), tensors
+        lambda *x: segment_attention(*x, q_starts, k_starts),
+        lambda *x: segment_attention_reference(*x, q_starts, k_starts),
+        tensors,
     )
 
 
