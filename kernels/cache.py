@@ -147,8 +147,8 @@ class SpatialCache:
             raise ValueError(f"children of coordinate {max(self.extent) - 1} lie beyond {LIMIT - 1}, the largest coordinate")
         octant = torch.arange(8, dtype=torch.int32, device=self.coords.device)
         offset = torch.stack([octant * 0, octant >> 2, octant >> 1 & 1, octant & 1], 1)  # [8, 4]
-        scale = torch.tensor([1, 2, 2, 2], dtype=torch.int32, device=self.coords.device)
-        coords = ((self.coords * scale)[:, None] + offset).view(-1, 4)
+        corner = torch.cat([self.coords[:, :1], 2 * self.coords[:, 1:]], 1)
+        coords = (corner[:, None] + offset).view(-1, 4)
         parent = torch.arange(len(coords), dtype=torch.int32, device=coords.device) // 8
         extent = tuple(2 * e for e in self.extent)
         return _Scale(coords, self.starts * 8, [8 * n for n in self.counts], extent), parent

@@ -79,9 +79,9 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     starts = torch.searchsorted(batch, torch.arange(samples + 1, dtype=torch.int32, device=coords.device), out_int32=True)
     keys, order = pack(coords).sort(stable=True)  # nonsense for coordinates out of range, which are reported first
     second = torch.where((keys == shifted(keys)) & (row > 0), order, N)
-    place = second.argmin()
+    twin = shifted(order).index_select(0, second.argmin()[None])  # an index without a dimension would be read
     facts = [first((coords < 0).any(1)), first((coords[:, 1:] >= LIMIT).any(1)), first(batch < shifted(batch))]
-    facts += [first(batch >= samples), second[place], shifted(order)[place], batch[-1], *coords[:, 1:].amax(0)]
+    facts += [first(batch >= samples), second.amin(), twin[0], batch[-1], *coords[:, 1:].amax(0)]
     read = torch.cat([torch.stack([f.long() for f in facts]), starts.long()]).tolist()  # the one wait for the device
     negative, large, unsorted, beyond, second, twin, last, *largest = read[: len(facts)]
 

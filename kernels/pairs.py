@@ -31,6 +31,13 @@ class Layout:
         return max([0, *[b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]])
 
 
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A host's table on a device, which is not waited for."""
+    if device.type != "cpu":
+        table = table.pin_memory()  # from pageable memory the copy would wait
+    return table.to(device, non_blocking=True)
+
+
 def make_layout(starts: list[int], view_scene: list[int], device: torch.device) -> Layout:
     """The Layout of B scenes and V views. Does not wait for the device."""
     count = [b - a for a, b in zip(starts, starts[1:], strict=False)]
@@ -42,9 +49,7 @@ def make_layout(starts: list[int], view_scene: list[int], device: torch.device) 
         mine = [v for v, scene in enumerate(view_scene) if scene == s]
         scenes += [starts[s], n, len(by_scene), len(mine)]
         by_scene += mine
-    table = torch.tensor(views + scenes + by_scene, dtype=torch.int64)
-    if device.type != "cpu":
-        table = table.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+    table = to_device(torch.tensor(views + scenes + by_scene, dtype=torch.int64), device)
     views, scenes, by_scene = table.split([len(views), len(scenes), len(by_scene)])
     return Layout(starts, view_scene, pair_start, views.view(-1, 3), scenes.view(-1, 4), by_scene)
 

@@ -150,7 +150,7 @@ class GaussianDecoder(Decoder):
         center = voxel + torch.tanh(xyz) * (0.5 * config.voxel_size / self.resolution) - 0.5
         activation = F.softplus if config.scaling_activation == "softplus" else torch.exp
         scale = torch.sqrt(activation(scaling + config.scaling_shift).square() + config.kernel_3d**2)
-        identity = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=rotation.dtype, device=rotation.device)
+        identity = F.pad(rotation.new_ones(1), (0, 3))  # made on the device: from the host's numbers a copy would wait
         rotation = F.normalize(rotation + identity, dim=-1)
         opacity = torch.sigmoid(opacity + config.opacity_shift)
         counts = [n * K for n in z.cache.counts]

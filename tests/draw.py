@@ -1,8 +1,10 @@
 """Random inputs of every op, drawn from one seed: sizes with 0 and 1 among them, dtypes, strides, and the op's reference."""
 
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ from kernels.splat import splat, splat_reference
 from kernels.ssim import ssim, ssim_reference
 from kernels.window import Windows, window_partition, window_partition_reference
 from tests import meshes, test_raymarch, test_splat
+from tests.conftest import GPU
 from tests.test_rasterize import positions
 from tests.test_serialize import lists
 from tests.test_window import groups, voxels
@@ -54,6 +57,14 @@ class Case(NamedTuple):
     reference: Callable
     tensors: list[Tensor]
     tolerance: float | None = None
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """For modules that import it: an image of `similarity` is one program, where each costs the interpreter half a second."""
+    if not GPU:
+        tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
+        monkeypatch.setattr(importlib.import_module("kernels.ssim"), "_tiles", lambda: tiles)
 
 
 class Draw:
@@ -98,8 +109,8 @@ class Draw:
         return SpatialCache(voxels(counts, (extent,) * 3, self.seed).to(self.device), len(counts))
 
     def strided(self, op: Callable) -> Callable:
-        """`op` of copies that lie in memory otherwise (strides, offset, NaN between rows); its first output is transposed, so
-        that the gradient that comes back to it is strided too."""
+        """`op` of copies that lie in memory otherwise (strides, offset, NaN between rows), its first output transposed: the
+        gradient that comes back to it is strided too."""
         ways = [self.pick(0, 1, 2, 3) for _ in range(4)]
 
         def lay(t: Tensor, way: int) -> Tensor:
@@ -172,11 +183,8 @@ def segments(d: Draw) -> Case:
     keys = [d.number(0, 60) for _ in queries]
     q_starts, k_starts = d.starts(queries), d.starts(keys)
     tensors = [d.normal(sum(n), H, D, dtype=dtype) for n in (queries, keys, keys)]
-    return Case(
-        lambda *x: segment_attention(*x, q_starts, k_starts),
-        lambda *x: segment_attention_reference(*x, q_starts, k_starts),
-        tensors,
-    )
+    starts = q_starts, k_starts
+    return Case(lambda *x: segment_attention(*x, *starts), lambda *x: segment_attention_reference(*x, *starts), tensors)
 
 
 def convolution(d: Draw) -> Case:

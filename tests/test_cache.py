@@ -6,7 +6,6 @@ import weakref
 import pytest
 import torch
 
-from kernels import backend
 from kernels.cache import SpatialCache
 from kernels.hash import build_table, neighbours
 from kernels.window import full_windows, window_partition
@@ -89,24 +88,6 @@ def test_a_value_of_none_is_remembered():
     cache = SpatialCache(rows())
     assert cache.get(made.append) is None and cache.get(made.append) is None
     assert made == [cache]
-
-
-def test_one_read_to_build_and_none_after(device, monkeypatch):
-    reads = []
-    for name in ("item", "tolist", "nonzero", "cpu", "__bool__", "__int__", "__float__"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, f=original, n=name: (reads.append(n), f(self, *a))[1])
-    coords = rows([0, 5, 1, 2], [0, 0, 9, 0], [1, 1, 1, 1]).to(device)
-    cache = SpatialCache(coords, 2)
-    assert reads == ["tolist"]
-    if backend.name(coords) != "interpreter":  # which itself reads what it interprets
-        cache.get(neighbours, 3)
-        assert window_partition(cache, 2, 4, 2).segment.shape == (3,)
-        full_windows(cache)
-        cache.subdivide()
-        assert reads == ["tolist"]
-        cache.pool(2), cache.pool(2)
-        assert reads == ["tolist"] * 2
 
 
 def scattered(seed=0):

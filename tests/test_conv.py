@@ -233,9 +233,9 @@ def test_strides_of_every_argument(device):
     cache, x, weight, bias = inputs([20, 4], 6, 5, device=device)
     taps, order = cache.get(neighbours, 3), cache.get(octant_order)
     spread = lambda t: torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]  # every other number
-    for op, of_op in ((sparse_conv, order[0]), (subdivide_conv, order)):
-        plain = op(x, weight, bias, taps, order=of_op)
-        assert torch.equal(op(*map(spread, (x, weight, bias, taps)), order=spread(of_op)), plain)
+    for op, given in ((sparse_conv, order[0]), (subdivide_conv, order)):
+        plain = op(x, weight, bias, taps, order=given)
+        assert torch.equal(op(*map(spread, (x, weight, bias, taps)), order=spread(given)), plain)
 
 
 def test_gradients_in_double_precision():

@@ -8,7 +8,7 @@ import torch
 
 from kernels import backend
 from tests.conftest import assert_same
-from tests.draw import DRAWS, Case, Draw
+from tests.draw import DRAWS, Case, Draw, few_programs  # noqa: F401
 
 MANY = 200
 FEWER = {"surfaces": 20, "rasters": 20, "silhouettes": 20, "radiance": 40, "coordinates": 20}  # of slow references

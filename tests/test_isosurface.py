@@ -228,36 +228,30 @@ def test_nan_stays_where_it_is(device, channels):
     )
 
 
-class Watch(TorchDispatchMode):
-    """What makes the host wait for a GPU, and how large the largest tensor of floats is."""
+class Largest(TorchDispatchMode):
+    """How large the largest tensor of floats is."""
 
     def __init__(self):
         super().__init__()
-        self.reads, self.largest = [], 0
+        self.size = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item"):
-            self.reads.append(function)
         for t in out if isinstance(out, tuple | list) else [out]:
             if isinstance(t, torch.Tensor) and t.is_floating_point():
-                self.largest = max(self.largest, t.numel())
+                self.size = max(self.size, t.numel())
         return out
 
 
-def test_two_reads_and_no_grid_of_floats(kernel_device, monkeypatch):
+def test_no_grid_of_floats(kernel_device):
     R = 24
     coords = voxels([60, 0, 40], (R, R, R)).to(kernel_device)
     fields = torch.randn(100, 101, generator=torch.Generator().manual_seed(6)).to(kernel_device)
-    tolist, reads = torch.Tensor.tolist, []
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or tolist(t))
-    with Watch() as watch:
+    with Largest() as largest:
         *outputs, starts, saved = _forward(fields, coords, [60, 0, 40], R, True)
-        assert len(reads) == 2 and not watch.reads
         grad = [torch.ones_like(outputs[i]) for i in (0, 2, 3, 4, 5)]
         _reverse(*grad, fields, coords, starts, saved, R, True)
-    assert not watch.reads and all(t is starts for t in reads[2:])  # which is on the host
-    assert len(fields) * 101 <= watch.largest < 3 * R**3
+    assert len(fields) * 101 <= largest.size < 3 * R**3
 
 
 def test_a_batch_is_one_launch_of_each_kernel(kernel_device):

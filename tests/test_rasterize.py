@@ -190,22 +190,6 @@ def test_small_and_large_faces_are_drawn_alike(kernel_device, monkeypatch):
     assert all(torch.equal(p, pictures[0]) for p in pictures) and pictures[0].any()
 
 
-def test_the_host_reads_once_and_never_in_the_backward(kernel_device, monkeypatch):
-    clip, faces, layout = batch(kernel_device)
-    reads = []
-    for name in ("tolist", "item", "__int__", "__bool__", "nonzero", "__float__"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, o=original, n=name: (reads.append(n), o(t, *a))[1])
-    with backend.observe(lambda *launch: reads.append("launch")):
-        rast = rasterize(clip, faces, 12, 18, layout.clip_table)
-    between = [r for r in reads if r != "launch"]
-    reads.clear()
-    rast.sum().backward()
-    monkeypatch.undo()
-    assert between.count("tolist") == 1 and set(between) == {"tolist"}
-    assert not reads
-
-
 @pytest.mark.parametrize("B", [16, 64])
 def test_sums_by_key(kernel_device, monkeypatch, B):
     """Runs inside a program, across two, across many; keys without rows; rows without keys."""

@@ -2,13 +2,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.march_segments import find_segments
-from kernels.pairs import make_layout
-from kernels.raymarch import _mistakes, _pack, raymarch, raymarch_reference
+from kernels.raymarch import _pack, raymarch, raymarch_reference
 from tests.conftest import assert_close, assert_same
 
 LAUNCHES = {"_segments": 2, "_march": 1, "_march_backward": 1}
@@ -195,30 +192,6 @@ def test_views_and_scenes_of_a_batch_share_their_launches(kernel_device):
             grads(raymarch(position, *inputs, starts, view, range(B), light, 16), inputs)
         counts.append(dict(count))
     assert counts == [LAUNCHES, LAUNCHES]
-
-
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item"):
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_host_reads_the_device_once(kernel_device, monkeypatch):
-    position, _, (starts, view, view_scene, _, resolution, offset) = simple(kernel_device)
-    layout, reads = make_layout(starts, view_scene, position.device), []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.numel()) or tolist(t))
-    with Reads() as counted:
-        find_segments(position, _pack(view).float(), offset, layout, resolution, 4, _mistakes(position, offset, resolution))
-    assert reads == [3] and counted.names in ([], ["_local_scalar_dense"] * 3)
 
 
 @pytest.mark.parametrize("N, away", [(0, 0.0), (7, 9.0), (7, -9.0)], ids=["none", "behind", "aside"])

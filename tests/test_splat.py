@@ -2,11 +2,9 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import backend, blend
 from kernels.binning import bin_tiles
-from kernels.blend import blend as composite
 from kernels.camera import Camera
 from kernels.pairs import Projected, make_layout
 from kernels.project import project
@@ -185,30 +183,6 @@ def test_views_and_scenes_of_a_batch_share_their_launches(kernel_device):
             grads(splat(*inputs, range(0, 5 * B + 1, 5), view, range(B), colors(B, kernel_device)), inputs)
         counts.append(dict(count))
     assert counts == [BACKWARD, BACKWARD]
-
-
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item"):
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_host_reads_one_number(kernel_device):
-    inputs, view = scene(40, kernel_device), camera(2, 20, 20, kernel_device)
-    packed = torch.cat([t.detach().flatten(1) for t in inputs], 1)
-    with Reads() as reads:
-        layout = make_layout([0, 40], [0, 0], packed.device)
-        p = project(packed, _pack(view, packed.dtype), layout, 20, 20, 0.1)
-        composite(p.record, bin_tiles(p, 2, 20, 20), colors(2, kernel_device), 20, 20)
-    assert reads.names == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("G, away", [(0, 0.0), (30, 9.0), (30, -9.0)], ids=["none", "behind or aside", "other side"])

@@ -1,0 +1,121 @@
+"""The host waits for the device where it says it does, once, and nowhere in a backward pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import models
+from kernels.cache import SpatialCache
+from kernels.camera import Camera
+from kernels.children import child_neighbours
+from kernels.conv import octant_order, tap_order
+from kernels.hash import build_table, lookup, neighbours
+from kernels.pool import pooling
+from kernels.serialize import MODES, serialized_windows
+from kernels.window import full_windows, window_partition
+from tests.draw import DRAWS, Draw, few_programs  # noqa: F401
+from tests.reads import watch_reads
+from tests.test_models import batch, randomize, small_decoder, small_encoder
+from tests.test_radiance import small_decoder as small_radiance
+from tests.test_render_mesh import scenes
+from tests.test_window import voxels
+
+READS = {"surfaces": 2, "rasters": 1, "gaussians": 1, "radiance": 1}  # all others none
+SEEDS = range(4, 9)
+
+
+def reads(forward: Callable, inputs: list[torch.Tensor]) -> list[str]:
+    """What waits in `forward`, which returns one tensor or several. In its backward pass nothing does."""
+    with watch_reads() as seen:
+        out = forward()
+        outputs = [t for t in ([out] if isinstance(out, torch.Tensor) else out) if t is not None and t.requires_grad]
+        found = list(seen)
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
+    assert seen == found
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWS if name != "coordinates"])
+def test_ops(kernel_device, name):
+    counts = []
+    for seed in SEEDS:
+        print(f"{name}, seed {seed}")
+        case = DRAWS[name](Draw(seed, kernel_device))
+        case.op(*case.tensors)  # tables are copied to the device once
+        counts.append(len(reads(lambda case=case: case.op(*case.tensors), case.tensors)))
+    assert max(counts) == READS.get(name, 0)
+
+
+def test_coordinates(kernel_device):
+    coords, asked = voxels([40, 0, 20]).to(kernel_device), voxels([9]).to(kernel_device)
+    with watch_reads() as seen:
+        cache = SpatialCache(coords, 3)
+    assert len(seen) == 1
+    with watch_reads() as seen:
+        lookup(cache.get(build_table), asked)
+        child_neighbours(cache.get(neighbours, 3))
+        cache.subdivide().get(neighbours, 3)
+        cache.get(tap_order, 3), cache.get(octant_order)
+        window_partition(cache, 3, 4, 2), full_windows(cache)
+        for mode in MODES:
+            assert serialized_windows(cache, 3, 16, mode, 4).uses is not None
+    assert not seen
+    with watch_reads() as seen:
+        cache.pool(2), cache.pool(2), cache.get(pooling, 2)
+    assert len(seen) == 1  # a coordinate set too
+
+
+def cameras(device) -> tuple[Camera, list[int], torch.Tensor]:
+    camera = Camera.orbit([0.0, 1.0, 2.0], [0.1, 0.2, 0.3], 2.0, 0.7, 16, 16).to(device)
+    return camera, [2, 0, 2], torch.rand(3, 3, device=device)
+
+
+@pytest.mark.parametrize("decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
+def test_whole_models(kernel_device, decoder):
+    """From features to losses of pictures: the renderer's read and no other."""
+    encoder, decoder = randomize(small_encoder()).to(kernel_device), randomize(decoder()).to(kernel_device)
+    x, view = batch([6, 0, 4], kernel_device), cameras(kernel_device)
+
+    def losses():
+        posterior = encoder(x)
+        scenes = decoder(posterior.sample())
+        image = models.render(scenes, *view)
+        return [image.color.square().mean(), posterior.logvar.mean(), *models.penalties(scenes).values()]
+
+    losses()  # tables are copied to the device once
+    assert len(reads(losses, [*encoder.parameters(), *decoder.parameters()])) == 1
+
+
+def test_a_batch_of_meshes(kernel_device):
+    vertices, faces, colors, starts, face_starts = scenes(kernel_device)
+    view, view_scene, light = cameras(kernel_device)
+    edges = [0, *starts[1:].tolist()]
+    cut = lambda t, e: [t[a:b] for a, b in zip(e, e[1:], strict=False)]
+    parts = cut(vertices, edges), cut(faces, face_starts), cut(colors, edges)
+    none = vertices.new_zeros(0)
+    made = [
+        models.mesh.MeshScene(v, f, *c.split(3, 1), none.view(0, 3), none, none.sum(), 16) for v, f, c in zip(*parts, strict=True)
+    ]
+
+    def pictures():
+        image = models.render(made, view, view_scene, light)
+        return image.color, image.alpha, image.depth, image.normal
+
+    assert len(reads(pictures, [vertices, colors])) == 1
+
+
+def test_the_watch_sees(kernel_device):
+    """What it must not miss: values, masks, comparisons and copies, inside an op as well."""
+    x = torch.arange(5, device=kernel_device)
+    for wait in (
+        lambda: x.sum().item(), lambda: bool(x[0]), lambda: x.tolist(), lambda: x[x > 2], lambda: x.nonzero(), lambda: x.cpu(),
+        lambda: torch.equal(x, x + 1), lambda: x.masked_select(x > 1), lambda: torch.tensor([1], device=x.device),
+        lambda: torch.tensor([1]).to(x.device), lambda: x.repeat_interleave(x), lambda: x.clone().index_put_((x > 1,), x[0]),
+    ):  # fmt: skip
+        with watch_reads() as seen:
+            wait()
+        assert len(seen) == 1
+    with watch_reads() as seen:
+        torch.tensor([1, 2]).cumsum(0).tolist(), x[x], torch.where(x > 1, x, 0), torch.tensor([3]).to(x.device, non_blocking=True)
+    assert not seen
