@@ -1,7 +1,7 @@
 """One variable at a time: attention, windows and neighbours against rows, window size and occupancy; notebooks plot these.
 
-The variable is written `name = value` in a case's size, beside `N = rows`. Work and peers are those of bench_attention,
-without FlexAttention, which would be compiled again for every point.
+The variable is written `name = value` in a case's size, beside `N = rows`. Work and peers are those of bench_attention and
+bench_coords, without the naive references and without FlexAttention, which would be compiled again for every point.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def _sweep(op: str, points: dict[str, tuple[Tensor, int]], size: str, dtypes: li
         for dtype in dtypes:
             case = attention_case("window_attention", name, dtype, coords, *sizes(size), device, window)
             peers = {peer: impl for peer, impl in case.peers.items() if "FlexAttention" not in peer}
-            yield replace(case, op=op, peers=peers, naive=size == "small")
+            yield replace(case, op=op, peers=peers, naive=False)
 
 
 def attention_rows_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
