@@ -49,7 +49,6 @@ from tests.test_rasterize import positions
 from tests.test_serialize import lists
 from tests.test_window import groups, voxels
 
-
 CANCELLED = 0.25  # the size of terms that cancel to nothing, such as in the gradient of the score of an only key
 
 
@@ -142,7 +141,8 @@ def norms(d: Draw) -> Case:
         C = d.pick(1, d.number(3, 300))
         eps = d.pick(1e-6, 1e-5)
         if d.pick(0, 1):
-            return Case(lambda x: layer_norm(x, eps), lambda x: layer_norm_reference(x, eps), [d.normal(N, C, dtype=dtype)], None, CANCELLED)
+            op, slow, x = layer_norm, layer_norm_reference, d.normal(N, C, dtype=dtype)
+            return Case(lambda x: op(x, eps), lambda x: slow(x, eps), [x], None, CANCELLED)
         tensors = [d.normal(N, C, dtype=dtype) for _ in range(2)]
         op, slow = add_layer_norm, add_layer_norm_reference
         return Case(lambda x, h: op(x, h, eps), lambda x, h: slow(x, h, eps), tensors, None, CANCELLED)
