@@ -28,10 +28,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: bool) -> tuple[list[Tile], list[Tile]]:
+def _tiles(
+    dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: bool, separate: bool = False
+) -> tuple[list[Tile], list[Tile]]:
     """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
 
-    The q/k norm holds more of a row in registers, and so does its rotation. The last class loops, from any length.
+    The q/k norm holds more of a row in registers, and so does its rotation. The last class loops, from any length, and is
+    the only one where keys are `separate` from the queries.
     """
     treated = normed or rotated
     if target == "interpreter":  # a program costs milliseconds whatever its size
@@ -43,6 +46,12 @@ def _tiles(dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: b
         backward = [Tile(0, ANY, 32, step, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
         if pad_d <= 64 and not treated:
             backward = [Tile(0, 64, 64, 16, 8, 2 if target.startswith("sm_8") else 1), backward[0]._replace(low=64)]
+        if pad_d == 64 and normed and rotated and target.startswith("sm_10"):  # ptxas spills steps of 16 at 80 registers
+            forward = [Tile(0, ANY, 32, 32, 4, 1)]
+        if pad_d == 64 and target.startswith("sm_8") and rotated and not normed:
+            backward = [Tile(0, ANY, 16, 16, 4, 1)]
+        if pad_d == 64 and target.startswith("sm_8") and separate and not treated:
+            backward[-1] = backward[-1]._replace(num_warps=4)
     elif pad_d > 64:
         forward, backward = [Tile(0, ANY, 64, 32, 4, 2)], [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
         if treated:
@@ -130,7 +139,8 @@ def _constants(q: Tensor, segments: Segments, tile: Tile) -> dict[str, int]:
 
 def _classes(q: Tensor, bound: int | None, normed: bool, rotated: bool) -> tuple[list[Tile], list[Tile]]:
     """Those that a segment of up to `bound` rows can be in; None: queries and keys are separate, all tiles loop."""
-    forward, backward = _tiles(q.dtype, max(16, triton.next_power_of_2(q.shape[2])), backend.target(q), normed, rotated)
+    pad_d = max(16, triton.next_power_of_2(q.shape[2]))
+    forward, backward = _tiles(q.dtype, pad_d, backend.target(q), normed, rotated, separate=bound is None)
     if bound is None:
         return [forward[-1]._replace(low=0)], [backward[-1]._replace(low=0)]
     return [t for t in forward if t.low < bound], [t for t in backward if t.low < bound]

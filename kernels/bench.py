@@ -34,6 +34,8 @@ from kernels.peers import KNOWN, optional
 OPS = {
     "window_attention": "kernels.bench_attention",
     "segment_attention": "kernels.bench_attention",
+    "serialized_attention": "kernels.bench_attention",
+    "rotary_attention": "kernels.bench_attention",
     "layer_norm": "kernels.bench_passes",
     "add_layer_norm": "kernels.bench_passes",
     "rms_norm": "kernels.bench_passes",
@@ -45,6 +47,13 @@ OPS = {
     "window_partition": "kernels.bench_coords",
     "cache_hit": "kernels.bench_coords",
     "splat": "kernels.bench_splat",
+    "raymarch": "kernels.bench_radiance",
+    "sparse_conv": "kernels.bench_mesh",
+    "subdivide_conv": "kernels.bench_mesh",
+    "group_norm": "kernels.bench_mesh",
+    "pool": "kernels.bench_mesh",
+    "isosurface": "kernels.bench_mesh",
+    "render_mesh": "kernels.bench_mesh",
     "block": "train.bench",
     "train_step": "train.bench",
 }

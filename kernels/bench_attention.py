@@ -10,9 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention import segment_attention, segment_attention_reference, window_attention
+from kernels.attention import segment_attention, segment_attention_reference, window_attention, window_attention_reference
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.peers import compiled, optional
+from kernels.serialize import serialized_windows
 from kernels.shells import batch, shell
 from kernels.window import Windows, window_partition
 
@@ -184,3 +185,40 @@ def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) 
     name, coords = next(iter(voxels(size).items()))
     for dtype in dtypes:
         yield attention_case("segment_attention", name, dtype, coords, *sizes(size), device)
+
+
+def serialized_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Overlapping runs of 512 voxels (a few on a CPU) along a space-filling curve: keys are an index list, rows repeat."""
+    name, coords = next(iter(voxels(size).items()))
+    coords, (H, D), run = coords.to(device), sizes(size), 64 if size == "small" else 512
+    windows, N = serialized_windows(coords, int(coords[-1, 0]) + 1, run), len(coords)
+    scores = int((windows.lengths.long() * windows.key_starts.diff()).sum())
+    for dtype in dtypes:
+        forward, backward = attention_work(N, scores, H, D, DTYPES[dtype].itemsize)
+        yield Case(
+            op="serialized_attention", size=f"{name}, N = {N}, runs of {run}", dtype=dtype, forward=[forward],
+            backward=[backward], inputs=lambda seed, d=dtype: (_random((N, 3, H, D), d, device, seed),),
+            ours=lambda qkv: window_attention(qkv, windows), reference=lambda qkv: window_attention_reference(qkv, windows),
+        )  # fmt: skip
+
+
+def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Windows with queries and keys rotated and RMS-normed in the loads; phases and gammas are too small to count."""
+    name, coords = next(iter(voxels(size).items()))
+    coords, (H, D) = coords.to(device), sizes(size)
+    windows, N = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0), len(coords)
+    angle = coords[:, 1:].float() @ torch.ones(3, D // 2, device=device) * 10.0 ** -torch.arange(D // 2, device=device)
+    phases = torch.polar(torch.ones_like(angle), angle)
+    for dtype in dtypes:
+        forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
+        treated = lambda attend: lambda qkv, q, k: attend(
+            qkv, windows, q_gamma=q.to(qkv) if qkv.dtype == torch.float64 else q,
+            k_gamma=k.to(qkv) if qkv.dtype == torch.float64 else k, phases=phases,
+        )  # fmt: skip
+        gamma = lambda seed: (1 + 0.1 * torch.randn(H, D, generator=torch.Generator().manual_seed(seed))).to(device)
+        yield Case(
+            op="rotary_attention", size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward],
+            inputs=lambda seed, d=dtype, g=gamma: (
+                _random((N, 3, H, D), d, device, seed), g(seed).requires_grad_(), g(seed + 1).requires_grad_()),
+            ours=treated(window_attention), reference=treated(window_attention_reference),
+        )  # fmt: skip

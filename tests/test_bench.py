@@ -11,8 +11,11 @@ from kernels import bench, measure
 from kernels.attention import segment_attention_reference
 from kernels.bench_attention import Layout, _squares, attention_case, attention_work
 from kernels.bench_coords import _spconv_map
+from kernels.bench_mesh import conv_work, parents_read
 from kernels.bench_passes import eager_gelu
+from kernels.bench_radiance import raymarch_work
 from kernels.bench_splat import _gsplat, gaussians, splat_cases
+from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.hash import neighbours
 from kernels.measure import INTERPRETED, NAIVE, OURS, Case, Ceilings, Clock, Impl, Work, difference, spread
@@ -55,6 +58,17 @@ def test_shells_have_the_window_statistics_of_surfaces(name):
     assert len(coords) == N
     assert [int((n > 0).sum()) for n in lengths] == [plain, shifted]
     assert max(int(n.max()) for n in lengths) == most
+
+
+def test_bytes_and_flops_of_the_other_decoders_by_hand():
+    # 10 voxels of 2 floats, 3 pixels of 5; again with gradients
+    assert raymarch_work(10, 2, 3) == (Work(4 * (20 + 15)), Work(4 * (40 + 30)))
+    # 3 rows of 4 channels to 5 rows of 2, 7 pairs; 27 taps of weights; fp16
+    forward, backward = conv_work((3, 5), 7, 4, 2, 2)
+    assert forward == Work(2 * (12 + 10 + 216), 2 * 7 * 4 * 2) and backward == Work(2 * (24 + 10 + 432), 4 * 7 * 4 * 2)
+    # two voxels side by side: of 16 children, the 8 at the shared face read both parents, the others their own
+    children = SpatialCache(torch.tensor([[0, 4, 4, 4], [0, 5, 4, 4]], dtype=torch.int32)).subdivide()
+    assert parents_read(children.get(neighbours, 3)) == 8 * 2 + 8
 
 
 def test_an_unknown_shell_is_refused():

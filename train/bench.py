@@ -21,7 +21,7 @@ from models.layers import Block, Trunk, shifted_windows
 from train import gaussian
 from train.data import Batch
 from train.loop import Objective
-from train.losses import GradClipper, Reconstruction
+from train.losses import GradClipper, Pictures
 from train.optimizer import LossScale, Optimizer
 
 
@@ -112,7 +112,7 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         vae = vae.to(device)
         batch = _batch(coords, channels, config.image_size, device)
         weights = {name: weight for name, weight in vars(config.weights).items() if name != "lpips"}
-        objective = Objective(vae, Reconstruction(None), weights)
+        objective = Objective(vae, Pictures(None), weights)
         scale = LossScale() if dtype == "fp16" else LossScale(0, 0, 0)
         optimizer = Optimizer(vae.named_parameters(), GradClipper(config.max_norm), scale)
         noise = torch.randn(len(coords), config.model.latent, generator=torch.Generator().manual_seed(0)).to(device)

@@ -32,7 +32,9 @@ class MeshWeights(Weights):
 
 BASE = Config(model=Sizes(), weights=MeshWeights(), steps=290_000, micro_batch=1)
 SMALL = replace(
-    BASE, preset="small", features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
+    # an untrained surface rests on distances of 1 / 256; without a warm-up two or three steps of AdamW move all of them beyond 0
+    # and it is gone for a while. base is as published: --warmup 1000 is worth giving it too
+    BASE, preset="small", warmup=1000, features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
     model=Sizes(channels=512, blocks=6, heads=8),
 )  # fmt: skip
 DEMO = replace(
