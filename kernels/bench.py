@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,9 @@ OPS = {
     "segment_attention": "kernels.bench_attention",
     "serialized_attention": "kernels.bench_attention",
     "rotary_attention": "kernels.bench_attention",
+    "attention_rows": "kernels.bench_sweeps",
+    "attention_window": "kernels.bench_sweeps",
+    "attention_occupancy": "kernels.bench_sweeps",
     "layer_norm": "kernels.bench_passes",
     "add_layer_norm": "kernels.bench_passes",
     "rms_norm": "kernels.bench_passes",
@@ -45,6 +48,9 @@ OPS = {
     "lookup": "kernels.bench_coords",
     "neighbours": "kernels.bench_coords",
     "window_partition": "kernels.bench_coords",
+    "partition_window": "kernels.bench_sweeps",
+    "partition_extent": "kernels.bench_sweeps",
+    "neighbours_extent": "kernels.bench_sweeps",
     "cache_hit": "kernels.bench_coords",
     "splat": "kernels.bench_splat",
     "raymarch": "kernels.bench_radiance",
@@ -127,6 +133,41 @@ def error_table(rows: list[dict]) -> str:
     return "\n".join([*table, "", *(["Not run:", "", *reasons] if reasons else [])])
 
 
+def defaults(device: torch.device) -> tuple[str, list[str]]:
+    """Size and types that a device is measured with."""
+    return ("base", ["fp16", "bf16"]) if device.type == "cuda" else ("small", ["fp32"])
+
+
+def start(device: torch.device, seconds: float = 0.25) -> tuple[Clock, Ceilings]:
+    """The clock, `seconds` a measurement, and this device's ceilings, measured now."""
+    clock = Clock(device, seconds)
+    return clock, measure_ceilings(clock, *((1024, 8192) if device.type == "cuda" else (128, 1024)))
+
+
+def run(
+    ops: Sequence[str], size: str, dtypes: list[str], device: torch.device, seconds: float = 0.25,
+    report: Callable[[str], object] = print, after: Callable[[dict], object] = lambda result: None,
+) -> dict:  # fmt: skip
+    """Measure ops of OPS on one device: what --json writes, as a dict.
+
+    `report` takes each line of text; `after` the result so far after every op, so that a crash loses one op, not the run.
+    """
+    clock, ceilings = start(device, seconds)
+    products = ", ".join(f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items())
+    report(f"ceilings measured now: copy {ceilings.copy / 1e9:.3g} GB/s, {products}\n")
+    limits = {"copy_bytes_per_s": ceilings.copy, "product_flops_per_s": ceilings.product}
+    result = facts(device) | {"ceilings": limits, "cases": [], "missing": []}
+    for op in ops:
+        for case in cases(op, size, dtypes, device):
+            rows, missing = measure(case, clock, ceilings)
+            for line in [*lines(rows), *(f"    {row['impl']:<50} {row['why']}" for row in missing)]:
+                report(line)
+            result["cases"] += rows
+            result["missing"] += missing
+        after(result)
+    return result
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[1])
     parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
@@ -138,10 +179,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--errors", action="store_true", help="print errors against float64 instead of times")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gpu = args.device.type == "cuda"
-    args.size = args.size or ("base" if gpu and not args.errors else "small")
-    default = "fp16,bf16,fp32" if args.errors else "fp16,bf16" if gpu else "fp32"
-    args.dtype, args.op = (args.dtype or default).split(","), args.op or list(OPS)
+    size, dtypes = ("small", list(DTYPES)) if args.errors else defaults(args.device)
+    args.size, args.op = args.size or size, args.op or list(OPS)
+    args.dtype = args.dtype.split(",") if args.dtype else dtypes
     for given, known in ((args.op, OPS), (args.dtype, DTYPES)):
         if unknown := [x for x in given if x not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
@@ -159,39 +199,19 @@ def _errors(args: argparse.Namespace) -> int:
     return int(any(row["impl"] == OURS and "why" in row for row in rows))
 
 
-def _measure(args: argparse.Namespace, clock: Clock, result: dict, ceilings: Ceilings) -> None:
-    """Fill the result's cases and missing, written after every op: a crash loses one op, not the run."""
-    for op in args.op:
-        for case in cases(op, args.size, args.dtype, args.device):
-            rows, missing = measure(case, clock, ceilings)
-            print("\n".join(lines(rows)), flush=True)
-            for row in missing:
-                print(f"    {row['impl']:<50} {row['why']}", flush=True)
-            result["cases"] += rows
-            result["missing"] += missing
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = _parse(argv)
-    about = facts(args.device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(", ".join(f"{key} {value}" for key, value in facts(args.device).items()))
     if args.device.type == "cpu" and not args.errors:
         print("A CPU: the torch path is measured against the naive reference, not the Triton kernels.")
     print("peers: " + "; ".join(f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN))
     if args.errors:
         return _errors(args)
-    clock = Clock(args.device, args.seconds)
-    ceilings = measure_ceilings(clock, *((1024, 8192) if args.device.type == "cuda" else (128, 1024)))
-    products = ", ".join(f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items())
-    print(f"ceilings measured now: copy {ceilings.copy / 1e9:.3g} GB/s, {products}\n")
-    limits = {"copy_bytes_per_s": ceilings.copy, "product_flops_per_s": ceilings.product}
-    result = about | {"ceilings": limits, "cases": [], "missing": []}
     if args.json and args.json.is_dir():
-        args.json /= file_name(about["device"])
-    _measure(args, clock, result, ceilings)
+        args.json /= file_name(device_name(args.device))
+    save = lambda result: args.json.write_text(json.dumps(result, indent=1) + "\n") if args.json else None
+    result = run(args.op, args.size, args.dtype, args.device, args.seconds, lambda line: print(line, flush=True), save)
     failed = any(row["impl"] == OURS for row in result["missing"])
     return int(failed or any(row["agrees"] is False for row in result["cases"]))
 

@@ -143,10 +143,12 @@ def _random(shape: tuple, dtype: str, device: torch.device, seed: int) -> Tensor
     return torch.randn(shape, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
 
 
-def attention_case(op: str, name: str, dtype: str, coords: Tensor, H: int, D: int, device: torch.device) -> Case:
+def attention_case(
+    op: str, name: str, dtype: str, coords: Tensor, H: int, D: int, device: torch.device, window: int = WINDOW
+) -> Case:
     """One coordinate set, one type, with every peer."""
     coords = coords.to(device)
-    windows = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0)
+    windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
     layout, N = Layout(windows), len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
     common = dict(op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward])

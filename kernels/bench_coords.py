@@ -17,6 +17,7 @@ from kernels.shells import batch, shell
 from kernels.window import Windows, window_partition
 
 WINDOW, SHIFT = 8, 4
+NAIVE_ROWS = 5000  # from here on the references, dictionaries in Python, would take longer than everything else
 
 
 def _ball(radius: float) -> Callable:
@@ -39,7 +40,7 @@ def coordinate_sets(size: str) -> dict[str, tuple[Tensor, int]]:
 def _cases(op: str, size: str, device: torch.device, make: Callable) -> Iterator[Case]:
     for name, (coords, resolution) in coordinate_sets(size).items():
         coords = coords.to(device)
-        made = make(coords, SpatialCache(coords), resolution, size == "small")
+        made = make(coords, SpatialCache(coords), resolution, len(coords) < NAIVE_ROWS)
         yield Case(op=op, size=f"{name}, N = {len(coords)}", dtype="int32", **made)
 
 
@@ -117,23 +118,26 @@ def _flex_gemm_map(resolution: int) -> Impl | str:
     return Impl(run, restore=lambda cache: cache["neighbor_map"].view(torch.int32).sort(1).values)
 
 
-def neighbours_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: bool) -> Case:
     """The map of a 3^3 kernel, its table included; compared as sets, because packages number the taps differently."""
+    ordered, cache = (lambda found: found.sort(1).values), SpatialCache(coords)
+    return Case(
+        op=op, size=size, dtype="int32", inputs=_copies(coords), forward=[Work((16 + 27 * 4) * len(coords))],
+        ours=lambda coords: torch.ops.trislat.neighbours(coords, *_build(cache), 3), restore=ordered,
+        naive=naive, reference=lambda coords: ordered(neighbours_reference(coords).to(coords.device)),
+        peers={
+            "torch.sort + torch.searchsorted": Impl(lambda coords: Sorted(coords).neighbours(coords), restore=ordered),
+            "spconv": _spconv_map("spconv", resolution), "spconv_triton": _spconv_map("spconv_triton", resolution),
+            "flex_gemm": _flex_gemm_map(resolution),
+        },
+    )  # fmt: skip
 
-    def make(coords: Tensor, cache: SpatialCache, resolution: int, naive: bool) -> dict:
-        ordered = lambda found: found.sort(1).values
-        ours = lambda coords: torch.ops.trislat.neighbours(coords, *_build(cache), 3)
-        return dict(
-            inputs=_copies(coords), ours=ours, forward=[Work((16 + 27 * 4) * len(coords))],
-            restore=ordered, naive=naive, reference=lambda coords: ordered(neighbours_reference(coords).to(device)),
-            peers={
-                "torch.sort + torch.searchsorted": Impl(lambda coords: Sorted(coords).neighbours(coords), restore=ordered),
-                "spconv": _spconv_map("spconv", resolution), "spconv_triton": _spconv_map("spconv_triton", resolution),
-                "flex_gemm": _flex_gemm_map(resolution),
-            },
-        )  # fmt: skip
 
-    return _cases("neighbours", size, device, make)
+def neighbours_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Every coordinate set."""
+    for name, (coords, resolution) in coordinate_sets(size).items():
+        naive = len(coords) < NAIVE_ROWS
+        yield neighbours_case("neighbours", f"{name}, N = {len(coords)}", coords.to(device), resolution, naive)
 
 
 def _build(cache: SpatialCache) -> tuple:
@@ -141,29 +145,33 @@ def _build(cache: SpatialCache) -> tuple:
     return table.keys, table.rows, table.size, table.kind
 
 
-def published_partition(coords: Tensor) -> tuple[Tensor, Tensor]:
+def published_partition(coords: Tensor, window: int = WINDOW, shift: int = SHIFT) -> tuple[Tensor, Tensor]:
     """Rows sorted by window, and the lengths of the windows that are not empty: argsort and bincount, with their waits."""
     moved = coords.clone().long()
-    moved[:, 1:] = (moved[:, 1:] + SHIFT) // WINDOW
+    moved[:, 1:] = (moved[:, 1:] + shift) // window
     grid = (moved.amax(0) + 1).tolist()
-    window = ((moved[:, 0] * grid[1] + moved[:, 1]) * grid[2] + moved[:, 2]) * grid[3] + moved[:, 3]
-    order = window.argsort(stable=True)
-    lengths = window.bincount()
+    number = ((moved[:, 0] * grid[1] + moved[:, 1]) * grid[2] + moved[:, 2]) * grid[3] + moved[:, 3]
+    order = number.argsort(stable=True)
+    lengths = number.bincount()
     return order.int(), lengths[lengths > 0].int()
 
 
+def partition_case(op: str, size: str, coords: Tensor, window: int, shift: int) -> Case:
+    """Coordinates of one sample; `starts` is written for every window, empty ones included."""
+    cache = SpatialCache(coords)
+    partition = lambda coords: window_partition(cache, 1, window, shift)
+    windows = len(partition(coords))
+    return Case(
+        op=op, size=size, dtype="int32", inputs=_copies(coords), ours=partition,
+        restore=lambda w: (w.order, w.lengths[w.lengths > 0]), forward=[Work(20 * len(coords) + 4 * windows)],
+        peers={"published path: argsort + bincount": Impl(lambda coords: published_partition(coords, window, shift))},
+    )  # fmt: skip
+
+
 def window_partition_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Windows of 8^3, shifted by 4; `starts` is written for every window, empty ones included."""
-
-    def make(coords: Tensor, cache: SpatialCache, resolution: int, naive: bool) -> dict:
-        windows = -(-(resolution + SHIFT) // WINDOW)
-        return dict(
-            inputs=_copies(coords), ours=lambda coords: window_partition(cache, 1, WINDOW, SHIFT),
-            restore=lambda w: (w.order, w.lengths[w.lengths > 0]), forward=[Work(20 * len(coords) + 4 * windows**3)],
-            peers={"published path: argsort + bincount": Impl(published_partition)},
-        )  # fmt: skip
-
-    return _cases("window_partition", size, device, make)
+    """Windows of 8^3, shifted by 4."""
+    for name, (coords, _) in coordinate_sets(size).items():
+        yield partition_case("window_partition", f"{name}, N = {len(coords)}", coords.to(device), WINDOW, SHIFT)
 
 
 def _windows(cache: SpatialCache, window: int, shift: int) -> Windows:

@@ -50,17 +50,35 @@ def conv_work(rows: tuple[int, int], pairs: int, Ci: int, Co: int, width: int) -
     return Work(width * (x + y + weight), flops), Work(width * (2 * x + y + 2 * weight), 2 * flops)
 
 
-def _spconv(cache: SpatialCache, Ci: int, Co: int, dtype: str, device: torch.device) -> Impl | str:
-    """spconv's submanifold convolution with the same weights, its neighbour map made before."""
-    module = optional("spconv.pytorch")
+def _spconv(package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, device: torch.device) -> Impl | str:
+    """The submanifold convolution of spconv, or of spconv_triton, which has the same names; its neighbours are made once."""
+    module = optional(f"{package}.pytorch")
     if isinstance(module, str):
         return module
     conv = module.SubMConv3d(Ci, Co, 3, indice_key="bench").to(device, DTYPES[dtype])
-    shape = [max(cache.extent)] * 3
+    shape, known = [max(cache.extent)] * 3, {}
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        voxels = module.SparseConvTensor(x, cache.coords, shape, cache.batch_size)
-        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (voxels,)).features
+        voxels = module.SparseConvTensor(x, cache.coords, shape, cache.batch_size, indice_dict=known)
+        out = torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (voxels,))
+        known.update(out.indice_dict)  # a layer adds to a copy of its input's
+        return out.features
+
+    return Impl(run)
+
+
+def _flex_gemm(cache: SpatialCache) -> Impl | str:
+    """FlexGEMM's, its neighbours made once too; the order of its arguments differs between versions, their names do not."""
+    module = optional("flex_gemm.ops.spconv")
+    if isinstance(module, str):
+        return module
+    shape, known = torch.Size([cache.batch_size, 1, *[max(cache.extent)] * 3]), [None]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out, known[0] = module.sparse_submanifold_conv3d(
+            x, cache.coords, shape, weight=weight, bias=bias, neighbor_cache=known[0]
+        )
+        return out
 
     return Impl(run)
 
@@ -87,7 +105,8 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
                 op="sparse_conv", size=f"{name}, {N} x {C} -> {C}", dtype=dtype, forward=[forward], backward=[backward],
                 inputs=_inputs(N, C, C, dtype, device), ours=lambda x, w, b, n=near, o=order: sparse_conv(x, w, b, n, order=o),
                 reference=lambda x, w, b, n=near: sparse_conv_reference(x, w, b, n),
-                peers={"spconv": _spconv(cache, C, C, dtype, device)},
+                peers={name: _spconv(name, cache, C, C, dtype, device) for name in ("spconv", "spconv_triton")}
+                | {"flex_gemm": _flex_gemm(cache)},
             )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ a plain surface fills a window with 50 to 80 of its 512 voxels and nearly always
 layers bring windows above 256. Seeds are fixed: the same name gives the same voxels.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -70,6 +71,20 @@ def shell(field: str | Field, resolution: int = 64) -> Tensor:  # [N, 3] int32, 
         yz = np.argwhere(corners.any(0) & ~corners.all(0))
         active.append(np.concatenate([np.full((len(yz), 1), x), yz], 1))
     return torch.from_numpy(np.concatenate(active)).int()
+
+
+def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:  # [windows * rows, 3] int32, sorted by x, y, z
+    """`rows` voxels at random in each of `windows` cubes. ValueError for more rows than a cube has cells."""
+    cells = window**3
+    if rows > cells:
+        raise ValueError(f"{rows} rows do not fit a window of {window}^3 = {cells} voxels")
+    generator, edge = torch.Generator().manual_seed(seed), math.ceil(windows ** (1 / 3))
+    cell = torch.rand(windows, cells, generator=generator).argsort(1)[:, :rows]
+    cube = torch.arange(windows)[:, None].expand(-1, rows)
+    digits = lambda i, base: torch.stack([i // base**2, i // base % base, i % base], -1)
+    xyz = (digits(cube, edge) * window + digits(cell, window)).view(-1, 3)
+    size = edge * window
+    return xyz[((xyz[:, 0] * size + xyz[:, 1]) * size + xyz[:, 2]).argsort()].int()
 
 
 def batch(*samples: Tensor) -> Tensor:  # [N, 4] int32: batch, x, y, z

@@ -1,0 +1,115 @@
+"""The notebooks: committed without outputs, run from top to bottom, and the figures that they draw."""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+
+from kernels import bench, plots
+from kernels.measure import OURS
+from kernels.shells import occupied
+from tests.conftest import GPU
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CPU = torch.device("cpu")
+
+
+def cells(file: Path) -> list[dict]:
+    return [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def test_there_are_notebooks():
+    assert [file.name for file in NOTEBOOKS] == ["1_attention.ipynb", "2_spatial_cache.ipynb"]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_committed_without_outputs(file):
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(file))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # those of Jupyter's own packages
+def test_runs_from_top_to_bottom(file):
+    """In a kernel of its own; an error in a cell raises. Every figure that is promised is there as a picture."""
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    seconds = 1800 if GPU else 120  # a cell; a GPU measures larger sizes and compiles peers
+    client = NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(file.parent)}})
+    client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        assert drawn == any(f"plots.{name}(" in cell.source for name in ("throughput", "fractions", "hits_and_misses"))
+    text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
+    assert "as committed: " in text and "disagrees" not in text
+    assert ("No figure of a GPU" in text) == (not GPU and not list((ROOT / "notebooks/results").glob("*.json")))
+
+
+def result(**changes) -> dict:
+    row = dict(op="sort", size="", dtype="fp32", bytes=0, flops=0, agrees=True, spread_us=1.0, floor_us=5.0, fraction=0.5)
+    times = [(OURS, 10.0), ("other", 20.0)]
+    cases = [row | {"pass": "forward", "size": f"a set, N = {n}", "impl": impl, "median_us": us * n / 100, "floor_us": n / 20}
+             for impl, us in times for n in (400, 100)]  # fmt: skip
+    cases.append(cases[0] | {"impl": "wrong", "median_us": None, "fraction": None, "agrees": False})
+    facts = dict(device="a card", driver="1", torch="2", triton="3", commit="4", date="5", ceilings={})
+    missing = [dict(op="sort", size="", dtype="fp32", impl="wrong", why="disagrees")] * 2
+    return facts | {"cases": cases, "missing": missing} | changes
+
+
+def test_results_are_read_and_described(tmp_path):
+    assert plots.read(tmp_path) == {} and "No figure of a GPU" in plots.describe({"now": result(driver="none")})
+    (tmp_path / "a-card.json").write_text(json.dumps(result()))
+    results = plots.read(tmp_path)
+    assert plots.describe(results) == "a-card: device a card, date 5, commit 4, torch 2, triton 3, driver 1"
+    assert plots.missing(results) == "a-card: wrong: disagrees"
+    (tmp_path / "other.json").write_text('{"device": "x", "cases": []}')
+    with pytest.raises(ValueError, match="other.json is not a result of kernels.bench: it has no ceilings, commit, date, driver"):
+        plots.read(tmp_path)
+
+
+def test_throughput_is_rows_over_time_in_order_of_rows():
+    figure = plots.throughput({"one": result(), "two": result(driver="none")}, "sort")
+    assert len(figure.axes) == 2
+    ours, floor, other = figure.axes[0].lines
+    assert list(ours.get_xdata()) == [100, 400] and list(ours.get_ydata()) == [10, 10]  # 100 rows in 10 us
+    assert list(floor.get_ydata()) == [20, 20] and list(other.get_ydata()) == [5, 5]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["100", "400"]
+    assert plots.value({"op": "a", "size": "rows = 8, N = 64"}, "N") == 64
+    with pytest.raises(ValueError, match="the size 'N = 8' of a has no 'window = '"):
+        plots.value({"op": "a", "size": "N = 8"}, "window")
+    with pytest.raises(ValueError, match="none of the results has a time to draw"):
+        plots.throughput({"one": result()}, "splat")
+
+
+def test_fractions_and_hits():
+    (axes,) = plots.fractions({"one": result()}, ["sort"]).axes
+    ours, other = axes.collections
+    assert ours.get_offsets().tolist() == [[50, 0], [50, 1]] and other.get_label() == "other"
+    hit = result()["cases"][0] | {"op": "cache_hit", "size": "windows", "median_us": 0.25}
+    (axes,) = plots.hits_and_misses({"one": result(cases=[*result()["cases"], hit])}, ["sort"]).axes
+    misses, line = axes.lines
+    assert list(misses.get_ydata()) == [10, 40] and list(line.get_ydata()) == [0.25, 0.25]
+    assert plt.get_fignums() == []  # figures belong to whoever asked for them
+
+
+def test_windows_of_a_given_occupancy():
+    xyz = occupied(5, 7, 4)
+    assert len(set(map(tuple, xyz.tolist()))) == 35 and xyz.tolist() == sorted(xyz.tolist())
+    windows, counts = (xyz // 4).unique(dim=0, return_counts=True)
+    assert len(windows) == 5 and counts.tolist() == [7] * 5
+    with pytest.raises(ValueError, match=r"9 rows do not fit a window of 2\^3 = 8 voxels"):
+        occupied(1, 9, 2)
+
+
+def test_a_sweep_holds_all_else_equal():
+    """Work of the floor by hand: as many rows, so as many bytes; flops are 4 channels x rows of a window, for each row."""
+    found = bench.cases("attention_occupancy", "small", ["fp32"], CPU)
+    for n, case in zip((8, 32, 128, 512), found, strict=True):
+        assert case.size == f"rows = {n}, N = 2048"
+        assert case.forward[0].bytes == 2048 * (4 * 64 * 4 + 2 * 4) and case.forward[0].flops == 4 * 64 * 2048 * n
