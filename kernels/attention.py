@@ -62,7 +62,8 @@ def _window_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [N, H, D], and lse [H, N] by position: log sum exp of the scores; the torch path has no use for it, [0, N]."""
     if backend.is_torch(qkv):
-        out = padded.forward(*_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale)
+        with torch.autocast(qkv.device.type, enabled=False):
+            out = padded.forward(*_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale)
         return out, out.new_empty(0, len(out), dtype=torch.float32)
     segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
     return launches.forward(*qkv.unbind(1), gamma, phases, segments, scale)
@@ -85,7 +86,8 @@ def _window_attention_backward(
         dqkv, segments = torch.empty_like(qkv), _segments(order, starts, keys, key_starts, uses, use_starts, bound)
         operands = grad.contiguous(), *qkv.unbind(1), out, lse, gamma, phases, segments, scale, *dqkv.unbind(1)
         return dqkv, launches.backward(*operands)
-    dq, dk, dv = padded.backward(grad, *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale)
+    with torch.autocast(qkv.device.type, enabled=False):
+        dq, dk, dv = padded.backward(grad, *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale)
     if keys is not None:
         dk, dv = (padded.sum_uses(d, uses, use_starts) for d in (dk, dv))
     dqk, dgamma = torch.stack([dq, dk], 1), qkv.new_empty(0)
@@ -125,7 +127,8 @@ def _segment_attention(
     """out [Nq, H, D], lse [H, Nq] or [0, Nq] as in window_attention."""
     if backend.is_torch(q):
         plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
-        return padded.forward(q, k, v, plan, scale), q.new_empty(0, len(q), dtype=torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            return padded.forward(q, k, v, plan, scale), q.new_empty(0, len(q), dtype=torch.float32)
     return launches.forward(q, k, v, None, None, Segments(None, q_starts, None, k_starts), scale)
 
 
@@ -140,7 +143,8 @@ def _segment_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(lse) == 0:
         plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
-        dq, dk, dv = padded.backward(grad, q, k, v, plan, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = padded.backward(grad, q, k, v, plan, scale)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     segments = Segments(None, q_starts, None, k_starts)

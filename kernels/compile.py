@@ -191,14 +191,11 @@ def _verdict(row: dict, target: Target, target_name: str) -> str | None:
     return None
 
 
-def _build(build: Build, target_name: str) -> dict:
-    """Compile one launch for one target; returns its row of the table."""
+def source(build: Build, target: Target) -> tuple:
+    """What Triton compiles one launch from: an ASTSource, a GPUTarget and options."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, CompilationError, compile
-    from triton.compiler.errors import CompileTimeAssertionFailure
-    from triton.runtime.errors import PTXASError
+    from triton.compiler import ASTSource
 
-    target = TARGETS[target_name]
     kernel = getattr(importlib.import_module(build.module), build.kernel)
     options = {k: v for k, v in build.constants if k in ("num_warps", "num_stages", "maxnreg")}
     constants = {k: v for k, v in build.constants if k not in options}
@@ -210,20 +207,24 @@ def _build(build: Build, target_name: str) -> dict:
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     if target.backend == "hip":
         options.pop("maxnreg", None)
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    made = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": 4, "enable_fp_fusion": True} | options
+    return made, GPUTarget(target.backend, target.arch, target.warp), options
+
+
+def _build(build: Build, target_name: str) -> dict:
+    """Compile one launch for one target; returns its row of the table."""
+    from triton.compiler import CompilationError, compile
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import PTXASError
+
+    target = TARGETS[target_name]
+    made, gpu, options = source(build, target)
     row = {**asdict(build), "dtype": build.dtype, "target": target_name, "hot": build.hot}
     began = time.perf_counter()
     try:
-        compiled = compile(
-            source,
-            target=GPUTarget(target.backend, target.arch, target.warp),
-            options={"num_warps": 4, "enable_fp_fusion": True} | options,
-        )
+        compiled = compile(made, target=gpu, options=options)
     except (CompilationError, CompileTimeAssertionFailure, PTXASError, RuntimeError, ValueError) as error:
         return row | {"failure": f"{type(error).__name__}: {str(error)[-400:]}"}
     row["seconds"] = round(time.perf_counter() - began, 2)

@@ -82,7 +82,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps, back: b
     (R, G, T), (CO, _, CI) = taps.rows.shape, weight.shape
     if backend.is_torch(x):
         rows = taps.rows.flip(2) if mirror else taps.rows
-        return gathered.product(x, weight.transpose(0, 1) if back else weight.permute(1, 2, 0), bias, rows)
+        with torch.autocast(x.device.type, enabled=False):
+            return gathered.product(x, weight.transpose(0, 1) if back else weight.permute(1, 2, 0), bias, rows)
     C, A = (CI, CO) if back else (CO, CI)
     tile, _ = _tiles(x.dtype, backend.target(x))
     wide, narrow = _widths(C, tile.widest)
@@ -102,7 +103,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     """[Co, M, Ci] fp32 (fp64 where x is): the sum over rows of grad [R * G, Co] times the row of x [S, Ci] under each tap."""
     (R, G, T), CI, CO = taps.rows.shape, x.shape[1], grad.shape[1]
     if backend.is_torch(x):
-        return gathered.weight_gradient(x, grad, taps.rows)
+        with torch.autocast(x.device.type, enabled=False):
+            return gathered.weight_gradient(x, grad, taps.rows)
     _, tile = _tiles(x.dtype, backend.target(x))
     wide, narrow = _widths(CO, tile.widest)
     rows = min(tile.rows, max(16, triton.next_power_of_2(CI)))

@@ -44,7 +44,7 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
         args = {"skip_weight": "spconv"} | args  # ours say which they are
     try:
         model = model_class(**args)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{prefix}.json: arguments do not fit {name}: {error}") from error
     load_weights(model, weights, f"{prefix}.safetensors")
     return model

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class RadianceScene:
         sizes = {scene.resolution for scene in scenes}
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different resolutions: {sorted(sizes)}")
-        starts = torch.tensor([0, *(len(scene.position) for scene in scenes)]).cumsum(0)
+        starts = [0, *accumulate(len(scene.position) for scene in scenes)]  # a list: torch.compile cannot trace what is read
         tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in ("position", "trivec", "density", "color")]
         offset = None if torch.is_grad_enabled() else background.new_full((len(camera), camera.height, camera.width), 0.5)
         return raymarch(*tensors, starts, camera, view_scene, background, sizes.pop(), offset=offset)

@@ -330,6 +330,9 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
     config.write_text(good.replace("SLatEncoder", "SLatUnknown"))
     with pytest.raises(ValueError, match="SLatUnknown"):
         models.load_pretrained(prefix)
+    config.write_text(good.replace('"window_size": 4', '"window_size": 0'))
+    with pytest.raises(ValueError, match="m.json: arguments do not fit SLatEncoder: window_size 0"):
+        models.load_pretrained(prefix)
     config.write_text(good.replace('"window_size"', '"window_sise"'))
     with pytest.raises(ValueError, match="window_sise"):
         models.load_pretrained(prefix)

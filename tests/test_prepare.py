@@ -166,6 +166,25 @@ def test_what_is_missing_or_changed_is_made_again(pair, tmp_path, capsys):
     assert "was made with size 16, not 24" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("renders/*/transforms.json", lambda text: text[: len(text) // 2]),
+        ("renders/*/transforms.json", lambda text: b"[]"),
+        ("renders/*/transforms.json", lambda text: text.replace(b'"content"', b'"contents"')),
+        ("renders/*/transforms.json", lambda text: text.replace(b'"frames"', b'"frame"')),
+        ("voxels_4/*.ply", lambda text: b"not a ply"),
+    ],
+)
+def test_what_was_damaged_is_made_again(pair, tmp_path, file, damage):
+    out = tmp_path / "o"
+    assert command(pair, "--out", out, *SMALL) == 0
+    before = tree(out)
+    damaged = next(out.glob(file))
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    assert command(pair, "--out", out, *SMALL) == 0 and tree(out) == before
+
+
 def test_scores_and_earlier_rows_of_metadata_stay(pair, tmp_path):
     out = tmp_path / "o"
     assert command(pair / "a.obj", "--out", out, *SMALL) == 0

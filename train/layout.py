@@ -1,6 +1,7 @@
 """Files of a prepared dataset, written so that a partial one never looks finished: under another name, then renamed."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ def ply_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     return _ply_header(len(vertices), len(faces)) + vertices.astype("<f4").tobytes() + table.tobytes()
 
 
-def ply_count(path: Path) -> int:
+def ply_count(path: Path) -> int | None:
+    """The vertices that a .ply announces; None where it is no such file."""
     with path.open("rb") as file:
-        return next(int(line.split()[2]) for line in file if line.startswith(b"element vertex"))
+        announced = next((line.split()[2] for line in file if re.fullmatch(rb"element vertex \d+\s*", line)), None)
+    return None if announced is None else int(announced)

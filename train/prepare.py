@@ -187,21 +187,25 @@ def _render(mesh: Mesh, source: Source, settings: Settings, folder: Path, grids:
 
 
 def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | None:
-    """Voxel counts of an object whose files are all there and made from the same content, else None."""
+    """Voxel counts of an object whose files are all there, whole and made from the same content, else None: it is made anew."""
     folder = settings.out / "renders" / sha
     if not (folder / "transforms.json").is_file():
         return None
-    transforms = json.loads((folder / "transforms.json").read_text())
-    was = transforms.get("recipe", {})
+    try:
+        transforms = json.loads((folder / "transforms.json").read_text())
+        was, frames = transforms.get("recipe", {}), [folder / frame["file_path"] for frame in transforms["frames"]]
+    except (ValueError, LookupError, TypeError, AttributeError):  # cut short or not what was written
+        return None
     for name in recipe:
         if name != "content" and was.get(name) != recipe[name]:
             raise ValueError(f"{folder} was made with {name} {was.get(name)}, not {recipe[name]}: choose another --out")
-    files = [folder / "mesh.ply", *(folder / f["file_path"] for f in transforms["frames"])]
+    files = [folder / "mesh.ply", *frames]
     for R in settings.resolution:
         files += [settings.voxels(R, sha)] + ([settings.feature(R, sha)] if settings.features else [])
-    if was["content"] != recipe["content"] or not all(f.is_file() and f.stat().st_size for f in files):
+    if was.get("content") != recipe["content"] or not all(f.is_file() and f.stat().st_size for f in files):
         return None
-    return {R: ply_count(settings.voxels(R, sha)) for R in settings.resolution}
+    counts = {R: ply_count(settings.voxels(R, sha)) for R in settings.resolution}
+    return None if None in counts.values() else counts
 
 
 def _row(source: Source, settings: Settings, counts: dict[int, int]) -> dict:

@@ -1,0 +1,68 @@
+"""How often a block passes over memory: what every launch and every product reads and writes, counted in N x C numbers."""
+
+from collections import Counter
+from unittest.mock import patch
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from kernels import backend
+from models.layers import Block, block_windows
+from tests.test_models import batch, randomize
+
+C, LAUNCH = 32, backend.launch
+FREE = {"view", "_unsafe_view", "t", "transpose", "permute", "unbind", "slice", "select", "detach", "empty_like", "new_empty"}
+PRODUCTS = {"mm", "addmm", "linear"}
+
+
+class Passes(TorchDispatchMode):
+    """Numbers that belong to rows, read and written, in units of N x C, by kernel or function; views and weights are free."""
+
+    def __init__(self, N: int):
+        super().__init__()
+        self.N, self.units = N, Counter()
+
+    def size(self, *given) -> float:
+        tensors = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
+        return sum(t.numel() / (self.N * C) for t in tensors if t.numel() >= self.N * C)
+
+    def launch(self, kernel, grid, *args, **constants) -> None:
+        self.units[kernel.fn.__name__] += round(self.size(args))
+        with _disable_current_modes():  # what the interpreter does is not the kernel's
+            LAUNCH(kernel, grid, *args, **constants)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if function.namespace == "trislat":
+            with self:
+                return OPDEFS[function.name()]._init_fn(*args, **kwargs)
+        out = function(*args, **kwargs)
+        if name not in FREE:
+            self.units["product" if name in PRODUCTS else name] += round(self.size(args, kwargs, out))
+        return out
+
+
+def count(kernel_device) -> tuple[Counter, Counter]:
+    """Forward and backward of a block that is neither the first nor the last."""
+    x = batch([150, 200], kernel_device, channels=C)
+    block = randomize(Block(C, 2, 4.0, block_windows("swin", 4, 0), False, False)).to(kernel_device)
+    stream, addend = (torch.randn(len(x), C, device=kernel_device, requires_grad=True) for _ in range(2))
+    block(stream, addend, x.cache)  # makes the windows
+    with Passes(len(x)) as passes, patch.object(backend, "launch", passes.launch):
+        out = block(stream, addend, x.cache)
+        forward = +passes.units
+    upstream = [torch.ones_like(t) for t in out]
+    with Passes(len(x)) as passes, patch.object(backend, "launch", passes.launch):
+        torch.autograd.grad(out, [stream, addend, *block.parameters()], upstream)
+    return forward, +passes.units
+
+
+def test_a_block_reads_and_writes_no_more_than_it_must(kernel_device):
+    """Of the products: inputs, outputs and their gradients, 1 + 3, 1 + 1, 1 + 4, 4 + 1. No copy, no cast, no sum of its own."""
+    forward, backward = count(kernel_device)
+    assert forward == {"product": 16, "_layer_norm_fwd": 2 * 4, "_attention_short": 4, "_gelu_fwd": 8}
+    biases = {"sum": 3 + 1 + 4 + 1}
+    assert backward == biases | {
+        "product": 2 * 16, "_layer_norm_bwd": 2 * 4, "_attention_short_backward": 8, "_gelu_bwd": 12,
+    }  # fmt: skip
