@@ -49,6 +49,7 @@ from tests.test_rasterize import positions
 from tests.test_serialize import lists
 from tests.test_window import groups, voxels
 
+RENDERED = 5e-5  # of fp32: where upstream gradients nearly cancel the torch path too is off by up to 2.4e-5
 CANCELLED = 0.25  # the size of terms that cancel to nothing, such as in the gradient of the score of an only key
 
 
@@ -306,7 +307,7 @@ def gaussians(d: Draw) -> Case:
     return Case(
         lambda *x: test_splat.both(splat(*x, starts, *there, 0.3)),
         lambda *x: test_splat.both(splat_reference(*x, starts, view, view_scene, light, 0.3)),
-        tensors,
+        tensors, RENDERED,
     )
 
 
@@ -322,7 +323,7 @@ def radiance(d: Draw) -> Case:
     return Case(
         lambda *x: test_raymarch.outputs(raymarch(position, *x, starts, there[0], view_scene, there[1], resolution, there[2])),
         lambda *x: test_raymarch.outputs(raymarch_reference(at, *x, starts, view, view_scene, light, resolution, offset)),
-        tensors, max(2e-5, 5e-7 * resolution * dim),
+        tensors, max(RENDERED, 5e-7 * resolution * dim),
     )  # fmt: skip
 
 

@@ -152,8 +152,7 @@ def test_whole_models_compile_to_one_graph(decoder):
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize("mode", ["full", "swin", "shift_window", "shift_sequence", "shift_order"])
-@pytest.mark.parametrize("position", ["ape", "rope"])
+@pytest.mark.parametrize("mode, position", [("full", "rope"), ("swin", "ape"), ("shift_order", "rope")])
 def test_the_trunk_compiles_to_one_graph(mode, position):
     model = randomize(
         models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4, attn_mode=mode, pe_mode=position, qk_rms_norm=True)

@@ -219,25 +219,6 @@ def test_scenes_render_with_the_low_pass_filter_of_their_decoder():
     assert torch.equal(color, splat(*gaussians, kernel_size=5.0).color) and not torch.equal(color, splat(*gaussians).color)
 
 
-def test_a_whole_forward_pass_compiles_without_breaking_the_graph():
-    one = dict(num_heads=2, window_size=4)  # one block: tracing takes its time
-    decoder = models.GaussianDecoder(16, 32, 4, 1, representation_config=REPRESENTATION, **one)
-    vae = models.GaussianVAE(randomize(models.Encoder(16, 5, 32, 4, 1, **one)), randomize(decoder))
-    x = batch([5, 0, 3], "cpu")
-    camera, background = Camera.orbit([0.0, 1.0], [0.1] * 2, width=16), torch.zeros(2, 3)
-
-    def loss(feats):
-        posterior, scenes = vae(x.replace(feats), torch.zeros(len(x), vae.encoder.latent_channels))
-        image = models.render(scenes, camera, [0, 2], background)
-        return image.color.square().mean() + sum(models.penalties(scenes).values()) + posterior.logvar.mean()
-
-    feats = x.feats.requires_grad_()
-    torch._dynamo.reset()
-    eager, compiled = loss(feats), torch.compile(loss, fullgraph=True, backend="aot_eager")(feats)
-    assert torch.equal(compiled, eager)
-    assert torch.equal(torch.autograd.grad(compiled, feats)[0], torch.autograd.grad(eager, feats)[0])
-
-
 def test_a_forward_pass_builds_two_partitions(device):
     encoder = models.Encoder(16, 5, 32, 4, 12, num_heads=2, window_size=4).to(device)
     x = batch([30], device)
