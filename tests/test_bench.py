@@ -26,6 +26,7 @@ from tests.conftest import GPU, assert_close
 from train.bench import block_work
 
 CPU = torch.device("cpu")
+LARGE = ("neighbours", "lookup", "build_table", "window_partition", "cache_hit", "isosurface", "render_mesh")
 FAST = Clock(CPU, seconds=0.0, least=2)
 H100 = Ceilings(3.0e12, {"fp16": 798e12, "fp32": 50e12})
 WINDOWS = {"sphere": (17792, 272, 290, 138), "noisy sphere": (13362, 210, 207, 145), "rough sphere": (21441, 283, 267, 245),
@@ -232,8 +233,8 @@ def test_a_disagreement_is_the_exit_status(monkeypatch):
 @pytest.mark.parametrize("op", [op for op in bench.OPS if op not in ("splat", "train_step")])
 def test_every_op_has_cases_of_both_sizes(op):
     for size in ("small", "base"):
-        if op in ("neighbours", "lookup", "build_table", "window_partition", "cache_hit") and size == "base":
-            continue  # seconds of voxelising 256^3
+        if op in LARGE and size == "base":
+            continue  # seconds of voxelising or extracting at 256^3
         case = next(iter(bench.cases(op, size, ["fp32"], CPU)))
         assert case.op == op and case.forward and case.size
 

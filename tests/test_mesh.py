@@ -81,7 +81,16 @@ def training_loss(scenes, tensors):
     return loss
 
 
-def test_training_meshes_and_their_gradients_match_published(device):
+@pytest.mark.slow  # half a minute in the interpreter; the torch path is in every run, below
+def test_training_meshes_and_their_gradients_match_published_in_kernels(kernel_device):
+    training_meshes_match(kernel_device)
+
+
+def test_training_meshes_and_their_gradients_match_published():
+    training_meshes_match(torch.device("cpu"))
+
+
+def training_meshes_match(device):
     model, x, tensors = build(CASE, device, skip_weight="spconv")
     scenes = model.train()(x)
     for i, scene in enumerate(scenes):
