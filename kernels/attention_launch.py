@@ -59,7 +59,8 @@ def _tiles(
     elif target.startswith("gfx1"):  # 256 registers a thread, half of what gfx9 has
         forward, backward = [Tile(0, ANY, 64, 32, 8, 1)], [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)]
     elif rotated:
-        forward = [Tile(0, 64, 64, 64, 4, 1), Tile(64, ANY, 64, 32, 4, 1)]
+        warps = 8 if target.startswith("sm_10") and pad_d <= 32 else 4  # bf16 spills there with 4
+        forward = [Tile(0, 64, 64, 64, warps, 1), Tile(64, ANY, 64, 32, 4, 1)]
         backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
         if not target.startswith(("sm_9", "sm_10")):  # products from registers: a short segment's tile spills
             forward = [Tile(0, ANY, 64, 32, 4, 1)]
