@@ -18,6 +18,7 @@ from kernels.conv import octant_order as octant_order
 from kernels.conv import sparse_conv as sparse_conv
 from kernels.conv import subdivide_conv as subdivide_conv
 from kernels.conv import tap_order as tap_order
+from kernels.gelu import gelu as gelu
 from kernels.group_norm import group_norm as group_norm
 from kernels.group_norm import group_norm_silu as group_norm_silu
 from kernels.hash import build_table as build_table
@@ -30,7 +31,6 @@ from kernels.meshes import MeshLayout as MeshLayout
 from kernels.meshes import make_mesh_layout as make_mesh_layout
 from kernels.meshes import opposite_vertices as opposite_vertices
 from kernels.norm import add_layer_norm as add_layer_norm
-from kernels.norm import gelu as gelu
 from kernels.norm import layer_norm as layer_norm
 from kernels.norm import rms_norm as rms_norm
 from kernels.normals import flat_normals as flat_normals

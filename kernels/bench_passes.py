@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench_attention import sizes, voxels
+from kernels.gelu import gelu, gelu_reference
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,
-    gelu,
-    gelu_reference,
     layer_norm,
     layer_norm_reference,
     rms_norm,
@@ -38,9 +37,9 @@ def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return total, eager_layer_norm(total)
 
 
-def eager_gelu(x: Tensor) -> Tensor:
+def eager_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The tanh form."""
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
 def eager_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -103,9 +102,13 @@ def rms_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterat
 
 
 def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The hidden layer of the MLP, four times the channels. Forward x -> y; backward x, dy -> dx."""
+    """The hidden layer of the MLP, four times the channels, with its bias. Forward x -> y; backward x, dy -> dx.
+
+    The eager peer adds the bias in a pass of its own; in a block the product before it does, see op `block`.
+    """
     name, N, H, D = _row_count(size)
-    yield from _pass("gelu", gelu, gelu_reference, eager_gelu, [(N, 4 * H * D)], (2, 3), name, dtypes, device)
+    shapes = [(N, 4 * H * D), (4 * H * D,)]
+    yield from _pass("gelu", gelu, gelu_reference, eager_gelu, shapes, (2, 3), name, dtypes, device)
 
 
 def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:

@@ -223,8 +223,9 @@ def _group_norm_backward(
             along = (product * weight).view(g.shape).mean((0, 2))[:, None]
             out.copy_(((g - normed.view(g.shape) * along - g.mean((0, 2))[:, None]) * rstd[b, :, None]).view(-1, C))
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
-    tiles = _tiles(x)
-    constants = dict(C=C, GROUPS=groups, SILU=silu, TILE_C=triton.next_power_of_2(C), num_warps=4, **tiles)
+    tiles, TILE_C = _tiles(x), triton.next_power_of_2(C)
+    warps = 8 if TILE_C > 512 else 4  # four warps of a wide row's six vectors spill in fp32 on sm_80
+    constants = dict(C=C, GROUPS=groups, SILU=silu, TILE_C=TILE_C, num_warps=warps, **tiles)
     part = x.new_empty(B, tiles["P"], 2, C, dtype=torch.float32)
     args = (x, weight, bias, starts, mean, rstd, dy)
     backend.launch(_partial_gradients, (tiles["P"], B), *args, part, **constants)

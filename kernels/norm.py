@@ -1,8 +1,8 @@
-"""The memory-bound passes of a transformer block, each one pass over memory: N rows, C channels, H heads, D head channels.
+"""The norms of a transformer block, each one pass over memory: N rows, C channels, H heads, D head channels.
 
-Layer norm without affine (fused with the residual sum before it), RMS norm over heads, GELU in its tanh form. Inputs are
-fp16, bf16 or fp32; arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared
-parameters are per-program partial sums, added in a fixed order.
+Layer norm without affine (fused with the residual sum before it) and RMS norm over heads. Inputs are fp16, bf16 or fp32;
+arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared parameters are
+per-program partial sums, added in a fixed order.
 """
 
 import torch
@@ -106,32 +106,7 @@ def _rms_norm_bwd(
     tl.store(partial_ptr + (tl.program_id(0) * H + h) * D + d, dgamma, mask=d < D)
 
 
-@triton.jit
-def _gelu_parts(x):
-    """gelu(x) = x s, s = sigmoid(v), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). Returns s, ds/dv and dv/dx."""
-    v = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
-    e = tl.exp(-tl.abs(v))  # never overflows
-    return tl.where(v >= 0, 1.0, e) / (1.0 + e), e / ((1.0 + e) * (1.0 + e)), 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-
-
-@triton.jit
-def _gelu_fwd(x_ptr, y_ptr, E, TILE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + i, mask=i < E, other=0.0).to(tl.float32)
-    s, _, _ = _gelu_parts(x)
-    tl.store(y_ptr + i, (x * s).to(y_ptr.dtype.element_ty), mask=i < E)
-
-
-@triton.jit
-def _gelu_bwd(x_ptr, dy_ptr, dx_ptr, E, TILE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + i, mask=i < E, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + i, mask=i < E, other=0.0).to(tl.float32)
-    s, ds, dv = _gelu_parts(x)
-    tl.store(dx_ptr + i, (dy * (s + x * ds * dv)).to(dx_ptr.dtype.element_ty), mask=i < E)
-
-
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Sixteen bits to fp32; fp32 and fp64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -145,8 +120,8 @@ def _forward(x: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Tensor, T
     """Sum (x itself without h), norm, mean and reciprocal deviation of each row."""
     N, C = x.shape
     if backend.is_torch(x):
-        total = x if h is None else (_wide(x) + _wide(h)).to(x.dtype)
-        y, mean, rstd = torch.native_layer_norm(_wide(total), [C], None, None, eps)
+        total = x if h is None else (wide(x) + wide(h)).to(x.dtype)
+        y, mean, rstd = torch.native_layer_norm(wide(total), [C], None, None, eps)
         return total, y.to(x.dtype), mean.view(N), rstd.view(N)
     total, y, (mean, rstd) = x if h is None else torch.empty_like(x), torch.empty_like(x), _statistics(x)
     tiles = _tiles(C)
@@ -170,8 +145,8 @@ def _layer_norm_backward(x: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, dsum
     N, C = x.shape
     if backend.is_torch(x):
         keep = [True, False, False]
-        wide = _wide(x), [C], mean.view(N, 1), rstd.view(N, 1), None, None
-        dx = torch.ops.aten.native_layer_norm_backward(_wide(dy), *wide, keep)[0]
+        rest = wide(x), [C], mean.view(N, 1), rstd.view(N, 1), None, None
+        dx = torch.ops.aten.native_layer_norm_backward(wide(dy), *rest, keep)[0]
         return (dx if dsum is None else dx + dsum).to(x.dtype)
     dx, tiles = torch.empty_like(x), _tiles(C)
     args = (x, mean, rstd, dy, dy if dsum is None else dsum, dx, N)
@@ -183,7 +158,7 @@ def _layer_norm_backward(x: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, dsum
 def _rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     N, H, D = x.shape
     if backend.is_torch(x):
-        return (F.normalize(_wide(x), dim=-1, eps=TINY) * _wide(gamma) * D**0.5).to(x.dtype)
+        return (F.normalize(wide(x), dim=-1, eps=TINY) * wide(gamma) * D**0.5).to(x.dtype)
     y, TILE_D = torch.empty_like(x), triton.next_power_of_2(D)
     ROWS = max(1, TILE // TILE_D)
     args = (x, gamma, y, N * H, D**0.5, TINY)
@@ -195,10 +170,10 @@ def _rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     N, H, D = x.shape
     if backend.is_torch(x):
-        wide, up = _wide(x), _wide(dy)
-        length = wide.norm(dim=-1, keepdim=True)
+        rows, up = wide(x), wide(dy)
+        length = rows.norm(dim=-1, keepdim=True)
         norm = length.clamp_min(TINY)
-        y, g = wide / norm, up * _wide(gamma) * D**0.5
+        y, g = rows / norm, up * wide(gamma) * D**0.5
         along = torch.where(length >= TINY, (g * y).sum(-1, keepdim=True), 0)
         return ((g - y * along) / norm).to(x.dtype), ((up * y).sum(0) * D**0.5).to(gamma.dtype)
     TILE_D = triton.next_power_of_2(D)
@@ -210,31 +185,11 @@ def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Te
     return dx, partial.sum(0).to(gamma.dtype)
 
 
-@torch.library.custom_op("trislat::gelu", mutates_args=())
-def _gelu(x: Tensor) -> Tensor:
-    if backend.is_torch(x):
-        return F.gelu(x, approximate="tanh")
-    y = torch.empty_like(x)
-    backend.launch(_gelu_fwd, (triton.cdiv(x.numel(), TILE),), x, y, x.numel(), TILE=TILE, num_warps=8)
-    return y
-
-
-@torch.library.custom_op("trislat::gelu_backward", mutates_args=())
-def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    if backend.is_torch(x):
-        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
-    dx = torch.empty_like(x)
-    backend.launch(_gelu_bwd, (triton.cdiv(x.numel(), TILE),), x, dy, dx, x.numel(), TILE=TILE, num_warps=8)
-    return dx
-
-
 _layer_norm.register_fake(lambda x, eps: (torch.empty_like(x), *_statistics(x)))
 _add_layer_norm.register_fake(lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), *_statistics(x)))
 _layer_norm_backward.register_fake(lambda x, mean, rstd, dy, dsum: torch.empty_like(x))
 _rms_norm.register_fake(lambda x, gamma: torch.empty_like(x))
 _rms_norm_backward.register_fake(lambda x, gamma, dy: (torch.empty_like(x), torch.empty_like(gamma)))
-_gelu.register_fake(torch.empty_like)
-_gelu_backward.register_fake(lambda x, dy: torch.empty_like(x))
 
 
 def _save_layer_norm(ctx, inputs, output):
@@ -264,20 +219,17 @@ _add_layer_norm.register_autograd(_grad_add_layer_norm, setup_context=_save_add_
 _rms_norm.register_autograd(
     lambda ctx, dy: torch.ops.trislat.rms_norm_backward(*ctx.saved_tensors, dy.contiguous()), setup_context=_save_inputs
 )
-_gelu.register_autograd(
-    lambda ctx, dy: torch.ops.trislat.gelu_backward(*ctx.saved_tensors, dy.contiguous()), setup_context=_save_inputs
-)
 
 
 def _check(x: Tensor, rank: int, shape: str) -> None:
     if x.ndim != rank:
         raise ValueError(f"x must be {shape}, got {list(x.shape)}")
-    _check_dtype(x)
+    check_dtype(x)
     if not 1 <= x.shape[-1] <= MOST_CHANNELS:
         raise ValueError(f"{x.shape[-1]} channels: at least 1 and at most {MOST_CHANNELS} fit in a program")
 
 
-def _check_dtype(x: Tensor) -> None:
+def check_dtype(x: Tensor) -> None:
     kernels = (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in kernels and not (x.dtype == torch.float64 and backend.is_torch(x)):
         raise ValueError(f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on {backend.name(x)}")
@@ -302,7 +254,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # both [N, C], as x
     """(x + h, layer_norm(x + h)): the sum in x's dtype, and the norm of the sum as stored. Errors as layer_norm."""
     _check(x, 2, "[N, C]")
-    _check_dtype(h)
+    check_dtype(h)
     if h.shape != x.shape:
         raise ValueError(f"x {list(x.shape)} and h {list(h.shape)} must have the same shape")
     total, y, _, _ = torch.ops.trislat.add_layer_norm(x.contiguous(), h.contiguous(), eps)
@@ -323,12 +275,6 @@ def rms_norm(
     return torch.ops.trislat.rms_norm(x.contiguous(), gamma.contiguous())
 
 
-def gelu(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), any shape; fp16, bf16 or fp32, computed in fp32."""
-    _check_dtype(x)
-    return torch.ops.trislat.gelu(x.contiguous())
-
-
 def layer_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Mean and variance, spelt out."""
     centred = x - x.mean(-1, keepdim=True)
@@ -341,7 +287,3 @@ def add_layer_norm_reference(x: Tensor, h: Tensor, eps: float = 1e-6) -> tuple[T
 
 def rms_norm_reference(x: Tensor, gamma: Tensor) -> Tensor:
     return x / x.square().sum(-1, keepdim=True).sqrt() * gamma * x.shape[-1] ** 0.5
-
-
-def gelu_reference(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))

@@ -14,10 +14,11 @@ from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.children import child_neighbours
 from kernels.conv import sparse_conv, subdivide_conv
+from kernels.gelu import gelu
 from kernels.group_norm import group_norm_silu
 from kernels.hash import build_table, lookup, neighbours
 from kernels.isosurface import isosurface
-from kernels.norm import add_layer_norm, gelu, layer_norm, rms_norm
+from kernels.norm import add_layer_norm, layer_norm, rms_norm
 from kernels.pool import pool, pooling, unpool
 from kernels.raymarch import raymarch
 from kernels.render_mesh import render_mesh
@@ -94,6 +95,7 @@ def norms(dtype: torch.dtype) -> None:
         gamma = torch.ones(heads, channels // heads, requires_grad=True)
         _backward(rms_norm(x.view(8, heads, -1), gamma))
         _backward(gelu(x))
+        _backward(gelu(x, torch.zeros(channels, requires_grad=True)))
 
 
 def coordinates(dtype: torch.dtype) -> None:

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import window_attention
 from kernels.cache import SpatialCache
-from kernels.norm import add_layer_norm, gelu, layer_norm
+from kernels.gelu import gelu
+from kernels.norm import add_layer_norm, layer_norm
 from kernels.serialize import MODES as CURVES
 from kernels.serialize import serialized_windows
 from kernels.window import Windows, full_windows, window_partition
@@ -69,12 +70,12 @@ def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
     return curve_windows, window_size, CURVES[i % len(CURVES)], 0, 0  # shift_order
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear with weights rounded to x's dtype."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
         # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many times faster
-        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
 
 
@@ -83,13 +84,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-class GELU(nn.Module):
-    """The tanh form."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(x)
 
 
 class HeadRMSNorm(nn.Module):
@@ -122,15 +116,16 @@ class WindowAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU."""
+    """Two linear layers around a GELU, which adds the first one's bias."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         hidden = int(channels * ratio)
-        self.mlp = nn.Sequential(Linear(channels, hidden), GELU(), Linear(hidden, channels))
+        self.mlp = nn.ModuleDict({"0": Linear(channels, hidden), "2": Linear(hidden, channels)})  # the published names
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+        up, down = self.mlp.values()
+        return down(gelu(linear(x, up.weight, None), up.bias))
 
 
 class Block(nn.Module):

@@ -21,6 +21,7 @@ from kernels.conv import (
     subdivide_conv_reference,
     tap_order,
 )
+from kernels.gelu import gelu, gelu_reference
 from kernels.group_norm import group_norm, group_norm_reference
 from kernels.hash import build_table, lookup, lookup_reference, neighbours, neighbours_reference
 from kernels.interpolate import interpolate, interpolate_reference
@@ -28,8 +29,6 @@ from kernels.isosurface import isosurface, isosurface_reference
 from kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,
-    gelu,
-    gelu_reference,
     layer_norm,
     layer_norm_reference,
     rms_norm,
@@ -148,7 +147,9 @@ def norms(d: Draw) -> Case:
         op, slow = add_layer_norm, add_layer_norm_reference
         return Case(lambda x, h: op(x, h, eps), lambda x, h: slow(x, h, eps), tensors, None, CANCELLED)
     if d.pick(0, 1):
-        return Case(gelu, gelu_reference, [d.normal(N, *[d.number(1, 7)] * d.number(0, 2), dtype=dtype, spread=3.0)])
+        shape = [N, *[d.number(1, 7)] * d.number(0, 2)]
+        biases = [d.normal(shape[-1])] * d.pick(0, 1) if shape[-1] else []
+        return Case(gelu, gelu_reference, [d.normal(*shape, dtype=dtype, spread=3.0), *biases])
     H, D = d.number(1, 4), d.number(1, 70)
     return Case(rms_norm, rms_norm_reference, [d.normal(N, H, D, dtype=dtype), d.normal(H, D)], None, CANCELLED)
 

@@ -1,4 +1,4 @@
-"""Layer norm, the residual sum before it, RMS norm over heads and GELU against their formulas and published numbers."""
+"""Layer norm, the residual sum before it, and RMS norm over heads against their formulas and published numbers."""
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from kernels import backend
 from kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,
-    gelu,
-    gelu_reference,
     layer_norm,
     layer_norm_reference,
     rms_norm,
@@ -46,19 +44,6 @@ def test_rms_norm(device, N, H, D, dtype):
     assert_same(rms_norm, rms_norm_reference, x, gamma)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5, 7), (130, 65)], ids=str)
-def test_gelu(device, shape, dtype):
-    assert_same(gelu, gelu_reference, normal(*shape, dtype=dtype, device=device, spread=3))
-
-
-def test_gelu_far_from_zero(device):
-    x = torch.tensor([-60000.0, -300.0, -12.0, -0.0, 12.0, 300.0, 60000.0], device=device, requires_grad=True)
-    y = gelu(x)
-    y.sum().backward()
-    assert y.tolist() == [0, 0, 0, 0, 12, 300, 60000] and x.grad.tolist() == [0, 0, 0, 0.5, 1, 1, 1]
-
-
 def test_the_programs_of_rms_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr("kernels.norm.PARTIALS", 2)
     assert_same(rms_norm, rms_norm_reference, normal(330, 2, 64, device=device), normal(2, 64, device=device, seed=1))
@@ -81,11 +66,6 @@ def test_a_head_of_zeros_or_nearly_follows_normalize(device, length):
         assert_close(ours * 1e3, theirs * 1e3, 1e-5)
 
 
-def test_gelu_near_zero_to_the_last_digits(device):
-    x = torch.linspace(-2, 2, 101, device=device, requires_grad=True)
-    assert_same(gelu, gelu_reference, x, tolerance=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
     """Equal, but for the last rounding, to fp32 arithmetic on the same sixteen-bit inputs; the norm is of the stored sum."""
@@ -104,12 +84,6 @@ def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
     expected = torch.autograd.grad(normed, wide, up[1].float())[0] + up[0].float()
     assert torch.equal(*grads)
     assert_close(grads[0], expected, last_bit)
-    z = gelu(x)
-    flat = x.detach().float().requires_grad_()
-    assert z.dtype == dtype
-    assert_close(z, F.gelu(flat, approximate="tanh"), last_bit)
-    (dz,) = torch.autograd.grad(z, x, up[0])
-    assert_close(dz, torch.autograd.grad(F.gelu(flat, approximate="tanh"), flat, up[0].float())[0], last_bit)
 
 
 def test_layer_norm_of_rows_far_from_zero(device):
@@ -140,7 +114,6 @@ def test_only_one_output_used(device):
 def test_strided_inputs_and_gradients(device):
     x = normal(6, 40, device=device)
     assert_same(lambda x: layer_norm(x[:, ::2]).t(), lambda x: layer_norm_reference(x[:, ::2]).t(), x)
-    assert_same(lambda x: gelu(x.t()).t(), gelu_reference, x)
 
 
 def test_the_same_bits_twice(kernel_device):
@@ -153,8 +126,8 @@ def test_one_launch_a_direction(kernel_device):
     x, h = normal(5, 24, device=kernel_device), normal(5, 24, device=kernel_device, seed=1)
     with backend.count_launches() as launches:
         total, y = add_layer_norm(x, h)
-        (total + gelu(y)).sum().backward()
-    assert launches == {"_layer_norm_fwd": 1, "_gelu_fwd": 1, "_gelu_bwd": 1, "_layer_norm_bwd": 1}
+        (total + y).sum().backward()
+    assert launches == {"_layer_norm_fwd": 1, "_layer_norm_bwd": 1}
 
 
 def test_gradients_in_double_precision():
@@ -162,14 +135,13 @@ def test_gradients_in_double_precision():
     gamma = normal(1, 7, dtype=torch.float64, seed=2)
     assert torch.autograd.gradcheck(add_layer_norm, (x, h))
     assert torch.autograd.gradcheck(layer_norm, (x,))
-    assert torch.autograd.gradcheck(gelu, (x,))
     assert torch.autograd.gradcheck(lambda x, g: rms_norm(x[:, None], g), (x, gamma))
 
 
 def test_compiles_without_breaking_the_graph(device):
     def block(x, h, gamma):
         total, y = add_layer_norm(x, h)
-        return total + gelu(layer_norm(y)) + rms_norm(y.view(-1, 2, 12), gamma).flatten(1)
+        return total + layer_norm(y) + rms_norm(y.view(-1, 2, 12), gamma).flatten(1)
 
     x, h, gamma = normal(5, 24, device=device), normal(5, 24, device=device, seed=1), normal(2, 12, device=device)
     y = block(x, h, gamma)
@@ -186,7 +158,6 @@ def test_registered_as_torch_asks(device):
         (ops.layer_norm, (x, 1e-6)),
         (ops.add_layer_norm, (x, h, 1e-6)),
         (ops.rms_norm, (x.detach().view(3, 2, 12).requires_grad_(), gamma)),
-        (ops.gelu, (x,)),
     ]:
         torch.library.opcheck(op, args)
 
@@ -201,7 +172,7 @@ def test_wrong_input_is_refused(device):
     with pytest.raises(ValueError, match=r"gamma \[2, 4\] must be \[2, 8\]"):
         rms_norm(torch.zeros(5, 2, 8, device=device), torch.zeros(2, 4, device=device))
     with pytest.raises(ValueError, match="torch.int32"):
-        gelu(torch.zeros(2, dtype=torch.int32, device=device))
+        layer_norm(torch.zeros(2, 3, dtype=torch.int32, device=device))
 
 
 def test_the_kernels_refuse_double_precision(kernel_device):

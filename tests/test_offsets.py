@@ -21,6 +21,7 @@ BOUNDED = {
         "n.to(tl.int64)": "a tile's number times its rows is a row",
         "partial_ptr": "PARTIALS programs",
     },
+    "gelu": {"m.to(tl.int64)": "a tile's number times its rows is a row"},
     "window": {"cell": "DENSE_CELLS"},
     "binning": dict.fromkeys(("end_ptr", "+ at + k"), "fewer than 2^31 instances, or ValueError"),
     "project": {"moments_ptr": "offsets inside a program's instances"},

@@ -42,7 +42,7 @@ def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[W
 
 def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
-    to_qkv, to_out, (up, _, down) = block.attn.to_qkv, block.attn.to_out, block.mlp.mlp
+    to_qkv, to_out, (up, down) = block.attn.to_qkv, block.attn.to_out, block.mlp.mlp.values()
 
     def run(x: Tensor) -> Tensor:
         qkv = to_qkv(eager_layer_norm(x)).view(len(x), 3, block.attn.heads, -1)
