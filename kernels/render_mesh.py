@@ -16,9 +16,12 @@ from kernels.camera import Camera, Image
 from kernels.interpolate import interpolate
 from kernels.meshes import make_mesh_layout, opposite_vertices
 from kernels.normals import flat_normals
+from kernels.outlines import move_outlines
 from kernels.rasterize import FACES_MAX, check_faces, check_floats, check_picture
 from kernels.splat import Host
 from kernels.to_clip import projection, to_clip
+
+SILHOUETTES = ("edges", "pixels")
 
 
 def render_mesh(
@@ -32,19 +35,21 @@ def render_mesh(
     near: float = 1.0,  # world units; 1 and 3 in training, 1 and 100 in the published evaluation
     far: float = 3.0,
     ssaa: int = 1,  # render ssaa times as wide and high, then shrink with a triangle filter
+    silhouettes: str = "edges",  # what moves them: the triangles' "edges" (published) or the "pixels" beside the background
 ) -> Image:
     """Render every view of its scene. Antialiased: alpha is the coverage; color and normal_map are the attributes on black,
     depth is the camera's z, 0 in the background; normal is (n + 1) / 2 of flat normals in world axes, by the right-hand
     rule whichever side is seen.
 
-    Differentiable, to first order, in the vertices and the attributes, to the vertices also through silhouettes. Computes in
+    Differentiable, to first order, in the vertices and the attributes, to the vertices also through silhouettes: of triangles
+    smaller than a pixel "edges" move almost none of them, "pixels" all outlines (kernels.outlines). Computes in
     fp32 (16-bit inputs are converted; float64 only on the torch path). Same inputs, same bits (the gradient through
     ssaa > 1 only where torch's resize has it so). On a GPU the host waits once, and never in the backward. What is nearer
     than near far / (2 far - near) or beyond `far` is cut off.
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not fit; a view_scene of another length than the camera or
-    naming no scene; near and far out of order; ssaa below 1; pictures or batches beyond the limits of `rasterize`; faces
-    that name a vertex that is not there.
+    naming no scene; near and far out of order; ssaa below 1; unknown silhouettes; pictures or batches beyond the limits of
+    `rasterize`; faces that name a vertex that is not there.
     """
     vertex_starts, face_starts, view_scene = _host(vertex_starts), _host(face_starts), _host(view_scene)
     N, F, V = len(vertices), len(faces), len(camera)
@@ -61,6 +66,8 @@ def render_mesh(
         raise ValueError(f"near and far must be 0 < near < far, not {near} and {far}")
     if not isinstance(ssaa, int) or ssaa < 1:
         raise ValueError(f"ssaa must be a whole number, at least 1, not {ssaa!r}")
+    if silhouettes not in SILHOUETTES:
+        raise ValueError(f"silhouettes {silhouettes!r} is not one of {', '.join(SILHOUETTES)}")
     for value in (vertices, faces, camera.extrinsics, camera.intrinsics, *([] if attributes is None else [attributes])):
         if value.device != vertices.device:
             raise ValueError(f"all tensors must be on one device, not on {vertices.device} and {value.device}")
@@ -83,7 +90,11 @@ def render_mesh(
     if attributes is not None:
         parts.append(interpolate(attributes.to(clip.dtype), rast, faces, **of_vertices))
     opposite = opposite_vertices(faces, layout.scene_table, N)
-    picture = antialias(torch.cat(parts, -1), rast, clip, faces, opposite=opposite, **of_clip).permute(0, 3, 1, 2)
+    raw, by_edges = torch.cat(parts, -1), silhouettes == "edges"
+    picture = antialias(raw, rast, clip if by_edges else clip.detach(), faces, opposite=opposite, **of_clip)
+    if not by_edges and moving:
+        picture = picture + move_outlines(raw, rast, clip, faces, **of_clip)
+    picture = picture.permute(0, 3, 1, 2)
     if ssaa > 1 and V:
         size = (camera.height, camera.width)
         picture = torch.nn.functional.interpolate(picture, size, mode="bilinear", align_corners=False, antialias=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.camera import Camera, Image
 from kernels.isosurface import isosurface
-from kernels.render_mesh import render_mesh
+from kernels.render_mesh import SILHOUETTES, render_mesh
 from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder, Encoder
@@ -30,6 +30,7 @@ class MeshConfig:
     """What a corner predicts: the published `representation_config`, parsed once."""
 
     use_color: bool = False  # and with it the normal_map
+    silhouettes: str = "edges"  # what moves them in training, see render_mesh; "edges" as published, "pixels" is ours
 
     @classmethod
     def parse(cls, published: dict) -> "MeshConfig":
@@ -40,6 +41,8 @@ class MeshConfig:
         config = cls(**published)
         if not isinstance(config.use_color, bool):
             raise ValueError(f"use_color {config.use_color!r} is not true or false")
+        if config.silhouettes not in SILHOUETTES:
+            raise ValueError(f"silhouettes {config.silhouettes!r} is not one of {', '.join(SILHOUETTES)}")
         return config
 
     @property
@@ -61,6 +64,7 @@ class MeshScene:
     tsdf_value: Tensor  # [T] their signed distance, negative inside
     regularization: Tensor  # [] consistency + 0.5 deviation + 0.2 mean size of the weights
     resolution: int  # cubes along a side of the grid
+    silhouettes: str = "edges"  # what moves them, see render_mesh
 
     def render(self, camera: Camera, background: Tensor, ssaa: int = 1) -> Image:
         """The scene seen from V views on background [V, 3]; ssaa > 1 renders larger and shrinks (published evaluation: 4)."""
@@ -79,12 +83,14 @@ class MeshScene:
             raise ValueError(f"background must be [{len(camera)}, 3], not {list(background.shape)}")
         if len({scene.color is None for scene in scenes}) != 1:
             raise ValueError("the scenes of a batch must all have colours, or none of them")
+        if len(kinds := {scene.silhouettes for scene in scenes}) != 1:
+            raise ValueError(f"the scenes of a batch have different silhouettes: {sorted(kinds)}")
         attributes = None
         if scenes[0].color is not None:
             attributes = torch.cat([torch.cat([scene.color, scene.normal], 1) for scene in scenes])
         starts = [[0, *accumulate(len(getattr(scene, name)) for scene in scenes)] for name in ("vertices", "faces")]
         vertices, faces = (torch.cat([getattr(scene, name) for scene in scenes]) for name in ("vertices", "faces"))
-        image = render_mesh(vertices, faces, attributes, *starts, camera, view_scene, NEAR, FAR, ssaa)
+        image = render_mesh(vertices, faces, attributes, *starts, camera, view_scene, NEAR, FAR, ssaa, kinds.pop())
         color = None if attributes is None else image.color + (1 - image.alpha) * background[:, :, None, None]
         return Image(color, image.alpha, image.depth, image.normal, image.normal_map)
 
@@ -138,7 +144,9 @@ class MeshDecoder(Decoder):
         for vertices, faces, attributes, position, value, regularization, first in zip(*parts, strict=True):
             color, normal = attributes.split(3, dim=1) if self.config.use_color else (None, None)
             scenes.append(
-                MeshScene(vertices, faces - first, color, normal, position, value, regularization, resolution)
+                MeshScene(
+                    vertices, faces - first, color, normal, position, value, regularization, resolution, self.config.silhouettes
+                )
             )
         return scenes
 

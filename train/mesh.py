@@ -30,17 +30,24 @@ class MeshWeights(Weights):
     regularization: float = 1.0
 
 
-BASE = Config(model=Sizes(), weights=MeshWeights(), steps=290_000, micro_batch=1)
+@dataclass(frozen=True)
+class MeshSizes(Sizes):
+    """The surface."""
+
+    silhouettes: str = flag("edges", "what moves them: edges of triangles, as published, or pixels beside the background")
+
+
+BASE = Config(model=MeshSizes(), weights=MeshWeights(), steps=290_000, micro_batch=1)
 SMALL = replace(
     # an untrained surface rests on distances of 1 / 256; without a warm-up two or three steps of AdamW move all of them beyond 0
     # and it is gone for a while. base is as published: --warmup 1000 is worth giving it too
     BASE, preset="small", warmup=1000, features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
-    model=Sizes(channels=512, blocks=6, heads=8),
+    model=MeshSizes(channels=512, blocks=6, heads=8),
 )  # fmt: skip
 DEMO = replace(
     BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=4, steps=240, batch_size=2, micro_batch=2,
     precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=80, save_every=120,
-    model=Sizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
+    model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
 )  # fmt: skip
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
@@ -49,7 +56,8 @@ def build(config: Config, in_channels: int) -> MeshVAE:
     """The VAE for features of `in_channels`, with the published construction."""
     trunk = config.trunk()
     encoder = Encoder(in_channels=in_channels, logvar_init=config.model.logvar_init, **trunk)
-    return MeshVAE(encoder, MeshDecoder(representation_config={"use_color": True}, **trunk))
+    representation = {"use_color": True, "silhouettes": config.model.silhouettes}
+    return MeshVAE(encoder, MeshDecoder(representation_config=representation, **trunk))
 
 
 if __name__ == "__main__":
