@@ -26,7 +26,7 @@ from kernels.isosurface import isosurface, isosurface_reference
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.peers import optional
 from kernels.pool import pool, pool_reference, pooling
-from kernels.render_mesh import projection, render_mesh, to_clip
+from kernels.render_mesh import projection, render_mesh, render_mesh_reference, to_clip
 from kernels.shells import batch, shell
 
 GROUPS, EPS = 32, 1e-5
@@ -227,12 +227,13 @@ def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
     P, F = len(out.vertices), len(faces)
     moved = 4 * (6 * P + 3 * F + 11 * edge * edge)
 
-    def ours(vertices: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
-        image = render_mesh(vertices, faces, colors, [0, P], [0, F], camera, [0])
+    def pictures(render: Callable, vertices: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
+        image = render(vertices, faces, colors, [0, P], [0, F], camera, [0])
         return image.color, image.alpha
 
     yield Case(
         op="render_mesh", size=f"{F} faces, {edge}^2", dtype="fp32", forward=[Work(moved)], backward=[Work(2 * moved)],
         inputs=lambda seed: (out.vertices.clone().requires_grad_(), out.attributes[:, :3].clone().requires_grad_()),
-        ours=ours, peers={"nvdiffrast": _nvdiffrast(faces, camera)},
+        ours=lambda *x: pictures(render_mesh, *x), reference=lambda *x: pictures(render_mesh_reference, *x),
+        naive=size == "small", peers={"nvdiffrast": _nvdiffrast(faces, camera)},
     )  # fmt: skip

@@ -11,15 +11,15 @@ faces shows the background as any pixel without a face does, normals 0.5 include
 import torch
 from torch import Tensor
 
-from kernels.antialias import antialias
+from kernels.antialias import antialias, antialias_reference
 from kernels.camera import Camera, Image
-from kernels.interpolate import interpolate
+from kernels.interpolate import interpolate, interpolate_reference
 from kernels.meshes import make_mesh_layout, opposite_vertices
-from kernels.normals import flat_normals
+from kernels.normals import flat_normals, flat_normals_reference
 from kernels.outlines import move_outlines
-from kernels.rasterize import FACES_MAX, check_faces, check_floats, check_picture
+from kernels.rasterize import FACES_MAX, check_faces, check_floats, check_picture, rasterize_reference
 from kernels.splat import Host
-from kernels.to_clip import projection, to_clip
+from kernels.to_clip import projection, to_clip, to_clip_reference
 
 SILHOUETTES = ("edges", "pixels")
 
@@ -125,3 +125,34 @@ def face_camera(normal: Tensor, camera: Camera) -> Tensor:
     ray = camera.rays()[1].permute(0, 3, 1, 2)
     away = (n * ray).sum(1, keepdim=True) >= 0
     return (torch.where(away, -n, n) + 1) / 2
+
+
+def render_mesh_reference(
+    vertices: Tensor,
+    faces: Tensor,
+    attributes: Tensor | None,
+    vertex_starts: Host,
+    face_starts: Host,
+    camera: Camera,
+    view_scene: Host,
+    near: float = 1.0,
+    far: float = 3.0,
+) -> Image:
+    """`render_mesh` view after view by the book, with autograd: the references of its stages, every face with every pixel."""
+    starts, first, views = _host(vertex_starts), _host(face_starts), []
+    matrix = projection(camera, near, far, vertices.dtype)
+    for v, s in enumerate(_host(view_scene)):
+        own, triangles = slice(starts[s], starts[s + 1]), faces[first[s] : first[s + 1]]
+        clip = to_clip_reference(vertices[own], matrix[v])
+        rast = rasterize_reference(clip, triangles, camera.height, camera.width).to(clip)
+        parts = [(rast[..., 3:] > 0).to(rast), interpolate_reference(clip[:, 3:], rast, triangles)]
+        parts.append(flat_normals_reference(vertices[own], rast, triangles))
+        if attributes is not None:
+            parts.append(interpolate_reference(attributes[own], rast, triangles))
+        views.append(antialias_reference(torch.cat(parts, -1), rast, clip, triangles))
+    channels = _channels(attributes)
+    blank = vertices.new_zeros(0, camera.height, camera.width, 5 + sum(channels))
+    picture = torch.cat([blank, *views]).permute(0, 3, 1, 2)
+    alpha, depth, normal, color, normal_map = picture.split_with_sizes([1, 1, 3, *channels], 1)
+    color = None if attributes is None else color
+    return Image(color, alpha, depth, (normal + 1) / 2, normal_map if normal_map.shape[1] else None)

@@ -132,3 +132,8 @@ def to_clip(
     """Project every view's vertices. Differentiable, to first order, in the vertices; nothing waits for a GPU."""
     tables = (layout.views, layout.scenes, layout.by_scene)
     return _to_clip_op(vertices.contiguous(), matrix.contiguous(), *tables, layout.most, layout.pair_start[-1])
+
+
+def to_clip_reference(vertices: Tensor, matrix: Tensor) -> Tensor:
+    """`to_clip` of one view of one mesh [N, 3] by the book: homogeneous coordinates times the matrix [4, 4]."""
+    return torch.cat([vertices, vertices.new_ones(len(vertices), 1)], 1) @ matrix.to(vertices).T

@@ -26,6 +26,7 @@ from kernels.group_norm import group_norm, group_norm_reference
 from kernels.hash import build_table, lookup, lookup_reference, neighbours, neighbours_reference
 from kernels.interpolate import interpolate, interpolate_reference
 from kernels.isosurface import isosurface, isosurface_reference
+from kernels.meshes import make_mesh_layout
 from kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -38,9 +39,11 @@ from kernels.normals import flat_normals, flat_normals_reference
 from kernels.pool import pool, pool_reference, pooling, unpool, unpool_reference
 from kernels.rasterize import rasterize, rasterize_reference
 from kernels.raymarch import raymarch, raymarch_reference
+from kernels.render_mesh import render_mesh, render_mesh_reference
 from kernels.serialize import MODES, serialized_windows, serialized_windows_reference
 from kernels.splat import splat, splat_reference
 from kernels.ssim import ssim, ssim_reference
+from kernels.to_clip import projection, to_clip, to_clip_reference
 from kernels.window import Windows, window_partition, window_partition_reference
 from tests import meshes, test_raymarch, test_splat
 from tests.conftest import GPU, TOLERANCE
@@ -217,13 +220,9 @@ def group_norms(d: Draw) -> Case:
     C = groups_ * d.number(2, 20)
     tensors = [d.normal(sum(lengths), C, dtype=dtype), d.normal(C), d.normal(C)]
     starts = d.starts(lengths)
-    return Case(
-        lambda *x: group_norm(*x, starts, groups_, silu=silu),
-        lambda *x: group_norm_reference(*x, starts, groups_, silu=silu),
-        tensors,
-        None,
-        CANCELLED,
-    )
+    op, slow = group_norm, group_norm_reference
+    arguments = starts, groups_
+    return Case(lambda *x: op(*x, *arguments, silu=silu), lambda *x: slow(*x, *arguments, silu=silu), tensors, None, CANCELLED)
 
 
 def scales(d: Draw) -> Case:
@@ -249,9 +248,7 @@ def surfaces(d: Draw) -> Case:
     cache = d.cache(40, R)
     coords, B = cache.coords.cpu(), cache.batch_size
     tensors = [d.normal(len(cache), channels, dtype=d.exact())]
-    return Case(
-        lambda f: isosurface(cache, f, R, training), lambda f: isosurface_reference(coords, f, R, training, B), tensors
-    )
+    return Case(lambda f: isosurface(cache, f, R, training), lambda f: isosurface_reference(coords, f, R, training, B), tensors)
 
 
 def _mesh(d: Draw) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -293,9 +290,49 @@ def silhouettes(d: Draw) -> Case:
     rast, there = _picture(clip, faces, height, width, d), faces.to(d.device)
     exact = rast.cpu().double()
     tensors = [d.normal(1, height, width, d.number(1, 4), dtype=rast.dtype), clip.to(rast).requires_grad_()]
-    return Case(
-        lambda i, c: antialias(i, rast, c, there), lambda i, c: antialias_reference(i, exact, c, faces), tensors, 1e-4
-    )
+    return Case(lambda i, c: antialias(i, rast, c, there), lambda i, c: antialias_reference(i, exact, c, faces), tensors, 1e-4)
+
+
+def _scenes(d: Draw, most: int, views: int) -> tuple[list[int], list[int], Tensor, Tensor, list[int]]:
+    """Starts of vertices and of faces of 1 to 3 scenes of up to `most` faces, vertices, faces, the scene of each view."""
+    soups = [meshes.soup(d.number(0, most), d.seed + i) for i in range(d.number(1, 3))]
+    starts = [d.starts([len(part[i]) for part in soups]).tolist() for i in (0, 1)]
+    vertices, faces = (torch.cat([part[i] for part in soups]) for i in (0, 1))
+    return *starts, vertices, faces, [d.number(0, len(soups) - 1) for _ in range(d.number(0, views))]
+
+
+def projections(d: Draw) -> Case:
+    starts, face_starts, vertices, _, view_scene = _scenes(d, 60, 4)
+    view = meshes.cameras(len(view_scene), 1, 1, d.pick(2.0, 0.5))
+    layout = make_mesh_layout(starts, face_starts, view_scene, d.device)
+    tensor = vertices.to(d.device, d.exact()).requires_grad_()
+    matrix = projection(view, 1.0, d.pick(3.0, 100.0), torch.float64)
+
+    def reference(v: Tensor) -> Tensor:
+        rows = [to_clip_reference(v[starts[s] : starts[s + 1]], m) for m, s in zip(matrix, view_scene, strict=True)]
+        return torch.cat([v.new_zeros(0, 4) + 0 * v.sum(), *rows])
+
+    return Case(lambda v: to_clip(v, matrix.to(v), layout.vertices), reference, [tensor])
+
+
+def mesh_pictures(d: Draw) -> Case:
+    """All pictures of several scenes and views at once."""
+    starts, face_starts, vertices, faces, view_scene = _scenes(d, 10, 2)
+    view = meshes.cameras(len(view_scene), d.number(1, 11), d.number(1, 11), d.pick(2.0, 1.2, 0.5))
+    tensors = [vertices.to(d.device, d.exact()).requires_grad_()]
+    if channels := d.pick(0, 3, 6):
+        tensors.append(d.normal(len(vertices), channels, dtype=d.exact()))
+    there, index = (view.to(d.device), view_scene), faces.to(d.device, d.pick(torch.int32, torch.int64))
+
+    def outputs(render: Callable, triangles: Tensor, *rest) -> Callable:
+        def run(v: Tensor, a: Tensor | None = None) -> list[Tensor]:
+            image = render(v, triangles, a, starts, face_starts, *rest)
+            known = (image.alpha, image.depth, image.normal, image.color, image.normal_map)
+            return [t for t in known if t is not None]
+
+        return run
+
+    return Case(outputs(render_mesh, index, *there), outputs(render_mesh_reference, faces, view, view_scene), tensors, 1e-4)
 
 
 def gaussians(d: Draw) -> Case:
@@ -354,7 +391,7 @@ def coordinates(d: Draw) -> Case:
 DRAWS = {
     draw.__name__: draw
     for draw in (
-        norms, attention, segments, convolution, group_norms, scales, similarity, surfaces, rasters, attributes, silhouettes,
-        gaussians, radiance, coordinates,
+        norms, attention, segments, convolution, group_norms, scales, similarity, surfaces, projections, rasters, attributes,
+        silhouettes, mesh_pictures, gaussians, radiance, coordinates,
     )
 }  # fmt: skip

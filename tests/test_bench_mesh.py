@@ -45,6 +45,7 @@ def test_bytes_of_a_surface_and_its_picture_by_hand():
     # places and colours in, 11 floats a pixel out; backward all of it twice
     moved = 4 * (6 * P + 3 * F + 11 * 48 * 48)
     assert (picture.forward, picture.backward) == ([Work(moved)], [Work(2 * moved)])
+    assert picture.reference is not None and picture.naive
 
 
 class Convolution(torch.nn.Module):

@@ -11,7 +11,9 @@ from tests.conftest import assert_same
 from tests.draw import DRAWS, Case, Draw, few_programs  # noqa: F401
 
 MANY = 200
-FEWER = {"surfaces": 20, "rasters": 20, "silhouettes": 20, "radiance": 40, "coordinates": 20}  # of slow references
+FEWER = {  # of slow references
+    "surfaces": 20, "rasters": 20, "silhouettes": 20, "mesh_pictures": 20, "radiance": 40, "coordinates": 20,
+}  # fmt: skip
 
 
 def check(case: Case, draw: Draw) -> None:
