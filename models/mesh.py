@@ -2,7 +2,7 @@
 
 Two subdivisions after the transformer give four times the resolution; each small cube predicts the signed distance, the
 displacement and the colour of its corners and the weights that place the surface inside it (arXiv 2412.01506; the surface is
-that of FlexiCubes, arXiv 2308.05371). An untrained decoder puts the surface around every active voxel.
+that of FlexiCubes, arXiv 2308.05371). An untrained decoder puts the surface around all active voxels.
 """
 
 from collections.abc import Sequence
