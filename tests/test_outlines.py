@@ -65,7 +65,7 @@ def test_a_shifted_surface_takes_its_coverage_along():
         moment = (image.alpha[0, 0] * (place[None, :] if axis == 0 else place[:, None])).sum()
         focal = 48 / math.tan(0.35)
         speed = torch.autograd.grad(moment, shift)[0][0].item() / image.alpha.sum().item()
-        assert speed == pytest.approx(focal * 2 / (4 - 0.09), rel=0.04)  # half a pixel inside the rim the sphere is nearer, so faster
+        assert speed == pytest.approx(focal * 2 / (4 - 0.09), rel=0.04)  # nearer than the rim, so faster
 
 
 def test_the_picture_is_the_published_one_and_batches_are_loops(device):
