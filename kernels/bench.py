@@ -168,6 +168,14 @@ def run(
     return result
 
 
+def kept(result: dict, path: Path, ops: Sequence[str]) -> dict:
+    """The result beside what the file already has of other ops, if that is of the same device, versions and commit."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != result[key] for key in ("device", "driver", "torch", "triton", "commit")):
+        return result
+    return result | {key: [r for r in before[key] if r["op"] not in ops] + result[key] for key in ("cases", "missing")}
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[1])
     parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
@@ -175,7 +183,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="comma-separated (default: fp16,bf16 on a GPU, fp32 on a CPU; --errors: all three)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--seconds", type=float, default=0.25, help="spent on one measurement, warm-up aside")
-    parser.add_argument("--json", type=Path, help="write the results here; in a folder, to a file named after the device")
+    parser.add_argument("--json", type=Path, help="write the results here, in a folder to a file named after the device; "
+                        "what that has of other ops on the same device, versions and commit stays")
     parser.add_argument("--errors", action="store_true", help="print errors against float64 instead of times")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -210,7 +219,11 @@ def main(argv: list[str] | None = None) -> int:
         return _errors(args)
     if args.json and args.json.is_dir():
         args.json /= file_name(device_name(args.device))
-    save = lambda result: args.json.write_text(json.dumps(result, indent=1) + "\n") if args.json else None
+
+    def save(result: dict) -> None:
+        if args.json:
+            args.json.write_text(json.dumps(kept(result, args.json, args.op), indent=1) + "\n")
+
     result = run(args.op, args.size, args.dtype, args.device, args.seconds, lambda line: print(line, flush=True), save)
     failed = any(row["impl"] == OURS for row in result["missing"])
     return int(failed or any(row["agrees"] is False for row in result["cases"]))

@@ -29,6 +29,10 @@ def _version(module) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split("+")[0].split(".")[:2])
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="random cases of each op (default: 10 in the interpreter, 200 elsewhere)")
+
+
 def pytest_configure(config):
     if not GPU and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
         pytest.exit(

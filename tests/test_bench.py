@@ -357,3 +357,13 @@ def test_the_published_number_of_gaussians():
     assert G == 32 * 13362 == 427584
     (case,) = splat_cases("small", ["fp32"], CPU)
     assert case.forward[0].bytes == 14 * 4 * 1216 + 4 * 4 * 64 * 64
+
+
+def test_results_of_other_ops_stay_in_the_file(tmp_path):
+    """Several commands make one file, unless something that numbers depend on has changed."""
+    path, same = tmp_path / "cpu.json", {"device": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
+    result = lambda op, **more: same | more | {"cases": [{"op": op, "n": more.get("n")}], "missing": [{"op": op}]}
+    assert bench.kept(result("gelu"), path, ["gelu"]) == result("gelu")
+    path.write_text(json.dumps(result("gelu") | {"cases": [{"op": "gelu"}, {"op": "ssim"}]}))
+    assert [row["op"] for row in bench.kept(result("gelu", n=2), path, ["gelu"])["cases"]] == ["ssim", "gelu"]
+    assert bench.kept(result("gelu", commit="abd"), path, ["gelu"]) == result("gelu", commit="abd")

@@ -45,9 +45,9 @@ def fuzz(name: str, device: torch.device, seeds: range) -> None:
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("name", DRAWS)
-def test_random_inputs(device, name):
+def test_random_inputs(device, name, request):
     few = backend.name(torch.empty(0, device=device)) == "interpreter"
-    fuzz(name, device, range(10 if few else FEWER.get(name, MANY)))
+    fuzz(name, device, range(request.config.getoption("cases") or (10 if few else FEWER.get(name, MANY))))
 
 
 @pytest.mark.slow
