@@ -267,7 +267,10 @@ def attention() -> Case:
 
 def test_attention_peers_agree(monkeypatch):
     """Every path around a peer's kernel: gathers, scatters, padding, block lists; the kernels stood in for on a CPU."""
+    told = {impl: why for impl, why in attention().peers.items() if isinstance(why, str)}
+    assert told["torch varlen_attn, rows gathered before"] == "absent: torch's varlen_attn needs a GPU"
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_stand_in)
+    monkeypatch.setattr(bench_attention, "_varlen", lambda device: bench_attention.flash)
     fake = types.SimpleNamespace(flash_attn_varlen_func=varlen_stand_in)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     case = attention()
