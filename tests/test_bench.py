@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from kernels import bench, measure
+from kernels import bench, bench_attention, measure
 from kernels.attention import segment_attention_reference
 from kernels.bench_attention import Layout, _squares, attention_case, attention_work
 from kernels.bench_coords import _spconv_map

@@ -57,7 +57,7 @@ def test_closed_surface_in_float64_matches_the_reference_to_rounding():
 
 def test_what_lies_behind_is_not_drawn(device):
     vertices, faces, _ = soup(20)
-    clip = positions(vertices, 16, 16, 0.0)
+    clip = positions(vertices, 16, 16, 1e-6)
     clip = torch.stack([clip[:, 0], clip[:, 1], clip[:, 2], -clip[:, 3].abs() - 0.1], 1).to(device)
     assert not rasterize(clip, faces.to(device), 16, 16).any()
 
