@@ -169,7 +169,7 @@ class Camera:
 def _numbers(name: str, values: Tensor | float, low: float, high: float, unit: str, device) -> Tensor:
     """The numbers in float64 on the device. ValueError for one that is not between low and high; on a GPU they are not read."""
     numbers = torch.as_tensor(values, dtype=torch.float64)
-    if numbers.device.type == "cpu":
+    if numbers.device.type == "cpu" and not torch.compiler.is_compiling():  # a graph does not branch on values
         good = (numbers > low) & (numbers < high)
         if not good.all():
             wrong = numbers[~good][0].item()

@@ -218,8 +218,8 @@ class Trunk(nn.Module):
         """The features before the output layer's norm. Raises ValueError for features and voxels that are not the model's."""
         if feats.shape[1] != self.input_layer.in_features:
             raise ValueError(f"features have {feats.shape[1]} channels, the model takes {self.input_layer.in_features}")
-        if feats.dtype != self.input_layer.weight.dtype:
-            expected = self.input_layer.weight.dtype
+        expected = self.input_layer.weight.dtype
+        if feats.dtype != expected and not torch.is_autocast_enabled(feats.device.type):  # which converts them itself
             raise ValueError(f"features are {feats.dtype}, the model takes {expected}: convert them with .to({expected})")
         if self.resolution is not None and max(cache.extent) > self.resolution:
             raise ValueError(
