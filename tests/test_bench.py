@@ -225,6 +225,22 @@ def test_an_unknown_op_is_an_error_that_lists_the_known(capsys):
     assert "unknown sort; known are window_attention, segment_attention" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/no/such/x.json"], "argument --json: there is no folder /no/such for x.json"),
+        (["--seconds", "-1"], "--seconds -1.0 must be finite and at least 0"),
+        (["--seconds", "nan"], "--seconds nan must be"),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_refused_before_anything_is_measured(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["gelu", *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_a_disagreement_is_the_exit_status(monkeypatch):
     monkeypatch.setattr(bench, "cases", lambda *_: [square(peers={"wrong": Impl(lambda x: x)})])
     assert bench.main(["gelu", "--device", "cpu", "--seconds", "0"]) == 1
