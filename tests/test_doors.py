@@ -52,6 +52,7 @@ def test_models_name_the_coordinate_beyond_their_grid(make, channels):
     "make, message",
     [
         (lambda e, g: models.GaussianVAE(g, e), "GaussianVAE takes Encoder .*GaussianDecoder, not GaussianDecoder and Encoder"),
+        (lambda e, g: models.GaussianVAE(g, g), "GaussianVAE takes .*, not GaussianDecoder and GaussianDecoder"),
         (lambda e, g: models.RadianceVAE(e, g), "RadianceVAE takes .*RadianceDecoder, not Encoder and GaussianDecoder"),
         (lambda e, g: models.MeshVAE(None, g), "MeshVAE takes .*MeshDecoder, not NoneType and GaussianDecoder"),
         (lambda e, g: models.VAE(e, None), "VAE takes .* Decoder, not Encoder and NoneType"),
