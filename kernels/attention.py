@@ -18,6 +18,7 @@ from kernels import attention_launch as launches
 from kernels import attention_torch as padded
 from kernels import backend
 from kernels.attention_launch import Segments, keep
+from kernels.checks import check_tensors
 from kernels.window import Windows
 
 
@@ -192,8 +193,11 @@ def window_attention(
     once differentiable). The rotation by the phases (Su et al., RoFormer, arXiv 2104.09864) comes first, as published; then
     the norm: with the gammas, q becomes q / max(|q|, 1e-12) * gamma * sqrt(D). Both are computed in fp32 and rounded to q's
     type. Nothing waits for the device; for CPU tensors the window starts are read. Raises ValueError for wrong ranks, types,
-    head sizes (multiples of 8 from 8 to 128) and row counts.
+    head sizes (multiples of 8 from 8 to 128) and row counts; TypeError for what are no windows and no tensor.
     """
+    check_tensors(qkv=qkv)
+    if not isinstance(windows, Windows):
+        raise TypeError(f"windows must be Windows, which window_partition makes, not {type(windows).__name__}")
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [N, 3, H, D], got {list(qkv.shape)}")
     _check("qkv", qkv)
@@ -231,6 +235,7 @@ def segment_attention(
 
     As `window_attention` otherwise: types, head sizes, determinism, gradients to q, k and v, errors.
     """
+    check_tensors(q=q, k=k, v=v, q_starts=q_starts, k_starts=k_starts)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3 or x.shape[1:] != q.shape[1:] or x.dtype != q.dtype:
             raise ValueError(f"{name} must be [rows, H, D] like q, got {list(x.shape)} {x.dtype} and {list(q.shape)} {q.dtype}")

@@ -16,6 +16,7 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import platform
 import re
 import shutil
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 import triton
 
+from kernels.checks import new_file
 from kernels.measure import DTYPES, OURS, Case, Ceilings, Clock, errors, measure, measure_ceilings
 from kernels.peers import KNOWN, optional
 
@@ -180,13 +182,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[1])
     parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
     parser.add_argument("--size", choices=("small", "base"), help="default: base on a GPU, small on a CPU")
-    parser.add_argument("--dtype", help="comma-separated (default: fp16,bf16 on a GPU, fp32 on a CPU; --errors: all three)")
+    parser.add_argument(
+        "--dtype", help=f"of {','.join(DTYPES)}; comma-separated (default: fp16,bf16 on a GPU, fp32 on a CPU; --errors: all)"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--seconds", type=float, default=0.25, help="spent on one measurement, warm-up aside")
-    parser.add_argument("--json", type=Path, help="write the results here, in a folder to a file named after the device; "
-                        "what that has of other ops on the same device, versions and commit stays")
+    parser.add_argument(
+        "--json", type=new_file, help="write the results here, in a folder to a file named after the device; "
+        "what that has of other ops on the same device, versions and commit stays",
+    )  # fmt: skip
     parser.add_argument("--errors", action="store_true", help="print errors against float64 instead of times")
     args = parser.parse_args(argv)
+    if not 0 <= args.seconds < math.inf:
+        parser.error(f"--seconds {args.seconds} must be finite and at least 0")
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size, dtypes = ("small", list(DTYPES)) if args.errors else defaults(args.device)
     args.size, args.op = args.size or size, args.op or list(OPS)

@@ -58,6 +58,11 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) ->
     return segment_attention_reference(q, k, v, starts, starts)
 
 
+def _varlen(device: torch.device) -> Attend | str:
+    """torch's own, where it runs."""
+    return "absent: torch's varlen_attn needs a GPU" if device.type == "cpu" else flash
+
+
 def _flash_attn() -> Attend | str:
     """The flash_attn package, if it is there."""
     module = optional("flash_attn")
@@ -77,16 +82,20 @@ class Layout:
         self.segment = torch.repeat_interleave(torch.arange(len(lengths)).to(self.order), lengths.long())
         self.place = self.segment * self.longest + torch.arange(len(self.order)).to(self.order) - self.starts[self.segment]
 
-    def gathered(self, attend: Attend) -> Impl:
-        """The attention alone: its rows are gathered before and scattered after the clock."""
+    def gathered(self, attend: Attend | str) -> Impl | str:
+        """The attention alone: its rows are gathered before and scattered after the clock. A string says why it is absent."""
+        if isinstance(attend, str):
+            return attend
         return Impl(
             lambda q, k, v: attend(q, k, v, self.starts, self.longest),
             prepare=lambda qkv: tuple(x.contiguous() for x in qkv[self.order].unbind(1)),
             restore=lambda out: out[self.inverse],
         )
 
-    def published(self, attend: Attend) -> Impl:
-        """What the published model runs: gather, attention, scatter."""
+    def published(self, attend: Attend | str) -> Impl | str:
+        """What the published model runs: gather, attention, scatter. A string says why it is absent."""
+        if isinstance(attend, str):
+            return attend
         return Impl(lambda qkv: attend(*qkv[self.order].unbind(1), self.starts, self.longest)[self.inverse])
 
     def padded(self) -> Impl:
@@ -152,19 +161,20 @@ def attention_case(
     layout, N = Layout(windows.order, windows.lengths), len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
     common = dict(op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward])
-    others = _flash_attn()
+    varlen = _varlen(device)
     if op == "segment_attention":  # q, k, v as three tensors in window order
         starts = windows.starts
-        peers = {"torch varlen_attn": Impl(lambda q, k, v: flash(q, k, v, layout.starts, layout.longest))}
+        run = lambda q, k, v: varlen(q, k, v, layout.starts, layout.longest)
+        peers = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
         return Case(
             inputs=lambda seed: tuple(_random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)),
             ours=lambda q, k, v: segment_attention(q, k, v, starts, starts), peers=peers,
             reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts), **common,
         )  # fmt: skip
     peers = {
-        "torch varlen_attn, rows gathered before": layout.gathered(flash),
-        "published path: gather + varlen_attn + scatter": layout.published(flash),
-        "flash_attn, rows gathered before": others if isinstance(others, str) else layout.gathered(others),
+        "torch varlen_attn, rows gathered before": layout.gathered(varlen),
+        "published path: gather + varlen_attn + scatter": layout.published(varlen),
+        "flash_attn, rows gathered before": layout.gathered(_flash_attn()),
         "FlexAttention, block mask, rows gathered before": layout.flex(lambda f: compiled(f, device)),
         "padded scaled_dot_product_attention": layout.padded(),
     }

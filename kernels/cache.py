@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from kernels.checks import check_whole
 from kernels.hash import LIMIT, check_coords, pack, unpack
 
 T = TypeVar("T")
@@ -109,10 +110,9 @@ class SpatialCache:
         """The coarser voxels that hold these, by batch, x, y, z; and the coarse row of each fine one, [N] int32.
 
         Reads the device once to build them (their number is not known before), never again. Pooling what `subdivide` made
-        by 2 gives the parent back, in the parent's own row order. Raises ValueError for a factor below 1.
+        by 2 gives the parent back, in the parent's own row order. Raises ValueError for a factor that is not whole or below 1.
         """
-        if factor < 1:
-            raise ValueError(f"pool factor {factor} must be at least 1")
+        check_whole("pool factor", factor)
         return self._follow("pool", factor, lambda: self._make_pool(factor))
 
     def unpool(self, factor: int = 2) -> tuple["SpatialCache", Tensor]:

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.checks import check_tensors, check_whole
+
 FOV = math.radians(40)  # of the published training views
+POLE = math.pi / 2 + 1e-6  # pi / 2 in fp32 is a little more than pi / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Camera:
     """V pinhole cameras of one picture size. No renderer differentiates a camera: its tensors get no gradient.
 
     The upper left 3 x 3 of an extrinsic matrix is a rotation (no scale). Values are not read, so nothing waits for a GPU.
-    Raises ValueError for a wrong shape, a dtype that is not floating point, or a size below 1.
+    Raises ValueError for a wrong shape, a dtype that is not floating point, or a size below 1; TypeError for what is no tensor.
     """
 
     extrinsics: Tensor  # [V, 4, 4] world to camera
@@ -38,6 +41,7 @@ class Camera:
     height: int
 
     def __post_init__(self) -> None:
+        check_tensors(extrinsics=self.extrinsics, intrinsics=self.intrinsics)
         for name, size in (("extrinsics", 4), ("intrinsics", 3)):
             value = getattr(self, name)
             if value.ndim != 3 or tuple(value.shape[1:]) != (size, size):
@@ -46,10 +50,7 @@ class Camera:
                 raise ValueError(f"{name} must be floating point, not {value.dtype}")
         if len(self.extrinsics) != len(self.intrinsics):
             raise ValueError(f"{len(self.extrinsics)} extrinsics but {len(self.intrinsics)} intrinsics")
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {value!r}")
+        check_whole("width", self.width), check_whole("height", self.height)
 
     def __len__(self) -> int:
         return len(self.extrinsics)
@@ -114,7 +115,8 @@ class Camera:
         """Cameras of a transforms.json: `transform_matrix` [V, 4, 4] camera to world in OpenGL axes (looking along -z,
         y up), `fov_x` the horizontal angle in radians (one number or [V]). Pixels are square.
 
-        Reads the matrices (on a GPU this waits). Raises ValueError where one cannot be inverted.
+        Reads the matrices (on a GPU this waits). Raises ValueError where one cannot be inverted and for an angle that is not
+        between 0 and pi (unread on a GPU).
         """
         matrix = torch.as_tensor(transform_matrix)
         if matrix.ndim != 3 or tuple(matrix.shape[1:]) != (4, 4):
@@ -124,7 +126,8 @@ class Camera:
         bad = failed.bool() | ~inverse.isfinite().all((1, 2))
         if bad.any():
             raise ValueError(f"transform_matrix {int(bad.int().argmax())} of {len(matrix)} cannot be inverted")
-        return cls(inverse.float(), _intrinsics(fov_x, len(matrix), width, height, matrix.device), width, height)
+        fov = _numbers("fov_x", fov_x, 0, math.pi, "radians", matrix.device)
+        return cls(inverse.float(), _intrinsics(fov, len(matrix), width, height), width, height)
 
     @classmethod
     def orbit(
@@ -139,9 +142,15 @@ class Camera:
     ) -> "Camera":
         """Cameras around the origin, z up, at radius * (sin yaw cos pitch, cos yaw cos pitch, sin pitch), looking at it.
 
-        Valid at the poles too. Pixels are square. Raises ValueError for arguments of unequal lengths.
+        Valid at the poles too. Pixels are square. Raises ValueError for arguments of unequal lengths, and for numbers that are
+        not finite, a pitch beyond the poles, a radius that is not above 0 or a fov not between 0 and pi (unread on a GPU).
         """
-        values = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in (yaw, pitch, radius, fov)]
+        values = [
+            _numbers("yaw", yaw, -math.inf, math.inf, "radians", device),
+            _numbers("pitch", pitch, -POLE, POLE, "radians", device),
+            _numbers("radius", radius, 0, math.inf, "world units", device),
+            _numbers("fov", fov, 0, math.pi, "radians", device),
+        ]
         lengths = {v.numel() for v in values if v.ndim}
         if len(lengths - {1}) > 1 or any(v.ndim > 1 for v in values):
             raise ValueError(f"yaw, pitch, radius and fov must be numbers or [V], not {[list(v.shape) for v in values]}")
@@ -154,16 +163,27 @@ class Camera:
         extrinsics[:, :3, :3] = rotation
         extrinsics[:, 2, 3] = radius  # -R eye
         height = width if height is None else height
-        return cls(extrinsics.float(), _intrinsics(fov, len(yaw), width, height, yaw.device), width, height)
+        return cls(extrinsics.float(), _intrinsics(fov, len(yaw), width, height), width, height)
 
 
-def _intrinsics(fov_x, views: int, width: int, height: int, device) -> Tensor:
+def _numbers(name: str, values: Tensor | float, low: float, high: float, unit: str, device) -> Tensor:
+    """The numbers in float64 on the device. ValueError for one that is not between low and high; on a GPU they are not read."""
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    if numbers.device.type == "cpu" and not torch.compiler.is_compiling():  # a graph does not branch on values
+        good = (numbers > low) & (numbers < high)
+        if not good.all():
+            wrong = numbers[~good][0].item()
+            raise ValueError(f"{name} must be above {low:.7g} and below {high:.7g} {unit}, not {wrong:.7g}")
+    return numbers.to(device)
+
+
+def _intrinsics(fov: Tensor, views: int, width: int, height: int) -> Tensor:
     """[V, 3, 3] of a horizontal field of view (radians), square pixels, the principal point in the middle."""
-    fov = torch.as_tensor(fov_x, dtype=torch.float64, device=device)
+    check_whole("width", width), check_whole("height", height)
     if fov.ndim > 1 or (fov.ndim == 1 and len(fov) not in (1, views)):
         raise ValueError(f"fov_x must be one number or [{views}], not {list(fov.shape)}")
     focal = (0.5 / torch.tan(fov / 2)).expand(views)
-    matrix = torch.zeros(views, 3, 3, dtype=torch.float64, device=device)
+    matrix = torch.zeros(views, 3, 3, dtype=torch.float64, device=fov.device)
     matrix[:, 0, 0] = focal
     matrix[:, 1, 1] = focal * (width / height)
     matrix[:, :2, 2] = 0.5

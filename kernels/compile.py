@@ -1,8 +1,9 @@
 """python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--hot] [--json FILE]
        python -m kernels.compile --markdown FILE --also OTHER_VENV/bin/python
 
-Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory. Two steps, each in
-processes of its own because Triton decides at import whether it interprets or compiles:
+Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory.
+
+Two steps, each in processes of its own because Triton decides at import whether it interprets or compiles:
 
 1. record: the public ops run at the full models' channel counts on a few rows in Triton's interpreter, with the tile
    sizes of each target, and every launch is noted with its argument types, constants and options. So what is built is
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.checks import new_file
 from kernels.compile_report import describe, document, merged
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -292,15 +294,15 @@ def _build_with(python: str, launches: str, args: argparse.Namespace, folder: Pa
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n\n")[1])
     parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}")
-    parser.add_argument("--dtype", default="fp16,bf16,fp32", help="of the ops' tensors; comma-separated")
-    parser.add_argument("--op", default=OPS, help="of kernels.workloads; comma-separated")
+    parser.add_argument("--dtype", default="fp16,bf16,fp32", help=f"of {','.join(DTYPES)}, the ops' tensors; comma-separated")
+    parser.add_argument("--op", default=OPS, help=f"of {OPS.replace(',', ', ')}; comma-separated (default: all)")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--without", help="leave out launches whose line in the table matches this regular expression")
     parser.add_argument("--hot", action="store_true", help="only the kernels that a training step spends its time in")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--markdown", type=Path, help="also write the table here, from fresh builds")
+    parser.add_argument("--json", type=new_file, help="also write the rows here")
+    parser.add_argument("--markdown", type=new_file, help="also write the table here, from fresh builds")
     parser.add_argument("--also", help="a Python with another Triton that builds the same launches")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="builds at a time (default: one a CPU core)")
     parser.add_argument("--record", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--launches", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -308,6 +310,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name, names in known.items():
         if unknown := [x for x in getattr(args, name).split(",") if x not in names]:
             parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(names)}")
+    for path in (args.json, args.markdown):
+        if path and path.is_dir():
+            parser.error(f"{path} is a folder: name a file in it")
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers} must be at least 1")
     if args.also and not shutil.which(args.also):
         parser.error(f"--also {args.also} is no Python that can be run")
     return args
@@ -321,7 +328,12 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps([asdict(build) | {"targets": targets} for build, targets in found.items()]))
         return 0
     launches = args.launches.read_text() if args.launches else _recorded(args)
-    chosen = {build: targets for build, targets in _read(launches).items() if _wanted(build, args)}
+    recorded = _read(launches)
+    chosen = {build: targets for build, targets in recorded.items() if _wanted(build, args)}
+    if not chosen:
+        known = ", ".join(sorted({build.kernel for build in recorded}))
+        print(f"no launch matches --kernel {args.kernel!r}, --hot and --without; the kernels are {known}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         if args.markdown:
             os.environ["TRITON_CACHE_DIR"] = folder
@@ -342,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1))
     if args.markdown:
         args.markdown.write_text(document(reports, {name: target.shared_block for name, target in TARGETS.items()}))
-    return int(failures > 0 or not rows)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

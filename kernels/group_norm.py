@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.checks import check_eps, check_tensors
 
 TILE = 2048  # elements of a program's step, so that nothing spills; not yet measured on a GPU
 PROGRAMS = 128  # that share the rows of a sample; not yet measured on a GPU
@@ -278,8 +279,11 @@ def group_norm(
     """Group norm (Wu and He, arXiv 1803.08494) with statistics over all voxels of each sample, affine, in fp32; then SiLU.
 
     Samples may be empty. Gradients of weight and bias are summed in a fixed order. Raises ValueError, naming both sizes, for
-    channels that are no multiple of the groups or more than 4096, weights of another size, another rank or dtype.
+    channels that are no multiple of the groups or more than 4096, weights of another size, another rank or dtype, and an eps
+    that is negative or not finite; TypeError for what is no tensor.
     """
+    check_tensors(x=x, weight=weight, bias=bias, starts=starts)
+    check_eps(eps)
     if x.ndim != 2:
         raise ValueError(f"x must be [N, C], got {list(x.shape)}")
     kernels = (torch.float16, torch.bfloat16, torch.float32)

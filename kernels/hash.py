@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.checks import check_tensors, check_whole
 from kernels.children import child_neighbours, parent_size
 
 TILE = 1024  # rows, queries or taps per program; not yet measured on a GPU
@@ -51,8 +52,9 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     Returns the extent and `starts` [B + 1] int32, on the device: sample b owns rows starts[b] : starts[b + 1].
     Raises ValueError, with the row that is wrong, for a missing batch column, another dtype, negative or too large
     coordinates, samples that are not in order or beyond batch_size, and duplicates. Without `batch_size` there are as
-    many samples as the last row says.
+    many samples as the last row says. Raises TypeError for what is no tensor.
     """
+    check_tensors(coords=coords)
     if coords.ndim == 2 and coords.shape[1] == 3:
         raise ValueError(
             f"The batch column is missing: coords are {list(coords.shape)}, (batch, x, y, z) is [N, 4]. Put the sample's "
@@ -62,8 +64,8 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
         raise ValueError(f"coords must be [N, 4] (batch, x, y, z), got {list(coords.shape)}")
     if coords.dtype != torch.int32:
         raise ValueError(f"coords must be torch.int32, got {coords.dtype}")
-    if batch_size is not None and batch_size < 0:
-        raise ValueError(f"batch_size {batch_size} is negative")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 0)
     N, samples = len(coords), MOST_SAMPLES if batch_size is None else batch_size
     if N == 0:
         return Extent([0] * (batch_size or 0), (1, 1, 1)), coords.new_zeros((batch_size or 0) + 1)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.checks import check_eps, check_tensors
 
 TILE = 4096  # elements per program; not yet measured on a GPU
 MOST_CHANNELS = 4096  # a row must fit in a program
@@ -222,6 +223,7 @@ _rms_norm.register_autograd(
 
 
 def _check(x: Tensor, rank: int, shape: str) -> None:
+    check_tensors(x=x)
     if x.ndim != rank:
         raise ValueError(f"x must be {shape}, got {list(x.shape)}")
     check_dtype(x)
@@ -241,9 +243,11 @@ def layer_norm(
 ) -> Tensor:  # [N, C], as x
     """Layer norm of each row without affine, computed in fp32.
 
-    Raises ValueError for another rank or dtype and for more than 4096 channels.
+    Raises ValueError for another rank or dtype, more than 4096 channels and an eps that is negative or not finite; TypeError
+    for what is no tensor.
     """
     _check(x, 2, "[N, C]")
+    check_eps(eps)
     return torch.ops.trislat.layer_norm(x.contiguous(), eps)[0]
 
 
@@ -254,6 +258,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # both [N, C], as x
     """(x + h, layer_norm(x + h)): the sum in x's dtype, and the norm of the sum as stored. Errors as layer_norm."""
     _check(x, 2, "[N, C]")
+    check_eps(eps)
+    check_tensors(h=h)
     check_dtype(h)
     if h.shape != x.shape:
         raise ValueError(f"x {list(x.shape)} and h {list(h.shape)} must have the same shape")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.cache import SpatialCache
+from kernels.checks import check_tensors
 
 TILE = 2048  # elements per program; not yet measured on a GPU (both passes are memory-bound)
 TILE_C = 256  # channels per program at most; not yet measured on a GPU
@@ -121,6 +122,7 @@ _copy_parents.register_autograd(
 
 
 def _check(x: Tensor, rows: int, what: str) -> None:
+    check_tensors(x=x)
     if x.ndim != 2 or len(x) != rows:
         raise ValueError(f"x must be [{what}, C] with a row for each of {rows} {what}, got {list(x.shape)}")
     known = (torch.float16, torch.bfloat16, torch.float32)

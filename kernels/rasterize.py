@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.checks import check_whole
 from kernels.meshes import TABLE, single_table
 from kernels.raster import PIXELS_MAX, corner_order, rasterize_triton, rasterize_triton_backward
 from kernels.raster_torch import rasterize_torch, rasterize_torch_backward
@@ -34,10 +35,20 @@ def _rasterize(
     else:
         rast, wrong = rasterize_triton(clip, faces, table, most, pairs, height, width)
     if wrong:
-        raise ValueError(f"{wrong} of {pairs} faces (over all views) name a vertex that their mesh does not have")
+        what = _missing_vertex(faces, table)
+        raise ValueError(f"{wrong} of {pairs} faces (over all views) name a vertex that their mesh does not have: {what}")
     if order_by is None or backend.is_torch(clip):
         return rast, torch.empty(0, dtype=torch.int64, device=clip.device)
     return rast, corner_order(rast, faces, order_by)
+
+
+def _missing_vertex(faces: Tensor, table: Tensor) -> str:
+    """The first view's largest or negative index that is out of range. Reads: for an error that is raised anyway."""
+    for first, count, _, rows in table.tolist():
+        low, high = faces[first : first + count].aminmax() if count else (0, -1)
+        if low < 0 or high >= rows:
+            return f"{int(high if high >= rows else low)} of {rows} vertices, counted from 0"
+    raise AssertionError("every face names vertices that are there")
 
 
 @_rasterize.register_fake
@@ -124,9 +135,7 @@ def check_rast(rast: Tensor, beside: Tensor, faces: Tensor, table: Tensor) -> Te
 
 def check_picture(height: int, width: int, views: int) -> None:
     """Raises ValueError for a size that the kernels do not have."""
-    for what, size in (("height", height), ("width", width)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{what} must be a whole number of pixels, at least 1, not {size!r}")
+    check_whole("height", height), check_whole("width", width)
     if height * width > PIXELS_MAX:
         raise ValueError(f"a picture of {height} x {width} has {height * width} pixels, more than {PIXELS_MAX}")
     if 3 * views * height * width >= 2**31:

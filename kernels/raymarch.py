@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.camera import Camera, Image
+from kernels.checks import Host, check_tensors, check_whole, host_list
 from kernels.march import march, march_backward
 from kernels.march_segments import find_segments
 from kernels.march_segments_torch import find_segments_torch
 from kernels.march_torch import march_torch, march_torch_backward
 from kernels.pairs import make_layout
 
-Host = list[int] | Tensor  # numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
 SH0 = 0.28209479177387814  # of the spherical harmonic of degree 0
 
 
@@ -148,9 +148,11 @@ def raymarch(
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to N; a view_scene of another length
     than the camera or naming no scene; colour coefficients above degree 0; fewer than 2 taps; a position outside [0, 1] or
-    not at the centre of a voxel; an offset outside [0, 1); 2^31 pixels or segments or more.
+    not at the centre of a voxel; an offset outside [0, 1); 2^31 pixels or segments or more. TypeError: no tensor
+    where one belongs.
     """
-    starts, view_scene = _host(starts), _host(view_scene)
+    check_tensors(position=position, trivec=trivec, density=density, sh=sh, background=background)
+    starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
     N, V = len(position), len(camera)
     if tuple(position.shape) != (N, 3):
         raise ValueError(f"position must be [N, 3], not {list(position.shape)}")
@@ -174,8 +176,7 @@ def raymarch(
     for s in view_scene:
         if not 0 <= s < len(starts) - 1:
             raise ValueError(f"view_scene names scene {s} of {len(starts) - 1}")
-    if not isinstance(resolution, int) or resolution < 1:
-        raise ValueError(f"resolution must be a whole number of voxels, at least 1, not {resolution!r}")
+    check_whole("resolution", resolution)
     size = (V, camera.height, camera.width)
     if V * camera.height * camera.width >= 2**31:
         raise ValueError(f"{V * camera.height * camera.width} pixels are more than {2**31 - 1}: render fewer views at once")
@@ -201,10 +202,6 @@ def raymarch(
     return Image(color=image, alpha=1 - final[:, None], depth=depth[:, None])
 
 
-def _host(values: Host) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
-
-
 def _pack(camera: Camera) -> Tensor:
     """[V, 16], see `_raymarch`; in float64, as everything else starts from it."""
     camera = camera.to(torch.float64)
@@ -216,8 +213,8 @@ def _pack(camera: Camera) -> Tensor:
 
 def raymarch_reference(position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset) -> Image:
     """`raymarch` by the book: one view after another, every ray with every voxel, textbook formulas, autograd."""
-    starts, images = _host(starts), []
-    for v, s in enumerate(_host(view_scene)):
+    starts, images = host_list("starts", starts), []
+    for v, s in enumerate(host_list("view_scene", view_scene)):
         mine = slice(starts[s], starts[s + 1])
         parts = (t[mine] for t in (position, trivec, density, sh[:, :, 0]))
         images.append(_view_reference(*parts, camera[v], background[v], resolution, offset[v]))

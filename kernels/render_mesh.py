@@ -13,12 +13,12 @@ from torch import Tensor
 
 from kernels.antialias import antialias, antialias_reference
 from kernels.camera import Camera, Image
+from kernels.checks import Host, check_tensors, check_whole, host_list
 from kernels.interpolate import interpolate, interpolate_reference
 from kernels.meshes import make_mesh_layout, opposite_vertices
 from kernels.normals import flat_normals, flat_normals_reference
 from kernels.outlines import move_outlines
 from kernels.rasterize import FACES_MAX, check_faces, check_floats, check_picture, rasterize_reference
-from kernels.splat import Host
 from kernels.to_clip import projection, to_clip, to_clip_reference
 
 SILHOUETTES = ("edges", "pixels")
@@ -49,9 +49,11 @@ def render_mesh(
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not fit; a view_scene of another length than the camera or
     naming no scene; near and far out of order; ssaa below 1; unknown silhouettes; pictures or batches beyond the limits of
-    `rasterize`; faces that name a vertex that is not there.
+    `rasterize`; faces that name a vertex that is not there. TypeError: no tensor where one belongs.
     """
-    vertex_starts, face_starts, view_scene = _host(vertex_starts), _host(face_starts), _host(view_scene)
+    check_tensors(vertices=vertices, faces=faces, **({} if attributes is None else {"attributes": attributes}))
+    vertex_starts, face_starts = host_list("vertex_starts", vertex_starts), host_list("face_starts", face_starts)
+    view_scene = host_list("view_scene", view_scene)
     N, F, V = len(vertices), len(faces), len(camera)
     if vertices.ndim != 2 or vertices.shape[1] != 3:
         raise ValueError(f"vertices must be [N, 3], not {list(vertices.shape)}")
@@ -64,8 +66,7 @@ def render_mesh(
         raise ValueError(f"view_scene names {len(view_scene)} scenes for {V} views")
     if not 0 < near < far:
         raise ValueError(f"near and far must be 0 < near < far, not {near} and {far}")
-    if not isinstance(ssaa, int) or ssaa < 1:
-        raise ValueError(f"ssaa must be a whole number, at least 1, not {ssaa!r}")
+    check_whole("ssaa", ssaa)
     if silhouettes not in SILHOUETTES:
         raise ValueError(f"silhouettes {silhouettes!r} is not one of {', '.join(SILHOUETTES)}")
     for value in (vertices, faces, camera.extrinsics, camera.intrinsics, *([] if attributes is None else [attributes])):
@@ -109,10 +110,6 @@ def render_mesh(
 def _channels(attributes: Tensor | None) -> tuple[int, int]:
     """Of colour and of normal_map."""
     return (0, 0) if attributes is None else (3, attributes.shape[1] - 3)
-
-
-def _host(values: Host) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
 
 
 def face_camera(normal: Tensor, camera: Camera) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.cache import SpatialCache
+from kernels.checks import check_whole
 from kernels.window import Windows, per_axis
 
 BITS = 10  # of a coordinate in a code
@@ -132,8 +133,7 @@ def serialized_windows(
     Given a cache nothing waits for the device; given coords they are checked in one read. Raises ValueError for a window
     below 1, a wrong batch size, and where SpatialCache and `curve_codes` do.
     """
-    if window < 1:
-        raise ValueError(f"window {window} must be at least 1")
+    check_whole("window", window)
     cache = SpatialCache(voxels, batch_size) if isinstance(voxels, Tensor) else voxels
     if batch_size != cache.batch_size:
         raise ValueError(f"batch_size {batch_size} of a cache over {cache.batch_size} samples")

@@ -16,11 +16,10 @@ from kernels.binning import Bins, bin_tiles
 from kernels.blend import blend, blend_backward
 from kernels.blend_torch import composite_torch, composite_torch_backward
 from kernels.camera import Camera, Image
+from kernels.checks import Host, check_tensors, host_list
 from kernels.pairs import GAUSSIAN, RECORD, TILE, make_layout
 from kernels.project import project, project_backward
 from kernels.project_torch import project_torch, project_torch_backward
-
-Host = list[int] | Tensor  # numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
 
 
 @torch.library.custom_op("trislat::splat", mutates_args=())
@@ -142,9 +141,10 @@ def splat(
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to G; a view_scene of another length
     than the camera or naming no scene; colour coefficients above degree 0; a kernel_size that is negative or not finite;
-    2^31 instances or more.
+    2^31 instances or more. TypeError: no tensor where one belongs.
     """
-    starts, view_scene = _host(starts), _host(view_scene)
+    check_tensors(center=center, scale=scale, rotation=rotation, opacity=opacity, sh=sh, background=background)
+    starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
     parts = {"center": (center, 3), "scale": (scale, 3), "rotation": (rotation, 4), "opacity": (opacity, 1)}
     G, V = len(center), len(camera)
     for name, (value, size) in parts.items():
@@ -184,10 +184,6 @@ def splat(
     return Image(color=image, alpha=1 - final[:, None])
 
 
-def _host(values: Host) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
-
-
 def _pack(camera: Camera, dtype: torch.dtype) -> Tensor:
     """[V, 16], see `_splat`."""
     e, k = camera.extrinsics.detach().to(dtype), camera.intrinsics.detach().to(dtype)
@@ -198,9 +194,9 @@ def _pack(camera: Camera, dtype: torch.dtype) -> Tensor:
 
 def splat_reference(center, scale, rotation, opacity, sh, starts, camera, view_scene, background, kernel_size=0.1) -> Image:
     """`splat` by the book: one view after another, every pixel with every Gaussian, textbook formulas, autograd."""
-    color, alpha = [], []
-    for v, s in enumerate(_host(view_scene)):
-        mine = slice(_host(starts)[s], _host(starts)[s + 1])
+    starts, color, alpha = host_list("starts", starts), [], []
+    for v, s in enumerate(host_list("view_scene", view_scene)):
+        mine = slice(starts[s], starts[s + 1])
         image, final = _view_reference(
             *(t[mine] for t in (center, scale, rotation, opacity[:, 0], sh[:, 0])), camera[v], background[v], kernel_size
         )

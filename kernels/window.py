@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.cache import SpatialCache
+from kernels.checks import host_list
 
 TILE = 512  # rows per program; not yet measured on a GPU (the kernels are launch-bound)
 DENSE_CELLS = 1 << 25  # grid cells up to which the scan is taken (128 MB of int32); above it, sorting N keys is cheaper
@@ -161,7 +162,7 @@ def _(coords, batch_size, extent, window, shift):
 
 def per_axis(value: int | Sequence[int], what: str, least: int | None) -> list[int]:
     """One number per axis from one or three; ValueError for another count, and below `least`."""
-    values = [value] * 3 if isinstance(value, int) else list(value)
+    values = [value] * 3 if isinstance(value, int) else host_list(what, value)
     if len(values) != 3:
         raise ValueError(f"{what} needs 1 or 3 numbers, one per axis, got {len(values)}")
     if least is not None and min(values) < least:

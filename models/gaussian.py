@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.camera import Camera, Image
 from kernels.splat import splat
 from models.sparse import SparseTensor
-from models.vae import VAE, Decoder, Encoder
+from models.vae import VAE, Decoder
 
 FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # channels a Gaussian, in order
 
@@ -165,5 +165,4 @@ class GaussianDecoder(Decoder):
 class GaussianVAE(VAE):
     """An encoder of its own and a Gaussian decoder."""
 
-    def __init__(self, encoder: Encoder | None, decoder: GaussianDecoder):
-        super().__init__(encoder, decoder)
+    DECODER = GaussianDecoder

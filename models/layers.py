@@ -158,6 +158,8 @@ class Trunk(nn.Module):
     Raises ValueError for heads that do not divide the channels, window_size < 1 and unknown modes.
     """
 
+    resolution: int | None = None  # voxels along a side of the model's grid; None: any
+
     def __init__(
         self,
         in_channels: int,
@@ -213,9 +215,17 @@ class Trunk(nn.Module):
         return feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
 
     def trunk(self, feats: Tensor, cache: SpatialCache) -> Tensor:
-        """The features before the output layer's norm."""
+        """The features before the output layer's norm. Raises ValueError for features and voxels that are not the model's."""
         if feats.shape[1] != self.input_layer.in_features:
             raise ValueError(f"features have {feats.shape[1]} channels, the model takes {self.input_layer.in_features}")
+        expected = self.input_layer.weight.dtype
+        if feats.dtype != expected and not torch.is_autocast_enabled(feats.device.type):  # which converts them itself
+            raise ValueError(f"features are {feats.dtype}, the model takes {expected}: convert them with .to({expected})")
+        if self.resolution is not None and max(cache.extent) > self.resolution:
+            raise ValueError(
+                f"a voxel has the coordinate {max(cache.extent) - 1}, the model's resolution is {self.resolution}: its voxels "
+                f"have 0 to {self.resolution - 1}"
+            )
         x = self.input_layer(feats)
         if self.pe_mode == "ape":
             x = x + cache.get(position_embedding, self.model_channels)

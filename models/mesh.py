@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.camera import Camera, Image
+from kernels.checks import check_tensors
 from kernels.isosurface import isosurface
 from kernels.render_mesh import SILHOUETTES, render_mesh
 from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
-from models.vae import VAE, Decoder, Encoder
+from models.vae import VAE, Decoder
 
 NEAR, FAR = 1.0, 100.0  # world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
 GROUPS = 32  # of the group norms, the last of which has model_channels / 8
@@ -79,6 +80,7 @@ class MeshScene:
         Unlit colours (None without), alpha the coverage, depth the camera's z (0 in the background), normal (n + 1) / 2 of the
         faces in world axes (0.5 in the background); as `kernels.render_mesh`.
         """
+        check_tensors(background=background)
         if background.shape != (len(camera), 3):
             raise ValueError(f"background must be [{len(camera)}, 3], not {list(background.shape)}")
         if len({scene.color is None for scene in scenes}) != 1:
@@ -158,5 +160,4 @@ def _sizes(starts: Tensor) -> list[int]:  # [B + 1] on the host
 class MeshVAE(VAE):
     """An encoder of its own and a mesh decoder."""
 
-    def __init__(self, encoder: Encoder | None, decoder: MeshDecoder):
-        super().__init__(encoder, decoder)
+    DECODER = MeshDecoder

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.camera import Camera, Image
 from kernels.raymarch import raymarch
 from models.sparse import SparseTensor
-from models.vae import VAE, Decoder, Encoder
+from models.vae import VAE, Decoder
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,4 @@ class RadianceDecoder(Decoder):
 class RadianceVAE(VAE):
     """An encoder of its own and a radiance-field decoder."""
 
-    def __init__(self, encoder: Encoder | None, decoder: RadianceDecoder):
-        super().__init__(encoder, decoder)
+    DECODER = RadianceDecoder

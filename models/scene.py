@@ -23,6 +23,8 @@ class Scene(Protocol):
 
 
 def _kind(scenes: Sequence[Scene]) -> type[Scene]:
+    if not isinstance(scenes, Sequence):
+        raise TypeError(f"scenes must be a list of scenes, not {type(scenes).__name__}")
     kinds = {type(scene) for scene in scenes}
     if len(kinds) != 1:
         raise ValueError(f"a batch needs scenes of one kind, not {sorted(k.__name__ for k in kinds) or 'none at all'}")

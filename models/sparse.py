@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels.cache import SpatialCache
+from kernels.checks import check_tensors
 from kernels.pool import pool, pooling, unpool
 
 
@@ -12,7 +13,7 @@ class SparseTensor:
     Tensors over the same voxels share one SpatialCache, so what is derived from coordinates (windows, neighbours,
     position embeddings) is made once. `batch_size` keeps empty samples at the end of a batch; without it the last
     sample is the one of the last row. Raises ValueError for coordinates that SpatialCache rejects and for a row count
-    that differs from the features'.
+    that differs from the features'; TypeError for what is no tensor.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class SparseTensor:
             cache = SpatialCache(coords, batch_size)
         elif coords is not None or batch_size is not None:
             raise ValueError("coords and batch_size belong to the cache: give the cache alone")
+        check_tensors(feats=feats)
         if feats.ndim != 2 or len(feats) != len(cache.coords):
             raise ValueError(f"feats {tuple(feats.shape)} must be [N, C] with a row for each of {len(cache.coords)} coords")
         if feats.device != cache.coords.device:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kernels.checks import check_whole
 from kernels.norm import layer_norm
 from models.layers import Trunk
 from models.scene import Scene
@@ -32,9 +33,14 @@ class Posterior:
         return self.voxels.replace(self.mean)
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> SparseTensor:
-        """mean + exp(logvar / 2) * noise, the noise drawn from `generator` unless it is given."""
+        """mean + exp(logvar / 2) * noise, the noise drawn from `generator` unless it is given.
+
+        Raises ValueError for noise of another shape than the posterior's.
+        """
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        if noise.shape != self.mean.shape:
+            raise ValueError(f"noise must be {list(self.mean.shape)}, as the posterior, not {list(noise.shape)}")
         return self.voxels.replace(self.mean + torch.exp(0.5 * self.logvar) * noise)
 
 
@@ -42,7 +48,8 @@ class Encoder(Trunk):
     """Voxel features -> Posterior (published: SLatEncoder).
 
     `logvar_init`: None gives the published zero output layer, whose latents start as pure noise; a number keeps Xavier
-    weights there and starts the log variance at that value, which learns far faster in short runs.
+    weights there and starts the log variance at that value, which learns far faster in short runs. Raises ValueError for
+    sizes below 1 and whatever the trunk does not know.
     """
 
     NAME = "SLatEncoder"
@@ -51,6 +58,8 @@ class Encoder(Trunk):
         self, resolution: int, in_channels: int, model_channels: int, latent_channels: int, num_blocks: int,
         *, logvar_init: float | None = None, **trunk,
     ):  # fmt: skip
+        check_whole("resolution", resolution), check_whole("in_channels", in_channels)
+        check_whole("latent_channels", latent_channels)
         super().__init__(in_channels, model_channels, num_blocks, **trunk)
         self.resolution, self.latent_channels = resolution, latent_channels
         self.args = dict(
@@ -64,7 +73,7 @@ class Encoder(Trunk):
             nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
 
     def forward(self, x: SparseTensor) -> Posterior:
-        """x [N, in_channels]; raises ValueError where its channels are not the model's."""
+        """x [N, in_channels]; raises ValueError where its channels or dtype are not the model's, or its grid is wider."""
         h = self.out_layer(layer_norm(self.trunk(x.feats, x.cache), OUTPUT_EPS))
         mean, logvar = h.chunk(2, dim=1)
         return Posterior(mean, logvar, x)
@@ -75,7 +84,7 @@ class Decoder(Trunk):
 
     A subclass names its published class (NAME) and how the published `representation_config` becomes a frozen dataclass
     whose `fields` are the channels of the output layer in published order (CONFIG); it turns them into scenes (forward).
-    Raises ValueError for a resolution below 1 and whatever the trunk and the configuration do not know.
+    Raises ValueError for sizes below 1 and whatever the trunk and the configuration do not know.
     """
 
     NAME: str
@@ -85,9 +94,8 @@ class Decoder(Trunk):
         self, resolution: int, model_channels: int, latent_channels: int, num_blocks: int,
         *, representation_config: dict, **trunk,
     ):  # fmt: skip
+        check_whole("resolution", resolution), check_whole("latent_channels", latent_channels)
         super().__init__(latent_channels, model_channels, num_blocks, **trunk)
-        if resolution < 1:
-            raise ValueError(f"resolution {resolution} must be at least 1")
         self.resolution, self.latent_channels = resolution, latent_channels
         self.config = self.CONFIG.parse(representation_config)
         self.args = dict(
@@ -107,10 +115,18 @@ class Decoder(Trunk):
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a frozen one."""
+    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a frozen one.
+
+    Raises TypeError for other models than these, and for a decoder that is no DECODER; ValueError for latents that differ.
+    """
+
+    DECODER: type[Decoder] = Decoder
 
     def __init__(self, encoder: Encoder | None, decoder: Decoder):
         super().__init__()
+        if not (encoder is None or isinstance(encoder, Encoder)) or not isinstance(decoder, self.DECODER):
+            given = " and ".join(type(part).__name__ for part in (encoder, decoder))
+            raise TypeError(f"{type(self).__name__} takes Encoder (or None) and {self.DECODER.__name__}, not {given}")
         if encoder is not None and encoder.latent_channels != decoder.latent_channels:
             raise ValueError(
                 f"the encoder makes {encoder.latent_channels} latent channels, the decoder takes {decoder.latent_channels}"

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from kernels import bench, measure
+from kernels import bench, bench_attention, measure
 from kernels.attention import segment_attention_reference
 from kernels.bench_attention import Layout, _squares, attention_case, attention_work
 from kernels.bench_coords import _spconv_map
@@ -225,6 +225,22 @@ def test_an_unknown_op_is_an_error_that_lists_the_known(capsys):
     assert "unknown sort; known are window_attention, segment_attention" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/no/such/x.json"], "argument --json: there is no folder /no/such for x.json"),
+        (["--seconds", "-1"], "--seconds -1.0 must be finite and at least 0"),
+        (["--seconds", "nan"], "--seconds nan must be"),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_refused_before_anything_is_measured(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["gelu", *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_a_disagreement_is_the_exit_status(monkeypatch):
     monkeypatch.setattr(bench, "cases", lambda *_: [square(peers={"wrong": Impl(lambda x: x)})])
     assert bench.main(["gelu", "--device", "cpu", "--seconds", "0"]) == 1
@@ -272,7 +288,10 @@ def attention() -> Case:
 
 def test_attention_peers_agree(monkeypatch):
     """Every path around a peer's kernel: gathers, scatters, padding, block lists; the kernels stood in for on a CPU."""
+    told = {impl: why for impl, why in attention().peers.items() if isinstance(why, str)}
+    assert told["torch varlen_attn, rows gathered before"] == "absent: torch's varlen_attn needs a GPU"
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_stand_in)
+    monkeypatch.setattr(bench_attention, "_varlen", lambda device: bench_attention.flash)
     fake = types.SimpleNamespace(flash_attn_varlen_func=varlen_stand_in)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     case = attention()

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,37 @@ def test_another_python_must_be_there(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--also", "/no/such/python"])
     assert "--also /no/such/python is no Python that can be run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/no/such/x.json"], "argument --json: there is no folder /no/such for x.json"),
+        (["--markdown", "/no/such/x.md"], "argument --markdown: there is no folder /no/such for x.md"),
+        (["--json", os.sep], f"{os.sep} is a folder: name a file in it"),
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_refused_before_anything_is_built(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("kernels.compile._recorded", lambda args: pytest.fail("recorded"))
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_not_there_is_said_with_those_that_are(capsys, monkeypatch):
+    norm = Build("kernels.norm", "_layer_norm_fwd", (("x_ptr", "*fp16"),), (0,), (), (("C", 768),))
+    monkeypatch.setattr("kernels.compile._recorded", lambda args: json.dumps([asdict(norm) | {"targets": ["sm_90"]}]))
+    assert main(["--kernel", "nosuch"]) == 1
+    assert "no launch matches --kernel 'nosuch', --hot and --without; the kernels are _layer_norm_fwd" in capsys.readouterr().err
+
+
+def test_the_help_is_in_whole_sentences_and_names_the_choices(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "shared memory. options:" in text and "of fp16,bf16,fp32" in text and "attention, norms" in text
 
 
 @pytest.mark.parametrize("arguments", [["--target", "sm_91"], ["--dtype", "fp8"], ["--op", "sort"]])

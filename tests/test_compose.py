@@ -196,5 +196,7 @@ def test_whole_models_under_autocast(decoder, dtype):
     torch.manual_seed(0)
     with torch.autocast(DEVICE.type, dtype):
         rounded = loss(model, x, x.feats)
+        scenes = model.decoder(model.encoder(x).mode())  # latents in another type than the weights
+        assert all(t.isfinite().all() for t in vars(scenes[0]).values() if isinstance(t, torch.Tensor))
     assert_close(rounded, exact, 0.1)
     assert all(g.isfinite().all() for g in torch.autograd.grad(rounded, list(model.parameters())))

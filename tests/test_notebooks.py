@@ -48,6 +48,7 @@ def test_runs_from_top_to_bottom(file):
         assert drawn == any(f"plots.{name}(" in cell.source for name in ("throughput", "fractions", "hits_and_misses"))
     text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
     assert "as committed: " in text and "disagrees" not in text
+    assert GPU or "failed" not in text  # what needs a GPU is absent, which is no failure
     assert ("No figure of a GPU" in text) == (not GPU and not list((ROOT / "notebooks/results").glob("*.json")))
 
 

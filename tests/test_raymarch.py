@@ -322,8 +322,8 @@ def test_torch_compile_keeps_one_graph(device):
         ({"view_scene": [0, 1]}, "view_scene names scene 1 of 1"),
         ({"view_scene": [0, -1]}, "view_scene names scene -1 of 1"),
         ({"background": torch.zeros(3)}, r"background must be \[2, 3\], not \[3\]"),
-        ({"resolution": -8}, "resolution must be a whole number of voxels, at least 1, not -8"),
-        ({"resolution": 16.0}, "resolution must be a whole number of voxels, at least 1, not 16.0"),
+        ({"resolution": -8}, "resolution must be a whole number, at least 1, not -8"),
+        ({"resolution": 16.0}, "resolution must be a whole number, at least 1, not 16.0"),
         ({"resolution": 20}, r"position 0 of 4 is \[.*\], not \(whole number \+ 0.5\) / resolution 20"),
         (
             {"position": torch.tensor([[0.53125] * 3] * 3 + [[0.53125, 1.53125, 0.53125]])},

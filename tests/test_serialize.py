@@ -136,7 +136,7 @@ def test_compiles_without_breaking_the_graph(device):
 
 def test_wrong_input_is_refused():
     coords = voxels([10])
-    with pytest.raises(ValueError, match="window 0 must be at least 1"):
+    with pytest.raises(ValueError, match="window must be a whole number, at least 1, not 0"):
         serialized_windows(coords, 1, 0)
     with pytest.raises(ValueError, match="mode 'peano' is not one of z_order, z_order_transposed, hilbert"):
         serialized_windows(coords, 1, 4, "peano")
