@@ -289,13 +289,21 @@ def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
     assert "nowhere is not a folder" in refused(capsys, *TINY, "--data", "nowhere", "--out", tmp_path / "a")
     leaking = refused(capsys, *TINY, "--holdout-views", "5", "--out", tmp_path / "a")
     assert "5 held-out views, but its rgb features were made without only 4 of 20 frames: use --holdout-views 4" in leaking
-    assert "has no column feature_dinov2_16" in refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
+    message = refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
+    assert " feature_dinov2_16: it fits --features rgb --resolution 64 or --features rgb --resolution 16 (py -m train.prepare" in message
     empty = shutil.copytree(finished, tmp_path / "b", ignore=lambda *_: ["checkpoints"])
     assert "holds no checkpoint" in refused(capsys, "--resume", empty)
     encoder, decoder = finished / "checkpoints" / "encoder", finished / "checkpoints" / "decoder"
     assert "not an encoder" in refused(capsys, *TINY, "--encoder", decoder, "--out", tmp_path / "a")
     message = refused(capsys, *TINY, "--encoder", encoder, "--model.latent", "4", "--out", tmp_path / "a")
     assert "the encoder makes 8 latent channels, the decoder takes 4" in message
+    frozen = shutil.copytree(empty, tmp_path / "c")
+    assert f"{frozen} holds no trained encoder: the run is not finished" in refused(capsys, *TINY, "--encoder", frozen)
+    text = (frozen / "config.json").read_text()
+    (frozen / "config.json").write_text(text.replace('"encoder": null', '"encoder": "runs/first"'))
+    message = refused(capsys, *TINY, "--encoder", frozen)
+    assert f"{frozen} holds no trained encoder: it was trained on that of --encoder runs/first" in message
+    assert f"{tmp_path} holds no trained encoder: it is not a run folder" in refused(capsys, *TINY, "--encoder", tmp_path)
     with pytest.raises(ValueError, match="takes features of channels 50, the data has 51"):
         loop.load_encoder(finished, 51, 16)
     assert "device 'quantum'" in refused(capsys, *TINY, "--device", "quantum", "--out", tmp_path / "a")

@@ -4,6 +4,7 @@
     for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # never ends
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -182,8 +183,13 @@ class Dataset(torch.utils.data.Dataset):
         file = root / "metadata.csv"
         rows = read_metadata(root)
         if rows and self._flag not in rows[0]:
-            have = sorted(column for column in rows[0] if column.startswith("feature_"))
-            raise ValueError(f"{file} has no column {self._flag}: of features it has {', '.join(have) or 'none'}")
+            columns = [column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)]
+            have = [m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))]
+            use = " or ".join(f"--features {m[1]} --resolution {m[2] or 64}" for m in have)
+            raise ValueError(
+                f"{file} has no column {self._flag}: it fits {use or 'no --features'} "
+                f"(python -m train.prepare --resolution {self.resolution} makes features rgb for this resolution)"
+            )
         for row in rows:
             voxels, score = number(row, self._count, file), number(row, "aesthetic_score", file)
             reason = None

@@ -6,14 +6,16 @@ interruption changes it; where the rays of a radiance field start depends on the
 micro-batch, as published, averaged over micro-batches and ranks.
 """
 
+import errno
+import fcntl
 import json
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -94,6 +96,8 @@ class Run:
         if config.resume:
             self.folder = Path(config.resume)
             self._load(checkpoint.newest(self.folder / "checkpoints"))
+            if here.leads:
+                self._continued(json.loads((self.folder / "config.json").read_text())["steps"])
         else:
             self.folder = Path(here.agree(_new_folder(script, config.out) if here.leads else None))
         if here.leads:
@@ -175,6 +179,17 @@ class Run:
             self.done = state["step"]
         except KeyError as error:
             raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
+        if self.config.steps < self.done:
+            raise ValueError(f"--steps {self.config.steps} are fewer than the {self.done} that {self.folder} has done")
+
+    def _continued(self, steps: int) -> None:
+        """Say where another number of steps than before changes the learning rate."""
+        before, now = replace(self.config, steps=steps).lr_at(self.done), self.config.lr_at(self.done)
+        if before != now and self.done < self.config.steps:
+            print(
+                f"--steps {self.config.steps} instead of {steps} is another cosine: the learning rate after step {self.done} "
+                f"is {now:.2g}, not {before:.2g}"
+            )
 
 
 def _new_folder(script: str, out: str | None) -> Path:
@@ -202,6 +217,24 @@ def _numbered(parent: Path, script: str) -> Path:
             return folder
         except FileExistsError:
             continue
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder, until the end or the death of this process; ValueError where another process holds it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"run folder {folder} is in use by another process") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # file systems that know no locks
+                raise
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where data workers still have it open
 
 
 def fit(run: Run) -> None:
@@ -278,7 +311,12 @@ def main(
     run = None
     with ExitStack() as stack:
         try:
-            run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)), compare)
+            here = stack.enter_context(machine(config.device, config.deterministic))
+            if here.leads and config.resume:
+                stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
+            run = Run(script, config, build, here, compare)
+            if here.leads and not config.resume:
+                stack.enter_context(locked(run.folder))
             fit(run)
         except (ValueError, OSError, KeyboardInterrupt) as error:
             kept = run is not None and any((run.folder / "checkpoints").glob("step_*.safetensors"))
