@@ -53,7 +53,7 @@ def test_an_error_in_a_data_worker_is_told_without_its_traceback():
 
 
 def test_steps_are_saved_before_their_picture_is_drawn(tmp_path, capsys, monkeypatch):
-    def failing(pictures, file):
+    def failing(pictures, columns, title, file):
         raise OSError(f"could not write {file}")
 
     monkeypatch.setattr(loop.report, "picture", failing)

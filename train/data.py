@@ -169,6 +169,7 @@ class Dataset(torch.utils.data.Dataset):
         self._meshes = meshes
         self.skipped: Counter[str] = Counter()
         self._objects: dict[str, tuple[Path, int | None]] = {}  # sha256 -> root, voxels that metadata.csv promises
+        self._files: dict[str, str] = {}  # sha256 -> local_path
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:
             self._list(root)
@@ -209,6 +210,7 @@ class Dataset(torch.utils.data.Dataset):
                 self.skipped[reason] += 1
             else:
                 self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
+            self._files[row["sha256"]] = row.get("local_path", "")
 
     def summary(self) -> str:
         """What was listed and what was left out, in a line for a run's header."""
@@ -216,6 +218,10 @@ class Dataset(torch.utils.data.Dataset):
         listed = len(self._objects) + self.skipped.total()
         of = f"{len(self._objects)} of {listed} objects" + (f" ({left_out})" if left_out else "")
         return f"{of} in {', '.join(map(str, self.roots)) or 'no folder'}"
+
+    def title(self, name: str) -> str:
+        """What a reader calls an object: the stem of its local_path, or else the beginning of its sha256."""
+        return Path(self._files[name]).stem or name[:8]
 
     @property
     def channels(self) -> int:

@@ -123,11 +123,13 @@ class Run:
         return vae.decoder(x if self.latents else vae.encoder(x).mode())
 
     @torch.no_grad()
-    def sample(self) -> list[Tensor]:
-        """Rows of pictures [V, 3, H, W], held-out views of a few objects: the true ones above the model's."""
+    def sample(self) -> None:
+        """Draw held-out views of a few objects, the true ones above the model's, to SAMPLES/step_NNNNNNNN.png."""
         self.vae.eval()
         batch = self.objects.gallery()
-        return self.compare.show(self.decode(batch), batch)
+        title = f"train.{self.script}, step {self.done}: views never trained on (unseen: no view of that object was)"
+        file = self.folder / "samples" / f"step_{self.done:08d}.png"
+        report.picture(self.compare.show(self.decode(batch), batch), self.objects.captions(batch), title, file)
 
     def _draws(self, step: int, micro: int, x: SparseTensor, views: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior noise [N, latent] and black or white backgrounds [V, 3] of a micro-batch."""
@@ -262,7 +264,7 @@ def fit(run: Run) -> None:
                 if last or run.done % config.save_every == 0:
                     run.save()  # before the pictures: what is wrong with one must not cost the steps
                 if last or run.done % config.sample_every == 0:
-                    report.picture(run.sample(), folder / "samples" / f"step_{run.done:08d}.png")
+                    run.sample()
                     report.curves(log.rows, run.weights, folder / "curves.png")
             if stop:
                 break
