@@ -291,7 +291,7 @@ def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
     leaking = refused(capsys, *TINY, "--holdout-views", "5", "--out", tmp_path / "a")
     assert "5 held-out views, but its rgb features were made without only 4 of 20 frames: use --holdout-views 4" in leaking
     message = refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
-    assert " feature_dinov2_16: it fits --features rgb --resolution 64 or --features rgb --resolution 16 (python" in message
+    assert " feature_dinov2_16: it fits --features rgb --resolution 64 or --features rgb --resolution 16\n" in message
     empty = shutil.copytree(finished, tmp_path / "b", ignore=lambda *_: ["checkpoints"])
     assert "holds no checkpoint" in refused(capsys, "--resume", empty)
     encoder, decoder = finished / "checkpoints" / "encoder", finished / "checkpoints" / "decoder"

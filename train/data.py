@@ -186,11 +186,10 @@ class Dataset(torch.utils.data.Dataset):
         if rows and self._flag not in rows[0]:
             columns = [column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)]
             have = [m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))]
-            use = " or ".join(f"--features {m[1]} --resolution {m[2] or 64}" for m in have)
-            raise ValueError(
-                f"{file} has no column {self._flag}: it fits {use or 'no --features'} "
-                f"(python -m train.prepare --resolution {self.resolution} makes features rgb for this resolution)"
-            )
+            fits = [f"--features {m[1]} --resolution {m[2] or 64}" for m in have]
+            same = any(int(m[2] or 64) == self.resolution for m in have)
+            make = "" if same else f"; train.prepare --resolution {self.resolution} makes rgb features of that resolution"
+            raise ValueError(f"{file} has no column {self._flag}: it fits {' or '.join(fits) or 'no --features'}{make}")
         for row in rows:
             voxels, score = number(row, self._count, file), number(row, "aesthetic_score", file)
             reason = None
