@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.shapes import box, write_obj
-from tests.test_train import TINY, fresh
+from tests.test_train import fresh
 from train import checkpoint, prepare
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -125,7 +125,7 @@ class Config:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-        for name, fits, range in (
+        for name, fits, rule in (
             ("lr", 0 < self.lr < math.inf, "exceed 0 and be finite"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "be at least 0 and finite"),
             ("max_norm", self.max_norm > 0, "exceed 0"),
@@ -133,7 +133,7 @@ class Config:
             ("ema", 0 <= self.ema < 1, "lie in [0, 1)"),
         ):
             if not fits:
-                raise ValueError(f"{name} {getattr(self, name)} must {range}")
+                raise ValueError(f"{name} {getattr(self, name)} must {rule}")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         if self.resume and self.out:

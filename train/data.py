@@ -209,7 +209,7 @@ class Dataset(torch.utils.data.Dataset):
                 self.skipped[reason] += 1
             else:
                 self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
-            self._files[row["sha256"]] = row.get("local_path", "")
+                self._files[row["sha256"]] = row.get("local_path", "")
 
     def summary(self) -> str:
         """What was listed and what was left out, in a line for a run's header."""

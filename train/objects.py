@@ -58,7 +58,7 @@ class Objects:
     def captions(self, batch: Batch) -> list[str]:
         """What a picture says under each object of a batch: the stem of its file, and whether it is held out whole."""
         held_out = set(self.groups["held-out objects"])
-        return [self.train.title(name) + ("\n(unseen)" if name in held_out else "") for name in batch.names]
+        return [self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "") for name in batch.names]
 
     def gallery(self) -> Batch:
         """One fixed held-out view of a few objects."""
