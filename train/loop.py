@@ -124,7 +124,7 @@ class Run:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Draw held-out views of a few objects, the true ones above the model's, to SAMPLES/step_NNNNNNNN.png."""
+        """Draw held-out views of a few objects, the true ones above the model's, to samples/step_NNNNNNNN.png."""
         self.vae.eval()
         batch = self.objects.gallery()
         title = f"train.{self.script}, step {self.done}: views never trained on (unseen: no view of that object was)"
