@@ -136,9 +136,9 @@ def render_mesh_reference(
     far: float = 3.0,
 ) -> Image:
     """`render_mesh` view after view by the book, with autograd: the references of its stages, every face with every pixel."""
-    starts, first, views = _host(vertex_starts), _host(face_starts), []
+    starts, first, views = host_list("vertex_starts", vertex_starts), host_list("face_starts", face_starts), []
     matrix = projection(camera, near, far, vertices.dtype)
-    for v, s in enumerate(_host(view_scene)):
+    for v, s in enumerate(host_list("view_scene", view_scene)):
         own, triangles = slice(starts[s], starts[s + 1]), faces[first[s] : first[s + 1]]
         clip = to_clip_reference(vertices[own], matrix[v])
         rast = rasterize_reference(clip, triangles, camera.height, camera.width).to(clip)

@@ -26,8 +26,8 @@ BENCH = {
 }
 DECODERS = {"gaussian": 1500, "radiance": 1000, "mesh": 500}  # steps of the short trainings
 REHEARSED = {  # of BENCH
-    "attention": "rotary_attention", "passes": "gelu", "coordinates": "lookup", "renderers": "render_mesh", "sweeps": "attention_rows",
-    "training": "train_step",
+    "attention": "rotary_attention", "passes": "gelu", "coordinates": "lookup", "renderers": "render_mesh",
+    "sweeps": "attention_rows", "training": "train_step",
 }  # fmt: skip
 
 Commands = list[list[str]]  # each a command of python's

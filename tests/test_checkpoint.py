@@ -67,5 +67,20 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=r"step_00000003.safetensors is truncated"):
             checkpoint.load(file)
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="no state"):
+    with pytest.raises(ValueError, match="no state$"):
         checkpoint.load(file)
+
+
+def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(tmp_path):
+    files = [checkpoint.save(tmp_path, step, tensors(), {"step": step}) for step in (1, 2, 3)]
+    files[2].write_bytes(b"short")
+    with pytest.raises(ValueError, match="step_00000003.* is truncated.*; step_00000002.safetensors beside it is whole: delete"):
+        checkpoint.load(files[2])
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    with pytest.raises(ValueError, match="step_00000003.*; step_00000001.safetensors beside it is whole"):
+        checkpoint.load(files[2])
+    files[2].unlink()
+    files[0].unlink()
+    with pytest.raises(ValueError, match="step_00000002.*[^:]$") as refused:
+        checkpoint.load(files[1])
+    assert "beside" not in str(refused.value)

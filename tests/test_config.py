@@ -1,9 +1,11 @@
 """Flags, presets and config.json: every value reachable, every impossible one refused with its numbers."""
 
+import re
 from dataclasses import asdict, replace
 
 import pytest
 
+from train import mesh, radiance
 from train.config import Config, from_cli, read_config, write_config
 from train.gaussian import PRESETS
 
@@ -57,17 +59,18 @@ def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
         ("--preset huge", "invalid choice: 'huge'"),
         ("--steps many", "invalid int value: 'many'"),
         ("--steps 0", "steps 0 must be at least 1"),
-        ("--lr nan", "lr nan"),
-        ("--lr inf", "lr inf must exceed 0"),
-        ("--weight-decay inf", "weight_decay inf be at least 0, and both be finite"),
-        ("--weight-decay nan", "weight_decay nan"),
+        ("--lr nan", "error: lr nan must exceed 0 and be finite"),
+        ("--lr inf", "error: lr inf must exceed 0"),
+        ("--weight-decay inf", "error: weight_decay inf must be at least 0 and finite"),
+        ("--weight-decay nan", "error: weight_decay nan"),
+        ("--final-lr 2", "error: final_lr 2.0 must lie in [0, 1]"),
         ("--max-norm nan", "max_norm nan must exceed 0"),
         ("--model.mlp-ratio -1", "model.mlp_ratio -1.0 gives 64 channels no finite width"),
         ("--model.mlp-ratio 0.01", "model.mlp_ratio 0.01 gives 64 channels"),
         ("--model.mlp-ratio nan", "model.mlp_ratio nan"),
         ("--model.mlp-ratio inf", "model.mlp_ratio inf"),
         ("--model.logvar-init nan", "model.logvar_init nan must be finite"),
-        ("--ema 1", "ema 1.0 in [0, 1)"),
+        ("--ema 1", "error: ema 1.0 must lie in [0, 1)"),
         ("--image-size 8", "image_size 8 must be at least 16"),
         ("--resolution 2000", "resolution 2000 must be at most 1024"),
         ("--precision fp8", "precision 'fp8' is not one of fp32, bf16, fp16"),
@@ -88,6 +91,17 @@ def test_impossible_values_exit_with_a_message(line, message, capsys):
         parse(line)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 2, said  # usage and what is wrong
+
+
+@pytest.mark.parametrize("presets", [PRESETS, radiance.PRESETS, mesh.PRESETS], ids=["gaussian", "radiance", "mesh"])
+def test_help_says_what_every_flag_is_and_its_defaults(presets, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        from_cli("gaussian", presets, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    bare = re.findall(r"(--[a-z][\w.-]*) [A-Z]+ (?=\[|--)", said)
+    assert not bare
+    assert f"learning rate [{presets['demo'].lr:g}, 0.0001, 0.0001]" in said and "clip gradients to this norm" in said
+    assert f"new cosine [{presets['demo'].steps}, 100000, {presets['base'].steps}]" in said and "kept for evaluation [4]" in said
 
 
 def test_a_batch_must_divide_over_the_ranks(capsys):
@@ -130,9 +144,24 @@ def test_a_full_disk_leaves_the_recorded_config(tmp_path, monkeypatch):
 def test_bad_config_json_is_named(tmp_path):
     file = tmp_path / "config.json"
     write_config(parse(), "gaussian", file)
-    with pytest.raises(ValueError, match="config.json is not a run of train.mesh"):
+    with pytest.raises(ValueError, match="config.json does not describe a run of train.mesh: it is of another script"):
         read_config(file, "mesh", PRESETS)
     whole = file.read_text()
+    for old, new, said in (
+        ('"lr": 0.003', '"lr": "abc"', "lr is 'abc', not float"),
+        ('"lr": 0.003', '"lr": -1', "lr -1 must exceed 0"),
+        ('"steps": 800', '"steps": 1.5', "steps is 1.5, not int"),
+        ('"seed": 0', '"seed": true', "seed is True, not int"),
+        ('"encoder": null', '"encoder": 3', "encoder is 3, not str or NoneType"),
+        ('"data": []', '"data": "here"', "data is 'here', not list"),
+        ('"heads": 2', '"heads": null', "model.heads is None, not int"),
+    ):
+        assert old in whole
+        file.write_text(whole.replace(old, new))
+        with pytest.raises(ValueError, match=f"config.json does not describe a run of train.gaussian: {said}"):
+            read_config(file, "gaussian", PRESETS)
+    file.write_text(whole.replace('"lr": 0.003', '"lr": 1'))
+    assert read_config(file, "gaussian", PRESETS).lr == 1
     for broken in (whole[:40], whole.replace('"lr"', '"rate"'), whole.replace('"heads"', '"hats"'), "[]", "null", '"\x80"'):
         file.write_bytes(broken.encode("latin-1"))
         with pytest.raises(ValueError, match="config.json does not describe a run of train.gaussian"):

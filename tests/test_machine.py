@@ -24,7 +24,7 @@ def test_means_and_agreement_over_ranks(monkeypatch):
     assert here.mean(torch.tensor([1.0, 3.0])).tolist() == [3.0, 4.0] and here.agree(None) == "rank 0's" and not here.leads
 
 
-ABSENT = [("quantum", "device 'quantum'"), ("meta", "neither a CPU nor a GPU"), ("cuda:99", "GPUs")]
+ABSENT = [("gpu", "device 'gpu' is none of cpu, cuda, cuda:0"), ("meta", "none of"), ("cuda:-1", "none of"), ("cuda:99", "GPUs")]
 
 
 @pytest.mark.parametrize(("name", "message"), ABSENT)

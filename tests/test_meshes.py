@@ -292,7 +292,7 @@ def test_bad_files_are_named_and_skipped(tmp_path, capsys):
     assert prepare.main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, message in said.items():
-        (line,) = (line for line in lines if line.startswith(f"skipped {name}"))
+        (line,) = (line for line in lines if line.startswith(f"skipped {tmp_path}/in/{name}"))
         assert message in line, line
     assert f"1 objects (1 made, 0 there already), 6 views, {len(said)} skipped" in lines[-1]
 

@@ -35,6 +35,7 @@ def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
         assert [view_number(image) for image in objects.views(name, "train").image] == [0, 1, 2]
         assert [view_number(image) for image in objects.views(name, "holdout").image] == [3, 4]
     gallery = objects.gallery()
+    assert sorted(objects.captions(gallery)) == ["aa", "bb", "cc\n(unseen)"]  # without a local_path
     assert sorted(gallery.names) == ["aa", "bb", "cc"] and [view_number(image) for image in gallery.image] == [3, 3, 3]
 
 

@@ -117,7 +117,7 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
     "metadata empty": (cut(CSV, 0), CSV, " has no column sha256, only: nothing"),
     "count infinite": (text(CSV, ",9", ",-inf"), CSV, ": num_voxels_8 of aa is '-inf', not a finite number"),
     "no sha256 column": (text(CSV, "sha256", "hash"), CSV, " has no column sha256, only: hash, "),
-    "no such features": (text(CSV, "feature_rgb_8", "feature_dino"), CSV, " has no column feature_rgb_8: .* feature_dino"),
+    "no such features": (text(CSV, "feature_rgb_8", "feature_dino"), CSV, ".*_rgb_8: it fits --features dino --resolution 64; "),
     "count not a number": (text(CSV, ",9", ",many"), CSV, ": num_voxels_8 of aa is 'many', not a number"),
     "count contradicts": (text(CSV, ",9", ",12"), NPZ, " has 9 voxels, but num_voxels_8 in .*metadata.csv says 12"),
     "npz missing": (delete(NPZ), NPZ, " is missing"),

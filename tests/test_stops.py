@@ -53,7 +53,7 @@ def test_an_error_in_a_data_worker_is_told_without_its_traceback():
 
 
 def test_steps_are_saved_before_their_picture_is_drawn(tmp_path, capsys, monkeypatch):
-    def failing(pictures, file):
+    def failing(pictures, columns, title, file):
         raise OSError(f"could not write {file}")
 
     monkeypatch.setattr(loop.report, "picture", failing)
@@ -81,3 +81,38 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # each looks before the other has made its folder
     assert [loop._new_folder("gaussian", None) for _ in range(3)] == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
+
+
+def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(tmp_path, capsys):
+    fresh(tmp_path, "--steps", "2", "--eval-objects", "1")
+    before = (tmp_path / "config.json").read_text()
+    assert f"--steps 1 are fewer than the 2 that {tmp_path} has done" in refused(capsys, "--resume", tmp_path, "--steps", "1")
+    assert (tmp_path / "config.json").read_text() == before
+    train("--resume", tmp_path, "--steps", "2")
+    assert "another cosine" not in capsys.readouterr().out
+    train("--resume", tmp_path, "--steps", "4")  # before: 3e-3 * 0.03, the end of its cosine
+    said = "--steps 4 instead of 2 is another cosine: the learning rate after step 2 is 0.0015, not 9e-05"
+    assert said in capsys.readouterr().out and len(rows(tmp_path)) == 4
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
+    fresh(run := tmp_path / "run", "--steps", "2", "--eval-objects", "1")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with loop.locked(run):
+        assert f"error: run folder {run} is in use by another process" in refused(capsys, "--resume", run, "--steps", "9")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    held = []
+
+    def step(self, batches):
+        with pytest.raises(ValueError, match="in use"), loop.locked(self.folder):
+            pass
+        held.append(self.folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    for flags in (["--resume", run, "--steps", "9"], [*TINY, "--out", tmp_path / "new"]):
+        with pytest.raises(SystemExit, match="130"):
+            train(*flags)
+    assert held == [run, tmp_path / "new"]
+    with loop.locked(run), loop.locked(tmp_path / "new"):  # both gave it back
+        pass

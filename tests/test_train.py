@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
-from train import checkpoint, latents, loop
+from train import checkpoint, latents, loop, report
 from train.gaussian import PRESETS, build
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,8 @@ def test_a_run_leaves_everything_that_it_promises(finished):
         assert row["psnr"] > 5 and row["grad_norm"] > 0 and row["skipped"] == 0 and row["voxels_per_second"] > 0
     assert json.loads((finished / "config.json").read_text())["model"]["channels"] == 16
     assert [f.stem for f in sorted((finished / "checkpoints").glob("step*"))] == ["step_00000003", "step_00000006"]
-    assert size(finished / "samples" / "step_00000006.png") == (4 * 32, 2 * 32)  # 2 + 2 objects, truth above ours
+    width, height = size(finished / "samples" / "step_00000006.png")
+    assert width > 4 * 96 and height == 4 * report.LINE + 2 * 96  # 2 + 2 objects enlarged three times, truth above ours
     assert size(finished / "curves.png")[0] > 500
 
 
@@ -289,13 +290,21 @@ def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
     assert "nowhere is not a folder" in refused(capsys, *TINY, "--data", "nowhere", "--out", tmp_path / "a")
     leaking = refused(capsys, *TINY, "--holdout-views", "5", "--out", tmp_path / "a")
     assert "5 held-out views, but its rgb features were made without only 4 of 20 frames: use --holdout-views 4" in leaking
-    assert "has no column feature_dinov2_16" in refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
+    message = refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
+    assert " feature_dinov2_16: it fits --features rgb --resolution 64 or --features rgb --resolution 16\n" in message
     empty = shutil.copytree(finished, tmp_path / "b", ignore=lambda *_: ["checkpoints"])
     assert "holds no checkpoint" in refused(capsys, "--resume", empty)
     encoder, decoder = finished / "checkpoints" / "encoder", finished / "checkpoints" / "decoder"
     assert "not an encoder" in refused(capsys, *TINY, "--encoder", decoder, "--out", tmp_path / "a")
     message = refused(capsys, *TINY, "--encoder", encoder, "--model.latent", "4", "--out", tmp_path / "a")
     assert "the encoder makes 8 latent channels, the decoder takes 4" in message
+    frozen = shutil.copytree(empty, tmp_path / "c")
+    assert f"{frozen} holds no trained encoder: the run is not finished" in refused(capsys, *TINY, "--encoder", frozen)
+    text = (frozen / "config.json").read_text()
+    (frozen / "config.json").write_text(text.replace('"encoder": null', '"encoder": "runs/first"'))
+    message = refused(capsys, *TINY, "--encoder", frozen)
+    assert f"{frozen} holds no trained encoder: it was trained on that of --encoder runs/first" in message
+    assert f"{tmp_path} holds no trained encoder: it is not a run folder" in refused(capsys, *TINY, "--encoder", tmp_path)
     with pytest.raises(ValueError, match="takes features of channels 50, the data has 51"):
         loop.load_encoder(finished, 51, 16)
     assert "device 'quantum'" in refused(capsys, *TINY, "--device", "quantum", "--out", tmp_path / "a")

@@ -11,7 +11,7 @@ from PIL import Image as Picture
 
 import models
 from models import MeshDecoder
-from train import checkpoint, loop
+from train import checkpoint, loop, report
 from train.data import EMBEDDED
 from train.mesh import BASE, PRESETS, SMALL, build
 from train.surfaces import Surfaces
@@ -61,9 +61,10 @@ def test_a_run_leaves_shaded_pictures_scores_and_models(finished):
     for row in map(json.loads, (finished / "log.jsonl").read_text().splitlines()):
         assert row["loss"] == pytest.approx(sum(weight * row[name] for name, weight in weights.items()), rel=1e-5)
     with Picture.open(finished / "samples" / "step_00000003.png") as picture:
-        assert picture.size == (2 * 24, 6 * 24)  # an object of each group; shading, normals and colours, the true ones above ours
-        grey = np.asarray(picture)[: 2 * 24]
-    assert (grey == grey[..., :1]).all() and grey[24:].std() > 0
+        left, top, one = report.MARGIN, 4 * report.LINE, 96  # 24 enlarged
+        assert picture.height == top + 6 * one  # shading, normals and colours, the true ones above ours
+        grey = np.asarray(picture)[top : top + 2 * one, left : left + 2 * one]  # an object of each group
+    assert (grey == grey[..., :1]).all() and grey[one:].std() > 0
     surface = json.loads((finished / "evaluation.json").read_text())["surface"]
     assert surface.keys() == {"trained", "untrained"}
     for groups in surface.values():

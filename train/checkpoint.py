@@ -56,15 +56,30 @@ def newest(folder: Path) -> Path:
 
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) and the state that `save` was given; ValueError that names a file it cannot read."""
+    """The tensors (on the CPU) and the state that `save` was given; ValueError that names a file it cannot read.
+
+    It names the newest older checkpoint that can be read too, and how to go on from there.
+    """
     try:
         with safe_open(file, framework="pt") as content:
             state = json.loads((content.metadata() or {})["state"])
             return {name: content.get_tensor(name) for name in content.keys()}, state
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}{_older(file)}") from error
     except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not a checkpoint of a run: its header has no state") from error
+        raise ValueError(f"{file} is not a checkpoint of a run: its header has no state{_older(file)}") from error
+
+
+def _older(file: Path) -> str:
+    for other in sorted(file.parent.glob("step_*.safetensors"), reverse=True):
+        try:
+            with safe_open(other, framework="pt") as content:
+                whole = "state" in (content.metadata() or {})
+        except SafetensorError:
+            continue
+        if whole and other < file:
+            return f"; {other.name} beside it is whole: delete the damaged file to go on from there"
+    return ""
 
 
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

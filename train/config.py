@@ -29,10 +29,10 @@ def flag(default, help: str):
 class Sizes:
     """Sizes of the encoder and of the decoder, which mirror each other."""
 
-    channels: int = 768
-    blocks: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    channels: int = flag(768, "width of the transformer")
+    blocks: int = flag(12, "transformer blocks, in the encoder and in the decoder")
+    heads: int = flag(12, "attention heads; channels / heads is a multiple of 8 up to 128")
+    mlp_ratio: float = flag(4.0, "width of the MLP inside a block, in channels")
     window: int = flag(8, "edge of an attention window in voxels; odd blocks are shifted by half of it")
     latent: int = flag(8, "latent channels per voxel")
     logvar_init: float | None = flag(None, "log variance to start from (none: zero output layer, as published)")
@@ -56,10 +56,10 @@ class Sizes:
 class Weights:
     """What each loss term is multiplied by; a decoder's own terms are fields of a subclass."""
 
-    l1: float = 1.0
-    ssim: float = 0.2
-    lpips: float = flag(0.2, "needs --lpips")
-    kl: float = flag(1e-6, "of the posterior; off with --encoder")
+    l1: float = flag(1.0, "weight of the mean absolute difference of the pictures")
+    ssim: float = flag(0.2, "weight of 1 - SSIM")
+    lpips: float = flag(0.2, "weight of LPIPS; needs --lpips")
+    kl: float = flag(1e-6, "weight of the posterior's divergence from a unit Gaussian; off with --encoder")
 
     def __post_init__(self):
         for name, weight in asdict(self).items():
@@ -82,7 +82,7 @@ class Config:
     # the run
     out: str | None = flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
     resume: str | None = flag(None, "run folder to continue, exactly where it stopped")
-    seed: int = 0
+    seed: int = flag(0, "of the untrained weights, the order of objects, views, noise and backgrounds")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     deterministic: bool = flag(False, "only algorithms that give the same bits every time")
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
@@ -90,19 +90,21 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     eval_objects: int = flag(64, "most objects of each kind in the evaluation at the end")
     # the optimiser
-    steps: int = flag(750_000, "optimiser steps of the whole run")
+    steps: int = flag(
+        750_000, "optimiser steps of the whole run; changed with --resume, a learning rate that decays jumps to the new cosine"
+    )
     batch_size: int = flag(256, "objects in an optimiser step, over all ranks")
     micro_batch: int = flag(2, "objects in one forward pass on one rank")
     optimizer: str = flag("adamw", "adamw; or muon, orthogonal steps for the matrices inside blocks and adamw for the rest")
     precision: str = flag("fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32")
-    lr: float = 1e-4
+    lr: float = flag(1e-4, "learning rate")
     warmup: int = flag(0, "steps until the full learning rate")
     final_lr: float = flag(1.0, "fraction of lr that a cosine reaches at the last step; 1 is a constant lr")
-    weight_decay: float = 0.0
+    weight_decay: float = flag(0.0, "decoupled weight decay")
     max_norm: float = flag(1.0, "clip gradients to this norm or the 95th percentile of the last 1000, whichever is less")
     ema: float = flag(0.9999, "decay of the averaged weights")
     # what is trained
-    encoder: str | None = flag(None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a run folder")
+    encoder: str | None = flag(None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a finished run")
     lpips: str | None = flag(None, "file with the LPIPS (VGG16) weights")
     model: Sizes = Sizes()
     weights: Weights = Weights()
@@ -123,16 +125,19 @@ class Config:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
-            raise ValueError(f"lr {self.lr} must exceed 0, weight_decay {self.weight_decay} be at least 0, and both be finite")
-        if not (self.max_norm > 0 and 0 <= self.final_lr <= 1 and 0 <= self.ema < 1):
-            raise ValueError(
-                f"max_norm {self.max_norm} must exceed 0, final_lr {self.final_lr} lie in [0, 1], ema {self.ema} in [0, 1)"
-            )
+        for name, fits, rule in (
+            ("lr", 0 < self.lr < math.inf, "exceed 0 and be finite"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "be at least 0 and finite"),
+            ("max_norm", self.max_norm > 0, "exceed 0"),
+            ("final_lr", 0 <= self.final_lr <= 1, "lie in [0, 1]"),
+            ("ema", 0 <= self.ema < 1, "lie in [0, 1)"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} {getattr(self, name)} must {rule}")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         if self.resume and self.out:
-            raise ValueError(f"resume {self.resume} continues in its own folder: leave out {self.out!r} away")
+            raise ValueError(f"resume {self.resume} continues in its own folder, not in {self.out!r}")
 
     def micro_batches(self, world: int) -> int:
         """Forward passes of each of `world` ranks in a step; ValueError where the batch does not divide."""
@@ -179,16 +184,26 @@ def _parser(script: str, presets: dict[str, Config]) -> argparse.ArgumentParser:
     usage = f"{name} [--preset NAME] [--FLAG VALUE ...]   (--help lists the flags)"  # not 50 flags before every error
     parser = argparse.ArgumentParser(name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first = next(iter(presets))
+    parser.description = f"Values in brackets are the defaults of the presets {', '.join(presets)}, or of all of them."
     parser.add_argument("--preset", choices=list(presets), help=f"where every other value comes from (default: {first})")
+    values = [{name: value for name, _, value, _ in _leaves(config)} for config in presets.values()]
     for name, kind, _, help in _leaves(presets[first]):
         flag = "--" + name.replace("_", "-")
+        help = f"{help}{_defaults([v[name] for v in values])}".replace("%", "%%")
+        own = next(t for t in get_args(kind) or (kind,) if t is not NoneType)
         if kind is bool:
             parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=help)
         elif get_origin(kind) is tuple:
-            parser.add_argument(flag, dest=name, action="append", help=help)
+            parser.add_argument(flag, dest=name, action="append", metavar="DIR", help=help)
         elif name != "preset":
-            parser.add_argument(flag, dest=name, type=next(t for t in get_args(kind) or (kind,) if t is not NoneType), help=help)
+            parser.add_argument(flag, dest=name, type=own, metavar={int: "N", float: "X", str: "TEXT"}[own], help=help)
     return parser
+
+
+def _defaults(values: list) -> str:
+    """What --help shows of a flag's value in each preset; nothing where its text says what absence means."""
+    shown = ["off" if v is False else "none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    return "" if not any(v or v == 0 for v in values) else f" [{', '.join(shown if len(set(shown)) > 1 else shown[:1])}]"
 
 
 def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None = None, world: int = 1) -> Config:
@@ -237,6 +252,18 @@ def write_config(config: Config, script: str, file: Path) -> None:
     write_whole(file, json.dumps({"script": script} | values, indent=2) + "\n")
 
 
+def _check_kind(name: str, kind, recorded: dict) -> None:
+    """ValueError that names a field whose recorded value is not of its kind; an absent one has the preset's."""
+    group, _, leaf = name.rpartition(".")
+    values = recorded[group] if group else recorded
+    if leaf not in values:
+        return
+    value, kinds = values[leaf], (list,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
+    fits = type(value) in kinds or (float in kinds and type(value) is int)
+    if not fits or (kinds == (list,) and not all(isinstance(v, str) for v in value)):
+        raise ValueError(f"{name} is {value!r}, not {' or '.join(k.__name__ for k in kinds)}")
+
+
 def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
     """The Config that `write_config` recorded; ValueError that names the file where it is missing or does not fit."""
     if not file.is_file():
@@ -244,10 +271,13 @@ def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
     try:
         recorded = dict(json.loads(file.read_text()))
         if recorded.pop("script") != script:
-            raise ValueError(f"{file} is not a run of train.{script}")
-        recorded["data"] = tuple(recorded["data"])
+            raise ValueError("it is of another script")
         template = presets[recorded["preset"]]
+        for name, kind, _, _ in _leaves(template):
+            _check_kind(name, kind, recorded)
+        recorded["data"] = tuple(recorded["data"])
         nested = {name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")}
         return replace(template, **recorded | nested)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} does not describe a run of train.{script}: {error!r}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{file} does not describe a run of train.{script}: {reason}") from error

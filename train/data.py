@@ -4,6 +4,7 @@
     for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # never ends
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,6 +169,7 @@ class Dataset(torch.utils.data.Dataset):
         self._meshes = meshes
         self.skipped: Counter[str] = Counter()
         self._objects: dict[str, tuple[Path, int | None]] = {}  # sha256 -> root, voxels that metadata.csv promises
+        self._files: dict[str, str] = {}  # sha256 -> local_path
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:
             self._list(root)
@@ -182,8 +184,12 @@ class Dataset(torch.utils.data.Dataset):
         file = root / "metadata.csv"
         rows = read_metadata(root)
         if rows and self._flag not in rows[0]:
-            have = sorted(column for column in rows[0] if column.startswith("feature_"))
-            raise ValueError(f"{file} has no column {self._flag}: of features it has {', '.join(have) or 'none'}")
+            columns = [column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)]
+            have = [m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))]
+            fits = [f"--features {m[1]} --resolution {m[2] or 64}" for m in have]
+            same = any(int(m[2] or 64) == self.resolution for m in have)
+            make = "" if same else f"; train.prepare --resolution {self.resolution} makes rgb features of that resolution"
+            raise ValueError(f"{file} has no column {self._flag}: it fits {' or '.join(fits) or 'no --features'}{make}")
         for row in rows:
             voxels, score = number(row, self._count, file), number(row, "aesthetic_score", file)
             reason = None
@@ -203,6 +209,7 @@ class Dataset(torch.utils.data.Dataset):
                 self.skipped[reason] += 1
             else:
                 self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
+                self._files[row["sha256"]] = row.get("local_path", "")
 
     def summary(self) -> str:
         """What was listed and what was left out, in a line for a run's header."""
@@ -210,6 +217,10 @@ class Dataset(torch.utils.data.Dataset):
         listed = len(self._objects) + self.skipped.total()
         of = f"{len(self._objects)} of {listed} objects" + (f" ({left_out})" if left_out else "")
         return f"{of} in {', '.join(map(str, self.roots)) or 'no folder'}"
+
+    def title(self, name: str) -> str:
+        """What a reader calls an object: the stem of its local_path, or else the beginning of its sha256."""
+        return Path(self._files[name]).stem or name[:8]
 
     @property
     def channels(self) -> int:

@@ -10,25 +10,25 @@ from dataclasses import dataclass, replace
 
 from models import Encoder, GaussianDecoder, GaussianVAE
 from train import loop
-from train.config import Config, Sizes, Weights
+from train.config import Config, Sizes, Weights, flag
 
 
 @dataclass(frozen=True)
 class GaussianSizes(Sizes):
     """The decoder's head; the fixed rest of the published representation is in `build`."""
 
-    per_voxel: int = 32
-    opacity_bias: float = 0.1  # of an untrained Gaussian
-    scaling_bias: float = 4e-3  # of an untrained Gaussian, world units; 0.256 voxels at 64^3
-    scaling_activation: str = "softplus"  # or exp
+    per_voxel: int = flag(32, "Gaussians in a voxel")
+    opacity_bias: float = flag(0.1, "opacity of an untrained Gaussian")
+    scaling_bias: float = flag(4e-3, "size of an untrained Gaussian, world units; 0.004 is 0.256 voxels at 64^3")
+    scaling_activation: str = flag("softplus", "what makes sizes positive: softplus or exp")
 
 
 @dataclass(frozen=True)
 class GaussianWeights(Weights):
-    """Penalties of the Gaussians: mean volume in world units, mean squared transparency."""
+    """Penalties of the Gaussians."""
 
-    volume: float = 1e4
-    opacity: float = 1e-3
+    volume: float = flag(1e4, "weight of the Gaussians' mean volume in world units")
+    opacity: float = flag(1e-3, "weight of their mean squared transparency")
 
 
 BASE = Config(model=GaussianSizes(), weights=GaussianWeights())

@@ -1,6 +1,7 @@
 """A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and kept on disk."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from train.data import Batch
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
     """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of its weights' file.
 
-    Raises ValueError for another kind of model, and for one of other feature channels or another resolution.
+    Raises ValueError for another kind of model, for one of other feature channels or another resolution, and for a run
+    without an encoder of its own.
     """
     path = Path(path)
     prefix = path / "checkpoints" / "encoder" if path.is_dir() else path
+    if path.is_dir() and not prefix.with_suffix(".json").is_file():
+        raise ValueError(f"{path} holds no trained encoder: {_why_not(path / 'config.json')}")
     encoder = models.load_pretrained(prefix)
     if not isinstance(encoder, Encoder):
         raise ValueError(f"{prefix}.json is a {type(encoder).__name__}, not an encoder")
@@ -28,6 +32,13 @@ def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Enco
         if own != given:
             raise ValueError(f"{prefix}.json takes features of {what} {own}, the data has {given}")
     return encoder.eval().requires_grad_(False), hashlib.sha256(Path(f"{prefix}.safetensors").read_bytes()).hexdigest()
+
+
+def _why_not(config: Path) -> str:
+    if not config.is_file():
+        return "it is not a run folder"
+    encoder = json.loads(config.read_text()).get("encoder")
+    return f"it was trained on that of --encoder {encoder}" if encoder else "the run is not finished, --resume it"
 
 
 class Latents:

@@ -6,14 +6,16 @@ interruption changes it; where the rays of a radiance field start depends on the
 micro-batch, as published, averaged over micro-batches and ranks.
 """
 
+import errno
+import fcntl
 import json
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -94,6 +96,8 @@ class Run:
         if config.resume:
             self.folder = Path(config.resume)
             self._load(checkpoint.newest(self.folder / "checkpoints"))
+            if here.leads:
+                self._continued(json.loads((self.folder / "config.json").read_text())["steps"])
         else:
             self.folder = Path(here.agree(_new_folder(script, config.out) if here.leads else None))
         if here.leads:
@@ -119,11 +123,13 @@ class Run:
         return vae.decoder(x if self.latents else vae.encoder(x).mode())
 
     @torch.no_grad()
-    def sample(self) -> list[Tensor]:
-        """Rows of pictures [V, 3, H, W], held-out views of a few objects: the true ones above the model's."""
+    def sample(self) -> None:
+        """Draw held-out views of a few objects, the true ones above the model's, to samples/step_NNNNNNNN.png."""
         self.vae.eval()
         batch = self.objects.gallery()
-        return self.compare.show(self.decode(batch), batch)
+        title = f"train.{self.script}, step {self.done}: views never trained on (unseen: no view of that object was)"
+        file = self.folder / "samples" / f"step_{self.done:08d}.png"
+        report.picture(self.compare.show(self.decode(batch), batch), self.objects.captions(batch), title, file)
 
     def _draws(self, step: int, micro: int, x: SparseTensor, views: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior noise [N, latent] and black or white backgrounds [V, 3] of a micro-batch."""
@@ -175,6 +181,17 @@ class Run:
             self.done = state["step"]
         except KeyError as error:
             raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
+        if self.config.steps < self.done:
+            raise ValueError(f"--steps {self.config.steps} are fewer than the {self.done} that {self.folder} has done")
+
+    def _continued(self, steps: int) -> None:
+        """Say where another number of steps than before changes the learning rate."""
+        before, now = replace(self.config, steps=steps).lr_at(self.done), self.config.lr_at(self.done)
+        if before != now and self.done < self.config.steps:
+            print(
+                f"--steps {self.config.steps} instead of {steps} is another cosine: the learning rate after step {self.done} "
+                f"is {now:.2g}, not {before:.2g}"
+            )
 
 
 def _new_folder(script: str, out: str | None) -> Path:
@@ -204,6 +221,24 @@ def _numbered(parent: Path, script: str) -> Path:
             continue
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder, until the end or the death of this process; ValueError where another process holds it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"run folder {folder} is in use by another process") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # file systems that know no locks
+                raise
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where data workers still have it open
+
+
 def fit(run: Run) -> None:
     """Train to the last step with a progress line, checkpoints and pictures, then conclude.
 
@@ -229,7 +264,7 @@ def fit(run: Run) -> None:
                 if last or run.done % config.save_every == 0:
                     run.save()  # before the pictures: what is wrong with one must not cost the steps
                 if last or run.done % config.sample_every == 0:
-                    report.picture(run.sample(), folder / "samples" / f"step_{run.done:08d}.png")
+                    run.sample()
                     report.curves(log.rows, run.weights, folder / "curves.png")
             if stop:
                 break
@@ -278,7 +313,12 @@ def main(
     run = None
     with ExitStack() as stack:
         try:
-            run = Run(script, config, build, stack.enter_context(machine(config.device, config.deterministic)), compare)
+            here = stack.enter_context(machine(config.device, config.deterministic))
+            if here.leads and config.resume:
+                stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
+            run = Run(script, config, build, here, compare)
+            if here.leads and not config.resume:
+                stack.enter_context(locked(run.folder))
             fit(run)
         except (ValueError, OSError, KeyboardInterrupt) as error:
             kept = run is not None and any((run.folder / "checkpoints").glob("step_*.safetensors"))

@@ -67,10 +67,11 @@ class Pictures(nn.Module):
         terms = self.reconstruction(image.color, target) | models.penalties(scenes)
         return terms, psnr(image.color, target).mean()
 
-    def show(self, scenes: Sequence[Scene], batch: Batch) -> list[Tensor]:
-        """Rows of a sample picture, [V, 3, H, W] on white: the true views, and the scenes from there."""
+    def show(self, scenes: Sequence[Scene], batch: Batch) -> dict[str, Tensor]:
+        """Rows of a sample picture by name, [V, 3, H, W] on white: the true views, and the scenes from there."""
         white = batch.image.new_ones(len(batch.image), 3)
-        return [composite(batch.image, white), models.render(scenes, batch.camera, batch.view_scene, white).color]
+        ours = models.render(scenes, batch.camera, batch.view_scene, white).color
+        return {"truth": composite(batch.image, white), "ours": ours}
 
     def measure(self, decoders: Mapping[str, Callable], objects: object) -> tuple[dict, str]:
         """Scores beyond those of pictures, for evaluation.json, and their table: none."""

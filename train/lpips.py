@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_file(weights, partial)
         partial.replace(args.out)
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"train.lpips: {error}", file=sys.stderr)
+        print(f"python -m train.lpips: {error}", file=sys.stderr)
         return 2
     print(f"{len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} numbers -> {args.out}")
     return 0

@@ -18,16 +18,16 @@ from train.surfaces import Surfaces
 class MeshWeights(Weights):
     """The published terms. l1, ssim and lpips are of the colours, whose published sum overwrites itself: l1 + 0.1 (l1 + ...)."""
 
-    l1: float = flag(1.1, "of the colours on black; 1 + 0.1 as published")
-    ssim: float = 0.02
-    lpips: float = flag(0.02, "needs --lpips")
-    mask: float = flag(1.0, "of the coverage")
-    depth: float = 10.0
-    normal_l1: float = 1.0
-    normal_ssim: float = 0.2
-    normal_lpips: float = flag(0.2, "needs --lpips")
-    tsdf: float = flag(0.01, "of signed distances to the true surface along the views' rays")
-    regularization: float = 1.0
+    l1: float = flag(1.1, "weight of the mean absolute difference of the colours on black; 1 + 0.1 as published")
+    ssim: float = flag(0.02, "weight of 1 - SSIM of the colours")
+    lpips: float = flag(0.02, "weight of LPIPS of the colours; needs --lpips")
+    mask: float = flag(1.0, "weight of the coverage's difference")
+    depth: float = flag(10.0, "weight of the depth's difference")
+    normal_l1: float = flag(1.0, "weight of the mean absolute difference of the normals")
+    normal_ssim: float = flag(0.2, "weight of 1 - SSIM of the normals")
+    normal_lpips: float = flag(0.2, "weight of LPIPS of the normals; needs --lpips")
+    tsdf: float = flag(0.01, "weight of the error of signed distances along the views' rays")
+    regularization: float = flag(1.0, "weight of the surface's own regularisers")
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,17 @@ def read_mesh(path: Path) -> Mesh:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 over the file and every file that it names (MTL, images, glTF buffers), missing ones as nothing."""
+    """sha256 over the file and every file that it names (MTL, images, glTF buffers); of a file that names none, its own."""
     digest, parts = hashlib.sha256(path.read_bytes()), []
     if path.suffix.lower() == ".obj":
         for value in _values(path, "mtllib"):
-            for library in filter(None, _libraries(path.parent, value).values()):
-                images = [_map_name(name)[0] for name in _values(library, "map_Kd") + _values(library, "map_d")]
-                parts += [library, *(find(library.parent, name) for name in images)]
+            for library in _libraries(path.parent, value).values():
+                maps = _values(library, "map_Kd") + _values(library, "map_d") if library else []
+                parts += [library, *(find(library.parent, _map_name(value)[0]) for value in maps)]
     elif path.suffix.lower() in (".glb", ".gltf"):
         parts = [find(path.parent, name) for name in gltf_files(path)]
-    for part in filter(None, parts):
-        digest.update(part.read_bytes())
+    for part in parts:  # each by its own digest: where one ends counts, and whether it is there
+        digest.update(hashlib.sha256(part.read_bytes()).digest() if part else b"absent")
     return digest.hexdigest()
 
 

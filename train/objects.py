@@ -55,6 +55,11 @@ class Objects:
         """All "train" or all "holdout" views of one object."""
         return collate([self.all[views].item(name)]).to(self.here.device)
 
+    def captions(self, batch: Batch) -> list[str]:
+        """What a picture says under each object of a batch: the stem of its file, and whether it is held out whole."""
+        held_out = set(self.groups["held-out objects"])
+        return [self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "") for name in batch.names]
+
     def gallery(self) -> Batch:
         """One fixed held-out view of a few objects."""
         names = [name for group, count in GALLERY.items() for name in self.groups[group][:count]]

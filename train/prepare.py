@@ -1,7 +1,8 @@
 """Textured meshes -> a dataset in the layout of TRELLIS.
 
     pip install '.[prepare]'
-    python -m train.prepare MESHES... --out DIR
+    python -m train.prepare MESHES... --out DIR                    # for the presets small and base (with --features rgb)
+    python -m train.prepare MESHES... --out DIR --resolution 16    # for demo
 
 MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, folders that are searched for them, or lists: text files (.txt) of
 lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the paths relative to --root. What comes out:
@@ -14,11 +15,14 @@ lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the paths relati
     voxels/SHA.ply                      vertices (index + 0.5) / 64 - 0.5 of the surface cells; voxels_R for other sizes
     features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens float16 [V, 50] (train.voxelize); features/rgb_R
 
-SHA is the sha256 of the mesh file. Columns: sha256, file_identifier and local_path (the path below --root or the folder),
-aesthetic_score (5.0: not a judgement, but it passes the published filter of 4.5), captions (JSON list), rendered, voxelized,
-num_voxels, feature_rgb, and the last three again as voxelized_R, num_voxels_R, feature_rgb_R for sizes other than 64,
-split (train or test: whole objects held out). Held-out frames are spread over the quasi-random sequence and moved to its
-end, so that they are no worse placed than the others; `rgb` features never see them.
+SHA is the sha256 of the mesh file and of the materials, textures and buffers that it names: objects that differ in any of
+them are different objects, and copies are made once. (So an edited mesh is a new object; the old one's row stays.)
+
+Columns: sha256, file_identifier and local_path (the path below --root or the folder), aesthetic_score (5.0: not a judgement,
+but it passes the published filter of 4.5), captions (JSON list), rendered, voxelized, num_voxels, feature_rgb, and the last
+three again as voxelized_R, num_voxels_R, feature_rgb_R for sizes other than 64, split (train or test: whole objects held out).
+Held-out frames are spread over the quasi-random sequence and moved to its end, so that they are no worse placed than the
+others; `rgb` features never see them.
 
 A run can be interrupted: files are written under another name and renamed when complete, and the same command goes on
 where it stopped. A mesh that cannot be used is reported with its reason and skipped.
@@ -34,9 +38,11 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +72,9 @@ class Settings:
         for name, low, high in (("views", 1, 1000), ("size", 8, 4096), ("supersample", 1, 16)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} {getattr(self, name)} is not in {low} to {high}")
-        if not 0 <= self.holdout_views < self.views:
+        if self.holdout_views < 0:
+            raise ValueError(f"{self.holdout_views} held-out views: must not be negative")
+        if self.holdout_views >= self.views:
             raise ValueError(f"{self.holdout_views} held-out views of {self.views} leave none to train on")
         if not self.resolution or not all(2 <= R <= 256 for R in self.resolution):
             raise ValueError(f"resolution {self.resolution} is not in 2 to 256, what uint8 indices hold")
@@ -80,7 +88,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Source:
-    """One mesh to prepare: where it is, what the metadata calls it, and its sha256 (empty until read)."""
+    """One mesh to prepare: where it is, what the metadata calls it, and the hash of its content (empty until read)."""
 
     path: Path
     identifier: str
@@ -136,7 +144,6 @@ def prepare_object(source: Source, settings: Settings) -> Result:
     partial = folder.with_name(folder.name + ".partial")
     try:
         recipe = {k: v for k, v in asdict(settings).items() if k in ("views", "holdout_views", "size", "supersample", "seed")}
-        recipe["content"] = content_hash(source.path)
         counts = _finished(settings, source.sha256, recipe)
         if counts is not None:
             return Result(source, _row(source, settings, counts))
@@ -161,16 +168,35 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         (partial / "transforms.json").write_text(json.dumps(transforms, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        return Result(source, _row(source, settings, counts), notes=tuple(mesh.notes), made=True)
+        notes = tuple(_located(source, note) for note in mesh.notes)
+        return Result(source, _row(source, settings, counts), notes=notes, made=True)
     except (ValueError, OSError, MemoryError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error) or type(error).__name__
-        return Result(source, failure=reason if reason.startswith(source.path.name) else f"{source.path.name}: {reason}")
+        return Result(source, failure=_located(source, str(error) or type(error).__name__))
+
+
+def _located(source: Source, message: str) -> str:
+    """A message about a mesh, which may begin with its file's name, with its path as the command was told it."""
+    rest = message.removeprefix(source.path.name)
+    return f"{source.path}: {message}" if rest == message else f"{source.path}{rest}"
+
+
+def prepare_copies(copies: list[Source], settings: Settings) -> list[Result]:
+    """Prepare the first of several meshes of the same content that can be used."""
+    results, used = [], None
+    for source in copies:
+        if used:
+            results.append(Result(source, failure=f"{source.path}: the same mesh, materials and textures as {used.path}"))
+        else:
+            results.append(prepare_object(source, settings))
+            used = source if results[-1].row else None
+    return results
 
 
 def _render(mesh: Mesh, source: Source, settings: Settings, folder: Path, grids: dict) -> list[dict]:
     """Write the views, let the grids see those for training, and return the frames of transforms.json."""
-    r0, r1 = np.random.default_rng([settings.seed, int(source.sha256[:15], 16)]).random(2)
+    mesh_file = hashlib.sha256(source.path.read_bytes()).hexdigest()  # not SHA: repainted copies are seen from the same sides
+    r0, r1 = np.random.default_rng([settings.seed, int(mesh_file[:15], 16)]).random(2)
     caster, frames, shown = Caster(mesh), [], False
     for frame, i in enumerate(frame_order(settings.views, settings.holdout_views)):
         pose = camera_to_world(*direction(i, settings.views, r0, r1))
@@ -187,7 +213,7 @@ def _render(mesh: Mesh, source: Source, settings: Settings, folder: Path, grids:
 
 
 def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | None:
-    """Voxel counts of an object whose files are all there, whole and made from the same content, else None: it is made anew."""
+    """Voxel counts of an object whose files are all there and whole, else None: it is made anew."""
     folder = settings.out / "renders" / sha
     if not (folder / "transforms.json").is_file():
         return None
@@ -197,12 +223,12 @@ def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | No
     except (ValueError, LookupError, TypeError, AttributeError):  # cut short or not what was written
         return None
     for name in recipe:
-        if name != "content" and was.get(name) != recipe[name]:
+        if was.get(name) != recipe[name]:
             raise ValueError(f"{folder} was made with {name} {was.get(name)}, not {recipe[name]}: choose another --out")
     files = [folder / "mesh.ply", *frames]
     for R in settings.resolution:
         files += [settings.voxels(R, sha)] + ([settings.feature(R, sha)] if settings.features else [])
-    if was.get("content") != recipe["content"] or not all(f.is_file() and f.stat().st_size for f in files):
+    if not all(f.is_file() and f.stat().st_size for f in files):
         return None
     counts = {R: ply_count(settings.voxels(R, sha)) for R in settings.resolution}
     return None if None in counts.values() else counts
@@ -220,32 +246,35 @@ def _row(source: Source, settings: Settings, counts: dict[int, int]) -> dict:
     return row
 
 
-def _hashed(sources: list[Source]) -> tuple[list[Source], list[Result]]:
-    """Sources with their sha256, each content once, and a Result for every file that is a copy or cannot be read."""
-    first, refused = {}, []
+def _hashed(sources: list[Source]) -> tuple[list[list[Source]], list[Result]]:
+    """Sources with the hash of their content, those of one content together, and a Result for every one that cannot be read."""
+    copies, refused = {}, []
     for source in sources:
         try:
-            sha = hashlib.sha256(source.path.read_bytes()).hexdigest()
+            hashed = replace(source, sha256=content_hash(source.path))
         except OSError as error:
-            refused.append(Result(source, failure=f"{source.path.name}: {error.strerror}"))
-            continue
-        if sha in first:
-            refused.append(Result(source, failure=f"{source.path.name}: same sha256 as {first[sha].identifier}"))
+            own = error.filename is None or Path(error.filename) == source.path
+            what = error.strerror or str(error)
+            refused.append(Result(source, failure=_located(source, what if own else f"{error.filename}: {what}")))
+        except ValueError as error:
+            refused.append(Result(source, failure=_located(source, str(error))))
         else:
-            first[sha] = Source(source.path, source.identifier, source.split, source.caption, sha)
-    return list(first.values()), refused
+            copies.setdefault(hashed.sha256, []).append(hashed)
+    return list(copies.values()), refused
 
 
 def run(sources: list[Source], settings: Settings, workers: int) -> int:
     """Prepare all sources, print what happened and return the exit code: 0, 1 if nothing could be used, 130 if interrupted."""
-    start, results, code = time.perf_counter(), [], 0
-    settings.out.mkdir(parents=True, exist_ok=True)
-    sources, refused = _hashed(sources)
-    bar = tqdm(total=len(sources), desc="prepare", unit="object")
+    start, code = time.perf_counter(), 0
+    (objects, refused), results = _hashed(sources), []
+    if objects:
+        try:
+            settings.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {settings.out} cannot be a folder: {error.strerror}") from error
+    bar = tqdm(total=len(sources), desc="prepare", unit="object", disable=None)  # none where its lines would mix with the others
     try:
-        for result in refused:
-            bar.write(f"skipped {result.failure}")
-        for result in _results(sources, settings, workers):
+        for result in chain(refused, _results(objects, settings, workers)):
             results.append(result)
             bar.update()
             bar.set_postfix_str(result.source.path.stem, refresh=False)
@@ -261,27 +290,27 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
         rows = [r.row for r in results if r.row]
         if rows:
             write_metadata(settings.out, sorted(rows, key=lambda row: row["file_identifier"]))
-    made, failed = sum(r.made for r in results), sum(bool(r.failure) for r in [*results, *refused])
+    made, failed = sum(r.made for r in results), sum(bool(r.failure) for r in results)
     print(
         f"{len(rows)} objects ({made} made, {len(rows) - made} there already), {made * settings.views} views, "
         f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
     )
     if code == 130:
-        print(f"interrupted with {len(sources) - len(results)} objects to do: the same command goes on")
+        print(f"interrupted with {len(sources) - len(results)} meshes to do: the same command goes on")
     return code or int(not rows)
 
 
-def _results(sources: list[Source], settings: Settings, workers: int):
+def _results(objects: list[list[Source]], settings: Settings, workers: int) -> Iterator[Result]:
     if workers <= 1:
-        for source in sources:
-            yield prepare_object(source, settings)
+        for copies in objects:
+            yield from prepare_copies(copies, settings)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
     # the parent alone answers Ctrl-C
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            for future in as_completed([pool.submit(prepare_object, source, settings) for source in sources]):
-                yield future.result()
+            for future in as_completed([pool.submit(prepare_copies, copies, settings) for copies in objects]):
+                yield from future.result()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
@@ -291,14 +320,15 @@ def _results(sources: list[Source], settings: Settings, workers: int):
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    p = argparse.ArgumentParser("train.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("python -m train.prepare", description=__doc__, formatter_class=as_written)
     p.add_argument("meshes", nargs="+", type=Path, metavar="MESHES", help="files, folders, or .txt lists of files")
     p.add_argument("--out", type=Path, required=True, help="the dataset's folder; an unfinished one is continued")
     p.add_argument("--root", type=Path, default=Path(), help="what paths in lists are relative to (default: here)")
-    p.add_argument("--resolution", type=int, nargs="+", default=[64], help="voxels a side (default: 64)")
+    p.add_argument("--resolution", type=int, nargs="+", default=[64], help="voxels a side (default: 64; preset demo needs 16)")
     p.add_argument("--views", type=int, default=150, help="views of each object, held-out ones included (default: 150)")
     p.add_argument("--holdout-views", type=int, default=4, help="how many of them are held out (default: 4)")
-    p.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
+    p.add_argument("--size", type=int, default=512, help="pixels a side; presets shrink them (default: 512)")
     p.add_argument("--supersample", type=int, default=2, help="rays a pixel: this number squared (default: 2)")
     p.add_argument("--features", choices=["rgb", "none"], default="rgb", help="per-voxel features (default: rgb)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -311,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
     if importlib.util.find_spec("embreex") is None:
-        print("train.prepare needs embreex: pip install '.[prepare]'", file=sys.stderr)
+        print("python -m train.prepare needs embreex: pip install '.[prepare]'", file=sys.stderr)
         return 2
     try:
         features = None if args.features == "none" else args.features
@@ -319,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings(args.out, tuple(dict.fromkeys(args.resolution)), *frames, features, args.seed)
         return run(collect(args.meshes, args.root), settings, args.workers)
     except (ValueError, OSError) as error:
-        print(f"train.prepare: {error}", file=sys.stderr)
+        print(f"python -m train.prepare: {error}", file=sys.stderr)
         return 2
 
 

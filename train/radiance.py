@@ -17,8 +17,8 @@ from train.config import Config, Sizes, flag
 class RadianceSizes(Sizes):
     """The field inside a voxel."""
 
-    rank: int = 16
-    dim: int = 8
+    rank: int = flag(16, "products of three vectors that a voxel's field is the sum of")
+    dim: int = flag(8, "samples along each of those vectors")
     density_scale: float = flag(1.0, "multiplies the raw densities; 1 as published")
     trivec_std: float = flag(0.0, "spread of the untrained vectors around 1; at 0, as published, a voxel's ranks start equal")
 

@@ -8,9 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image as Picture
+from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +22,8 @@ from train.config import OPTIMIZERS, Config, write_whole
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
+TEXT, LINE, MARGIN = 11, 15, 58  # of sample pictures, in pixels: font, distance of lines, room for the names of rows
+LEAST = 96  # pixels of an image there, so that its caption fits
 
 
 def recipe(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
@@ -130,11 +135,25 @@ class Progress:
         self.bar.close()
 
 
-def picture(rows: Sequence[Tensor], file: Path) -> None:
-    """Write rows of images, each [V, 3, H, W] in [0, 1], as one PNG: ground truth above reconstruction."""
-    grid = torch.cat([torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows], dim=1)  # [3, rows * H, V * W]
+def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file: Path) -> None:
+    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions; small images are enlarged."""
+    zoom = -(-LEAST // next(iter(rows.values())).shape[-1])
+    grid = torch.cat([torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows.values()], dim=1)
+    pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)
+    height, width = pixels.shape[0] // len(rows), pixels.shape[1] // len(columns)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), TEXT)
+    least = MARGIN + int(font.getlength(title))
+    sheet = Picture.new("RGB", (max(MARGIN + pixels.shape[1], least), 4 * LINE + pixels.shape[0]), "white")
+    sheet.paste(Picture.fromarray(pixels), (MARGIN, 4 * LINE))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((4, 2), title, "black", font)
+    for i, caption in enumerate(columns):
+        lines = "\n".join(line[: width // TEXT + 6] for line in caption.split("\n"))
+        draw.multiline_text((MARGIN + (i + 0.5) * width, 4 * LINE - 3), lines, "black", font, "md", align="center")
+    for i, name in enumerate(rows):
+        draw.multiline_text((4, 4 * LINE + (i + 0.5) * height), name, "black", font, "lm")
     file.parent.mkdir(parents=True, exist_ok=True)
-    Picture.fromarray((grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
+    sheet.save(file, optimize=True)
 
 
 def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
@@ -148,18 +167,22 @@ def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
 
 def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) -> None:
     """Draw the loss with its weighted terms (log scale) and the PSNR of the training views against the step."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps, width = [row["step"] for row in rows], max(1, len(rows) // 50)
-    for name, weight in {"loss": 1.0, **weights}.items():
-        values = [None if row.get(name) is None else weight * row[name] for row in rows]
-        left.plot(steps, _smoothed(values, width), label=name, linewidth=2 if name == "loss" else 1)
+    marker = "." if len(rows) == 1 else ""
+    for i, (name, weight) in enumerate({"loss": 1.0, **weights}.items()):
+        values, style = [None if row.get(name) is None else weight * row[name] for row in rows], "-" if i < 10 else "--"
+        left.plot(steps, _smoothed(values, width), style, marker=marker, label=name, linewidth=2 if name == "loss" else 1)
     left.set(xlabel="step", yscale="log", title="loss and its weighted terms")
-    left.legend(frameon=False, loc="lower left", ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6)
     psnr = [row.get("psnr") for row in rows]
     right.plot(steps, [float("nan") if p is None else p for p in psnr], alpha=0.25, linewidth=0.7)
-    right.plot(steps, _smoothed(psnr, width), color="C0")
+    right.plot(steps, _smoothed(psnr, width), color="C0", marker=marker)
     right.set(xlabel="step", ylabel="dB", title="PSNR of the training views")
-    right.grid(alpha=0.3)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(0, 1.02 * max(steps, default=1))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     figure.savefig(file, dpi=110)

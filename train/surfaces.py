@@ -95,12 +95,15 @@ class Surfaces(nn.Module):
                 ).sum()
         return total / max(len(batch.view_scene), 1)
 
-    def show(self, scenes: Sequence[MeshScene], batch: Batch) -> list[Tensor]:
-        """Rows of a sample picture, the true one above ours: grey under a lamp, normals, colours."""
+    def show(self, scenes: Sequence[MeshScene], batch: Batch) -> dict[str, Tensor]:
+        """Rows of a sample picture by name, the true one above ours: grey under a lamp, normals, colours."""
         white, true = batch.image.new_ones(len(batch.image), 3), truth(batch)
         ours = models.render(scenes, batch.camera, batch.view_scene, white)
-        grey = [shaded(image, batch.camera) for image in (true, ours)]
-        return [*grey, true.normal, ours.normal, composite(batch.image, white), ours.color]
+        return {
+            "truth\nshaded": shaded(true, batch.camera), "ours\nshaded": shaded(ours, batch.camera),
+            "truth\nnormals": true.normal, "ours\nnormals": ours.normal,
+            "truth\ncolours": composite(batch.image, white), "ours\ncolours": ours.color,
+        }  # fmt: skip
 
     def measure(self, decoders: Mapping[str, Callable], objects: Objects) -> tuple[dict, str]:
         """Scores of the surface on held-out views by decoder and group of objects, and their table."""
