@@ -69,9 +69,9 @@ def _flash_attn() -> Attend | str:
 class Layout:
     """What peers need to know of the windows, made before anything is timed, empty windows left out."""
 
-    def __init__(self, windows: Windows):
-        lengths = windows.lengths[windows.lengths > 0]
-        self.order, self.longest = windows.order.long(), int(lengths.max())
+    def __init__(self, order: Tensor, lengths: Tensor):  # rows [N] in window order, rows of each window [M]; int32
+        lengths = lengths[lengths > 0]
+        self.order, self.longest = order.long(), int(lengths.max())
         self.starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         self.inverse = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order)).to(self.order))
         self.segment = torch.repeat_interleave(torch.arange(len(lengths)).to(self.order), lengths.long())
@@ -149,7 +149,7 @@ def attention_case(
     """One coordinate set, one type, with every peer."""
     coords = coords.to(device)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
-    layout, N = Layout(windows), len(coords)
+    layout, N = Layout(windows.order, windows.lengths), len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
     common = dict(op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward])
     others = _flash_attn()

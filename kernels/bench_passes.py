@@ -27,9 +27,9 @@ from kernels.ssim import ssim, ssim_reference
 EPS = 1e-6
 
 
-def eager_layer_norm(x: Tensor) -> Tensor:
+def eager_layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """As published: to fp32 (fp64 stays), norm, back."""
-    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=EPS).to(x.dtype)
+    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def gaussians(size: str, seed: int) -> list[Tensor]:
     return [voxel / resolution - 0.5, scale, rotation, 0.1 + 0.8 * uniform(1), 2 * uniform(1, 3) - 1]
 
 
-def _gsplat(camera: Camera, background: Tensor) -> Impl | str:
+def gsplat(camera: Camera, background: Tensor) -> Impl | str:
     """gsplat with the low-pass filter and the opacity compensation of Mip-Splatting.
 
     It clamps opacities at 0.999 where ours clamps at 0.99, and cuts Gaussians off elsewhere: compared to a few percent.
@@ -75,5 +75,5 @@ def splat_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         op="splat", size=f"{G} Gaussians, {edge}^2", dtype="fp32", inputs=inputs,
         forward=[Work(scene + picture)], backward=[Work(2 * scene + 2 * picture)],
         ours=lambda *tensors: pictures(splat, *tensors), naive=size == "small",
-        reference=lambda *tensors: pictures(splat_reference, *tensors), peers={"gsplat": _gsplat(camera, background)},
+        reference=lambda *tensors: pictures(splat_reference, *tensors), peers={"gsplat": gsplat(camera, background)},
     )  # fmt: skip

@@ -138,8 +138,12 @@ class GaussianDecoder(Decoder):
 
     def forward(self, z: SparseTensor) -> list[GaussianScene]:
         """One scene per sample; a sample without voxels gives a scene without Gaussians."""
+        return self.scenes(self.fields(z))
+
+    def scenes(self, z: SparseTensor) -> list[GaussianScene]:
+        """What the raw output layer [N, channels] means."""
         config, K = self.config, self.config.num_gaussians
-        raw = self.fields(z).feats.split([*config.fields.values()], dim=1)
+        raw = z.feats.split([*config.fields.values()], dim=1)
         xyz, color, scaling, rotation, opacity = (
             part.reshape(len(z), K, part.shape[1] // K) * config.lr.get(name, 1.0)
             for part, name in zip(raw, config.fields, strict=True)

@@ -5,24 +5,26 @@ and it is looked up only when one of its ops is asked for.
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kernels.bench_attention import WINDOW, Layout, attention_work, flash, one_by_one, sizes, voxels
-from kernels.bench_passes import eager_gelu, eager_layer_norm
+from kernels.bench_attention import WINDOW, Attend, Layout, attention_work, flash, one_by_one, sizes, voxels
+from kernels.bench_splat import gsplat
 from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.measure import DTYPES, Case, Impl, Work
-from kernels.peers import compiled
-from models import SparseTensor
-from models.layers import Block, Trunk, shifted_windows
+from kernels.peers import compiled, optional
+from models import VAE, GaussianScene, SparseTensor
+from models.layers import Trunk, shifted_windows
 from train import gaussian
 from train.data import Batch
 from train.loop import Objective
 from train.losses import GradClipper, Pictures
 from train.optimizer import LossScale, Optimizer
+from train.published import Rasterize, one_view, published_block, published_loss
 
 
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
@@ -40,25 +42,13 @@ def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[W
     return stages, reverse
 
 
-def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
-    to_qkv, to_out, (up, _, down) = block.attn.to_qkv, block.attn.to_out, block.mlp.mlp
-
-    def run(x: Tensor) -> Tensor:
-        qkv = to_qkv(eager_layer_norm(x)).view(len(x), 3, block.attn.heads, -1)
-        x = x + to_out(attend(qkv).flatten(1))
-        return x + down(eager_gelu(up(eager_layer_norm(x))))
-
-    return run
-
-
 def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """x [N, C] -> x [N, C], gradients of x and of every weight, which is fp32."""
     H, D = sizes(size)
     for name, coords in voxels(size).items():
         cache = SpatialCache(coords.to(device))
         windows = cache.get(shifted_windows, WINDOW, 0)
-        layout, N = Layout(windows), len(cache)
+        layout, N = Layout(windows.order, windows.lengths), len(cache)
         torch.manual_seed(0)
         block = Trunk(8, H * D, num_blocks=1, num_heads=H, window_size=WINDOW).blocks[0].to(device)
         attend = layout.padded().run if device.type == "cpu" else layout.published(flash).run
@@ -95,42 +85,77 @@ def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Ba
     return Batch(features, coords, B, camera, list(range(B)), picture, [f"object {b}" for b in range(B)]).to(device)
 
 
+def _trainer(vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns the loss."""
+    vae = deepcopy(vae)
+    scale = LossScale() if precision == "fp16" else LossScale(0, 0, 0)
+    optimizer = Optimizer(vae.named_parameters(), GradClipper(max_norm), scale)
+
+    def step(*args) -> Tensor:
+        value = loss(vae, *args)
+        optimizer.backward(value)
+        optimizer.step(1e-4)
+        return value.detach()
+
+    return step
+
+
+def _published(attend: Attend | None, rasterize: Rasterize, batch: Batch, background: Tensor, weights: dict) -> Callable:
+    def loss(vae: VAE, noise: Tensor) -> Tensor:
+        x = SparseTensor(batch.features, batch.coords, batch.batch_size)
+        return published_loss(vae, weights, attend, rasterize, x, noise, batch, background)
+
+    return loss
+
+
+def _gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
+    peer = gsplat(camera, background)
+    return peer.restore(peer.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color))[0]
+
+
 def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """One micro-batch of two objects, forward, backward and optimiser, with the demo's or the published sizes.
 
-    The floor is that of the transformer blocks alone, which is most of the work: 3 passes of the encoder's and decoder's.
+    Each implementation trains a model of its own from the same weights; the first losses are compared. The floor is that
+    of the transformer blocks alone, which is most of the work: 3 passes of the encoder's and decoder's.
     """
     config = gaussian.DEMO if size == "small" else gaussian.BASE
     shells = list(voxels(size).values())
     coords = shells[-1] if size == "small" else torch.cat([shells[0], shells[1] + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
     channels = 16 if size == "small" else 1024
+    attend, where = (None, "padded attention") if device.type == "cpu" else (flash, "varlen_attn")
     for dtype in dtypes:
         config = replace(config, precision=dtype, resolution=16 if size == "small" else 64)
         torch.manual_seed(0)
         vae = gaussian.build(config, channels)
+        for part in (vae.encoder, vae.decoder):  # zero at the start: no loss would depend on what is compared
+            torch.nn.init.xavier_uniform_(part.out_layer.weight, gain=0.3)
         vae.set_activation_dtype(DTYPES[dtype])
         vae = vae.to(device)
         batch = _batch(coords, channels, config.image_size, device)
         weights = {name: weight for name, weight in vars(config.weights).items() if name != "lpips"}
-        objective = Objective(vae, Pictures(None), weights)
-        scale = LossScale() if dtype == "fp16" else LossScale(0, 0, 0)
-        optimizer = Optimizer(vae.named_parameters(), GradClipper(config.max_norm), scale)
-        noise = torch.randn(len(coords), config.model.latent, generator=torch.Generator().manual_seed(0)).to(device)
-        background = torch.ones(batch.batch_size, 3, device=device)
+        compare, background = Pictures(None), torch.ones(batch.batch_size, 3, device=device)
 
-        def step(noise: Tensor, objective=objective, optimizer=optimizer, batch=batch, background=background) -> Tensor:
-            x = SparseTensor(batch.features, batch.coords, batch.batch_size)
-            loss, _ = objective(x, noise, batch, background)
-            optimizer.backward(loss)
-            optimizer.step(1e-4)
-            return loss.detach()
+        def inputs(seed: int, coords=coords, latent=config.model.latent) -> tuple[Tensor]:
+            return (torch.randn(len(coords), latent, generator=torch.Generator().manual_seed(seed)).to(device),)
 
+        def ours(vae: VAE, noise: Tensor, batch=batch, weights=weights, compare=compare, background=background) -> Tensor:
+            x = SparseTensor(batch.features, batch.coords, batch.batch_size)  # its windows are made in every step
+            return Objective(vae, compare, weights)(x, noise, batch, background)[0]
+
+        train = lambda loss, vae=vae, config=config: _trainer(vae, config.precision, config.max_norm, loss)
+        common = batch, background, weights
+        absent, name = optional("gsplat"), f"published composition, {where}, "
+        peers = {name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))}
+        peers[name + "gsplat a view at a time"] = (
+            absent if isinstance(absent, str) else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
+        )
         H, D = config.model.heads, config.model.channels // config.model.heads
         windows = SpatialCache(coords).get(shifted_windows, config.model.window, 0)
         squares = int(windows.lengths.long().square().sum())
         forward, backward = block_work(len(coords), squares, H, D, DTYPES[dtype].itemsize)
         yield Case(
             op="train_step", size=f"{batch.batch_size} objects, N = {len(coords)}, {config.image_size}^2", dtype=dtype,
-            inputs=lambda seed, noise=noise: (noise,), ours=step, forward=2 * config.model.blocks * (forward + backward),
-            forward_name="step",
+            inputs=inputs, ours=train(ours), forward=2 * config.model.blocks * (forward + backward),
+            peers=peers, forward_name="step",
         )  # fmt: skip

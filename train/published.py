@@ -1,0 +1,78 @@
+"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours: what ours is set beside.
+
+Norms in fp32 between two casts, rows gathered before attention and scattered after it, windows by argsort and bincount,
+residual sums and GELU of their own, one call of the rasteriser a view, SSIM by five convolutions. Where the published code
+does more than that (a copy of segment bounds from the host at every attention, a loop over objects in the decoder's
+activations), ours is used, in the peer's favour.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kernels.bench_attention import Attend, Layout
+from kernels.bench_coords import published_partition
+from kernels.bench_passes import eager_gelu, eager_layer_norm
+from kernels.cache import SpatialCache
+from kernels.camera import Camera
+from kernels.ssim import ssim_reference
+from models import VAE, GaussianScene, Posterior, SparseTensor, penalties
+from models.layers import Block, Trunk, position_embedding
+from models.vae import OUTPUT_EPS
+from train.data import Batch
+from train.loop import weighted
+from train.losses import composite, kl
+
+# The scene of one object, one view of it and its background [1, 3] -> colour [1, 3, H, W]
+Rasterize = Callable[[GaussianScene, Camera, Tensor], Tensor]
+
+
+def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
+    to_qkv, to_out, (up, _, down) = block.attn.to_qkv, block.attn.to_out, block.mlp.mlp
+
+    def run(x: Tensor) -> Tensor:
+        qkv = to_qkv(eager_layer_norm(x)).view(len(x), 3, block.attn.heads, -1)
+        x = x + to_out(attend(qkv).flatten(1))
+        return x + down(eager_gelu(up(eager_layer_norm(x))))
+
+    return run
+
+
+def _layout(cache: SpatialCache, window: int, shift: int) -> Layout:
+    return Layout(*published_partition(cache.coords, window, shift))
+
+
+def published_trunk(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:
+    """The features before the output layer's norm, of a model with shifted windows; `attend` None: padded windows."""
+    h = model.input_layer(x.feats) + x.cache.get(position_embedding, model.model_channels)
+    h = h.to(model.compute_dtype(x.feats))
+    for block in model.blocks:
+        _, window, shift = block.attn.windows
+        layout = x.cache.get(_layout, window, shift)  # the published code keeps its windows as well
+        h = published_block(block, (layout.published(attend) if attend else layout.padded()).run)(h)
+    return h.to(x.feats.dtype)
+
+
+def _output(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:
+    return model.out_layer(eager_layer_norm(published_trunk(model, x, attend), OUTPUT_EPS))
+
+
+def published_loss(
+    vae: VAE, weights: Mapping[str, float], attend: Attend | None, rasterize: Rasterize,
+    x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor,
+) -> Tensor:  # fmt: skip
+    """What train.loop.Objective computes."""
+    mean, logvar = _output(vae.encoder, x, attend).chunk(2, dim=1)
+    z = Posterior(mean, logvar, x).sample(noise=noise)
+    scenes = vae.decoder.scenes(z.replace(_output(vae.decoder, z, attend)))
+    views = [rasterize(scenes[b], batch.camera[v], background[v : v + 1]) for v, b in enumerate(batch.view_scene)]
+    color, target = torch.cat(views), composite(batch.image, background)
+    terms = {"l1": (color - target).abs().mean(), "ssim": 1 - ssim_reference(color, target).mean(), "kl": kl(mean, logvar)}
+    return weighted(terms | penalties(scenes), weights)
+
+
+def one_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
+    """Our own rasteriser, a view at a time."""
+    return scene.render(camera, background).color
