@@ -75,6 +75,7 @@ def test_tap_order_is_x_slowest(device):
     assert [int((neighbours(coords)[0] == row).nonzero()) for row in (1, 2, 3)] == [4, 10, 12]
 
 
+@pytest.mark.sanitizer
 def test_a_crowded_hash_table_probes_past_others(kernel_device, monkeypatch):
     """Every key starts at the same slot."""
     monkeypatch.setattr(hash, "DENSE_EXTENT", 0)
