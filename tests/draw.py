@@ -152,7 +152,8 @@ def norms(d: Draw) -> Case:
     if d.pick(0, 1):
         shape = [N, *[d.number(1, 7)] * d.number(0, 2)]
         biases = [d.normal(shape[-1])] * d.pick(0, 1) if shape[-1] else []
-        return Case(gelu, gelu_reference, [d.normal(*shape, dtype=dtype, spread=3.0), *biases])
+        # torch's 1 + tanh cancels where x is far below 0
+        return Case(gelu, gelu_reference, [d.normal(*shape, dtype=dtype, spread=3.0), *biases], None, CANCELLED)
     H, D = d.number(1, 4), d.number(1, 70)
     return Case(rms_norm, rms_norm_reference, [d.normal(N, H, D, dtype=dtype), d.normal(H, D)], None, CANCELLED)
 
