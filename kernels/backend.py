@@ -17,7 +17,7 @@ from torch import Tensor
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
-_observer: ContextVar[Callable | None] = ContextVar("_observer", default=None)
+_observers: list[Callable] = []  # of every thread: on a GPU, backward passes run in threads of autograd's
 
 
 def name(tensor: Tensor) -> str:
@@ -74,9 +74,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """
     if 0 in grid:
         return
-    observe = _observer.get()
-    if observe is not None:
-        observe(kernel, grid, args, constants)
+    if _observers:
+        _observers[-1](kernel, grid, args, constants)
     if hasattr(kernel, "warmup"):  # a JITFunction; the interpreter's functions take no launch options
         constants.setdefault("enable_fp_fusion", True)
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
@@ -89,12 +88,13 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
 
 @contextmanager
 def observe(observer: Callable) -> Iterator[None]:
-    """Call `observer(kernel, grid, args, constants)` before every launch inside the block."""
-    token = _observer.set(observer)
+    """Call `observer(kernel, grid, args, constants)` before every launch while the block runs, from any thread; the innermost
+    block's alone."""
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observer.reset(token)
+        _observers.pop()
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def opposite_vertices(
         return faces.new_empty(0, 3)
     scene = torch.repeat_interleave(scene_table[:, 2], scene_table[:, 1], output_size=F)  # first vertex of the face's scene
     corner = faces.long() + scene[:, None]
-    a, b = corner[:, [1, 2, 0]], corner[:, [2, 0, 1]]
+    a, b = corner.roll(-1, 1), corner.roll(1, 1)  # a list as an index would be copied to the device, which waits
     good = (a != b) & (corner != a) & (corner != b)
     good &= ((faces >= 0) & (faces < 2**31 - 1)).all(1, keepdim=True)
     key = torch.where(good, torch.minimum(a, b) * vertices + torch.maximum(a, b), -1).flatten()
