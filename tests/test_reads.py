@@ -21,7 +21,7 @@ from tests.test_radiance import small_decoder as small_radiance
 from tests.test_render_mesh import scenes
 from tests.test_window import voxels
 
-READS = {"surfaces": 2, "rasters": 1, "gaussians": 1, "radiance": 1}  # all others none
+READS = {"surfaces": 2, "rasters": 1, "mesh_pictures": 1, "gaussians": 1, "radiance": 1}  # all others none
 SEEDS = range(4, 9)
 
 
