@@ -276,7 +276,10 @@ def test_wrong_input_says_what_is_wrong(device, change, message):
 
 def test_kernels_take_no_float64(kernel_device):
     with pytest.raises(ValueError, match="fp32: float64 is for the torch path only"):
-        rasterize(torch.ones(3, 4, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.int32), 4, 4)
+        rasterize(
+            torch.ones(3, 4, dtype=torch.float64, device=kernel_device),
+            torch.zeros(1, 3, dtype=torch.int32, device=kernel_device), 4, 4,
+        )  # fmt: skip
 
 
 def test_a_table_names_one_view_of_one_mesh():
