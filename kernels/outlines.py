@@ -3,7 +3,7 @@
 Antialiasing moves a silhouette through the edge of the very triangle that a pixel shows, so of triangles smaller than a
 pixel almost no silhouette has a gradient. Here the border between a covered and an empty pixel moves as the surface in the
 covered one does, whatever its triangles are (the border rule of Rasterized Edge Gradients, Pidhorskyi et al., arXiv
-2405.02508, where coverage ends; surfaces in front of others keep to the background's rule and have none).
+2405.02508, where coverage ends; where one surface hides another, nothing moves).
 """
 
 import torch

@@ -121,7 +121,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
     """
     config = gaussian.DEMO if size == "small" else gaussian.BASE
     shells = list(voxels(size).values())
-    coords = shells[-1] if size == "small" else torch.cat([shells[0], shells[1] + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
+    one, other = (shells[-1], shells[-1]) if size == "small" else shells[:2]
+    coords = torch.cat([one, other + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
     channels = 16 if size == "small" else 1024
     attend, where = (None, "padded attention") if device.type == "cpu" else (flash, "varlen_attn")
     for dtype in dtypes:
