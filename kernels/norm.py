@@ -2,7 +2,8 @@
 
 Layer norm without affine (fused with the residual sum before it) and RMS norm over heads. Inputs are fp16, bf16 or fp32;
 arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared parameters are
-per-program partial sums, added in a fixed order.
+per-program partial sums, added in a fixed order. The gradient of a layer norm is made from its output, which the product
+after it keeps anyway, so the residual stream need not be kept.
 """
 
 import torch
@@ -28,7 +29,7 @@ def _tiles(C: int) -> dict[str, int]:
 
 @triton.jit
 def _layer_norm_fwd(
-    x_ptr, h_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, N, eps,
+    x_ptr, h_ptr, sum_ptr, y_ptr, rstd_ptr, N, eps,
     C: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -41,26 +42,23 @@ def _layer_norm_fwd(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=live)
         x = rounded.to(tl.float32)
-    mean = tl.sum(x, 1) / C  # [ROWS]
-    centred = tl.where(live, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    centred = tl.where(live, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)  # [ROWS]
     tl.store(y_ptr + at, (centred * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=live)
-    tl.store(mean_ptr + n, mean, mask=n < N)
     tl.store(rstd_ptr + n, rstd, mask=n < N)
 
 
 @triton.jit
 def _layer_norm_bwd(
-    x_ptr, mean_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, N,
+    y_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, N,
     C: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, TILE_C)
     live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
     at = n[:, None] * C + c[None, :]
-    mean, rstd = tl.load(mean_ptr + n, mask=n < N, other=0.0), tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    y = (x - mean[:, None]) * rstd[:, None]  # where not live, dy is zero
+    rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
+    y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
     dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
     if ADD:
@@ -112,45 +110,44 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+def _deviations(x: Tensor) -> Tensor:
+    """For a number per row: [N] fp32, fp64 for fp64."""
+    return x.new_empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _forward(x: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum (x itself without h), norm, mean and reciprocal deviation of each row."""
+def _forward(x: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum (x itself without h), norm and reciprocal deviation of each row."""
     N, C = x.shape
     if backend.is_torch(x):
         total = x if h is None else (wide(x) + wide(h)).to(x.dtype)
-        y, mean, rstd = torch.native_layer_norm(wide(total), [C], None, None, eps)
-        return total, y.to(x.dtype), mean.view(N), rstd.view(N)
-    total, y, (mean, rstd) = x if h is None else torch.empty_like(x), torch.empty_like(x), _statistics(x)
+        y, _, rstd = torch.native_layer_norm(wide(total), [C], None, None, eps)
+        return total, y.to(x.dtype), rstd.view(N)
+    total, y, rstd = x if h is None else torch.empty_like(x), torch.empty_like(x), _deviations(x)
     tiles = _tiles(C)
-    args = (x, x if h is None else h, total, y, mean, rstd, N, eps)
+    args = (x, x if h is None else h, total, y, rstd, N, eps)
     backend.launch(_layer_norm_fwd, (triton.cdiv(N, tiles["ROWS"]),), *args, C=C, ADD=h is not None, **tiles, num_warps=4)
-    return total, y, mean, rstd
+    return total, y, rstd
 
 
 @torch.library.custom_op("trislat::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _forward(x, None, eps)[1:]
 
 
 @torch.library.custom_op("trislat::add_layer_norm", mutates_args=())
-def _add_layer_norm(x: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _add_layer_norm(x: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(x, h, eps)
 
 
 @torch.library.custom_op("trislat::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(x: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None) -> Tensor:
-    N, C = x.shape
-    if backend.is_torch(x):
-        keep = [True, False, False]
-        rest = wide(x), [C], mean.view(N, 1), rstd.view(N, 1), None, None
-        dx = torch.ops.aten.native_layer_norm_backward(wide(dy), *rest, keep)[0]
-        return (dx if dsum is None else dx + dsum).to(x.dtype)
-    dx, tiles = torch.empty_like(x), _tiles(C)
-    args = (x, mean, rstd, dy, dy if dsum is None else dsum, dx, N)
+def _layer_norm_backward(y: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None) -> Tensor:
+    N, C = y.shape
+    if backend.is_torch(y):
+        still, keep = (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1)), [True, False, False]
+        dx = torch.ops.aten.native_layer_norm_backward(wide(dy), wide(y), [C], *still, None, None, keep)[0]  # y is its own norm
+        return (dx.mul_(rstd.view(N, 1)) if dsum is None else torch.addcmul(wide(dsum), dx, rstd.view(N, 1))).to(y.dtype)
+    dx, tiles = torch.empty_like(y), _tiles(C)
+    args = (y, rstd, dy, dy if dsum is None else dsum, dx, N)
     backend.launch(_layer_norm_bwd, (triton.cdiv(N, tiles["ROWS"]),), *args, C=C, ADD=dsum is not None, **tiles, num_warps=4)
     return dx
 
@@ -186,19 +183,19 @@ def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Te
     return dx, partial.sum(0).to(gamma.dtype)
 
 
-_layer_norm.register_fake(lambda x, eps: (torch.empty_like(x), *_statistics(x)))
-_add_layer_norm.register_fake(lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), *_statistics(x)))
-_layer_norm_backward.register_fake(lambda x, mean, rstd, dy, dsum: torch.empty_like(x))
+_layer_norm.register_fake(lambda x, eps: (torch.empty_like(x), _deviations(x)))
+_add_layer_norm.register_fake(lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), _deviations(x)))
+_layer_norm_backward.register_fake(lambda y, rstd, dy, dsum: torch.empty_like(y))
 _rms_norm.register_fake(lambda x, gamma: torch.empty_like(x))
 _rms_norm_backward.register_fake(lambda x, gamma, dy: (torch.empty_like(x), torch.empty_like(gamma)))
 
 
 def _save_layer_norm(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], *output[1:])
+    ctx.save_for_backward(*output)
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    ctx.save_for_backward(output[0], *output[2:])
+    ctx.save_for_backward(*output[1:])
     ctx.dtype = inputs[1].dtype
 
 
@@ -263,7 +260,7 @@ def add_layer_norm(
     check_dtype(h)
     if h.shape != x.shape:
         raise ValueError(f"x {list(x.shape)} and h {list(h.shape)} must have the same shape")
-    total, y, _, _ = torch.ops.trislat.add_layer_norm(x.contiguous(), h.contiguous(), eps)
+    total, y, _ = torch.ops.trislat.add_layer_norm(x.contiguous(), h.contiguous(), eps)
     return total, y
 
 

@@ -66,3 +66,20 @@ def test_a_block_reads_and_writes_no_more_than_it_must(kernel_device):
     assert backward == biases | {
         "product": 2 * 16, "_layer_norm_bwd": 2 * 4, "_attention_short_backward": 8, "_gelu_bwd": 12,
     }  # fmt: skip
+
+
+def test_a_block_keeps_no_residual_stream_for_its_backward_pass(kernel_device):
+    """Two norms, qkv (3), attention's output, the hidden layer before and after GELU (4 + 4); the stream would be 2 more."""
+    x = batch([150, 200], kernel_device, channels=C)
+    block = randomize(Block(C, 2, 4.0, block_windows("swin", 4, 0), False, False)).to(kernel_device)
+    stream, addend = (torch.randn(len(x), C, device=kernel_device, requires_grad=True) for _ in range(2))
+    kept = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / (4 * len(x) * C)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = block(stream, addend, x.cache)
+    assert sum(size for size in kept.values() if size >= 1) == 14
+    assert not {t.untyped_storage().data_ptr() for t in (stream, addend, out[0])} & kept.keys()
