@@ -27,7 +27,7 @@ class _Scale:
 
     coords: Tensor  # [N, 4] int32: batch, x, y, z
     starts: Tensor  # [B + 1] int32
-    counts: list[int]
+    counts: list[int] | None
     extent: tuple[int, int, int]
     made: dict = field(default_factory=dict)
     links: dict[tuple[str, int], tuple[int, Tensor]] = field(default_factory=dict)  # ("pool", 2) -> (scale number, index)
@@ -54,7 +54,7 @@ class SpatialCache:
 
     coords: Tensor  # [N, 4] int32
     starts: Tensor  # [B + 1] int32, on the device: sample b owns rows starts[b] : starts[b + 1]
-    counts: list[int]  # rows of each sample, on the host
+    counts: list[int] | None  # rows of each sample, on the host; None where they were not read
     extent: tuple[int, int, int]  # every coordinate is below it, per axis, on the host
     batch_size: int
 
@@ -63,10 +63,19 @@ class SpatialCache:
         family = _Family()
         self._join(family, family.add(_Scale(coords.contiguous(), starts, known.counts, known.size)))
 
+    @classmethod
+    def unread(cls, coords: Tensor, batch_size: int, extent: tuple[int, int, int]) -> "SpatialCache":
+        """A cache over coordinates that are taken at the caller's word: nothing is checked or read, `counts` is None."""
+        samples = torch.arange(batch_size + 1, dtype=torch.int32, device=coords.device)
+        starts = torch.searchsorted(coords[:, 0].contiguous(), samples, out_int32=True)
+        cache, family = cls.__new__(cls), _Family()
+        cache._join(family, family.add(_Scale(coords, starts, None, extent)))
+        return cache
+
     def _join(self, family: _Family, number: int) -> None:
         self._family, self._number, self._scale = family, number, family.scales[number]
         self.coords, self.starts = self._scale.coords, self._scale.starts
-        self.counts, self.extent, self.batch_size = self._scale.counts, self._scale.extent, len(self._scale.counts)
+        self.counts, self.extent, self.batch_size = self._scale.counts, self._scale.extent, len(self.starts) - 1
         family.caches[number] = self
 
     def __len__(self) -> int:

@@ -12,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import window_attention
 from kernels.cache import SpatialCache
+from kernels.checks import check_whole
 from kernels.gelu import gelu
 from kernels.norm import add_layer_norm, layer_norm
 from kernels.serialize import MODES as CURVES
 from kernels.serialize import serialized_windows
 from kernels.window import Windows, full_windows, window_partition
+from models.graphs import Graphs
 
 BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5
 CURVE_SHIFT = 16  # voxels by which "shift_window" moves every other block's curve
@@ -188,7 +190,8 @@ class Trunk(nn.Module):
         if num_blocks < 1 or model_channels < 6:
             raise ValueError(f"num_blocks {num_blocks} must be at least 1 and model_channels {model_channels} at least 6")
         self.model_channels, self.num_heads, self.use_checkpoint = model_channels, heads, use_checkpoint
-        self.pe_mode = pe_mode
+        self.attn_mode, self.pe_mode = attn_mode, pe_mode
+        self.graphs: Graphs | None = None
         self.activation_dtype = torch.float16 if use_fp16 else torch.float32
         self.input_layer = nn.Linear(in_channels, model_channels)
         self.blocks = nn.ModuleList(
@@ -210,6 +213,18 @@ class Trunk(nn.Module):
             raise ValueError(f"activation dtype {dtype} is not one of float32, float16, bfloat16")
         self.activation_dtype = dtype
 
+    def use_graphs(self, most: int) -> None:
+        """Run the layers before the output layer as CUDA graphs where there are at most that many voxels; 0: nowhere.
+
+        A pass must then be differentiated before the model runs again. Raises ValueError for a model that is not on a GPU,
+        for attention other than "swin" (whose windows alone have sizes that follow from the number of voxels) and below 0.
+        """
+        check_whole("graphs of at most so many voxels", most, 0)
+        if most and (self.attn_mode != "swin" or self.resolution is None):
+            raise ValueError(f"graphs need attn_mode swin and a resolution, not {self.attn_mode!r} and {self.resolution}")
+        parts = *self.input_layer.parameters(), *self.blocks.parameters()
+        self.graphs = Graphs(most, self.resolution, self.compute, parts) if most else None
+
     def compute_dtype(self, feats: Tensor) -> torch.dtype:
         """What the layers between input and output layer compute in: activation_dtype, or the features' own dtype for fp32."""
         return feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
@@ -226,13 +241,19 @@ class Trunk(nn.Module):
                 f"a voxel has the coordinate {max(cache.extent) - 1}, the model's resolution is {self.resolution}: its voxels "
                 f"have 0 to {self.resolution - 1}"
             )
+        if self.graphs is not None and 0 < len(feats) <= self.graphs.most:
+            return self.graphs(feats, cache, self.activation_dtype, self.use_checkpoint and self.training)
+        return self.compute(feats, cache)
+
+    def compute(self, feats: Tensor, cache: SpatialCache) -> Tensor:
+        """`trunk` without its checks."""
         x = self.input_layer(feats)
         if self.pe_mode == "ape":
             x = x + cache.get(position_embedding, self.model_channels)
         x, addend = x.to(self.compute_dtype(feats)), None
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, addend = checkpoint(block, x, addend, cache, use_reentrant=False)
+                x, addend = checkpoint(block, x, addend, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, addend = block(x, addend, cache)
         return (x + addend).to(feats.dtype)

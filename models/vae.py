@@ -145,6 +145,11 @@ class VAE(nn.Module):
             if part is not None:
                 part.set_activation_dtype(dtype)
 
+    def use_graphs(self, most: int) -> None:
+        for part in (self.encoder, self.decoder):
+            if part is not None:
+                part.use_graphs(most)
+
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights of any float dtype into a model's fp32 parameters, strictly.
