@@ -63,6 +63,7 @@ OPS = {
     "isosurface": "kernels.bench_mesh",
     "render_mesh": "kernels.bench_mesh",
     "block": "train.bench",
+    "trunk": "train.bench",
     "train_step": "train.bench",
 }
 COLUMNS = ["op", "pass", "size", "dtype", "impl", "median_us", "spread_us", "bytes", "flops", "floor_us", "fraction", "agrees"]

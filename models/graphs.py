@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         if device.type != "cuda":
-            raise ValueError(f"graphs are recorded on a GPU, the model is on {device}")
+            raise ValueError(f"CUDA graphs are recorded on a GPU; the model is on {device}")
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:

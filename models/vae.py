@@ -146,6 +146,7 @@ class VAE(nn.Module):
                 part.set_activation_dtype(dtype)
 
     def use_graphs(self, most: int) -> None:
+        """Run both transformers as CUDA graphs for up to `most` voxels: see Trunk.use_graphs."""
         for part in (self.encoder, self.decoder):
             if part is not None:
                 part.use_graphs(most)

@@ -262,8 +262,17 @@ def test_a_training_step_is_timed():
     for row in rows:
         assert row["pass"] == "step" and row["median_us"] > row["floor_us"] > 0 and row["agrees"] is True
     assert [(row["impl"], row["why"][:7]) for row in missing] == [
-        ("published composition, padded attention, gsplat a view at a time", "absent:")
+        ("published composition, padded attention, gsplat a view at a time", "absent:"),
+        ("ours, transformers as CUDA graphs", "absent:"),
     ]
+
+
+def test_a_transformer_is_timed_on_the_device_and_on_its_host():
+    found = [measure.measure(case, FAST, H100) for case in bench.cases("trunk", "small", ["fp32"], CPU)]
+    (device,), (host,) = (rows for rows, _ in found)
+    assert device["median_us"] > device["floor_us"] > 0 and device["pass"] == host["pass"] == "both passes"
+    assert host["size"] == device["size"] + ", host" and host["median_us"] > 0 and host["floor_us"] == 0
+    assert [row["impl"] for _, missing in found for row in missing] == ["ours, as CUDA graphs"] * 2
 
 
 def test_errors_against_float64(capsys):

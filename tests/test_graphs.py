@@ -14,6 +14,7 @@ from models.graphs import LEAST, bucket, made_up
 from tests.conftest import GPU, assert_close
 from tests.reads import watch_reads
 from tests.test_models import batch, randomize, small_decoder, small_encoder
+from tests.test_train import fresh
 
 
 class Tape(TorchDispatchMode):
@@ -221,6 +222,17 @@ def test_what_is_recorded_depends_on_sizes_alone(kernel_device, backward):
     assert runs[0] == runs[1] and len(runs[0]) > 10
 
 
+def test_a_training_run(device, tmp_path, capsys):
+    """Four steps of two micro-batches: the same losses with graphs and without."""
+    flags = ["--device", device.type, "--steps", "4", "--sample-every", "2", "--micro-batch", "1"]
+    straight = fresh(tmp_path / "straight", *flags)
+    graphed = fresh(tmp_path / "graphed", *flags, "--cuda-graphs", "5000")
+    assert "fp32 weights, CUDA graphs up to 5,000 voxels" in capsys.readouterr().out
+    for one, other in zip(straight, graphed, strict=True):
+        for name in ("loss", "kl", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
 def test_buckets(monkeypatch):
     monkeypatch.setattr(graphs, "LEAST", LEAST)
     found = [bucket(N) for N in range(1, 70_000)]
@@ -250,7 +262,7 @@ def test_wrong_uses_are_refused(device):
 
 def test_graphs_need_a_gpu(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="graphs are recorded on a GPU, the model is on cpu"):
+    with pytest.raises(ValueError, match="CUDA graphs are recorded on a GPU; the model is on cpu"):
         small_encoder().use_graphs(100)
 
 

@@ -1,4 +1,4 @@
-"""What `python -m kernels.bench` measures beyond single ops: a transformer block and a Gaussian training step.
+"""What `python -m kernels.bench` measures beyond single ops: a transformer block, a transformer, a Gaussian training step.
 
 They need models and the training loop, which kernels may not import: the registry of kernels.bench names this module,
 and it is looked up only when one of its ops is asked for.
@@ -7,6 +7,7 @@ and it is looked up only when one of its ops is asked for.
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from kernels.cache import SpatialCache
 from kernels.camera import Camera
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.peers import compiled, optional
-from models import VAE, GaussianScene, SparseTensor
+from kernels.shells import batch, shell
+from kernels.window import window_partition
+from models import VAE, Encoder, GaussianScene, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
 from train.data import Batch
@@ -25,6 +28,8 @@ from train.loop import Objective
 from train.losses import GradClipper, Pictures
 from train.optimizer import LossScale, Optimizer
 from train.published import Rasterize, one_view, published_block, published_loss
+
+NO_GRAPHS = "absent: a CPU has no CUDA graphs"
 
 
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
@@ -75,6 +80,43 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
             )  # fmt: skip
 
 
+def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host, with CUDA graphs and without.
+
+    The device's time, then that of the host, which issues the work and does not wait for it. Windows are made in every call, as
+    for every batch of a training. `ours` is without graphs; a graph has more rows (see models.graphs) and copies of what goes
+    in and out.
+    """
+    (H, D), blocks = sizes(size), 2 if size == "small" else 12
+    for resolution in (16,) if size == "small" else (16, 32, 64):
+        coords = batch(shell("sphere", resolution)).to(device)
+        N, squares = len(coords), int(window_partition(coords, 1, WINDOW).lengths.long().square().sum())
+        torch.manual_seed(0)
+        eager = Encoder(resolution, 8, H * D, 8, blocks, num_heads=H, window_size=WINDOW).to(device)
+        graphed = deepcopy(eager)
+        if device.type == "cuda":
+            graphed.use_graphs(N)
+
+        def inputs(seed: int, N=N) -> tuple[Tensor]:
+            return (torch.randn(N, 8, generator=torch.Generator().manual_seed(seed)).to(device),)
+
+        def step(model: Encoder, dtype: str, feats: Tensor, coords=coords, extent=(resolution,) * 3) -> tuple[Tensor, ...]:
+            model.set_activation_dtype(DTYPES[dtype])
+            out = model.trunk(feats, SpatialCache.unread(coords, 1, extent))
+            weights = [*model.input_layer.parameters(), *model.blocks.parameters()]
+            return out.detach(), *torch.autograd.grad(out, weights, torch.ones_like(out))
+
+        for dtype in dtypes:
+            forward, backward = block_work(N, squares, H, D, DTYPES[dtype].itemsize)
+            graphs = Impl(partial(step, graphed, dtype)) if device.type == "cuda" else NO_GRAPHS
+            for on_host in (False, True):
+                yield Case(
+                    op="trunk", size=f"sphere {resolution}^3, N = {N}, {blocks} blocks" + (", host" if on_host else ""),
+                    dtype=dtype, inputs=inputs, ours=partial(step, eager, dtype), peers={"ours, as CUDA graphs": graphs},
+                    forward=[] if on_host else blocks * (forward + backward), on_host=on_host, forward_name="both passes",
+                )  # fmt: skip
+
+
 def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Batch:
     """Objects with random features and pictures, one view each: what a step computes on does not change its time."""
     generator = torch.Generator().manual_seed(0)
@@ -85,9 +127,12 @@ def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Ba
     return Batch(features, coords, B, camera, list(range(B)), picture, [f"object {b}" for b in range(B)]).to(device)
 
 
-def _trainer(vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _trainer(
+    vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor], graphs: int = 0
+) -> Callable[..., Tensor]:
     """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns the loss."""
     vae = deepcopy(vae)
+    vae.use_graphs(graphs)
     scale = LossScale() if precision == "fp16" else LossScale(0, 0, 0)
     optimizer = Optimizer(vae.named_parameters(), GradClipper(max_norm), scale)
 
@@ -144,13 +189,15 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             x = SparseTensor(batch.features, batch.coords, batch.batch_size)  # its windows are made in every step
             return Objective(vae, compare, weights)(x, noise, batch, background)[0]
 
-        train = lambda loss, vae=vae, config=config: _trainer(vae, config.precision, config.max_norm, loss)
+        train = lambda loss, most=0, vae=vae, config=config: _trainer(vae, config.precision, config.max_norm, loss, most)
         common = batch, background, weights
         absent, name = optional("gsplat"), f"published composition, {where}, "
         peers = {name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))}
         peers[name + "gsplat a view at a time"] = (
             absent if isinstance(absent, str) else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
         )
+        graphs = Impl(train(ours, len(coords))) if device.type == "cuda" else NO_GRAPHS
+        peers["ours, transformers as CUDA graphs"] = graphs
         H, D = config.model.heads, config.model.channels // config.model.heads
         windows = SpatialCache(coords).get(shifted_windows, config.model.window, 0)
         squares = int(windows.lengths.long().square().sum())

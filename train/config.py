@@ -85,6 +85,10 @@ class Config:
     seed: int = flag(0, "of the untrained weights, the order of objects, views, noise and backgrounds")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     deterministic: bool = flag(False, "only algorithms that give the same bits every time")
+    cuda_graphs: int = flag(
+        0, "run transformers as CUDA graphs where a micro-batch has at most so many voxels, so that the GPU need not wait for "
+        "its host; 0: nowhere"
+    )  # fmt: skip
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
     sample_every: int = flag(1000, "steps between sample pictures and curves")
     save_every: int = flag(1000, "steps between checkpoints")
@@ -114,7 +118,7 @@ class Config:
                      "eval_objects"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "warmup"):
+        for name in ("seed", "workers", "warmup", "cuda_graphs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.image_size < 16:

@@ -76,6 +76,7 @@ class Run:
         self.objects = Objects(config, here, compare.meshes)
         self._build = build
         self.vae = self.untrained()
+        self.vae.use_graphs(config.cuda_graphs)
         if config.encoder:
             encoder, digest = load_encoder(config.encoder, self.objects.channels, config.resolution)
             type(self.vae)(encoder, self.vae.decoder)  # raises where their latents differ
