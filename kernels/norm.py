@@ -1,9 +1,9 @@
 """The norms of a transformer block, each one pass over memory: N rows, C channels, H heads, D head channels.
 
-Layer norm without affine (fused with the residual sum before it) and RMS norm over heads. Inputs are fp16, bf16 or fp32;
-arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared parameters are
+Layer norm without affine, fused with the residual sum or the bias before it, and RMS norm over heads. Inputs are fp16, bf16
+or fp32; arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared parameters are
 per-program partial sums, added in a fixed order. The gradient of a layer norm is made from its output, which the product
-after it keeps anyway, so the residual stream need not be kept.
+after it keeps anyway: the residual stream need not be kept, and products may add to it in place.
 """
 
 import torch
@@ -17,6 +17,7 @@ from kernels.checks import check_eps, check_tensors
 
 TILE = 4096  # elements per program; not yet measured on a GPU
 MOST_CHANNELS = 4096  # a row must fit in a program
+PROGRAMS = 512  # that share the gradient of a bias; not yet measured on a GPU
 PARTIALS = 128  # programs per head that share the gradient of gamma; not yet measured on a GPU
 TINY = 1e-12  # the smallest norm that F.normalize divides by
 
@@ -29,9 +30,9 @@ def _tiles(C: int) -> dict[str, int]:
 
 @triton.jit
 def _layer_norm_fwd(
-    x_ptr, h_ptr, sum_ptr, y_ptr, rstd_ptr, N, eps,
-    C: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
-):
+    x_ptr, h_ptr, bias_ptr, sum_ptr, y_ptr, rstd_ptr, N, eps,
+    C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, TILE_C)
     live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
@@ -42,6 +43,8 @@ def _layer_norm_fwd(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=live)
         x = rounded.to(tl.float32)
+    if BIAS:
+        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     centred = tl.where(live, x - (tl.sum(x, 1) / C)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)  # [ROWS]
     tl.store(y_ptr + at, (centred * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=live)
@@ -50,20 +53,27 @@ def _layer_norm_fwd(
 
 @triton.jit
 def _layer_norm_bwd(
-    y_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, N,
-    C: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, partial_ptr, N,
+    C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """The bias is added before the norm alone: its gradient is the sum over the rows of what the norm passes on, without dsum."""
     c = tl.arange(0, TILE_C)
-    live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
-    at = n[:, None] * C + c[None, :]
-    rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
-    y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-    dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
-    if ADD:
-        dx += tl.load(dsum_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
+    dbias = tl.zeros([TILE_C], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        n = tile * ROWS + tl.arange(0, ROWS)
+        live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
+        at = n.to(tl.int64)[:, None] * C + c[None, :]
+        rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
+        y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
+        dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
+        if BIAS:
+            dbias += tl.sum(dx, 0)
+        if ADD:
+            dx += tl.load(dsum_ptr + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
+    if BIAS:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, dbias, mask=c < C)
 
 
 @triton.jit
@@ -115,41 +125,50 @@ def _deviations(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _forward(x: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum (x itself without h), norm and reciprocal deviation of each row."""
+def _forward(x: Tensor, h: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Sum (None without h), norm and reciprocal deviation of each row."""
     N, C = x.shape
     if backend.is_torch(x):
-        total = x if h is None else (wide(x) + wide(h)).to(x.dtype)
-        y, _, rstd = torch.native_layer_norm(wide(total), [C], None, None, eps)
+        total = None if h is None else (wide(x) + wide(h)).to(x.dtype)
+        rows = wide(x if h is None else total)
+        y, _, rstd = torch.native_layer_norm(rows if bias is None else rows + wide(bias), [C], None, None, eps)
         return total, y.to(x.dtype), rstd.view(N)
-    total, y, rstd = x if h is None else torch.empty_like(x), torch.empty_like(x), _deviations(x)
-    tiles = _tiles(C)
-    args = (x, x if h is None else h, total, y, rstd, N, eps)
-    backend.launch(_layer_norm_fwd, (triton.cdiv(N, tiles["ROWS"]),), *args, C=C, ADD=h is not None, **tiles, num_warps=4)
+    total, y, rstd, tiles = None if h is None else torch.empty_like(x), torch.empty_like(x), _deviations(x), _tiles(C)
+    args = (x, h, bias, total, y, rstd, N, eps)
+    constants = dict(C=C, ADD=h is not None, BIAS=bias is not None, **tiles, num_warps=4)
+    backend.launch(_layer_norm_fwd, (triton.cdiv(N, tiles["ROWS"]),), *args, **constants)
     return total, y, rstd
 
 
 @torch.library.custom_op("trislat::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _forward(x, None, eps)[1:]
+def _layer_norm(x: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return _forward(x, None, bias, eps)[1:]
 
 
 @torch.library.custom_op("trislat::add_layer_norm", mutates_args=())
 def _add_layer_norm(x: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, h, eps)
+    return _forward(x, h, None, eps)
 
 
 @torch.library.custom_op("trislat::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(y: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None) -> Tensor:
+def _layer_norm_backward(
+    y: Tensor, rstd: Tensor, dy: Tensor, dsum: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, `dsum` added to it, and that of the bias (empty without one)."""
     N, C = y.shape
     if backend.is_torch(y):
         still, keep = (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1)), [True, False, False]
         dx = torch.ops.aten.native_layer_norm_backward(wide(dy), wide(y), [C], *still, None, None, keep)[0]  # y is its own norm
-        return (dx.mul_(rstd.view(N, 1)) if dsum is None else torch.addcmul(wide(dsum), dx, rstd.view(N, 1))).to(y.dtype)
+        dx.mul_(rstd.view(N, 1))
+        dbias = y.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)
+        return (dx if dsum is None else dx.add_(dsum)).to(y.dtype), dbias
     dx, tiles = torch.empty_like(y), _tiles(C)
-    args = (y, rstd, dy, dy if dsum is None else dsum, dx, N)
-    backend.launch(_layer_norm_bwd, (triton.cdiv(N, tiles["ROWS"]),), *args, C=C, ADD=dsum is not None, **tiles, num_warps=4)
-    return dx
+    programs = triton.cdiv(N, tiles["ROWS"])
+    programs = programs if bias is None else min(programs, PROGRAMS)
+    partial = y.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
+    constants = dict(C=C, ADD=dsum is not None, BIAS=bias is not None, **tiles, num_warps=4)
+    backend.launch(_layer_norm_bwd, (programs,), y, rstd, dy, dsum, dx, partial, N, **constants)
+    return dx, y.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 
 @torch.library.custom_op("trislat::rms_norm", mutates_args=())
@@ -183,15 +202,17 @@ def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Te
     return dx, partial.sum(0).to(gamma.dtype)
 
 
-_layer_norm.register_fake(lambda x, eps: (torch.empty_like(x), _deviations(x)))
+_layer_norm.register_fake(lambda x, bias, eps: (torch.empty_like(x), _deviations(x)))
 _add_layer_norm.register_fake(lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), _deviations(x)))
-_layer_norm_backward.register_fake(lambda y, rstd, dy, dsum: torch.empty_like(y))
+_layer_norm_backward.register_fake(
+    lambda y, rstd, dy, dsum, bias: (torch.empty_like(y), y.new_empty(0) if bias is None else torch.empty_like(bias))
+)
 _rms_norm.register_fake(lambda x, gamma: torch.empty_like(x))
 _rms_norm_backward.register_fake(lambda x, gamma, dy: (torch.empty_like(x), torch.empty_like(gamma)))
 
 
 def _save_layer_norm(ctx, inputs, output):
-    ctx.save_for_backward(*output)
+    ctx.save_for_backward(*output, inputs[1])
 
 
 def _save_add_layer_norm(ctx, inputs, output):
@@ -199,13 +220,33 @@ def _save_add_layer_norm(ctx, inputs, output):
     ctx.dtype = inputs[1].dtype
 
 
-def _grad_layer_norm(ctx, dy, *_):
-    return torch.ops.trislat.layer_norm_backward(*ctx.saved_tensors, dy.contiguous(), None), None
+def _grad_layer_norm(ctx, dy, _):
+    y, rstd, bias = ctx.saved_tensors
+    dx, dbias = torch.ops.trislat.layer_norm_backward(y, rstd, dy.contiguous(), None, bias)
+    return dx, None if bias is None else dbias, None
 
 
 def _grad_add_layer_norm(ctx, dsum, dy, *_):
-    dx = torch.ops.trislat.layer_norm_backward(*ctx.saved_tensors, dy.contiguous(), dsum.contiguous())
+    dx, _ = torch.ops.trislat.layer_norm_backward(*ctx.saved_tensors, dy.contiguous(), dsum.contiguous(), None)
     return dx, dx.to(ctx.dtype), None
+
+
+class _StreamNorm(torch.autograd.Function):
+    """x goes through, so that its gradient and the norm's arrive together, and are summed in the pass of the norm's."""
+
+    @staticmethod
+    def forward(ctx, x, bias, eps):
+        y, rstd = torch.ops.trislat.layer_norm(x, bias, eps)
+        ctx.mark_dirty(x)  # not changed here, but by whom it is handed to
+        ctx.save_for_backward(y, rstd, bias)
+        return x, y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx, dy):
+        y, rstd, bias = ctx.saved_tensors
+        dx, dbias = torch.ops.trislat.layer_norm_backward(y, rstd, dy.contiguous(), dx.contiguous(), bias)
+        return dx, None if bias is None else dbias, None
 
 
 def _save_inputs(ctx, inputs, output):
@@ -234,18 +275,47 @@ def check_dtype(x: Tensor) -> None:
         raise ValueError(f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on {backend.name(x)}")
 
 
+def _check_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    check_tensors(bias=bias)
+    check_dtype(bias)
+    if bias.shape != x.shape[1:]:
+        raise ValueError(f"bias {list(bias.shape)} must be [C] with the channels of x {list(x.shape)}")
+    return bias.contiguous()
+
+
 def layer_norm(
     x: Tensor,  # [N, C] fp16, bf16 or fp32
     eps: float = 1e-6,
+    bias: Tensor | None = None,  # [C] fp16, bf16 or fp32
 ) -> Tensor:  # [N, C], as x
-    """Layer norm of each row without affine, computed in fp32.
+    """Layer norm of each row of x + bias, without affine, computed in fp32. The bias's gradient is summed in a fixed order.
 
-    Raises ValueError for another rank or dtype, more than 4096 channels and an eps that is negative or not finite; TypeError
-    for what is no tensor.
+    Raises ValueError for another rank, shape or dtype, more than 4096 channels and an eps that is negative or not finite;
+    TypeError for what is no tensor.
     """
     _check(x, 2, "[N, C]")
     check_eps(eps)
-    return torch.ops.trislat.layer_norm(x.contiguous(), eps)[0]
+    return torch.ops.trislat.layer_norm(x.contiguous(), _check_bias(bias, x), eps)[0]
+
+
+def stream_norm(
+    x: Tensor,  # [N, C] fp16, bf16 or fp32, contiguous: the residual stream
+    eps: float = 1e-6,
+    bias: Tensor | None = None,  # [C]: what was not added to the stream
+) -> tuple[Tensor, Tensor]:  # both [N, C], as x
+    """(x itself, layer_norm(x + bias)); what follows may add to x in place, for neither keeps it for a backward pass.
+
+    Errors as layer_norm, and ValueError for an x that is not contiguous.
+    """
+    _check(x, 2, "[N, C]")
+    check_eps(eps)
+    if not x.is_contiguous():
+        raise ValueError(f"the stream is added to in place and must be contiguous: x {list(x.shape)} has strides {x.stride()}")
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace mark_dirty; one sum of gradients more
+        return x, layer_norm(x, eps, bias)
+    return _StreamNorm.apply(x, _check_bias(bias, x), eps)
 
 
 def add_layer_norm(
@@ -278,8 +348,9 @@ def rms_norm(
     return torch.ops.trislat.rms_norm(x.contiguous(), gamma.contiguous())
 
 
-def layer_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
+def layer_norm_reference(x: Tensor, eps: float = 1e-6, bias: Tensor | None = None) -> Tensor:
     """Mean and variance, spelt out."""
+    x = x if bias is None else x + bias
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 

@@ -1,8 +1,9 @@
 """The sparse transformer shared by the encoder and the decoders: N voxels, C channels, H heads.
 
 Parameter names are those of the published models (microsoft/TRELLIS), so their checkpoints load unchanged. A block is
-x + attention(norm(x)), then x + mlp(norm(x)); the residual add and the norm after it are one pass over memory, which is
-why a block hands its last addend on instead of adding it. Parameters stay fp32; the trunk computes in `activation_dtype`.
+x + attention(norm(x)), then x + mlp(norm(x)). The last products of attention and MLP add to the residual stream in place.
+They have no room for a bias beside it, so the stream goes without biases: their sum, a vector, is handed on, and every norm
+adds it to what it reads. Parameters stay fp32; the trunk computes in `activation_dtype`.
 """
 
 import torch
@@ -14,7 +15,7 @@ from kernels.attention import window_attention
 from kernels.cache import SpatialCache
 from kernels.checks import check_whole
 from kernels.gelu import gelu
-from kernels.norm import add_layer_norm, layer_norm
+from kernels.norm import stream_norm
 from kernels.serialize import MODES as CURVES
 from kernels.serialize import serialized_windows
 from kernels.window import Windows, full_windows, window_partition
@@ -81,6 +82,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def add_product(stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """stream [N, C] + x weight^T, rounded once; in the stream's memory, but under torch.autocast and for 16 bits on a CPU."""
+    if torch.is_autocast_enabled(stream.device.type):
+        return stream + linear(x, weight, None)
+    weight = weight.to(stream.dtype).t()
+    if stream.device.type == "cpu" and stream.dtype in (torch.float16, torch.bfloat16):
+        return torch.addmm(stream.float(), x.float(), weight.float()).to(stream.dtype)
+    return stream.addmm_(x, weight)
+
+
 class Linear(nn.Linear):
     """A linear layer whose fp32 weights are rounded to its input's dtype at use."""
 
@@ -109,12 +120,14 @@ class WindowAttention(nn.Module):
             self.k_rms_norm = HeadRMSNorm(heads, channels // heads)
         self.qk_rms_norm = qk_rms_norm
 
-    def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, C]
+    def forward(self, stream: Tensor, x: Tensor, cache: SpatialCache) -> Tensor:
+        """Add attention of x [N, C] to the stream, but for the bias of to_out."""
         channels = x.shape[1] // self.heads
         qkv = self.to_qkv(x).view(len(x), 3, self.heads, channels)
         gammas = {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma} if self.qk_rms_norm else {}
         phases = cache.get(rotary_phases, channels) if self.use_rope else None
-        return self.to_out(window_attention(qkv, cache.get(*self.windows), **gammas, phases=phases).flatten(1))
+        out = window_attention(qkv, cache.get(*self.windows), **gammas, phases=phases)
+        return add_product(stream, out.flatten(1), self.to_out.weight)
 
 
 class MLP(nn.Module):
@@ -125,27 +138,31 @@ class MLP(nn.Module):
         hidden = int(channels * ratio)
         self.mlp = nn.ModuleDict({"0": Linear(channels, hidden), "2": Linear(hidden, channels)})  # the published names
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, stream: Tensor, x: Tensor) -> Tensor:
+        """Add the MLP of x [N, C] to the stream, but for the second layer's bias."""
         up, down = self.mlp.values()
-        return down(gelu(linear(x, up.weight, None), up.bias))
+        return add_product(stream, gelu(linear(x, up.weight, None), up.bias), down.weight)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a residual stream x [N, C]."""
+    """Pre-norm transformer block on a residual stream x [N, C], which it adds to in place."""
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float, windows: tuple, use_rope: bool, qk_rms_norm: bool):
         super().__init__()
         self.attn = WindowAttention(channels, heads, windows, use_rope, qk_rms_norm)
         self.mlp = MLP(channels, mlp_ratio)
 
-    def forward(self, x: Tensor, addend: Tensor | None, cache: SpatialCache) -> tuple[Tensor, Tensor]:
-        """Take the stream and what the previous block has still to add to it; return the same pair."""
-        if addend is None:
-            normed = layer_norm(x, BLOCK_EPS)
-        else:
-            x, normed = add_layer_norm(x, addend, BLOCK_EPS)
-        x, normed = add_layer_norm(x, self.attn(normed, cache), BLOCK_EPS)
-        return x, self.mlp(normed)
+    def forward(self, x: Tensor, bias: Tensor | None, cache: SpatialCache) -> tuple[Tensor, Tensor]:
+        """Take the stream and the sum [C] of the biases that it lacks, None for no bias; return the same pair."""
+        x, normed = stream_norm(x, BLOCK_EPS, bias)
+        x, own = self.attn(x, normed, cache), self.attn.to_out.bias
+        bias = own if bias is None else bias + own
+        x, normed = stream_norm(x, BLOCK_EPS, bias)
+        return self.mlp(x, normed), bias + self.mlp.mlp["2"].bias
+
+    def on_a_copy(self, x: Tensor, bias: Tensor | None, cache: SpatialCache) -> tuple[Tensor, Tensor]:
+        """The same, and x stays as it is: what is computed again needs the input that it had."""
+        return self(x.clone(), bias, cache)
 
 
 class Trunk(nn.Module):
@@ -251,10 +268,10 @@ class Trunk(nn.Module):
         x = self.input_layer(feats)
         if self.pe_mode == "ape":
             x = x + cache.get(position_embedding, self.model_channels)
-        x, addend = x.to(self.compute_dtype(feats)), None
+        x, bias = x.to(self.compute_dtype(feats)), None
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, addend = checkpoint(block, x, addend, cache, use_reentrant=False, preserve_rng_state=False)
+                x, bias = checkpoint(block.on_a_copy, x, bias, cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, addend = block(x, addend, cache)
-        return (x + addend).to(feats.dtype)
+                x, bias = block(x, bias, cache)
+        return (x + bias).to(feats.dtype)

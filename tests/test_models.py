@@ -48,7 +48,7 @@ def check_gradients(model, x, tensors, out):
 
 
 def row_projections(model, x):
-    """Each block's output dotted with a ramp: the stream that block i hands on plus its last addend."""
+    """Each block's output dotted with a ramp: the stream that block i hands on plus the biases that it lacks."""
     found = []
     hooks = [
         block.register_forward_hook(lambda module, args, out: found.append((out[0] + out[1]).detach())) for block in model.blocks
@@ -108,8 +108,8 @@ def test_block_and_position_embedding_match_published(device):
     load_into(block, load_weights(tensors, "block/sd/"), "block")
     cache = SpatialCache(tensors["coords"], None)
     for scale, name in ((1.0, "out"), (1e-3, "out_for_1e-3_input")):  # the small input tells eps 1e-6 from 1e-5
-        x, addend = block(tensors["feats"].float() * scale, None, cache)
-        assert_close(x + addend, tensors[f"block/{name}"], T1, name)
+        x, bias = block(tensors["feats"].float() * scale, None, cache)
+        assert_close(x + bias, tensors[f"block/{name}"], T1, name)
     coords = torch.nn.functional.pad(tensors["ape/pos"], (1, 0)).int()
     order = torch.arange(len(coords), device=device)  # one voxel a sample: positions may repeat
     coords[:, 0] = order

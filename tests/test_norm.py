@@ -155,7 +155,8 @@ def test_registered_as_torch_asks(device):
     x, h, gamma = normal(3, 24, device=device), normal(3, 24, device=device, seed=1), normal(2, 12, device=device)
     ops = torch.ops.trislat
     for op, args in [
-        (ops.layer_norm, (x, 1e-6)),
+        (ops.layer_norm, (x, None, 1e-6)),
+        (ops.layer_norm, (x, gamma.detach().view(24).requires_grad_(), 1e-6)),
         (ops.add_layer_norm, (x, h, 1e-6)),
         (ops.rms_norm, (x.detach().view(3, 2, 12).requires_grad_(), gamma)),
     ]:

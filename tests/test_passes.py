@@ -13,7 +13,7 @@ from tests.test_models import batch, randomize
 
 C, LAUNCH = 32, backend.launch
 FREE = {"view", "_unsafe_view", "t", "transpose", "permute", "unbind", "slice", "select", "detach", "empty_like", "new_empty"}
-PRODUCTS = {"mm", "addmm", "linear"}
+PRODUCTS = {"mm", "addmm", "addmm_", "linear"}
 
 
 class Passes(TorchDispatchMode):
@@ -43,26 +43,34 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def count(kernel_device) -> tuple[Counter, Counter]:
-    """Forward and backward of a block that is neither the first nor the last."""
+def given(kernel_device):
+    """A block, and a stream, a bias and voxels for it whose windows are made."""
     x = batch([150, 200], kernel_device, channels=C)
     block = randomize(Block(C, 2, 4.0, block_windows("swin", 4, 0), False, False)).to(kernel_device)
-    stream, addend = (torch.randn(len(x), C, device=kernel_device, requires_grad=True) for _ in range(2))
-    block(stream, addend, x.cache)  # makes the windows
-    with Passes(len(x)) as passes, patch.object(backend, "launch", passes.launch):
-        out = block(stream, addend, x.cache)
+    stream, bias = (torch.randn(*shape, device=kernel_device, requires_grad=True) for shape in ((len(x), C), (C,)))
+    block.on_a_copy(stream, bias, x.cache)
+    return block, stream, bias, x.cache
+
+
+def count(kernel_device) -> tuple[Counter, Counter]:
+    """Forward and backward of a block that is neither the first nor the last."""
+    block, stream, bias, cache = given(kernel_device)
+    copy = stream.clone()
+    with Passes(len(stream)) as passes, patch.object(backend, "launch", passes.launch):
+        out = block(copy, bias, cache)
         forward = +passes.units
     upstream = [torch.ones_like(t) for t in out]
-    with Passes(len(x)) as passes, patch.object(backend, "launch", passes.launch):
-        torch.autograd.grad(out, [stream, addend, *block.parameters()], upstream)
+    with Passes(len(stream)) as passes, patch.object(backend, "launch", passes.launch):
+        torch.autograd.grad(out, [copy, bias, *block.parameters()], upstream)
     return forward, +passes.units
 
 
 def test_a_block_reads_and_writes_no_more_than_it_must(kernel_device):
-    """Of the products: inputs, outputs and their gradients, 1 + 3, 1 + 1, 1 + 4, 4 + 1. No copy, no cast, no sum of its own."""
+    """Of the products: inputs, outputs and their gradients, 1 + 3, 1 + 1, 1 + 4, 4 + 1, and the stream that two of them add to.
+    No copy, no cast, no sum of its own."""
     forward, backward = count(kernel_device)
-    assert forward == {"product": 16, "_layer_norm_fwd": 2 * 4, "_attention_short": 4, "_gelu_fwd": 8}
-    biases = {"sum": 3 + 1 + 1}  # of qkv and the two outputs; the hidden layer's comes with GELU's gradient
+    assert forward == {"product": 16 + 2, "_layer_norm_fwd": 2 * 2, "_attention_short": 4, "_gelu_fwd": 8}
+    biases = {"sum": 3}  # of qkv; the others come with GELU's and the norms' gradients
     assert backward == biases | {
         "product": 2 * 16, "_layer_norm_bwd": 2 * 4, "_attention_short_backward": 8, "_gelu_bwd": 12,
     }  # fmt: skip
@@ -70,16 +78,14 @@ def test_a_block_reads_and_writes_no_more_than_it_must(kernel_device):
 
 def test_a_block_keeps_no_residual_stream_for_its_backward_pass(kernel_device):
     """Two norms, qkv (3), attention's output, the hidden layer before and after GELU (4 + 4); the stream would be 2 more."""
-    x = batch([150, 200], kernel_device, channels=C)
-    block = randomize(Block(C, 2, 4.0, block_windows("swin", 4, 0), False, False)).to(kernel_device)
-    stream, addend = (torch.randn(len(x), C, device=kernel_device, requires_grad=True) for _ in range(2))
-    kept = {}
+    block, stream, bias, cache = given(kernel_device)
+    copy, kept = stream.clone(), {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / (4 * len(x) * C)
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / (4 * len(stream) * C)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = block(stream, addend, x.cache)
+        out = block(copy, bias, cache)
     assert sum(size for size in kept.values() if size >= 1) == 14
-    assert not {t.untyped_storage().data_ptr() for t in (stream, addend, out[0])} & kept.keys()
+    assert out[0].data_ptr() == copy.data_ptr() and copy.untyped_storage().data_ptr() not in kept
