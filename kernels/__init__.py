@@ -33,6 +33,7 @@ from kernels.meshes import opposite_vertices as opposite_vertices
 from kernels.norm import add_layer_norm as add_layer_norm
 from kernels.norm import layer_norm as layer_norm
 from kernels.norm import rms_norm as rms_norm
+from kernels.norm import stream_norm as stream_norm
 from kernels.normals import flat_normals as flat_normals
 from kernels.pool import pool as pool
 from kernels.pool import pooling as pooling

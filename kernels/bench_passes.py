@@ -81,14 +81,15 @@ def _row_count(size: str) -> tuple[str, int, int, int]:
 
 
 def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Forward x -> y; backward x, dy -> dx."""
+    """With the bias that a block's stream lacks. Forward x -> y; backward y, dy -> dx."""
     name, N, H, D = _row_count(size)
-    ours, reference = (lambda x: layer_norm(x, EPS)), (lambda x: layer_norm_reference(x, EPS))
-    yield from _pass("layer_norm", ours, reference, eager_layer_norm, [(N, H * D)], (2, 3), name, dtypes, device)
+    ours, reference = (lambda x, bias: layer_norm(x, EPS, bias)), (lambda x, bias: layer_norm_reference(x, EPS, bias))
+    eager = lambda x, bias: eager_layer_norm(x + bias)
+    yield from _pass("layer_norm", ours, reference, eager, [(N, H * D), (H * D,)], (2, 3), name, dtypes, device)
 
 
 def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Forward x, h -> sum, y; backward sum, dsum, dy -> dx, which is dh too."""
+    """Forward x, h -> sum, y; backward y, dsum, dy -> dx, which is dh too."""
     name, N, H, D = _row_count(size)
     ours, reference = (lambda x, h: add_layer_norm(x, h, EPS)), (lambda x, h: add_layer_norm_reference(x, h, EPS))
     yield from _pass("add_layer_norm", ours, reference, eager_add_layer_norm, [(N, H * D)] * 2, (4, 4), name, dtypes, device)

@@ -18,7 +18,7 @@ from kernels.gelu import gelu
 from kernels.group_norm import group_norm_silu
 from kernels.hash import build_table, lookup, neighbours
 from kernels.isosurface import isosurface
-from kernels.norm import add_layer_norm, layer_norm, rms_norm
+from kernels.norm import add_layer_norm, layer_norm, rms_norm, stream_norm
 from kernels.pool import pool, pooling, unpool
 from kernels.raymarch import raymarch
 from kernels.render_mesh import render_mesh
@@ -90,12 +90,16 @@ def norms(dtype: torch.dtype) -> None:
     """The memory-bound passes of a block."""
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
         x, h = (torch.randn(8, channels).to(dtype).requires_grad_() for _ in range(2))
+        bias = torch.zeros(channels, requires_grad=True)
         _backward(layer_norm(x))
+        _backward(layer_norm(x, bias=bias))
+        _backward(*stream_norm(x.clone()))
+        _backward(*stream_norm(x.clone(), bias=bias))
         _backward(*add_layer_norm(x, h))
         gamma = torch.ones(heads, channels // heads, requires_grad=True)
         _backward(rms_norm(x.view(8, heads, -1), gamma))
         _backward(gelu(x))
-        _backward(gelu(x, torch.zeros(channels, requires_grad=True)))
+        _backward(gelu(x, bias))
 
 
 def coordinates(dtype: torch.dtype) -> None:

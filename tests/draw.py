@@ -34,6 +34,7 @@ from kernels.norm import (
     layer_norm_reference,
     rms_norm,
     rms_norm_reference,
+    stream_norm,
 )
 from kernels.normals import flat_normals, flat_normals_reference
 from kernels.pool import pool, pool_reference, pooling, unpool, unpool_reference
@@ -144,8 +145,12 @@ def norms(d: Draw) -> Case:
         C = d.pick(1, d.number(3, 300))
         eps = d.pick(1e-6, 1e-5)
         if d.pick(0, 1):
-            op, slow, x = layer_norm, layer_norm_reference, d.normal(N, C, dtype=dtype)
-            return Case(lambda x: op(x, eps), lambda x: slow(x, eps), [x], None, CANCELLED)
+            tensors, slow = [d.normal(N, C, dtype=dtype), *[d.normal(C)] * d.pick(0, 1)], layer_norm_reference
+            if d.pick(0, 1):  # the stream is added to in place
+                add = lambda x, y: (x.add_(1), y)
+                op = lambda x, *b: add(*stream_norm(x.clone(memory_format=torch.contiguous_format), eps, *b))
+                return Case(op, lambda x, *b: (x + 1, slow(x, eps, *b)), tensors, None, CANCELLED)
+            return Case(lambda x, *b: layer_norm(x, eps, *b), lambda x, *b: slow(x, eps, *b), tensors, None, CANCELLED)
         tensors = [d.normal(N, C, dtype=dtype) for _ in range(2)]
         op, slow = add_layer_norm, add_layer_norm_reference
         return Case(lambda x, h: op(x, h, eps), lambda x, h: slow(x, h, eps), tensors, None, CANCELLED)

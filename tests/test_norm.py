@@ -12,6 +12,7 @@ from kernels.norm import (
     layer_norm_reference,
     rms_norm,
     rms_norm_reference,
+    stream_norm,
 )
 from tests.conftest import assert_close, assert_same, golden
 
@@ -47,6 +48,39 @@ def test_rms_norm(device, N, H, D, dtype):
 def test_the_programs_of_rms_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr("kernels.norm.PARTIALS", 2)
     assert_same(rms_norm, rms_norm_reference, normal(330, 2, 64, device=device), normal(2, 64, device=device, seed=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N, C", SIZES)
+def test_layer_norm_of_a_sum_with_a_bias(device, N, C, dtype):
+    x, bias = normal(N, C, dtype=dtype, device=device), normal(C, device=device, seed=1)
+    assert_same(lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias)
+
+
+@pytest.mark.parametrize("biases", [0, 1])
+@pytest.mark.parametrize("N, C", SIZES)
+def test_the_stream_is_added_to_in_place(device, N, C, biases):
+    x, h = (normal(N, C, device=device, seed=s) for s in (0, 1))
+    tensors = [x, h, *[normal(C, device=device, seed=2)] * biases]
+
+    def ours(x, h, *bias):
+        before = x.clone()
+        stream, y = stream_norm(before, 1e-6, *bias)
+        assert stream.data_ptr() == before.data_ptr()
+        stream += h  # which the norm's gradient must not see
+        stream, z = stream_norm(stream, 1e-6, *bias)
+        return stream.mul_(2), y, z
+
+    def plain(x, h, *bias):
+        return 2 * (x + h), *(layer_norm_reference(total, 1e-6, *bias) for total in (x, x + h))
+
+    assert_same(ours, plain, *tensors)
+
+
+def test_the_programs_of_layer_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
+    monkeypatch.setattr("kernels.norm.PROGRAMS", 2)
+    x, bias = normal(33, 1030, device=device), normal(1030, device=device, seed=1)
+    assert_same(lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias)
 
 
 def test_a_row_of_equal_values_is_not_divided_by_zero(device):
@@ -174,6 +208,13 @@ def test_wrong_input_is_refused(device):
         rms_norm(torch.zeros(5, 2, 8, device=device), torch.zeros(2, 4, device=device))
     with pytest.raises(ValueError, match="torch.int32"):
         layer_norm(torch.zeros(2, 3, dtype=torch.int32, device=device))
+    for op in (layer_norm, stream_norm):
+        with pytest.raises(ValueError, match=r"bias \[4\] must be \[C\] with the channels of x \[2, 3\]"):
+            op(torch.zeros(2, 3, device=device), bias=torch.zeros(4, device=device))
+        with pytest.raises(TypeError, match="bias must be a tensor, not float"):
+            op(torch.zeros(2, 3, device=device), bias=1.0)
+    with pytest.raises(ValueError, match=r"must be contiguous: x \[3, 2\] has strides \(1, 3\)"):
+        stream_norm(torch.zeros(2, 3, device=device).t())
 
 
 def test_the_kernels_refuse_double_precision(kernel_device):
