@@ -58,7 +58,7 @@ def _layer_norm_bwd(
 ):  # fmt: skip
     """The bias is added before the norm alone: its gradient is the sum over the rows of what the norm passes on, without dsum."""
     c = tl.arange(0, TILE_C)
-    dbias = tl.zeros([TILE_C], tl.float32)
+    dbias = tl.zeros([ROWS, TILE_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         n = tile * ROWS + tl.arange(0, ROWS)
         live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
@@ -68,12 +68,12 @@ def _layer_norm_bwd(
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
         if BIAS:
-            dbias += tl.sum(dx, 0)
+            dbias += dx
         if ADD:
             dx += tl.load(dsum_ptr + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
     if BIAS:
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, dbias, mask=c < C)
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(dbias, 0), mask=c < C)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _layer_norm_backward(
     programs = triton.cdiv(N, tiles["ROWS"])
     programs = programs if bias is None else min(programs, PROGRAMS)
     partial = y.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
-    constants = dict(C=C, ADD=dsum is not None, BIAS=bias is not None, **tiles, num_warps=4)
+    constants = dict(C=C, ADD=dsum is not None, BIAS=bias is not None, **tiles, num_warps=4 if bias is None else 8)
     backend.launch(_layer_norm_bwd, (programs,), y, rstd, dy, dsum, dx, partial, N, **constants)
     return dx, y.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
