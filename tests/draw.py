@@ -142,18 +142,15 @@ class Draw:
 def norms(d: Draw) -> Case:
     dtype, N = d.dtype(), d.number(0, 200)
     if d.pick(0, 1):
-        C = d.pick(1, d.number(3, 300))
-        eps = d.pick(1e-6, 1e-5)
+        C, eps = d.pick(1, d.number(3, 300)), d.pick(1e-6, 1e-5)
         if d.pick(0, 1):
             tensors, slow = [d.normal(N, C, dtype=dtype), *[d.normal(C)] * d.pick(0, 1)], layer_norm_reference
-            if d.pick(0, 1):  # the stream is added to in place
-                add = lambda x, y: (x.add_(1), y)
-                op = lambda x, *b: add(*stream_norm(x.clone(memory_format=torch.contiguous_format), eps, *b))
-                return Case(op, lambda x, *b: (x + 1, slow(x, eps, *b)), tensors, None, CANCELLED)
-            return Case(lambda x, *b: layer_norm(x, eps, *b), lambda x, *b: slow(x, eps, *b), tensors, None, CANCELLED)
-        tensors = [d.normal(N, C, dtype=dtype) for _ in range(2)]
-        op, slow = add_layer_norm, add_layer_norm_reference
-        return Case(lambda x, h: op(x, h, eps), lambda x, h: slow(x, h, eps), tensors, None, CANCELLED)
+            if d.pick(0, 1):
+                return Case(lambda x, *b: layer_norm(x, eps, *b), lambda x, *b: slow(x, eps, *b), tensors, None, CANCELLED)
+            op = lambda x, *b: (lambda stream, y: (stream.add_(1), y))(*stream_norm(x.contiguous() + 0, eps, *b))  # in place
+            return Case(op, lambda x, *b: (x + 1, slow(x, eps, *b)), tensors, None, CANCELLED)
+        slow, tensors = add_layer_norm_reference, [d.normal(N, C, dtype=dtype) for _ in range(2)]
+        return Case(lambda x, h: add_layer_norm(x, h, eps), lambda x, h: slow(x, h, eps), tensors, None, CANCELLED)
     if d.pick(0, 1):
         shape = [N, *[d.number(1, 7)] * d.number(0, 2)]
         biases = [d.normal(shape[-1])] * d.pick(0, 1) if shape[-1] else []
