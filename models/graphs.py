@@ -1,10 +1,11 @@
 """CUDA graphs of a trunk: its launches are recorded once for each size and replayed: N voxels, R rows, C channels.
 
 A block is about forty launches from Python, forward and backward; with few voxels the GPU is done before its host has
-issued the next. A graph is one launch, but of fixed sizes. So a batch is filled up to R rows, one of eight sizes per doubling, with voxels of made-up
-samples. Samples do not see each other, so these change nothing, and their outputs and gradients are dropped. Position
-embeddings, windows and tile lists are made inside the graph from the coordinates: their sizes follow from R, the number of
-samples and the resolution. Graphs of one trunk share their memory, so only what was run last can be differentiated.
+issued the next. A graph is one launch, but of fixed sizes. So a batch is filled up to R rows, one of eight sizes per
+doubling, with voxels of made-up samples. Samples do not see each other, so these change nothing, and their outputs and
+gradients are dropped. Position embeddings, windows and tile lists are made inside the graph from the coordinates: their
+sizes follow from R, the number of samples and the resolution. Graphs of one trunk share their memory, so only what was run
+last can be differentiated.
 """
 
 from collections.abc import Callable, Sequence
