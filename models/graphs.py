@@ -4,8 +4,8 @@ A block is about forty launches from Python, forward and backward; with few voxe
 issued the next. A graph is one launch, but of fixed sizes. So a batch is filled up to R rows, one of eight sizes per
 doubling, with voxels of made-up samples. Samples do not see each other, so these change nothing, and their outputs and
 gradients are dropped. Position embeddings, windows and tile lists are made inside the graph from the coordinates: their
-sizes follow from R, the number of samples and the resolution. Graphs of one trunk share their memory, so only what was run
-last can be differentiated.
+sizes follow from R, the number of samples and the resolution. Graphs of one trunk share the memory of what they compute, so
+only what was run last can be differentiated; features, output and the gradients of both are kept for every size.
 """
 
 from collections.abc import Callable, Sequence
