@@ -91,13 +91,13 @@ def both(device, **trunk):
     return graphed, eager
 
 
-def check(graphed, eager, x, seed=5) -> None:
+def check(graphed, eager, x, seed=5, tolerance=2e-5) -> None:
     """The same output and gradients but for rounding, and memory of the caller's own."""
     up = torch.randn(len(x), 32, generator=torch.Generator().manual_seed(seed)).to(x.feats.device)
     ours, theirs = gradients(graphed, x, up), gradients(eager, x, up)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        assert_close(a, b, 2e-5)
+        assert_close(a, b, tolerance)
     if graphed.graphs.recordings:
         kept = graphed.graphs.gradients.untyped_storage().data_ptr()
         assert kept not in {t.untyped_storage().data_ptr() for t in ours}
@@ -117,6 +117,15 @@ def test_graphs_change_nothing(device, trunk):
             x = batch(counts[::-1], device, seed=seed + 10)
             assert_close(graphed.trunk(x.feats, x.cache), eager.trunk(x.feats, x.cache), 2e-5)
     assert len(graphed.graphs.recordings) == 2 * 3  # (rows, samples), each with and without a backward pass
+
+
+def test_graphs_of_a_model_that_changes_its_type(device):
+    graphed, eager = both(device)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for model in (graphed, eager):
+            model.set_activation_dtype(dtype)
+        check(graphed, eager, batch([60, 40], device), tolerance=2e-5 if dtype == torch.float32 else 2e-2)
+    assert len(graphed.graphs.recordings) == 3
 
 
 def test_graphs_of_kernels(kernel_device):
