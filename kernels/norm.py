@@ -300,6 +300,13 @@ def layer_norm(
     return torch.ops.trislat.layer_norm(x.contiguous(), _check_bias(bias, x), eps)[0]
 
 
+def alterable(x: Tensor) -> bool:
+    """Whether autograd lets x be added to in place; a compiler plans memory itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or not (x._is_view() or (x.is_leaf and x.requires_grad))
+
+
 def stream_norm(
     x: Tensor,  # [N, C] fp16, bf16 or fp32, contiguous: the residual stream
     eps: float = 1e-6,
@@ -307,13 +314,14 @@ def stream_norm(
 ) -> tuple[Tensor, Tensor]:  # both [N, C], as x
     """(x itself, layer_norm(x + bias)); what follows may add to x in place, for neither keeps it for a backward pass.
 
-    Errors as layer_norm, and ValueError for an x that is not contiguous.
+    The gradients of both are summed in one pass where x is `alterable`, in two otherwise. Errors as layer_norm, and ValueError
+    for an x that is not contiguous.
     """
     _check(x, 2, "[N, C]")
     check_eps(eps)
     if not x.is_contiguous():
         raise ValueError(f"the stream is added to in place and must be contiguous: x {list(x.shape)} has strides {x.stride()}")
-    if torch.compiler.is_compiling():  # torch 2.11 cannot trace mark_dirty; one sum of gradients more
+    if not alterable(x):  # nor may it be marked so; torch 2.11 cannot compile the mark
         return x, layer_norm(x, eps, bias)
     return _StreamNorm.apply(x, _check_bias(bias, x), eps)
 

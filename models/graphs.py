@@ -8,8 +8,7 @@ sizes follow from R, the number of samples and the resolution. Graphs of one tru
 only what was run last can be differentiated; features, output and the gradients of both are kept for every size.
 """
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from kernels.cache import SpatialCache
 
 LEAST = 1024  # rows of the smallest size
-STEPS = 8  # sizes per doubling: at most an eighth of the rows is made up
+STEPS = 8  # sizes per doubling: above LEAST at most an eighth of the rows is made up
 WARM_UPS = 3  # runs before a recording: kernels are compiled, libraries choose their algorithms
 
 
@@ -41,7 +40,7 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         if device.type != "cuda":
-            raise ValueError(f"CUDA graphs are recorded on a GPU; the model is on {device}")
+            raise ValueError(f"CUDA graphs are recorded on a GPU; the model is on {device} (use_graphs(0) does without)")
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:
@@ -55,10 +54,13 @@ class Recorder:
 
     def record(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
         """What repeats its launches, and its result, whose memory that fills."""
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": the threads that load data may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            result = run()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        try:
+            # "thread_local": the threads that load data may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            torch.cuda.set_stream(current)  # where a recording fails, torch may leave its own
         return graph.replay, result
 
 
@@ -74,83 +76,109 @@ class Size(NamedTuple):
     recompute: bool
 
 
+class _Compute(nn.Module):
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, feats: Tensor, cache: SpatialCache) -> Tensor:
+        return self.trunk.compute(feats, cache)
+
+
 class Graphs:
     """The graphs of one trunk, for up to `most` voxels.
 
-    `run(feats, cache)` computes [N, C] from features and voxels whose coordinates are below `resolution`; it must launch the
-    same for every input of the same sizes, and reads `parameters`, which it computes gradients for.
+    `trunk.compute(feats, cache)` must launch the same for every input of the same sizes.
     """
 
-    def __init__(self, most: int, resolution: int, run: Callable, parameters: Sequence[nn.Parameter]):
-        self.most, self.resolution, self.run, self.parameters = most, resolution, run, list(parameters)
-        self.recordings: dict[Size, _Recording] = {}
+    def __init__(self, trunk: nn.Module, most: int):
+        Recorder(next(trunk.parameters()).device)  # raises early
+        self.__setstate__((trunk, most))
+
+    def __getstate__(self) -> tuple:
+        return self.trunk, self.most
+
+    def __setstate__(self, state: tuple) -> None:
+        """Recordings are neither copied nor pickled."""
+        self.trunk, self.most = state
         self.turn = 0  # counts replays: memory holds what the last one computed
-        self.seen = self._where()
-        self.recorder = Recorder(self.parameters[0].device)
-        self.gradients: Tensor | None = None  # of all weights, one after another: every recording writes them here
+        self.slots: list[tuple[nn.Module, str]] = []
+        self.seen: list | None = None
+        self.recordings: dict[Size, _Recording] = {}
 
-    def __deepcopy__(self, memo: dict) -> "Graphs":
-        return Graphs(self.most, self.resolution, *deepcopy((self.run, self.parameters), memo))  # recordings are not copied
+    def _weights(self) -> list[Tensor | None]:
+        """What the trunk computes with now, in the order of `slots`."""
+        return [module._parameters.get(name) for module, name in self.slots]
 
-    def _where(self) -> list[tuple[int, bool]]:
-        return [(p.data_ptr(), p.requires_grad) for p in self.parameters]
+    def _start(self, device: torch.device) -> None:
+        """Forget what was recorded of other weights: a graph knows its own by their addresses."""
+        inside = [(path, m) for path, m in self.trunk.named_modules() if path.split(".")[0] in ("input_layer", "blocks")]
+        weights = {f"trunk.{path}.{name}": (m, name) for path, m in inside for name, p in m._parameters.items() if p is not None}
+        self.slots = list(weights.values())
+        with torch.inference_mode(False):
+            # tensors of the same memory, but unknown to whoever differentiates the weights outside, on other streams
+            self.aliases = {
+                path: p.detach().requires_grad_(p.requires_grad) for path, p in zip(weights, self._weights(), strict=True)
+            }
+            self.shapes = [t.shape for t in self.aliases.values() if t.requires_grad]
+            # of all trained weights, one after another: every recording writes them here
+            self.gradients = next(iter(self.aliases.values())).detach().new_empty(sum(shape.numel() for shape in self.shapes))
+        self.recordings, self.recorder = {}, Recorder(device)
 
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.parameters if p.requires_grad]
-
-    def split(self, flat: Tensor) -> list[Tensor]:
+    def split(self, flat: Tensor) -> Iterator[Tensor]:
         """What belongs to each trained weight, in its shape."""
-        parts = flat.split([p.numel() for p in self.trained])
-        return [part.view_as(p) for part, p in zip(parts, self.trained, strict=True)]
+        parts = flat.split([shape.numel() for shape in self.shapes]) if self.shapes else ()
+        return (part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def run(self, feats: Tensor, cache: SpatialCache) -> Tensor:
+        """What is recorded: the trunk with the aliases of its weights."""
+        return torch.func.functional_call(_Compute(self.trunk), self.aliases, (feats, cache))
 
     def __call__(self, feats: Tensor, cache: SpatialCache, activation: torch.dtype, recompute: bool) -> Tensor:
-        """run(feats, cache), by a graph. Raises ValueError under torch.autocast, which a recording would freeze."""
+        """trunk.compute(feats, cache), by a graph. Raises ValueError under torch.autocast, which a recording would freeze."""
         if torch.is_autocast_enabled(feats.device.type):
             raise ValueError("graphs do not follow torch.autocast: choose the type with set_activation_dtype")
-        if self.seen != self._where():  # a graph knows its weights by their addresses
-            self.recordings, self.gradients, self.recorder, self.seen = {}, None, Recorder(feats.device), self._where()
-        inside = feats.requires_grad
-        backward = torch.is_grad_enabled() and (inside or len(self.trained) > 0)
-        reach = backward, backward and inside
+        where = lambda: [None if p is None else (p.data_ptr(), p.requires_grad) for p in self._weights()]
+        if self.seen is None or self.seen != where():
+            self._start(feats.device)
+            self.seen = where()
+        backward = torch.is_grad_enabled() and (feats.requires_grad or len(self.shapes) > 0)
+        reach = backward, backward and feats.requires_grad
         size = Size(bucket(len(feats)), cache.batch_size, feats.shape[1], feats.dtype, reach, activation, recompute)
         if size not in self.recordings:
             self.turn += 1  # recording uses the same memory
-            self.recordings[size] = _Recording(self, size, feats, cache)
+            with torch.inference_mode(False):  # its tensors are for all modes
+                self.recordings[size] = _Recording(self, size, feats, cache)
         recording = self.recordings[size]
         if not backward:
             return recording.forward(feats.detach(), cache)
-        return _Replay.apply(recording, cache, feats, *self.parameters)
+        return _Replay.apply(recording, cache, feats, *self._weights())
 
 
 class _Recording:
     """The graphs of one size."""
 
     def __init__(self, owner: Graphs, size: Size, feats: Tensor, cache: SpatialCache):
-        self.owner, device, extent = owner, feats.device, [owner.resolution] * 3
+        self.owner, device, resolution = owner, feats.device, owner.trunk.resolution
         backward, self.inside = size.differentiable
         self.feats = feats.new_zeros(size.R, size.channels).requires_grad_(self.inside)
-        self.spare = made_up(size.R, owner.resolution, size.B, device)
-        self.coords, samples = self.spare.clone(), size.B + -(-size.R // owner.resolution**3)
+        self.spare = made_up(size.R, resolution, size.B, device)
+        self.coords, samples = self.spare.clone(), size.B + -(-size.R // resolution**3)
         self._fill(feats.detach(), cache)
-        run = lambda: owner.run(self.feats, SpatialCache.unread(self.coords, samples, extent))
-        wanted = [*([self.feats] if self.inside else []), *owner.trained]
+        run = lambda: owner.run(self.feats, SpatialCache.unread(self.coords, samples, [resolution] * 3))
         with torch.set_grad_enabled(backward):
-            trial = (lambda: torch.autograd.grad(run().sum(), wanted)) if backward else run
-            owner.recorder.warm_up(trial)
-            self._forward, self.out = owner.recorder.record(run)
             if not backward:
+                owner.recorder.warm_up(run)
+                self._forward, self.out = owner.recorder.record(run)
                 return
-            self.grad, self.dfeats = torch.zeros_like(self.out), torch.empty_like(self.feats) if self.inside else None
-            if owner.gradients is None:
-                owner.gradients = self.grad.new_empty(sum(p.numel() for p in owner.trained), dtype=owner.parameters[0].dtype)
+            wanted = [*([self.feats] if self.inside else []), *(t for t in owner.aliases.values() if t.requires_grad)]
+            self.grad, self.dfeats = feats.new_zeros(size.R, owner.trunk.model_channels), torch.empty_like(self.feats)
             kept = [*([self.dfeats] if self.inside else []), *owner.split(owner.gradients)]
-
-            def back() -> None:
-                torch._foreach_copy_(kept, torch.autograd.grad(self.out, wanted, self.grad))
-
-            self._backward, _ = owner.recorder.record(back)
-        self.out = self.out.detach()  # lets go of what the backward pass read
+            back = lambda out: torch._foreach_copy_(kept, torch.autograd.grad(out, wanted, self.grad))
+            owner.recorder.warm_up(lambda: back(run()))
+            self._forward, out = owner.recorder.record(run)
+            self._backward, _ = owner.recorder.record(lambda: back(out))
+        self.out = out.detach()  # lets go of what the backward pass read
 
     @torch.no_grad()
     def _fill(self, feats: Tensor, cache: SpatialCache) -> None:
@@ -167,7 +195,7 @@ class _Recording:
         return self.out[: len(feats)].clone()
 
     @torch.no_grad()
-    def backward(self, grad: Tensor, turn: int) -> tuple[Tensor | None, list[Tensor]]:
+    def backward(self, grad: Tensor, turn: int) -> tuple[Tensor | None, Iterator[Tensor]]:
         if since := self.owner.turn - turn:
             raise ValueError(
                 f"the trunk's graphs have run {since} time{'s' * (since > 1)} since this output was made, and keep what the last "
@@ -183,14 +211,16 @@ class _Recording:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recording: _Recording, cache: SpatialCache, feats: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, recording: _Recording, cache: SpatialCache, feats: Tensor, *weights: Tensor) -> Tensor:
         out = recording.forward(feats, cache)
         ctx.recording, ctx.turn = recording, recording.owner.turn
+        ctx.weights = [(w, w._version, w.data_ptr()) for w in weights]
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
+        if any((w._version, w.data_ptr()) != (version, address) for w, version, address in ctx.weights):
+            raise ValueError("weights were changed after the forward pass, and graphs read them again in the backward pass")
         dfeats, gradients = ctx.recording.backward(grad, ctx.turn)
-        gradients = iter(gradients)
-        return None, None, dfeats, *(next(gradients) if p.requires_grad else None for p in ctx.recording.owner.parameters)
+        return None, None, dfeats, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[3:])

@@ -15,7 +15,7 @@ from kernels.attention import window_attention
 from kernels.cache import SpatialCache
 from kernels.checks import check_whole
 from kernels.gelu import gelu
-from kernels.norm import stream_norm
+from kernels.norm import alterable, stream_norm
 from kernels.serialize import MODES as CURVES
 from kernels.serialize import serialized_windows
 from kernels.window import Windows, full_windows, window_partition
@@ -83,13 +83,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def add_product(stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """stream [N, C] + x weight^T, rounded once; in the stream's memory, but under torch.autocast and for 16 bits on a CPU."""
+    """stream [N, C] + x weight^T, rounded once; in the stream's memory if that is `alterable`, and not for 16 bits on a CPU.
+
+    Under torch.autocast the product is rounded first, and added to a new stream.
+    """
     if torch.is_autocast_enabled(stream.device.type):
         return stream + linear(x, weight, None)
     weight = weight.to(stream.dtype).t()
     if stream.device.type == "cpu" and stream.dtype in (torch.float16, torch.bfloat16):
         return torch.addmm(stream.float(), x.float(), weight.float()).to(stream.dtype)
-    return stream.addmm_(x, weight)
+    return stream.addmm_(x, weight) if alterable(stream) else torch.addmm(stream, x, weight)
 
 
 class Linear(nn.Linear):
@@ -145,7 +148,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a residual stream x [N, C], which it adds to in place."""
+    """Pre-norm transformer block on a residual stream x [N, C], which it adds to in place: a hook that keeps it sees it change.
+
+    Of attn.to_out and mlp.mlp["2"] it takes the weights and biases and does not call them, so their own hooks do not run.
+    """
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float, windows: tuple, use_rope: bool, qk_rms_norm: bool):
         super().__init__()
@@ -240,8 +246,7 @@ class Trunk(nn.Module):
         check_whole("graphs of at most so many voxels", most, 0)
         if most and (self.attn_mode != "swin" or self.resolution is None):
             raise ValueError(f"graphs need attn_mode swin and a resolution, not {self.attn_mode!r} and {self.resolution}")
-        parts = *self.input_layer.parameters(), *self.blocks.parameters()
-        self.graphs = Graphs(most, self.resolution, self.compute, parts) if most else None
+        self.graphs = Graphs(self, most) if most else None
 
     def compute_dtype(self, feats: Tensor) -> torch.dtype:
         """What the layers between input and output layer compute in: activation_dtype, or the features' own dtype for fp32."""

@@ -1,5 +1,6 @@
 """Trunks run by CUDA graphs give what they give without; on a CPU a stand-in repeats what was recorded on the same memory."""
 
+import io
 from copy import deepcopy
 
 import pytest
@@ -37,6 +38,15 @@ class Tape(TorchDispatchMode):
             for before, now in zip(leaves(out), leaves(function(*args, **kwargs)), strict=True):
                 if isinstance(now, torch.Tensor) and now.data_ptr() != before.data_ptr():
                     before.copy_(now)
+
+
+class Fields(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.trunk(x.feats, x.cache)
 
 
 class CPURecorder:
@@ -171,6 +181,19 @@ def test_weights_that_are_replaced_are_recorded_again(device):
     graphed, eager = both(device)
     x = batch([60, 40], device)
     check(graphed, eager, x)
+    weights = {name: 2 * p.detach() for name, p in eager.named_parameters()}
+    for model in (graphed, eager):
+        model.load_state_dict(weights, assign=True)
+    check(graphed, eager, x)
+    for _ in range(2):  # other tensors in their place, for one call
+        given = {name: (p.detach() / 3).requires_grad_() for name, p in eager.named_parameters()}
+        swap = {f"model.{name}": p for name, p in given.items()}
+        outs = [torch.func.functional_call(Fields(model), swap, x) for model in (graphed, eager)]
+        assert_close(*outs, 2e-5)
+        inside = [p for name, p in given.items() if name.startswith(("blocks", "input_layer"))]
+        for a, b in zip(*(torch.autograd.grad(out.square().sum(), inside) for out in outs), strict=True):
+            assert_close(a, b, 2e-5)
+    check(graphed, eager, x)
     for model in (graphed, eager):
         for p in model.parameters():
             p.data = p.data * 1.5
@@ -179,6 +202,49 @@ def test_weights_that_are_replaced_are_recorded_again(device):
     for model in (graphed, eager):
         model.blocks[0].attn.to_qkv.weight.requires_grad_(True)
     check(graphed, eager, x)
+
+
+def test_weights_that_change_between_the_passes_are_noticed(device):
+    graphed, _ = both(device)
+    x = batch([60, 40], device)
+    out = graphed.trunk(x.feats, x.cache)
+    with torch.no_grad():
+        graphed.blocks[0].attn.to_out.bias.add_(1)
+    with pytest.raises(ValueError, match="weights were changed after the forward pass"):
+        out.sum().backward()
+
+
+def test_hooks_of_weights_run_once_a_pass_and_are_not_recorded(device):
+    """Nothing that is known outside is differentiated in a recording: on a GPU that would tie other streams to it."""
+    graphed, eager = both(device)
+    calls = []
+    for model in (graphed, eager):
+        hook = lambda grad: calls.append(grad.clone()) or 2 * grad
+        model.blocks[0].attn.to_qkv.weight.register_hook(hook)
+    x = batch([60, 40], device)
+    nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in graphed.parameters()]
+    for node in nodes:  # kept by whoever differentiated them before, as a DDP reducer does
+        node.register_prehook(lambda grads: calls.append(None))
+    graphed.trunk(x.feats, x.cache)
+    assert not calls
+    for passes in (1, 2):
+        check(graphed, eager, x)
+        assert len([call for call in calls if call is not None]) == 2 * passes
+
+
+def test_recordings_serve_every_mode_and_are_not_pickled(device):
+    graphed, eager = both(device)
+    x, file = batch([60, 40], device), io.BytesIO()
+    with torch.inference_mode():
+        first = graphed.trunk(x.feats, x.cache)
+    with torch.no_grad():
+        assert torch.equal(graphed.trunk(x.feats, x.cache), first)
+    check(graphed, eager, x)
+    torch.save(graphed, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert graphed.graphs.recordings and not loaded.graphs.recordings and loaded.graphs.trunk is loaded
+    check(loaded, eager, x)
 
 
 def test_only_the_last_run_is_differentiated_and_once(device):
@@ -206,7 +272,7 @@ def test_a_copied_model_has_graphs_of_its_own(device):
     randomize(graphed).graphs.most = 0
     assert not copied.graphs.recordings
     check(copied, eager, x)
-    assert copied.graphs.recordings and copied.graphs.parameters[0] is copied.input_layer.weight
+    assert copied.graphs.recordings and copied.graphs.trunk is copied
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -169,6 +169,7 @@ def test_gradients_in_double_precision():
     gamma = normal(1, 7, dtype=torch.float64, seed=2)
     assert torch.autograd.gradcheck(add_layer_norm, (x, h))
     assert torch.autograd.gradcheck(layer_norm, (x,))
+    assert torch.autograd.gradcheck(lambda x, b: stream_norm(x * 1, 1e-6, b[0]), (x, gamma))
     assert torch.autograd.gradcheck(lambda x, g: rms_norm(x[:, None], g), (x, gamma))
 
 

@@ -70,6 +70,34 @@ def test_attention_layer_equals_its_parts(device, mode, i):
     assert_close(layer(stream.clone(), x.feats, x.cache), expected, 2e-5)
 
 
+def test_a_stream_that_autograd_protects_is_not_changed(device):
+    """A leaf, a view, and what a backward hook of a module makes of its inputs: the same numbers out of place."""
+    model, x = encoder(device), batch([25, 0, 9], device, channels=32)
+    block, upstream = model.blocks[0], torch.randn(len(x), 32, device=device)
+    seen = []
+
+    def gradients(stream, given):
+        out, bias = block(given, None, x.cache)
+        found = torch.autograd.grad((out + bias).mul(upstream).sum(), [stream, *block.parameters()])
+        return [out.detach(), *found]
+
+    fresh = lambda: x.feats.detach().requires_grad_()
+    stream = fresh()
+    plain = gradients(stream, stream * 1)
+    kept = fresh()
+    pairs = {"leaf": (kept, kept), "view": (stream, (stream * 1).view(1, -1, 32)[0])}
+    for name, (leaf, given) in pairs.items():
+        before = given.detach().clone()
+        for a, b in zip(gradients(leaf, given), plain, strict=True):
+            assert_close(a, b, 2e-6, name)
+        assert torch.equal(given.detach(), before)
+    for module in (block, block.attn, block.mlp):
+        module.register_full_backward_hook(lambda module, inputs, outputs: seen.append(type(module).__name__))
+    for a, b in zip(gradients(stream, stream * 1), plain, strict=True):
+        assert_close(a, b, 2e-6, "hooks")
+    assert sorted(seen) == ["Block", "MLP", "WindowAttention"]
+
+
 @pytest.mark.parametrize("mode, position", [("shift_sequence", "rope"), ("swin", "rope")])
 def test_batched_equals_looped_with_empty_samples(device, mode, position):
     model, x = encoder(device, attn_mode=mode, pe_mode=position), batch([25, 0, 1, 9, 0], device)
