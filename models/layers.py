@@ -240,8 +240,9 @@ class Trunk(nn.Module):
         """Run the layers before the output layer as CUDA graphs where there are at most that many voxels; 0: nowhere.
 
         A pass must then be differentiated before the model runs again, hooks on what is inside run only while a size is
-        recorded, and where modules inside are replaced, this is to be called again (see models.graphs). Raises ValueError for a model that is not on a GPU, for attention other than "swin"
-        (whose windows alone have sizes that follow from the number of voxels) and below 0.
+        recorded, and where modules inside are replaced, this is to be called again (see models.graphs). Raises ValueError for
+        a model that is not on a GPU, for attention other than "swin" (whose windows alone have sizes that follow from the
+        number of voxels) and below 0.
         """
         check_whole("graphs of at most so many voxels", most, 0)
         if most and (self.attn_mode != "swin" or self.resolution is None):
