@@ -61,8 +61,9 @@ def _layer_norm_bwd(
     dbias = tl.zeros([ROWS, TILE_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         n = tile * ROWS + tl.arange(0, ROWS)
+        n = n.to(tl.int64)
         live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
-        at = n.to(tl.int64)[:, None] * C + c[None, :]
+        at = n[:, None] * C + c[None, :]
         rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
         y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)

@@ -130,12 +130,12 @@ def test_a_texture_is_the_right_side_up(tmp_path, uv):
 
 
 def test_alpha_is_coverage_and_edges_keep_their_colour(tmp_path):
-    image = view(write_obj(tmp_path, "q", quad(), "newmtl m\nKd 0.8 0.4 0.2\n"), FRONT, 33, 8)
+    image = view(write_obj(tmp_path, "q", quad(), "newmtl m\nKd 0.8 0.4 0.3\n"), FRONT, 33, 8)
     width = 1 / (2 * 2 * np.tan(np.deg2rad(20)))  # of the frame, that the square takes
     assert abs(image[..., 3].mean() / 255 - width**2) < 4e-3
     edge = (image[..., 3] > 0) & (image[..., 3] < 255)
     assert edge.any() and (image[~edge & (image[..., 3] == 0)] == 0).all()
-    assert (image[image[..., 3] > 0][:, :3] == np.rint(np.array([0.8, 0.4, 0.2]) * SIDE * 255)).all()
+    assert (image[image[..., 3] > 0][:, :3] == np.rint(np.array([0.8, 0.4, 0.3]) * SIDE * 255)).all()
 
 
 def test_transparent_layers_are_composited(tmp_path):

@@ -129,14 +129,17 @@ def test_matches_the_reference(device, width, height, sizes, view_scene):
 
 
 def test_opaque_stacks_match_the_reference(device):
-    """Tiles that stop before their list ends, and alpha at its clamp, whose gradient passes."""
+    """Tiles that stop before their list ends, and alpha at its clamp, whose gradient passes.
+
+    It divides by 1 - alpha, which is 0.01, so rounding counts a hundredfold, and differs between processors.
+    """
     inputs = scene(24, device)
     with torch.no_grad():
         inputs[1].fill_(0.5)
         inputs[3].fill_(0.9999)
     run = lambda *x: both(splat(*x, [0, 24], camera(1, 34, 20, device), [0], colors(1, device)))
     slow = lambda *x: both(splat_reference(*x, [0, 24], camera(1, 34, 20), [0], colors(1)))
-    assert_same(run, slow, *inputs)
+    assert_same(run, slow, *inputs, tolerance=5e-5)
 
 
 def test_float64_matches_the_reference_to_rounding():
