@@ -123,13 +123,17 @@ class WindowAttention(nn.Module):
             self.k_rms_norm = HeadRMSNorm(heads, channels // heads)
         self.qk_rms_norm = qk_rms_norm
 
+    def look_up(self, cache: SpatialCache) -> tuple[Windows, Tensor | None]:
+        """What is derived from coordinates: the windows, and with use_rope the phases."""
+        channels = self.to_out.in_features // self.heads
+        return cache.get(*self.windows), cache.get(rotary_phases, channels) if self.use_rope else None
+
     def forward(self, stream: Tensor, x: Tensor, cache: SpatialCache) -> Tensor:
         """Add attention of x [N, C] to the stream, but for the bias of to_out."""
-        channels = x.shape[1] // self.heads
-        qkv = self.to_qkv(x).view(len(x), 3, self.heads, channels)
+        qkv = self.to_qkv(x).view(len(x), 3, self.heads, x.shape[1] // self.heads)
         gammas = {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma} if self.qk_rms_norm else {}
-        phases = cache.get(rotary_phases, channels) if self.use_rope else None
-        out = window_attention(qkv, cache.get(*self.windows), **gammas, phases=phases)
+        windows, phases = self.look_up(cache)
+        out = window_attention(qkv, windows, **gammas, phases=phases)
         return add_product(stream, out.flatten(1), self.to_out.weight)
 
 
@@ -275,8 +279,12 @@ class Trunk(nn.Module):
         if self.pe_mode == "ape":
             x = x + cache.get(position_embedding, self.model_channels)
         x, bias = x.to(self.compute_dtype(feats)), None
+        recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
+        if recompute:  # torch.compile allows no side effects, as a cache that fills, in what is computed again
+            for block in self.blocks:
+                block.attn.look_up(cache)
         for block in self.blocks:
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            if recompute:
                 x, bias = checkpoint(block.on_a_copy, x, bias, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, bias = block(x, bias, cache)

@@ -163,6 +163,17 @@ def test_the_trunk_compiles_to_one_graph(mode, position):
     assert_close(compiled, model(x).mean, 1e-6)
 
 
+def test_a_trunk_that_recomputes_compiles_to_one_graph():
+    model = randomize(small_encoder(use_checkpoint=True)).to(DEVICE).train()
+    gradients = []
+    for call in (model, torch.compile(model, fullgraph=True, backend=BACKEND)):
+        x = batch([20, 0, 7], DEVICE)  # whose windows are made on the way
+        out = call(x).mean
+        gradients.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b, 1e-5)
+
+
 @DECODERS
 def test_whole_models_by_functional_call(decoder):
     model, x = vae(decoder).eval(), batch([5, 0, 3], DEVICE)
