@@ -72,7 +72,7 @@ OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convol
 # Kernels that a training step spends its time in: a spill there is a defect
 HOT = re.compile(
     r"attention|norm|gelu|blend|ssim|sum_uses|conv|statistics|gradients|dual|average"
-    r"|vertex_bwd|fields_bwd|raster|silhouette|sum_runs|march"
+    r"|vertex_bwd|fields_bwd|raster|silhouette|sum_runs|sum_pieces|march"
 )
 
 

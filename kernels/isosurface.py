@@ -18,7 +18,9 @@ from kernels.corners import PENALISED, WEIGHTS, average, fields_backward
 from kernels.cube_tables import EDGES, ambiguous_faces, crossing, cube_tables, dual_parts
 from kernels.cubes import Geometry, find_cubes, unravel
 from kernels.dual import dual_vertices, dual_vertices_backward
+from kernels.pairs import to_device
 from kernels.quads import centres, centres_backward, quad_duals, split_quads
+from kernels.reduce import sum_segments
 
 CHANNELS = (53, 101)  # without and with color
 SPREAD = 1 - 1e-8  # of the half cube that a vertex may move by; published
@@ -61,14 +63,14 @@ def _forward(
     else:
         vertices = dual
     faces = split_quads(quad, gamma, D, Q, training)
-    pairs = (cube_tables(fields.device).edges >= 0).sum(1)[cubes.kind]  # edges of each dual vertex
-    terms, share = (fields.new_zeros(3, B) for _ in range(2))  # a term is a sum times its share
-    for b in range(B):
-        mine = slice(D[b], D[b + 1])
-        share[0, b], share[2, b] = 1 / max(8 * counts[b] * mean.shape[1], 1), 1 / max(PENALISED * counts[b], 1)
-        share[1, b] = 1 / pairs[mine].sum().clamp(min=1)
-        terms[0, b], terms[1, b] = spread[V[b] : V[b + 1]].sum(), deviation[mine].sum()
-        terms[2, b] = torch.linalg.vector_norm(fields[N[b] : N[b + 1], WEIGHTS.start : WEIGHTS.start + PENALISED], 1)
+    edges = (cube_tables(fields.device).edges >= 0).sum(1)[cubes.kind]  # of each dual vertex
+    fewest = [[max(8 * n * mean.shape[1], 1) for n in counts], [max(PENALISED * n, 1) for n in counts]]
+    corners, weights = to_device(torch.tensor(fewest, dtype=fields.dtype), fields.device)
+    pairs = sum_segments(edges[:, None].to(fields.dtype), D).clamp(min=1)
+    share = 1 / torch.stack([corners, pairs, weights])  # a term is a sum times its share
+    penalised = fields[:, WEIGHTS.start : WEIGHTS.start + PENALISED]
+    sums = [sum_segments(spread[:, None], V), sum_segments(deviation[:, None], D)]
+    terms = torch.stack([*sums, sum_segments(penalised, N, magnitudes=True)])
     position = torch.stack(unravel(cubes.vertex, R + 1)[1:], 1).to(fields.dtype) / R - 0.5 + g.values[:-1, 1:4]
     shift = Q if training else [0] * len(Q)
     starts = torch.tensor([[d + s for d, s in zip(D, shift, strict=True)], [(4 if training else 2) * q for q in Q], V, D, Q])

@@ -1,16 +1,23 @@
-"""Sums of the rows that share a key, without atomics: M rows, C channels, N sums. The gradient of a gather.
+"""Sums in a fixed order, without atomics: of the rows that share a key, and of segments of neighbouring rows.
 
-The rows are read in an order that puts equal keys side by side (a stable sort, so each sum has one fixed order). A program
-adds up the runs among its B rows, all at once: the [B, B] matrix of equal keys times the rows. A run that lies inside the
-program is finished; one that reaches across its ends leaves a partial sum, and the 2 partial sums of every program are the
-rows of the next launch, B / 2 times fewer each time, until one program holds them all.
+`sum_rows`, the gradient of a gather: M rows, C channels, N sums. The rows are read in an order that puts equal keys side by
+side (a stable sort, so each sum has one fixed order). A program adds up the runs among its B rows, all at once: the [B, B]
+matrix of equal keys times the rows. A run that lies inside the program is finished; one that reaches across its ends leaves
+a partial sum, and the 2 partial sums of every program are the rows of the next launch, B / 2 times fewer each time, until one
+program holds them all.
+
+`sum_segments`: a million numbers added one after the other in fp32 are off by percents, so programs add up pieces of a
+segment, and the next launch the pieces. Pieces are counted from the segment's own start, so what stands before and after
+it in the memory changes no bit of its sum.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.pairs import to_device
 
 
 def _tiles(target: str) -> dict:
@@ -85,3 +92,65 @@ def sum_rows(
             break
         rows, key, weight, share, ordered, M = part, part_key, None, 1, True, 2 * blocks
     return out
+
+
+def _piece(target: str, K: int) -> dict[str, int]:
+    """Rows and padded columns of a program; not yet measured on a GPU."""
+    TILE_K = triton.next_power_of_2(K)
+    elements = 1 << 16 if target == "interpreter" else 4096
+    return {"ROWS": max(1, elements // TILE_K), "TILE_K": TILE_K}
+
+
+@triton.jit
+def _sum_pieces(
+    values_ptr, starts_ptr, out_ptr, stride,
+    K: tl.constexpr, MAGNITUDES: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
+    n = begin + piece * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, TILE_K)
+    live = (n < end)[:, None] & (k < K)[None, :]  # [ROWS, TILE_K]
+    value = tl.load(values_ptr + n[:, None] * stride + k[None, :], live, 0.0)
+    if MAGNITUDES:
+        value = tl.abs(value)
+    tl.store(out_ptr + segment * tl.num_programs(0) + piece, tl.sum(tl.sum(value, 1), 0))
+
+
+def sum_segments(
+    values: Tensor,  # [M, K] fp32 (float64: on the torch path), rows may lie apart
+    starts: list[int],  # [B + 1]: segment b owns the rows starts[b] : starts[b + 1]
+    magnitudes: bool = False,  # sum the absolute values
+) -> Tensor:  # [B]
+    """The sum of all values of each segment, 0 for an empty one. Does not wait for the device.
+
+    The same bits each time, and for a segment alone as for the same segment in a batch.
+    """
+    B = len(starts) - 1
+    if backend.is_torch(values):
+        parts = [values[begin:end] for begin, end in zip(starts, starts[1:], strict=False)]
+        sums = [_pairwise(part.abs() if magnitudes else part) for part in parts]
+        return torch.stack(sums) if sums else values.new_zeros(0)
+    longest = max((end - begin for begin, end in zip(starts, starts[1:], strict=False)), default=0)
+    rows = to_device(torch.tensor(starts), values.device)
+    while B and longest:
+        tiles = _piece(backend.target(values), values.shape[1])
+        pieces = triton.cdiv(longest, tiles["ROWS"])
+        out = values.new_empty(B * pieces, 1)
+        args = (values, rows, out, values.stride(0))
+        constants = dict(K=values.shape[1], MAGNITUDES=magnitudes, **tiles, num_warps=4)
+        backend.launch(_sum_pieces, (pieces, B), *args, **constants)
+        if pieces == 1:
+            return out.view(B)
+        values, magnitudes, longest = out, False, pieces
+        rows = torch.arange(0, len(out) + 1, pieces, device=out.device)
+    return values.new_zeros(B)
+
+
+def _pairwise(values: Tensor) -> Tensor:
+    """The sum of all values, neighbours added to each other until one is left."""
+    values = values.flatten()
+    while len(values) > 1:
+        odd = values[len(values) - len(values) % 2 :]
+        values = torch.cat([values[:-1:2] + values[1::2], odd])
+    return values.sum()
