@@ -32,7 +32,7 @@ class Layout:
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A host's table on a device, which is not waited for."""
+    """A host's tensor on a device, which is not waited for."""
     if device.type != "cpu":
         table = table.pin_memory()  # from pageable memory the copy would wait
     return table.to(device, non_blocking=True)
@@ -56,6 +56,11 @@ def make_table(numbers: list[int], columns: int, device: torch.device) -> Tensor
     return torch.ops.trislat.table(numbers, columns, device)
 
 
+def make_index(rows: list[int], device: torch.device) -> Tensor:
+    """The host's numbers [n] int64 on a device, which is not waited for; a list as an index would be copied, which waits."""
+    return make_table(rows, 1, device).view(-1)
+
+
 def make_layout(starts: list[int], view_scene: list[int], device: torch.device) -> Layout:
     """The Layout of B scenes and V views. Does not wait for the device."""
     count = [b - a for a, b in zip(starts, starts[1:], strict=False)]
@@ -67,7 +72,7 @@ def make_layout(starts: list[int], view_scene: list[int], device: torch.device) 
         mine = [v for v, scene in enumerate(view_scene) if scene == s]
         scenes += [starts[s], n, len(by_scene), len(mine)]
         by_scene += mine
-    table = make_table(views + scenes + by_scene, 1, device).view(-1)
+    table = make_index(views + scenes + by_scene, device)
     views, scenes, by_scene = table.split([len(views), len(scenes), len(by_scene)])
     return Layout(starts, view_scene, pair_start, views.view(-1, 3), scenes.view(-1, 4), by_scene)
 
