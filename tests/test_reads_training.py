@@ -12,8 +12,8 @@ from tests.test_train_mesh import data  # noqa: F401
 from train import gaussian, mesh, radiance
 from train.config import from_cli
 from train.data import Batch, collate
-from train.losses import GradClipper, Pictures
 from train.loop import Run
+from train.losses import GradClipper, Pictures
 from train.lpips import weight_shapes
 from train.machine import Machine
 from train.optimizer import LossScale, Optimizer
@@ -41,16 +41,21 @@ def lpips(tmp_path_factory):
     return file
 
 
-def few_voxels(batch: Batch) -> Batch:
-    return replace(batch, features=batch.features[:5], coords=batch.coords[:5])
+def small(batch: Batch) -> Batch:
+    """Of one object: a few of its voxels and of the faces of its mesh."""
+    meshes = batch.meshes and replace(batch.meshes, faces=batch.meshes.faces[:9], face_starts=[0, 9])
+    return replace(batch, features=batch.features[:3], coords=batch.coords[:3], meshes=meshes)
 
 
-@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.__name__)
+SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in (radiance, mesh)]
+
+
+@pytest.mark.parametrize("script", [gaussian, *SLOW], ids=lambda script: script.__name__)
 def test_a_step(watched_device, script, data, lpips, tmp_path):  # noqa: F811
     flags = ["--data", str(data), "--lpips", str(lpips), "--out", str(tmp_path / "run")]
     config = from_cli("", script.PRESETS, [*TINY, *SIZES[script], *flags], 1)
     run = Run("", config, script.build, Machine(watched_device, 0, 1), Surfaces if script is mesh else Pictures)
-    batches = [few_voxels(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
+    batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
     with watch_reads() as seen:
         row = run.step(batches)
     assert row["skipped"] == 0 and len(seen) == READS[script] * len(batches) + STEP
