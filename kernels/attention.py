@@ -250,9 +250,13 @@ def segment_attention(
 
 
 def rotate_reference(x, phases):
-    """Pairs of channels (2 i, 2 i + 1) of x [N, H, D] multiplied, as complex numbers, by phases [N, D / 2]."""
-    pairs = torch.complex(x[..., 0::2], x[..., 1::2]) * phases[:, None]
-    return torch.stack([pairs.real, pairs.imag], -1).flatten(-2)
+    """Pairs of channels (2 i, 2 i + 1) of x [N, H, D] multiplied, as complex numbers, by phases [N, D / 2].
+
+    In fp32 where x has 16 bits, then rounded to x's type: torch has no complex bf16, and warns of complex fp16.
+    """
+    real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.complex(real, imaginary) * phases[:, None]
+    return torch.stack([pairs.real, pairs.imag], -1).flatten(-2).to(x.dtype)
 
 
 def window_attention_reference(qkv, windows, scale=None, q_gamma=None, k_gamma=None, phases=None):

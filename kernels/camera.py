@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_tensors, check_whole
+from kernels.pairs import make_index
 
 FOV = math.radians(40)  # of the published training views
 POLE = math.pi / 2 + 1e-6  # pi / 2 in fp32 is a little more than pi / 2
@@ -56,11 +57,13 @@ class Camera:
         return len(self.extrinsics)
 
     def __getitem__(self, views) -> "Camera":
-        """The views chosen by an int (kept as one view), a slice, a list or a tensor of indices."""
+        """The views chosen by an int (kept as one view), a slice, a list or a tensor of indices. Nothing waits for a GPU."""
         if isinstance(views, int):
             if not -len(self) <= views < len(self):
                 raise IndexError(f"view {views} of {len(self)}")
-            views = [views]
+            views = slice(views, views + 1 or None)
+        elif isinstance(views, list):
+            views = make_index(views, self.device)
         return replace(self, extrinsics=self.extrinsics[views], intrinsics=self.intrinsics[views])
 
     @property

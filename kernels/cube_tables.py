@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.pairs import to_device
+
 # corner pairs; along x and z from low to high, along y from high to low, which decides the winding and order of quads
 EDGES = ((0, 1), (1, 5), (4, 5), (0, 4), (2, 3), (3, 7), (6, 7), (2, 6), (2, 0), (3, 1), (7, 5), (6, 4))
 # quads around an edge along x, z, y: the four cubes around it in order of their index, as offsets (x, y, z), and the edge in
@@ -74,7 +76,7 @@ def _on_face(case: int, corners: list[int]) -> list[int]:
 
 @cache
 def cube_tables(device: torch.device) -> CubeTables:
-    """The tables on a device, made once for each: the first call copies them there."""
+    """The tables on a device, made once for each; it is not waited for."""
     duals, component = torch.zeros(256, dtype=torch.int64), torch.full((256, 12), -1, dtype=torch.int8)
     edges, direction = torch.full((1024, 8), -1, dtype=torch.int8), torch.full((256,), -1, dtype=torch.int8)
     for case in range(256):
@@ -88,4 +90,4 @@ def cube_tables(device: torch.device) -> CubeTables:
     meeting = torch.tensor([[e for e in range(12) if c in EDGES[e]] for c in range(8)], dtype=torch.int8)
     offset, edge = (torch.tensor([[cube[n] for cube in quad] for quad in QUADS]) for n in range(2))
     tables = (duals, component, edges, direction, torch.tensor(EDGES), meeting, offset, edge)
-    return CubeTables(*(t.to(device) for t in tables))
+    return CubeTables(*(to_device(t, device) for t in tables))

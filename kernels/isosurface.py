@@ -101,8 +101,8 @@ def _geometry(mean: Tensor, fields: Tensor, surface: Tensor, cube: Tensor, *rest
     """From vertex means [T, K] and surface cubes to what dual vertices are made from; rest: as in Geometry."""
     R = rest[-1]
     values = mean.new_full((len(mean) + 1, mean.shape[1]), 0.5)  # the color of a vertex without a voxel
-    values[:-1, 0], values[-1, 0] = mean[:, 0], 1
-    values[:-1, 1:4], values[-1, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R)), 0
+    values[:-1, 0], values[-1:, 0] = mean[:, 0], 1  # one element alone would be copied to the device, which waits
+    values[:-1, 1:4], values[-1:, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R)), 0
     values[:-1, 4:] = torch.sigmoid(mean[:, 4:])
     raw = _raw_weights(fields, surface, len(cube))
     weights = torch.cat([torch.tanh(raw[:, :20]) * 0.99 + 1, torch.sigmoid(raw[:, 20:]) * 0.99 + 0.005], 1)

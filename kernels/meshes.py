@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.pairs import Layout, make_layout, to_device
+from kernels.pairs import Layout, make_layout, make_table
 
 TABLE = 4  # numbers of a view: first face, number of faces, first row, number of rows
 
@@ -57,14 +57,14 @@ def make_mesh_layout(vertex_starts: list[int], face_starts: list[int], view_scen
     ]
     numbers = [owned[s] for s in view_scene]
     clips = [[f, n, layout.pair_start[v], rows] for v, (f, n, _, rows) in enumerate(numbers)]
-    table = to_device(torch.tensor(numbers + clips + owned, dtype=torch.int64).view(-1, TABLE), device)
+    table = make_table([number for row in numbers + clips + owned for number in row], TABLE, device)
     V = len(view_scene)
     return MeshLayout(layout, face_starts, table[:V], table[V : 2 * V], table[2 * V :])
 
 
 def single_table(faces: int, rows: int, device: torch.device) -> Tensor:
     """The Table of one view of one mesh: [1, 4] int64."""
-    return to_device(torch.tensor([[0, faces, 0, rows]]), device)
+    return make_table([0, faces, 0, rows], TABLE, device)
 
 
 def opposite_vertices(

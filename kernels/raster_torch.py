@@ -40,9 +40,15 @@ def snap(clip: Tensor, height: int, width: int) -> Snapped:
     code = torch.where(finite & ~((w == 0) & (code == 0)), code, NOWHERE)
     inside = code == 0
     scale = 1 / torch.where(inside, w, 1)
-    half = clip.new_tensor([STEPS // 2 * width, STEPS // 2 * height])
-    xy = (clip[..., :2] * scale[..., None] * half).round_()
+    xy = _on_grid(clip[..., :2] * scale[..., None], height, width)
     return Snapped(torch.where(inside[..., None], xy, 0).int(), torch.where(inside, z * scale, 0), code)
+
+
+def _on_grid(ndc: Tensor, height: int, width: int) -> Tensor:
+    """Positions [..., 2] in 1/16 px from the middle of the picture, whole and rounded to even; overwrites its argument."""
+    ndc[..., 0] *= STEPS // 2 * width
+    ndc[..., 1] *= STEPS // 2 * height  # one after the other: a tensor of both would be copied to the device, which waits
+    return ndc.round_()
 
 
 def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int) -> Pieces:
@@ -85,9 +91,9 @@ def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: T
             polygon, origin, count = new[:, :9], old[:, :9], emitted.sum(1, keepdim=True).clamp_(max=9)
 
     scale = 1 / torch.where(polygon[..., 3] > 0, polygon[..., 3], 1)
-    half = polygon.new_tensor([STEPS // 2 * width, STEPS // 2 * height])
-    limit = half.int()
-    cut = (polygon[..., :2] * scale[..., None] * half).round_().int().clamp(min=-limit, max=limit)
+    cut = _on_grid(polygon[..., :2] * scale[..., None], height, width).int()
+    for axis, size in enumerate((width, height)):
+        cut[..., axis].clamp_(-STEPS // 2 * size, STEPS // 2 * size)
     known, corner = origin >= 0, origin.clamp(min=0)
     cut = torch.where(known[..., None], xy.gather(1, corner[..., None].expand(-1, -1, 2)), cut)
     z = torch.where(known, depth.gather(1, corner), polygon[..., 2] * scale)

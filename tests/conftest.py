@@ -65,6 +65,18 @@ def kernel_device():
         yield torch.device("cuda" if GPU else "cpu")
 
 
+@pytest.fixture
+def watched_device():
+    """The GPU, or its stand-in where there is none: for tests of what the host waits for. Kernels only."""
+    if GPU:
+        yield torch.device("cuda")
+        return
+    from tests.standin import standin  # which imports triton
+
+    with standin() as device:
+        yield device
+
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

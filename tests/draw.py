@@ -310,12 +310,13 @@ def projections(d: Draw) -> Case:
     layout = make_mesh_layout(starts, face_starts, view_scene, d.device)
     tensor = vertices.to(d.device, d.exact()).requires_grad_()
     matrix = projection(view, 1.0, d.pick(3.0, 100.0), torch.float64)
+    there = matrix.to(d.device, d.exact())
 
     def reference(v: Tensor) -> Tensor:
         rows = [to_clip_reference(v[starts[s] : starts[s + 1]], m) for m, s in zip(matrix, view_scene, strict=True)]
         return torch.cat([v.new_zeros(0, 4) + 0 * v.sum(), *rows])
 
-    return Case(lambda v: to_clip(v, matrix.to(v), layout.vertices), reference, [tensor])
+    return Case(lambda v: to_clip(v, there, layout.vertices), reference, [tensor])
 
 
 def mesh_pictures(d: Draw) -> Case:

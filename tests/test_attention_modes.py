@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.attention import segment_attention, window_attention, window_attention_reference
+from kernels.attention import rotate_reference, segment_attention, window_attention, window_attention_reference
 from kernels.serialize import serialized_windows
 from kernels.window import Windows
 from tests.conftest import assert_close, assert_same, golden, load_weights
@@ -188,6 +188,15 @@ def test_float64_gradients():
     phases = extra.pop("phases").to(torch.complex128)
     inputs = [qkv, *(g.detach().double().requires_grad_() for g in extra.values())]
     assert torch.autograd.gradcheck(lambda x, a, b: window_attention(x, windows, q_gamma=a, k_gamma=b, phases=phases), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_rotates_sixteen_bits(device, dtype):
+    """Through fp32, without torch's warning of complex fp16."""
+    random = torch.Generator().manual_seed(0)
+    x, angle = torch.randn(5, 2, 16, generator=random).to(device, dtype), torch.randn(5, 8, generator=random).to(device)
+    phases = torch.polar(torch.ones_like(angle), angle)
+    assert torch.equal(rotate_reference(x, phases), rotate_reference(x.float(), phases).to(dtype))
 
 
 def test_published_cross_attention(device):

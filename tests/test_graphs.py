@@ -276,17 +276,17 @@ def test_a_copied_model_has_graphs_of_its_own(device):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_what_is_recorded_depends_on_sizes_alone(kernel_device, backward):
+def test_what_is_recorded_depends_on_sizes_alone(watched_device, backward):
     """Two batches of nothing alike but their rows: the same launches with the same numbers, and no wait for the device."""
-    model, runs = randomize(small_encoder()).to(kernel_device), []
+    model, runs = randomize(small_encoder()).to(watched_device), []
 
     def note(kernel, grid, args, constants) -> None:
         sizes = [(a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
         runs[-1].append((kernel.fn.__name__, grid, sizes, constants))
 
     for counts, seed in (([60, 40], 0), ([3, 97], 7)):
-        x = batch(counts, kernel_device, seed=seed)
-        coords = torch.cat([x.coords, made_up(128 - len(x), 16, 2, kernel_device)])
+        x = batch(counts, watched_device, seed=seed)
+        coords = torch.cat([x.coords, made_up(128 - len(x), 16, 2, watched_device)])
         feats = torch.nn.functional.pad(x.feats, (0, 0, 0, 128 - len(x))).requires_grad_()
         runs.append([])
         with watch_reads() as reads, backend.observe(note):

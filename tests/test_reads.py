@@ -14,6 +14,7 @@ from kernels.hash import build_table, lookup, neighbours
 from kernels.pool import pooling
 from kernels.serialize import MODES, serialized_windows
 from kernels.window import full_windows, window_partition
+from tests.conftest import GPU
 from tests.draw import DRAWS, Draw, few_programs  # noqa: F401
 from tests.reads import watch_reads
 from tests.test_models import batch, randomize, small_decoder, small_encoder
@@ -37,18 +38,19 @@ def reads(forward: Callable, inputs: list[torch.Tensor]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWS if name != "coordinates"])
-def test_ops(kernel_device, name):
+def test_ops(watched_device, name):
     counts = []
     for seed in SEEDS:
         print(f"{name}, seed {seed}")
-        case = DRAWS[name](Draw(seed, kernel_device))
-        case.op(*case.tensors)  # tables are copied to the device once
+        draw = Draw(seed, watched_device)
+        draw.fast = GPU
+        case = DRAWS[name](draw)
         counts.append(len(reads(lambda case=case: case.op(*case.tensors), case.tensors)))
     assert max(counts) == READS.get(name, 0)
 
 
-def test_coordinates(kernel_device):
-    coords, asked = voxels([40, 0, 20]).to(kernel_device), voxels([9]).to(kernel_device)
+def test_coordinates(watched_device):
+    coords, asked = voxels([40, 0, 20]).to(watched_device), voxels([9]).to(watched_device)
     with watch_reads() as seen:
         cache = SpatialCache(coords, 3)
     assert len(seen) == 1
@@ -72,10 +74,10 @@ def cameras(device) -> tuple[Camera, list[int], torch.Tensor]:
 
 
 @pytest.mark.parametrize("decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
-def test_whole_models(kernel_device, decoder):
+def test_whole_models(watched_device, decoder):
     """From features to losses of pictures: the renderer's read and no other."""
-    encoder, decoder = randomize(small_encoder()).to(kernel_device), randomize(decoder()).to(kernel_device)
-    x, view = batch([6, 0, 4], kernel_device), cameras(kernel_device)
+    encoder, decoder = randomize(small_encoder()).to(watched_device), randomize(decoder()).to(watched_device)
+    x, view = batch([6, 0, 4], watched_device), cameras(watched_device)
 
     def losses():
         posterior = encoder(x)
@@ -83,13 +85,12 @@ def test_whole_models(kernel_device, decoder):
         image = models.render(scenes, *view)
         return [image.color.square().mean(), posterior.logvar.mean(), *models.penalties(scenes).values()]
 
-    losses()  # tables are copied to the device once
     assert len(reads(losses, [*encoder.parameters(), *decoder.parameters()])) == 1
 
 
-def test_a_batch_of_meshes(kernel_device):
-    vertices, faces, colors, starts, face_starts = scenes(kernel_device)
-    view, view_scene, light = cameras(kernel_device)
+def test_a_batch_of_meshes(watched_device):
+    vertices, faces, colors, starts, face_starts = scenes(watched_device)
+    view, view_scene, light = cameras(watched_device)
     edges = [0, *starts[1:].tolist()]
     cut = lambda t, e: [t[a:b] for a, b in zip(e, e[1:], strict=False)]
     parts = cut(vertices, edges), cut(faces, face_starts), cut(colors, edges)
@@ -105,9 +106,9 @@ def test_a_batch_of_meshes(kernel_device):
     assert len(reads(pictures, [vertices, colors])) == 1
 
 
-def test_the_watch_sees(kernel_device):
+def test_the_watch_sees(watched_device):
     """What it must not miss: values, masks, comparisons and copies, inside an op as well."""
-    x = torch.arange(5, device=kernel_device)
+    x = torch.arange(5, device=watched_device)
     for wait in (
         lambda: x.sum().item(), lambda: bool(x[0]), lambda: x.tolist(), lambda: x[x > 2], lambda: x.nonzero(), lambda: x.cpu(),
         lambda: torch.equal(x, x + 1), lambda: x.masked_select(x > 1), lambda: torch.tensor([1], device=x.device),
@@ -117,5 +118,6 @@ def test_the_watch_sees(kernel_device):
             wait()
         assert len(seen) == 1
     with watch_reads() as seen:
-        torch.tensor([1, 2]).cumsum(0).tolist(), x[x], torch.where(x > 1, x, 0), torch.tensor([3]).to(x.device, non_blocking=True)
+        torch.tensor([1, 2]).cumsum(0).tolist(), x[x], torch.where(x > 1, x, 0)
+        torch.tensor([3]).pin_memory().to(x.device, non_blocking=True)
     assert not seen

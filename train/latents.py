@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
+from kernels.pairs import to_device
 from models import Encoder, SparseTensor
 from train.data import Batch
 
@@ -50,7 +51,7 @@ class Latents:
     """
 
     def __init__(self, encoder: Encoder, folder: Path):
-        self.encoder, self.folder = encoder, folder
+        self.encoder, self.folder, self._known = encoder, folder, set()
         folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
@@ -78,6 +79,7 @@ class Latents:
             raise ValueError(f"{file} is truncated: delete it and it will be made again ({error})") from error
         if saved.keys() != {"mean", "coords"}:
             raise ValueError(f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords")
-        if not torch.equal(saved["coords"], coords[:, 1:].cpu()):
+        if name not in self._known and not torch.equal(saved["coords"], coords[:, 1:].cpu()):
             raise ValueError(f"{file} holds {len(saved['coords'])} voxels that are not the object's {len(coords)}")
-        return saved["mean"].to(features)
+        self._known.add(name)  # reading the object's voxels waits for the device: once
+        return to_device(saved["mean"].to(features.dtype), features.device)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from kernels.pairs import to_device
 from models import VAE, SparseTensor
 from models.scene import Scene
 from models.vae import load_weights
@@ -140,7 +141,7 @@ class Run:
             generator = torch.Generator().manual_seed(seed_of(self.config.seed, step, first + sample))
             noise.append(torch.randn(voxels, self.config.model.latent, generator=generator))
             black_or_white.append(torch.randint(2, (views.count(sample), 1), generator=generator).float().expand(-1, 3))
-        return torch.cat(noise).to(self.here.device), torch.cat(black_or_white).to(self.here.device)
+        return to_device(torch.cat(noise), self.here.device), to_device(torch.cat(black_or_white), self.here.device)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Train one step on this rank's micro-batches; returns its row of the log, means over all ranks."""
@@ -161,7 +162,7 @@ class Run:
         norm = self.optimizer.step(self.config.lr_at(self.done))
         self.done += 1
         voxels = float(sum(len(batch.coords) for batch in batches))
-        means = self.here.mean(torch.stack([*totals.values(), torch.tensor(voxels, device=device)])).tolist()
+        means = self.here.mean(torch.stack([*totals.values(), torch.full((), voxels, device=device)])).tolist()
         row = dict(zip(totals, means, strict=False))
         rate = means[-1] * self.here.world / (time.perf_counter() - begin)
         return {"step": self.done, **row, "grad_norm": norm, "skipped": self.optimizer.skipped, "voxels_per_second": rate}
@@ -257,7 +258,7 @@ def fit(run: Run) -> None:
         begin = time.perf_counter() - (log.seconds if here.leads else 0)
         for batches in run.objects.steps():
             row = run.step(batches)
-            stop = here.mean(torch.tensor(float(interrupt.received), device=here.device)).item() > 0
+            stop = here.mean(torch.full((), float(interrupt.received), device=here.device)).item() > 0
             last = run.done == config.steps or stop
             if here.leads:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})

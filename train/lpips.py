@@ -71,6 +71,10 @@ def _unit(x: Tensor) -> Tensor:
     return x / (torch.where(some, square, 1.0).sqrt() * some + 1e-10)
 
 
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=dtype).view(1, -1, 1, 1), requires_grad=False)
+
+
 class LPIPS(nn.Module):
     """Perceptual distance of pictures [V, 3, H, W] in [0, 1] (not clamped) from a target: [V], 0 for equal ones.
 
@@ -85,10 +89,10 @@ class LPIPS(nn.Module):
         self.weights = nn.ParameterList([weights[f"features.{i}.weight"] for stage in STAGES for i in stage])
         self.biases = nn.ParameterList([weights[f"features.{i}.bias"] for stage in STAGES for i in stage])
         self.heads = nn.ParameterList([weights[f"lin{i}.model.1.weight"] for i in range(len(STAGES))])
+        self.shift, self.scale = (_per_channel(values, dtype) for values in (SHIFT, SCALE))
 
     def _features(self, picture: Tensor) -> list[Tensor]:
-        shift, scale = (picture.new_tensor(c).view(1, 3, 1, 1) for c in (SHIFT, SCALE))
-        x, layers, found = (2 * picture - 1 - shift) / scale, zip(self.weights, self.biases, strict=True), []
+        x, layers, found = (2 * picture - 1 - self.shift) / self.scale, zip(self.weights, self.biases, strict=True), []
         for stage, convolutions in enumerate(STAGES):
             x = F.max_pool2d(x, 2) if stage else x
             for weight, bias in (next(layers) for _ in convolutions):

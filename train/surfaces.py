@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import models
 from kernels.camera import Camera, Image
+from kernels.pairs import make_index
 from kernels.render_mesh import face_camera, render_mesh
 from models import MeshScene
 from train.data import Batch
@@ -66,7 +67,10 @@ class Surfaces(nn.Module):
         image = models.render(scenes, batch.camera, batch.view_scene, black)
         target = composite(batch.image, black)
         seen = [view for view, scene in enumerate(batch.view_scene) if len(scenes[scene].faces)]
-        pick = (lambda t: t) if len(seen) == len(batch.view_scene) else (lambda t: t[seen])
+        pick = lambda t: t
+        if len(seen) < len(batch.view_scene):
+            rows = make_index(seen, true.depth.device)
+            pick = lambda t: t.index_select(0, rows)
         terms = self.pictures(*(Image(*map(pick, _fields(i))) for i in (image, true)), pick(target), scenes[0].resolution)
         if not seen:
             terms = {name: torch.zeros_like(value) for name, value in terms.items()}
@@ -90,9 +94,9 @@ class Surfaces(nn.Module):
         for i, scene in enumerate(scenes):
             views = [view for view, of in enumerate(batch.view_scene) if of == i]
             if views and len(scene.tsdf_value):
-                total = total + tsdf(
-                    scene.tsdf_position, scene.tsdf_value, depth[views], batch.camera[views], scene.resolution
-                ).sum()
+                rows = make_index(views, depth.device)
+                distances = scene.tsdf_position, scene.tsdf_value, depth[rows], batch.camera[rows], scene.resolution
+                total = total + tsdf(*distances).sum()
         return total / max(len(batch.view_scene), 1)
 
     def show(self, scenes: Sequence[MeshScene], batch: Batch) -> dict[str, Tensor]:
