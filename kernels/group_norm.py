@@ -72,7 +72,7 @@ def _merge_statistics(
     squares += tl.where(live, count * (means - mean) * (means - mean), 0.0)
     variance = tl.div_rn(tl.sum(tl.sum(squares, 1), 0), elements)
     tl.store(mean_ptr + b * GROUPS + g, mean)
-    tl.store(rstd_ptr + b * GROUPS + g, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
+    tl.store(rstd_ptr + b * GROUPS + g, 1.0 / tl.sqrt(variance + eps))
 
 
 @triton.jit

@@ -56,8 +56,8 @@ def _layer_norm_fwd(
         x = rounded.to(tl.float32)
     if BIAS:
         x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    centred = _centred(tl.where(live, x, 0.0), live, C)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, 1), C * 1.0) + eps))  # [ROWS]
+    centred = _centred(x, live, C)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) * (1.0 / C) + eps)  # [ROWS]
     tl.store(y_ptr + at, (centred * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=live)
     tl.store(rstd_ptr + n, rstd, mask=n < N)
 
@@ -78,8 +78,8 @@ def _layer_norm_bwd(
         rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
         y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-        along = tl.div_rn(tl.sum(tl.where(live, dy * y, 0.0), 1), C * 1.0)  # [ROWS]
-        dx = (dy - tl.div_rn(tl.sum(dy, 1), C * 1.0)[:, None] - y * along[:, None]) * rstd[:, None]
+        mean, along = tl.sum(dy, 1) * (1.0 / C), tl.sum(dy * y, 1) * (1.0 / C)  # [ROWS]
+        dx = (dy - mean[:, None] - y * along[:, None]) * rstd[:, None]
         if BIAS:
             dbias += dx
         if ADD:
@@ -100,7 +100,7 @@ def _rms_norm_fwd(
     at = m[:, None] * D + d[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + (m % H)[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
-    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1)), tiny))  # [ROWS]
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), tiny)  # [ROWS]
     tl.store(y_ptr + at, (x * inverse[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -118,8 +118,8 @@ def _rms_norm_bwd(
         at = (n.to(tl.int64)[:, None] * H + h) * D + d[None, :]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-        length = tl.sqrt_rn(tl.sum(x * x, 1))  # [ROWS]
-        inverse = tl.div_rn(1.0, tl.maximum(length, tiny))
+        length = tl.sqrt(tl.sum(x * x, 1))  # [ROWS]
+        inverse = 1.0 / tl.maximum(length, tiny)
         y = x * inverse[:, None]
         dgamma += tl.sum(dy * y, 0) * root
         g = dy * gamma[None, :] * root
