@@ -209,9 +209,11 @@ def test_nothing_to_see_shows_the_background(device, N, away):
 
 def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(kernel_device, monkeypatch):
     """Two compilations may round differently: here the count of one pair is too low, of another too high."""
+    few = {"PAIRS": 8, "PIXELS": 16}  # a pair finds its last hits after the next pair wrote its first
+    monkeypatch.setattr("kernels.march_segments._tiles", lambda target: few)
     position, tensors, starts = voxels([5], 16, 4, 4, kernel_device)
-    view = camera(1, 12, 9, 16, kernel_device)
-    offset = torch.full((1, 9, 12), 0.5, device=kernel_device)
+    view = camera(1, 24, 18, 16, kernel_device)
+    offset = torch.full((1, 18, 24), 0.5, device=kernel_device)
     args = position, _pack(view).float(), offset, make_layout(starts, [0], kernel_device), 16, 4
     fine, _ = find_segments(*args, torch.zeros(2, dtype=torch.int64, device=kernel_device))
     launch, change = backend.launch, torch.tensor([0, -2, 0, 3, 0], device=kernel_device)
