@@ -14,6 +14,9 @@ from kernels import backend
 
 ANY = 2**31 - 1
 KEPT = 16  # how many plans and tile lists are kept
+# A product fused into a sum across lanes is exact in its own lane and rounded in the others: copies of one delta or gradient of
+# gamma would differ, and which is stored would be the hardware's choice. Products of matrices stay fused all the same.
+UNFUSED = {"enable_fp_fusion": False}
 SUM_ROWS, SUM_CHANNELS = 16, 256  # of a program that sums over the uses of keys; not yet measured on a GPU
 
 
@@ -182,7 +185,7 @@ def backward(
     dk_to, dv_to = (dk, dv) if uses is None else dk.new_empty(2, K, H, D, dtype=torch.float32)
     first = 0
     for tile, (work, key_work) in zip(classes, lists, strict=True):
-        tiles, constants = max(len(work), len(key_work)) - 1, _constants(q, segments, tile) | {"STEP": tile.step}
+        tiles, constants = max(len(work), len(key_work)) - 1, _constants(q, segments, tile) | UNFUSED | {"STEP": tile.step}
         grid, part = (H, _programs(len(work) - 1, q)), None if parts is None else parts[first : first + tiles]
         if tile.high <= tile.rows:
             backend.launch(kernel._attention_short_backward, grid, q, k, v, gamma, phases, order, starts, work, out, lse, grad,

@@ -76,6 +76,10 @@ HOT = re.compile(
 )
 
 
+# What `backend.launch` passes on to Triton beside constexpr arguments
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
 @dataclass(frozen=True)
 class Build:
     """One launch: a kernel with the types and constants it was launched with."""
@@ -199,7 +203,7 @@ def source(build: Build, target: Target) -> tuple:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(build.module), build.kernel)
-    options = {k: v for k, v in build.constants if k in ("num_warps", "num_stages", "maxnreg")}
+    options = {k: v for k, v in build.constants if k in OPTIONS}
     constants = {k: v for k, v in build.constants if k not in options}
     types = dict(build.types)
     constants |= {name: None for name, kind in types.items() if kind == "constexpr"}

@@ -21,7 +21,7 @@ Built on a machine without a GPU: these are facts about machine code, not measur
 
 def describe(row: dict) -> str:
     """The row's kernel, type and constants in short."""
-    constants = ", ".join(f"{k}={v}" for k, v in row["constants"] if k not in ("num_warps", "num_stages"))
+    constants = ", ".join(f"{k}={v}" for k, v in row["constants"] if k not in ("num_warps", "num_stages", "enable_fp_fusion"))
     return f"{row['kernel']} {row['dtype']} ({constants})"
 
 

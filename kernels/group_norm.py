@@ -28,18 +28,21 @@ def _partial_statistics(x_ptr, starts_ptr, part_ptr, C: tl.constexpr, ROWS: tl.c
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
-    mean, squares = tl.zeros([TILE_C], tl.float32), tl.zeros([TILE_C], tl.float32)
+    own = begin + p * ROWS  # the program's first row: means start from it, so those of equal values stay what they are
+    mean = tl.load(x_ptr + own * C + c, mask=c < tl.where(own < end, C, 0), other=0.0).to(tl.float32)
+    squares = tl.zeros([TILE_C], tl.float32)
     seen = 0.0
     for first in range(begin + p * ROWS, end, P * ROWS):
         n = first + tl.arange(0, ROWS)
         live = (n < end)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
         x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=live, other=0.0).to(tl.float32)
         count = tl.minimum(end - first, ROWS).to(tl.float32)
-        here = tl.sum(x, 0) / count  # [TILE_C]
-        deviation = tl.where(live, x - here[None, :], 0.0)
+        deviation = tl.where(live, x - mean[None, :], 0.0)
+        step = tl.sum(deviation, 0) * (1.0 / count)  # from the mean so far to that of these rows, [TILE_C]
+        deviation = tl.where(live, deviation - step[None, :], 0.0)
         total = seen + count
-        squares += tl.sum(deviation * deviation, 0) + (here - mean) * (here - mean) * (seen * count / total)
-        mean += (here - mean) * (count / total)
+        squares += tl.sum(deviation * deviation, 0) + step * step * (seen * count / total)
+        mean += step * (count / total)
         seen = total
     part = part_ptr + (b * P + p) * 2 * C + c
     tl.store(part, mean, mask=c < C)
@@ -63,10 +66,13 @@ def _merge_statistics(
     means = tl.load(part, mask=live, other=0.0)  # [P, TILE_W]
     squares = tl.load(part + C, mask=live, other=0.0)
     elements = tl.maximum(rows, 1).to(tl.float32) * W
-    mean = tl.sum(tl.sum(count * means, 1), 0) / elements
+    some = tl.load(part_ptr + b * P * 2 * C + g * W)  # one of the means; from it that of equal values is exact
+    offsets = tl.where(live, count * (means - some), 0.0)
+    mean = some + tl.div_rn(tl.sum(tl.sum(offsets, 1), 0), elements)
     squares += tl.where(live, count * (means - mean) * (means - mean), 0.0)
+    variance = tl.div_rn(tl.sum(tl.sum(squares, 1), 0), elements)
     tl.store(mean_ptr + b * GROUPS + g, mean)
-    tl.store(rstd_ptr + b * GROUPS + g, 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 1), 0) / elements + eps))
+    tl.store(rstd_ptr + b * GROUPS + g, 1.0 / tl.sqrt(variance + eps))
 
 
 @triton.jit

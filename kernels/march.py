@@ -13,6 +13,9 @@ depth) at its entry. So segments do not depend on each other: a program owns a v
 contracts with the interpolation weights [samples, n]^T @ [samples, rank] in fp32, and writes the gradient once. No atomics.
 
 `used` is how many samples of a segment the forward pass took: the stop of the backward pass, whatever rounds.
+
+Several lanes hold copies of a ray's state, made by sums across lanes, and each decides by its own copy. A product fused into
+such a sum is exact in its own lane and rounded in the others, which then differ: both kernels are compiled without fusion.
 """
 
 import torch
@@ -269,7 +272,7 @@ def march(
     backend.launch(
         _march, (V * TX * TY,), voxels, background, segments.samples, segments.voxel, segments.path, segments.order,
         segments.bounds, image, final, depth, used, state, width, height, TX, TY, step, rank,
-        DIM=dim, RANKS=triton.next_power_of_2(rank), **tiles,
+        DIM=dim, RANKS=triton.next_power_of_2(rank), **tiles, enable_fp_fusion=False,
     )  # fmt: skip
     return image, final, depth, used, state
 
@@ -296,5 +299,6 @@ def march_backward(
         _march_backward, (layout.most, len(layout.scenes)), voxels, layout.views, layout.scenes, layout.by_scene, ray, used,
         path, start, state, grad_image, grad_depth, arriving, grad, height * width, step, rank,
         DIM=dim, DIM_P=pad(dim), RANKS=pad(rank), **_backward_tiles(backend.target(voxels)),
+        enable_fp_fusion=False,
     )  # fmt: skip
     return grad

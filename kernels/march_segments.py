@@ -8,7 +8,11 @@ belongs to the voxel on its + side. A voxel whose centre is nearer than 0.2 is n
 
 A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to write. So segments
 are in the order of the pairs, a voxel's segments of one view side by side, which the voxel-parallel backward reads without
-a search; one sort gives every ray its list, near to far. Of a sphere of 19e3 voxels at resolution 64 and 512 x 512 pixels a
+a search; one sort gives every ray its list, near to far. Both passes are compiled without fusion,
+so that a hit rounds alike in both; and whatever they find, a pair writes all its slots and no others:
+hits without a slot are left out, a slot without a hit has no samples and is in no ray's list.
+
+Of a sphere of 19e3 voxels at resolution 64 and 512 x 512 pixels a
 voxel's box covers 70 pixels and 52 of their rays cross it: two times 1.3e6 independent box tests. A lookup volume would cost
 two walks of 10^2 dependent loads per ray and a second sort for the backward; lists per tile of 8 x 8 pixels (69e3 pairs of a
 tile and a voxel) would make 98e6 lanes step through 9.9e6 samples.
@@ -126,6 +130,7 @@ def _segments(
     found = tl.zeros([PAIRS], tl.int64)
     if WRITE:
         found += tl.load(start_ptr + pair + n, live, 0)
+    end = tl.load(start_ptr + pair + n + 1, live, 0) if WRITE else found
     for i in range(0, tl.max(area, 0), PIXELS):
         at = i + tl.arange(0, PIXELS)[None, :]
         inside = at < area[:, None]
@@ -141,6 +146,7 @@ def _segments(
         hit = inside & (t_in < t_out) & (first <= last)
         if WRITE:
             slot = found[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1
+            hit = hit & (slot < end[:, None])
             first, last = tl.where(hit, first, 0.0), tl.where(hit, last, 0.0)
             tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
             tl.store(samples_ptr + slot, (last - first + 1).to(tl.int32), hit)
@@ -155,7 +161,12 @@ def _segments(
             tl.store(path + 6, d[2] * 0.5, hit)
             tl.store(path + 7, shrink / per_unit, hit)
         found += tl.sum(hit.to(tl.int32), 1)
-    if not WRITE:
+    if WRITE:
+        beyond = tl.num_programs(1).to(tl.int64) * H * W  # a ray that is none
+        for i in range(0, tl.max(end - found, 0)):
+            tl.store(key_ptr + found + i, (beyond << 32) + tl.zeros_like(found), found + i < end)
+            tl.store(samples_ptr + found + i, tl.zeros([PAIRS], tl.int32), found + i < end)
+    else:
         tl.store(count_ptr + pair + n, found, live)
 
 
@@ -181,14 +192,15 @@ def find_segments(
     fixed = position, cameras, layout.views, offset
     sizes = width, height, resolution, 1 / resolution, 2.0 * dim * resolution, float(dim * resolution)
     # the arguments that only the second pass uses stand in as `count` in the first
-    backend.launch(_segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles)
+    backend.launch(_segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles, enable_fp_fusion=False)
     start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     S, *wrong = torch.cat([start[-1:], mistakes]).tolist()
     if S >= 2**31:
         raise ValueError(f"{S} segments (a ray in a voxel) are more than {2**31 - 1}: render fewer views at once")
     key, path = torch.empty(S, dtype=torch.int64, device=device), torch.empty(S, 8, device=device)
     samples, voxel = (torch.empty(S, dtype=torch.int32, device=device) for _ in range(2))
-    backend.launch(_segments, grid, *fixed, count, start, key, samples, voxel, path, *sizes, WRITE=True, **tiles)
+    arrays = count, start, key, samples, voxel, path
+    backend.launch(_segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False)
     return Segments(((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)), wrong
 
 

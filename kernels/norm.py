@@ -29,6 +29,17 @@ def _tiles(C: int) -> dict[str, int]:
 
 
 @triton.jit
+def _centred(x, live, C: tl.constexpr):
+    """Rows [ROWS, TILE_C] less their means, exactly 0 for a row of equal values; 0 where not live.
+
+    The mean of what a first mean leaves is subtracted too: of equal values that is the rounding of the first, the same
+    few units in the last place everywhere, whose sum is exact. A quotient of div_rn fuses with no sum, on any GPU.
+    """
+    x = tl.where(live, x - tl.div_rn(tl.sum(x, 1), C * 1.0)[:, None], 0.0)
+    return tl.where(live, x - tl.div_rn(tl.sum(x, 1), C * 1.0)[:, None], 0.0)
+
+
+@triton.jit
 def _layer_norm_fwd(
     x_ptr, h_ptr, bias_ptr, sum_ptr, y_ptr, rstd_ptr, N, eps,
     C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
@@ -45,8 +56,8 @@ def _layer_norm_fwd(
         x = rounded.to(tl.float32)
     if BIAS:
         x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    centred = tl.where(live, x - (tl.sum(x, 1) / C)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)  # [ROWS]
+    centred = _centred(x, live, C)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) * (1.0 / C) + eps)  # [ROWS]
     tl.store(y_ptr + at, (centred * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=live)
     tl.store(rstd_ptr + n, rstd, mask=n < N)
 
@@ -67,7 +78,8 @@ def _layer_norm_bwd(
         rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
         y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dx = (dy - (tl.sum(dy, 1) / C)[:, None] - y * (tl.sum(dy * y, 1) / C)[:, None]) * rstd[:, None]
+        mean, along = tl.sum(dy, 1) * (1.0 / C), tl.sum(dy * y, 1) * (1.0 / C)  # [ROWS]
+        dx = (dy - mean[:, None] - y * along[:, None]) * rstd[:, None]
         if BIAS:
             dbias += dx
         if ADD:
@@ -88,8 +100,8 @@ def _rms_norm_fwd(
     at = m[:, None] * D + d[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + (m % H)[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), tiny)  # [ROWS]
-    tl.store(y_ptr + at, (x / norm[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live)
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), tiny)  # [ROWS]
+    tl.store(y_ptr + at, (x * inverse[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -107,12 +119,12 @@ def _rms_norm_bwd(
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         length = tl.sqrt(tl.sum(x * x, 1))  # [ROWS]
-        norm = tl.maximum(length, tiny)
-        y = x / norm[:, None]
+        inverse = 1.0 / tl.maximum(length, tiny)
+        y = x * inverse[:, None]
         dgamma += tl.sum(dy * y, 0) * root
         g = dy * gamma[None, :] * root
         along = tl.where(length >= tiny, tl.sum(g * y, 1), 0.0)  # below it the divisor is a constant
-        tl.store(dx_ptr + at, ((g - y * along[:, None]) / norm[:, None]).to(dx_ptr.dtype.element_ty), mask=live)
+        tl.store(dx_ptr + at, ((g - y * along[:, None]) * inverse[:, None]).to(dx_ptr.dtype.element_ty), mask=live)
     tl.store(partial_ptr + (tl.program_id(0) * H + h) * D + d, dgamma, mask=d < D)
 
 

@@ -63,6 +63,20 @@ def test_voxels_far_from_zero(device):
     assert_same(group_norm, group_norm_reference, x, weight, bias, starts, 2, tolerance=2e-4)
 
 
+@pytest.mark.parametrize("C, counts", [(16, [20, 0, 9, 41]), (96, [1, 83]), (40, [70, 190])])
+def test_equal_voxels_are_exactly_the_bias(device, C, counts):
+    _, weight, bias, starts = inputs(counts, C, device=device)
+    for value in 7.0, 0.1, 1e3, 3.3:  # sums of 3.3 round
+        y = group_norm(torch.full((sum(counts), C), value, device=device), weight, bias, starts, 4)
+        assert torch.equal(y, bias.expand_as(y))
+
+
+def test_a_first_voxel_far_from_the_others(device):
+    x, weight, bias, starts = inputs([70, 190], 16, device=device)
+    x.data[[0, 70]] = 1e4
+    assert_same(group_norm, group_norm_reference, x, weight, bias, starts, 4)
+
+
 def test_equal_voxels_are_not_divided_by_zero(device):
     _, weight, bias, starts = inputs([7], 8, device=device)
     x = torch.full((7, 8), 3.0, device=device, requires_grad=True)

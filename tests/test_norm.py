@@ -89,6 +89,17 @@ def test_a_row_of_equal_values_is_not_divided_by_zero(device):
     assert torch.equal(layer_norm(x), torch.zeros_like(x)) and x.grad.isfinite().all()
 
 
+EQUAL = [7.0, 0.1, 1e3, 3.3, 1e-3, -12345.678, 1e15]  # sums of 3.3 round, and 1 / 100 times a sum of 7 is not 7
+
+
+@pytest.mark.parametrize("C", [1, 3, 33, 100, 768, 1030, 4096])
+def test_rows_of_equal_values_are_exactly_zero(device, C):
+    x = torch.tensor(EQUAL, device=device)[:, None].repeat(1, C)
+    assert not layer_norm(x).any()
+    for y in add_layer_norm(x, x)[1], layer_norm(x, bias=torch.full((C,), 0.7, device=device)):
+        assert not y.any()
+
+
 @pytest.mark.parametrize("length", [0.0, 3e-13, 1e-11])
 def test_a_head_of_zeros_or_nearly_follows_normalize(device, length):
     x = F.normalize(normal(2, 1, 8, device=device, seed=1).detach(), dim=-1).mul(length).requires_grad_()
