@@ -9,7 +9,11 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the processes that tests start
+    threads = len(os.sched_getaffinity(0)) // int(workers) if hasattr(os, "sched_getaffinity") else 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))  # before the first import of torch
+
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
