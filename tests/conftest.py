@@ -24,7 +24,7 @@ import pytest  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from kernels import backend  # noqa: E402
+from kernels import backend, reduce  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -67,6 +67,13 @@ def kernel_device():
     """As `device`, kernels only: for tests of properties that the torch path does not have."""
     with nullcontext() if GPU else backend.use("interpreter"):
         yield torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def few_sums(monkeypatch):
+    """The interpreter's tiles for sums by key whatever GPU is assumed: theirs take it a minute."""
+    if not GPU:
+        monkeypatch.setattr(reduce, "_tiles", lambda target, tiles=reduce._tiles: tiles("interpreter"))
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
