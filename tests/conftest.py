@@ -4,6 +4,7 @@ On a machine without a GPU every kernel test runs twice, on the vectorised torch
 with a GPU it runs there, compiled. Kernels are compiled or interpreted, never both in one process.
 """
 
+import importlib
 import json
 import os
 from contextlib import nullcontext
@@ -67,6 +68,15 @@ def kernel_device():
     """As `device`, kernels only: for tests of properties that the torch path does not have."""
     with nullcontext() if GPU else backend.use("interpreter"):
         yield torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """In the interpreter an image of `ssim` is one program: each costs half a second, its lanes nothing. A GPU has the tiles
+    in use: these it would compile for half a minute."""
+    if not GPU and backend.target(torch.empty(0)) == "interpreter":
+        tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
+        monkeypatch.setattr(importlib.import_module("kernels.ssim"), "_tiles", lambda: tiles)
 
 
 @pytest.fixture

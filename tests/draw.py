@@ -1,10 +1,8 @@
 """Random inputs of every op, drawn from one seed: sizes with 0 and 1 among them, dtypes, strides, and the op's reference."""
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -47,7 +45,7 @@ from kernels.ssim import ssim, ssim_reference
 from kernels.to_clip import projection, to_clip, to_clip_reference
 from kernels.window import Windows, window_partition, window_partition_reference
 from tests import meshes, test_raymarch, test_splat
-from tests.conftest import GPU, TOLERANCE
+from tests.conftest import TOLERANCE
 from tests.test_rasterize import positions
 from tests.test_serialize import lists
 from tests.test_window import groups, voxels
@@ -64,14 +62,6 @@ class Case(NamedTuple):
     tensors: list[Tensor]
     tolerance: float | None = None
     least: float = 1e-3  # as in `assert_close`
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """For modules that import it: an image of `similarity` is one program, where each costs the interpreter half a second."""
-    if not GPU and backend.target(torch.empty(0)) == "interpreter":
-        tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
-        monkeypatch.setattr(importlib.import_module("kernels.ssim"), "_tiles", lambda: tiles)
 
 
 class Draw:
@@ -91,8 +81,7 @@ class Draw:
         return choices[int(torch.randint(len(choices), (), generator=self.rng))]
 
     def width(self, drawn, *few):
-        """What kernels are compiled for, such as channels: one of a few, which other tests ask for too; `drawn` on the torch
-        path."""
+        """What kernels are compiled for, such as channels: one of a few, as other tests; on the torch path `drawn`."""
         return self.pick(*few) if self.compiled else drawn
 
     def lengths(self, most: int, pieces: int = 5) -> list[int]:
@@ -361,8 +350,7 @@ def gaussians(d: Draw) -> Case:
 
 def radiance(d: Draw) -> Case:
     sizes, V, resolution = [d.number(0, 6) for _ in range(d.number(1, 3))], d.number(1, 2), d.pick(8, 16, 20, 32)
-    rank, dim = d.width((d.number(1, 4), d.number(2, 5)), (1, 4), (2, 4), (3, 5))
-    density = d.pick(0.0, 60.0)
+    (rank, dim), density = d.width((d.number(1, 4), d.number(2, 5)), (1, 4), (2, 4), (3, 5)), d.pick(0.0, 60.0)
     view_scene = [d.number(0, len(sizes) - 1) for _ in range(V)]
     position, tensors, starts = test_raymarch.voxels(sizes, resolution, rank, dim, d.device, d.seed, density, d.exact())
     view, light = test_raymarch.camera(V, d.number(1, 17), d.number(1, 17), resolution), test_raymarch.colors(V)

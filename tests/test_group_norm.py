@@ -72,10 +72,10 @@ def test_equal_voxels_are_not_divided_by_zero(device):
 
 
 def test_the_silu_far_from_zero(device):
-    x, weight, _, starts = inputs([6], 4, device=device)
+    x, weight, _, starts = inputs([6], 16, device=device)
     for far, expected in ((-200.0, 0.0), (200.0, 200.0)):
-        y = group_norm_silu(x, weight * 0, torch.full((4,), far, device=device, requires_grad=True), starts, 2)
-        assert_close(y, torch.full((6, 4), expected), 1e-6)
+        y = group_norm_silu(x, weight * 0, torch.full((16,), far, device=device, requires_grad=True), starts, 4)
+        assert_close(y, torch.full((6, 16), expected), 1e-6)
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
