@@ -17,6 +17,7 @@ KEPT = 16  # how many plans and tile lists are kept
 # A product fused into a sum across lanes is exact in its own lane and rounded in the others: copies of one delta or gradient of
 # gamma would differ, and which is stored would be the hardware's choice. Products of matrices stay fused all the same.
 UNFUSED = {"enable_fp_fusion": False}
+LISTED = 1024  # segments that are listed at a time; not yet measured on a GPU
 SUM_ROWS, SUM_CHANNELS = 16, 256  # of a program that sums over the uses of keys; not yet measured on a GPU
 
 
@@ -110,8 +111,7 @@ def _list_tiles(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tenso
     M = len(starts) - 1
     most = min(M, N // (low + 1)) + (0 if high <= rows else N // rows)
     work = starts.new_empty(1 + most, 2)
-    block = min(1024, triton.next_power_of_2(max(M, 1)))
-    backend.launch(kernel._list_tiles, (1,), starts, work, M, LOW=low, HIGH=high, ROWS=rows, BLOCK=block, num_warps=4)
+    backend.launch(kernel._list_tiles, (1,), starts, work, M, low, high, rows, BLOCK=LISTED, num_warps=4)
     return work
 
 

@@ -16,19 +16,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 EPSILON = tl.constexpr(1e-12)  # least norm of a row in the q/k norm
 
 
-@triton.jit(do_not_specialize=["M"])
-def _list_tiles(starts_ptr, work_ptr, M, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "low", "high", "rows"])
+def _list_tiles(starts_ptr, work_ptr, M, low, high, rows, BLOCK: tl.constexpr):
     """work: how many tiles there are, an unused number, then (segment, its first position) of each. One program."""
     total = 0
     for m0 in range(0, M, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
         begin = tl.load(starts_ptr + m, mask=m < M, other=0)
         size = tl.load(starts_ptr + m + 1, mask=m < M, other=0) - begin
-        tiles = tl.where((size > LOW) & (size <= HIGH), (size + ROWS - 1) // ROWS, 0)  # [BLOCK]
+        tiles = tl.where((size > low) & (size <= high), (size + rows - 1) // rows, 0)  # [BLOCK]
         slot = work_ptr + 2 * (total + 1 + tl.cumsum(tiles) - tiles)
         for t in range(0, tl.max(tiles)):
             tl.store(slot + 2 * t, m, mask=t < tiles)
-            tl.store(slot + 2 * t + 1, begin + t * ROWS, mask=t < tiles)
+            tl.store(slot + 2 * t + 1, begin + t * rows, mask=t < tiles)
         total += tl.sum(tiles)
     tl.store(work_ptr, total)
 

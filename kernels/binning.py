@@ -32,7 +32,7 @@ def _tiles() -> dict:
     return {"BLOCK": 128, "num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "TX", "TY"])
 def _emit(order_ptr, end_ptr, rect_ptr, view_ptr, first_ptr, tile_ptr, pair_ptr, P, TX, TY, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = n < P

@@ -62,7 +62,7 @@ def _alpha(mx, my, c11, c12, c22, opacity, x, y):
     return dx, dy, raw, tl.where((e <= 0) & (alpha >= LEAST), alpha, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "TX", "TY"])
 def _blend(
     record_ptr, pair_ptr, bounds_ptr, background_ptr, image_ptr, final_ptr, reach_ptr, W, H, TX, TY, K: tl.constexpr
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _blend(
     tl.store(reach_ptr + v * size + at, reach, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "TX", "TY"])
 def _blend_backward(
     record_ptr, pair_ptr, slot_ptr, bounds_ptr, image_ptr, final_ptr, reach_ptr, grad_image_ptr, grad_final_ptr,
     moments_ptr, W, H, TX, TY, K: tl.constexpr,

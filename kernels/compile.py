@@ -103,6 +103,27 @@ class Build:
         return next((name for name in DTYPES if name in present), "int")
 
 
+def launched(kernel, args: tuple, constants: dict) -> Build:
+    """What Triton specialises an interpreted kernel for when it is launched with these arguments and constants."""
+    generic = kernel.kwargs["do_not_specialize"] or ()
+    types, aligned, ones = [], [], []
+    for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, Tensor):
+            types.append((name, "*" + POINTEES[value.dtype]))
+            divisible = value.data_ptr() % 16 == 0
+        elif value is None:
+            types.append((name, "constexpr"))
+            divisible = False
+        else:
+            types.append((name, "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"))
+            divisible = isinstance(value, int) and value % 16 == 0
+            ones += [name] if isinstance(value, int) and value == 1 and name not in generic else []
+        if divisible and name not in generic:
+            aligned.append(position)
+    where = kernel.fn.__module__, kernel.fn.__name__
+    return Build(*where, tuple(types), tuple(aligned), tuple(ones), tuple(sorted(constants.items())))
+
+
 def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
     """Run the ops of kernels.workloads in the interpreter; every distinct launch and the targets that make it."""
     from kernels.workloads import WORKLOADS  # defines the kernels, here in their interpreted form
@@ -111,23 +132,7 @@ def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build
     for dtype, target in itertools.product(dtypes, targets):
 
         def note(kernel, grid, args, constants, target=target):
-            names = kernel.arg_names
-            types, aligned, ones = [], [], []
-            for position, (name, value) in enumerate(zip(names, args, strict=False)):
-                if isinstance(value, Tensor):
-                    types.append((name, "*" + POINTEES[value.dtype]))
-                    divisible = value.data_ptr() % 16 == 0
-                elif value is None:
-                    types.append((name, "constexpr"))
-                    divisible = False
-                else:
-                    types.append((name, "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"))
-                    divisible = isinstance(value, int) and value % 16 == 0
-                    ones += [name] if isinstance(value, int) and value == 1 else []
-                if divisible:
-                    aligned.append(position)
-            where = kernel.fn.__module__, kernel.fn.__name__
-            build = Build(*where, tuple(types), tuple(aligned), tuple(ones), tuple(sorted(constants.items())))
+            build = launched(kernel, args, constants)
             found = builds.setdefault(build, [])
             if target not in found:
                 found.append(target)
@@ -207,13 +212,11 @@ def source(build: Build, target: Target) -> tuple:
     constants = {k: v for k, v in build.constants if k not in options}
     types = dict(build.types)
     constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
-    generic = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    aligned = [i for i in build.aligned if kernel.arg_names[i] not in generic]
-    constants |= {name: 1 for name in build.ones if name not in generic}  # Triton makes an argument of 1 a constant
+    constants |= {name: 1 for name in build.ones}  # Triton makes an argument of 1 a constant
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     if target.backend == "hip":
         options.pop("maxnreg", None)
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in build.aligned}
     made = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": 4, "enable_fp_fusion": True} | options
     return made, GPUTarget(target.backend, target.arch, target.warp), options

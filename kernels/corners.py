@@ -24,7 +24,7 @@ def _tiles(target: str) -> dict[str, int]:
     return {"VERTICES": 1024 if large else 32, "VOXELS": 256 if large else 8}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _average(fields_ptr, voxel_ptr, mean_ptr, spread_ptr, T, bias, CHANNELS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, 16)[None, :]
@@ -49,7 +49,7 @@ def _average(fields_ptr, voxel_ptr, mean_ptr, spread_ptr, T, bias, CHANNELS: tl.
     tl.store(spread_ptr + t, tl.sum(spread, 1), mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _fields_bwd(
     fields_ptr, coords_ptr, rows_ptr, mean_ptr, surface_ptr, grad_mean_ptr, grad_weights_ptr, pull_ptr, shrink_ptr, out_ptr,
     N, bias, CHANNELS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,

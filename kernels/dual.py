@@ -52,7 +52,7 @@ def _edges(p, live, values_ptr, weights_ptr, corner_ptr, dual_ptr, kind_ptr, edg
     return cube, edge, on, i, j, vi, vj, aj / (aj - ai), -ai / (aj - ai), sj / (sj - si), -si / (sj - si)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "R"])
 def _dual_fwd(
     values_ptr, weights_ptr, place_ptr, corner_ptr, dual_ptr, kind_ptr, edges_ptr, ends_ptr, out_ptr, deviation_ptr, P, R,
     M: tl.constexpr, TILE: tl.constexpr,
@@ -82,7 +82,7 @@ def _dual_fwd(
     tl.store(deviation_ptr + p, tl.sum(tl.where(on, tl.abs(beyond), 0.0), 1), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "R"])
 def _dual_bwd(
     values_ptr, weights_ptr, place_ptr, corner_ptr, dual_ptr, kind_ptr, edges_ptr, ends_ptr, out_ptr, grad_ptr,
     grad_deviation_ptr, pull_ptr, slope_ptr, grad_beta_ptr, P, R, M: tl.constexpr, TILE: tl.constexpr,
@@ -123,7 +123,7 @@ def _dual_bwd(
     tl.store(grad_beta_ptr + cube * 12 + edge, grad_beta, mask=on)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R"])
 def _vertex_bwd(
     values_ptr, weights_ptr, place_ptr, corner_ptr, case_ptr, first_ptr, cube_ptr, component_ptr, ends_ptr, meeting_ptr,
     out_ptr, pull_ptr, slope_ptr, grad_values_ptr, grad_alpha_ptr, T, R, M: tl.constexpr, TILE: tl.constexpr,

@@ -22,7 +22,7 @@ def _gelu_parts(x):
     return tl.where(v >= 0, 1.0, e) / (1.0 + e), e / ((1.0 + e) * (1.0 + e)), 1.5957691216057308 * (1.0 + 0.134145 * x * x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gelu_fwd(x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr):
     chunks = tl.cdiv(C, TILE_C)
     m = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -35,7 +35,7 @@ def _gelu_fwd(x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constex
     tl.store(y_ptr + at, (x * s).to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gelu_bwd(
     x_ptr, bias_ptr, dy_ptr, dx_ptr, partial_ptr, M, C,
     BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,

@@ -126,7 +126,7 @@ def _slot(key, mask):
     return (h ^ (h >> 31)).to(tl.int64) & mask
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["N", "slots"])
 def _insert(coords_ptr, keys_ptr, rows_ptr, N, slots, TILE: tl.constexpr):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = row < N
@@ -166,7 +166,7 @@ def _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE: tl.con
     return row
 
 
-SIZES = ["B", "X", "Y", "Z", "slots"]  # vary with the data: no specialised variants
+SIZES = ["M", "N", "B", "X", "Y", "Z", "slots"]  # vary with the data: no specialised variants
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -31,7 +31,7 @@ def _face_rows(rast_ptr, faces_ptr, table_ptr, n, size, inside):
     return u, v, base + a, base + b, base + c, live, live & named
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "size"])
 def _interpolate(attributes_ptr, rast_ptr, faces_ptr, table_ptr, out_ptr, M, C, size, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u, v, a, b, c, live, named = _face_rows(rast_ptr, faces_ptr, table_ptr, n, size, n < M)
@@ -41,7 +41,7 @@ def _interpolate(attributes_ptr, rast_ptr, faces_ptr, table_ptr, out_ptr, M, C, 
         tl.store(out_ptr + n * C + k, tl.where(live, tl.where(named, value, float("nan")), 0.0), n < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "size"])
 def _interpolate_backward(
     grad_ptr, attributes_ptr, rast_ptr, faces_ptr, table_ptr, grad_rast_ptr, weight_ptr, key_ptr, M, C, size,
     BLOCK: tl.constexpr,

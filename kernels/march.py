@@ -84,7 +84,7 @@ def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "H", "TX", "TY"])
 def _march(
     voxels_ptr, background_ptr, samples_ptr, voxel_ptr, path_ptr, order_ptr, bounds_ptr, image_ptr, final_ptr, depth_ptr,
     used_ptr, state_ptr, W, H, TX, TY, step, R, DIM: tl.constexpr, RANKS: tl.constexpr,
@@ -170,7 +170,7 @@ def _contract(a, b, total, L: tl.constexpr, K: tl.constexpr, M: tl.constexpr, RA
     return tl.dot(tl.trans(a), b, total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane"])
 def _march_backward(
     voxels_ptr, views_ptr, scenes_ptr, by_scene_ptr, ray_ptr, used_ptr, path_ptr, start_ptr, state_ptr, grad_image_ptr,
     grad_depth_ptr, arriving_ptr, grad_ptr, plane, step, R, DIM: tl.constexpr, DIM_P: tl.constexpr, RANKS: tl.constexpr,

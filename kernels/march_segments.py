@@ -109,7 +109,7 @@ def _slab(low, high, o, d):
     return tl.minimum(a, b), tl.maximum(a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "H", "resolution"])
 def _segments(
     position_ptr, cameras_ptr, views_ptr, offset_ptr, count_ptr, start_ptr, key_ptr, samples_ptr, voxel_ptr, path_ptr,
     W, H, resolution, size, per_unit, scale, WRITE: tl.constexpr, PAIRS: tl.constexpr, PIXELS: tl.constexpr,

@@ -39,7 +39,7 @@ def _centred(x, live, C: tl.constexpr):
     return tl.where(live, x - tl.div_rn(tl.sum(x, 1), C * 1.0)[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _layer_norm_fwd(
     x_ptr, h_ptr, bias_ptr, sum_ptr, y_ptr, rstd_ptr, N, eps,
     C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
@@ -62,7 +62,7 @@ def _layer_norm_fwd(
     tl.store(rstd_ptr + n, rstd, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _layer_norm_bwd(
     y_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, partial_ptr, N,
     C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
@@ -89,7 +89,7 @@ def _layer_norm_bwd(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(dbias, 0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_fwd(
     x_ptr, gamma_ptr, y_ptr, M, root, tiny,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,
@@ -104,7 +104,7 @@ def _rms_norm_fwd(
     tl.store(y_ptr + at, (x * inverse[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _rms_norm_bwd(
     x_ptr, gamma_ptr, dy_ptr, dx_ptr, partial_ptr, N, root, tiny,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,

@@ -45,7 +45,7 @@ def _normal(vertices_ptr, rast_ptr, faces_ptr, table_ptr, n, size, inside):
     return live, (a, b, c), e1, e2, (x / length, y / length, z / length), length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "size"])
 def _normals(vertices_ptr, rast_ptr, faces_ptr, table_ptr, out_ptr, M, size, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _, _, _, _, normal, _ = _normal(vertices_ptr, rast_ptr, faces_ptr, table_ptr, n, size, n < M)
@@ -53,7 +53,7 @@ def _normals(vertices_ptr, rast_ptr, faces_ptr, table_ptr, out_ptr, M, size, BLO
         tl.store(out_ptr + n * 3 + k, normal[k], n < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "size"])
 def _normals_backward(
     grad_ptr, vertices_ptr, rast_ptr, faces_ptr, table_ptr, rows_ptr, key_ptr, M, size, BLOCK: tl.constexpr
 ):  # fmt: skip

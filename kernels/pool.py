@@ -45,7 +45,7 @@ def _tiles(C: int) -> dict[str, int]:
     return {"ROWS": TILE // channels, "TILE_C": channels}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _pool_sum(x_ptr, order_ptr, starts_ptr, y_ptr, S, C, MEAN: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr):
     s = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
@@ -62,7 +62,7 @@ def _pool_sum(x_ptr, order_ptr, starts_ptr, y_ptr, S, C, MEAN: tl.constexpr, ROW
     tl.store(y_ptr + s[:, None] * C + c[None, :], total.to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _pool_copy(x_ptr, index_ptr, starts_ptr, y_ptr, N, C, MEAN: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)

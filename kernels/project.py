@@ -113,7 +113,7 @@ def _tile_range(mean, radius, reach, tiles):
     return tl.minimum(tl.maximum(low, 0.0), most).to(tl.int32), tl.minimum(tl.maximum(high, 0.0), most).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "H"])
 def _project(
     gaussians_ptr, cameras_ptr, views_ptr, record_ptr, depth_ptr, rect_ptr, view_ptr, W, H, kernel_size, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -222,7 +222,7 @@ def _moments(moments_ptr, first_ptr, rect_ptr, p, live):
     return c, d, e, f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "H"])
 def _project_backward(
     gaussians_ptr, cameras_ptr, views_ptr, scenes_ptr, by_scene_ptr, rect_ptr, first_ptr, moments_ptr, grad_ptr,
     W, H, kernel_size, BLOCK: tl.constexpr,

@@ -40,7 +40,7 @@ def _rounded(x):
     return (tl.minimum(tl.maximum(x, -LARGEST), LARGEST) + ROUND) - ROUND  # the clamp keeps the sum out of a fused product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "W", "H"])
 def _raster_snap(clip_ptr, snapped_ptr, depth_ptr, P, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = n < P
@@ -110,7 +110,7 @@ def _push(list_ptr, counter_ptr, name, flag, end, STEP: tl.constexpr):
         tl.store(list_ptr + end + STEP * at, name, flag)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "W", "H"])
 def _raster_small(
     snapped_ptr, depth_ptr, faces_ptr, table_ptr, keys_ptr, list_ptr, counter_ptr, Q, W, H, FEW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -153,7 +153,7 @@ def _raster_small(
     _push(list_ptr, counter_ptr + 1, name, partly, Q - 1, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "W", "H"])
 def _raster_large(xy_ptr, depth_ptr, view_ptr, face_ptr, keys_ptr, R, W, H, PIECES: tl.constexpr, PIXELS: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * PIECES + tl.arange(0, PIECES)
     live = r < R
@@ -207,7 +207,7 @@ def _centre(i, size):
     return (2 * i + 1).to(tl.float64) / (size * 1.0) - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "W", "H"])
 def _raster_resolve(keys_ptr, clip_ptr, faces_ptr, table_ptr, rast_ptr, N, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -239,7 +239,7 @@ def _store_corner(grad_ptr, key_ptr, gx, gy, fx, fy, row, live, inside):
     tl.store(key_ptr, tl.where(live, row, -1).to(tl.int32), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "W", "H"])
 def _raster_backward(
     grad_ptr, rast_ptr, clip_ptr, faces_ptr, table_ptr, rows_ptr, key_ptr, N, W, H, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -263,7 +263,7 @@ def _raster_backward(
     _store_corner(rows_ptr + n * 9 + 6, key_ptr + n * 3 + 2, x2, y2, fx, fy, row[2], live, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "size"])
 def _corner_rows(rast_ptr, faces_ptr, table_ptr, key_ptr, N, size, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N

@@ -36,7 +36,7 @@ def _key(key_ptr, order_ptr, i, live, SORTED: tl.constexpr):
     return n, tl.load(key_ptr + n, live, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C"])
 def _sum_runs(
     rows_ptr, weight_ptr, order_ptr, key_ptr, out_ptr, part_ptr, part_key_ptr, M, C, SHARE: tl.constexpr,
     SORTED: tl.constexpr, B: tl.constexpr,

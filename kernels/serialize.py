@@ -34,7 +34,7 @@ def _spread(x):
     return (x | (x << 2)) & 0x09249249
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "sx", "sy", "sz"])
 def _codes(coords_ptr, codes_ptr, N, sx, sy, sz, HILBERT: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
            TILE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)

@@ -57,7 +57,7 @@ def _third(clip_ptr, opposite_ptr, base, ox, oy, W, H, live):
     return x, y, o >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "W", "H"])
 def _silhouette_pairs(
     rast_ptr, clip_ptr, faces_ptr, table_ptr, opposite_ptr, alpha_ptr, code_ptr, N, W, H, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def _around(n, N, W, H):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "W", "H"])
 def _silhouette_blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -188,7 +188,7 @@ def _edge_grad(code, alpha, delta, screen, corner, W, H, FIRST: tl.constexpr, DO
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "W", "H"])
 def _silhouette_backward(
     grad_ptr, image_ptr, alpha_ptr, code_ptr, rast_ptr, clip_ptr, faces_ptr, table_ptr, grad_image_ptr, rows_ptr, key_ptr, N,
     C, W, H, BLOCK: tl.constexpr,

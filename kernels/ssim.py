@@ -103,7 +103,7 @@ def _push(r, h):
     return r[0] + h5, (r[1] + h4, r[2] + h3, r[3] + h2, r[4] + h1, r[5] + h0, r[6] + h1, r[7] + h2, r[8] + h3, r[9] + h4, h5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "C", "H", "W"])
 def _ssim_fwd(
     a_ptr, b_ptr, partial_ptr, maps_ptr, programs, C, H, W,
     LANES: tl.constexpr, ROWS: tl.constexpr, MAPS: tl.constexpr,
@@ -143,7 +143,7 @@ def _ssim_fwd(
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "C", "H", "W"])
 def _ssim_bwd(
     a_ptr, b_ptr, maps_ptr, grad_ptr, da_ptr, db_ptr, programs, C, H, W,
     LANES: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,

@@ -90,7 +90,7 @@ def _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz):
     return tl.where(inside, window * (wx * wy * wz) + local, -1)
 
 
-GEOMETRY = ["wx", "wy", "wz", "sx", "sy", "sz", "nx", "ny", "nz", "cells"]  # vary with the data: no specialised variants
+GEOMETRY = ["N", "wx", "wy", "wz", "sx", "sy", "sz", "nx", "ny", "nz", "cells"]  # vary with the data: no specialised variants
 
 
 @triton.jit(do_not_specialize=GEOMETRY)

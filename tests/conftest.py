@@ -4,12 +4,17 @@ On a machine without a GPU every kernel test runs twice, on the vectorised torch
 with a GPU it runs there, compiled. Kernels are compiled or interpreted, never both in one process.
 """
 
+import importlib
 import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the processes that tests start
+    threads = len(os.sched_getaffinity(0)) // int(workers) if hasattr(os, "sched_getaffinity") else 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))  # before the first import of torch
+
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -20,7 +25,7 @@ import pytest  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from kernels import backend  # noqa: E402
+from kernels import backend, reduce  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -75,6 +80,22 @@ def watched_device():
 
     with standin() as device:
         yield device
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """In the interpreter an image of `ssim` is one program: each costs half a second, its lanes nothing. A GPU has the tiles
+    in use: these it would compile for half a minute."""
+    if not GPU and backend.target(torch.empty(0)) == "interpreter":
+        tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
+        monkeypatch.setattr(importlib.import_module("kernels.ssim"), "_tiles", lambda: tiles)
+
+
+@pytest.fixture
+def few_sums(monkeypatch):
+    """The interpreter's tiles for sums by key whatever GPU is assumed: theirs take it a minute."""
+    if not GPU:
+        monkeypatch.setattr(reduce, "_tiles", lambda target, tiles=reduce._tiles: tiles("interpreter"))
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

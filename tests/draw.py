@@ -1,10 +1,8 @@
 """Random inputs of every op, drawn from one seed: sizes with 0 and 1 among them, dtypes, strides, and the op's reference."""
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -47,7 +45,7 @@ from kernels.ssim import ssim, ssim_reference
 from kernels.to_clip import projection, to_clip, to_clip_reference
 from kernels.window import Windows, window_partition, window_partition_reference
 from tests import meshes, test_raymarch, test_splat
-from tests.conftest import GPU, TOLERANCE
+from tests.conftest import TOLERANCE
 from tests.test_rasterize import positions
 from tests.test_serialize import lists
 from tests.test_window import groups, voxels
@@ -66,20 +64,13 @@ class Case(NamedTuple):
     least: float = 1e-3  # as in `assert_close`
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """For modules that import it: an image of `similarity` is one program, where each costs the interpreter half a second."""
-    if not GPU:
-        tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
-        monkeypatch.setattr(importlib.import_module("kernels.ssim"), "_tiles", lambda: tiles)
-
-
 class Draw:
     """Random choices from one seed. A case is small where Triton's interpreter computes it."""
 
     def __init__(self, seed: int, device: torch.device):
         self.rng, self.device, self.seed = torch.Generator().manual_seed(seed), device, seed
         self.fast = backend.name(torch.empty(0, device=device)) != "interpreter"
+        self.compiled = not backend.is_torch(torch.empty(0, device=device))
 
     def number(self, low: int, high: int) -> int:
         """low and low + 1 come often."""
@@ -88,6 +79,10 @@ class Draw:
 
     def pick(self, *choices):
         return choices[int(torch.randint(len(choices), (), generator=self.rng))]
+
+    def width(self, drawn, *few):
+        """What kernels are compiled for, such as channels: one of a few, as other tests; on the torch path `drawn`."""
+        return self.pick(*few) if self.compiled else drawn
 
     def lengths(self, most: int, pieces: int = 5) -> list[int]:
         """Of up to `pieces` samples or segments, in all up to about `most`; none at all and empty ones among them."""
@@ -142,7 +137,7 @@ class Draw:
 def norms(d: Draw) -> Case:
     dtype, N = d.dtype(), d.number(0, 200)
     if d.pick(0, 1):
-        C, eps = d.pick(1, d.number(3, 300)), d.pick(1e-6, 1e-5)
+        C, eps = d.width(d.pick(1, d.number(3, 300)), 1, 33, 48), d.pick(1e-6, 1e-5)
         if d.pick(0, 1):
             tensors, slow = [d.normal(N, C, dtype=dtype), *[d.normal(C)] * d.pick(0, 1)], layer_norm_reference
             if d.pick(0, 1):
@@ -152,17 +147,17 @@ def norms(d: Draw) -> Case:
         slow, tensors = add_layer_norm_reference, [d.normal(N, C, dtype=dtype) for _ in range(2)]
         return Case(lambda x, h: add_layer_norm(x, h, eps), lambda x, h: slow(x, h, eps), tensors, None, CANCELLED)
     if d.pick(0, 1):
-        shape = [N, *[d.number(1, 7)] * d.number(0, 2)]
+        shape = [N, *[d.width(d.number(1, 7), 1, 5)] * d.number(0, 2)]
         biases = [d.normal(shape[-1])] * d.pick(0, 1) if shape[-1] else []
         # torch's 1 + tanh cancels where x is far below 0
         return Case(gelu, gelu_reference, [d.normal(*shape, dtype=dtype, spread=3.0), *biases], None, CANCELLED)
-    H, D = d.number(1, 4), d.number(1, 70)
+    H, D = d.width((d.number(1, 4), d.number(1, 70)), (1, 1), (3, 24), (2, 64))
     return Case(rms_norm, rms_norm_reference, [d.normal(N, H, D, dtype=dtype), d.normal(H, D)], None, CANCELLED)
 
 
 def attention(d: Draw) -> Case:
     """In windows, with and without the norm and the rotation, and among the lists of keys along a curve."""
-    dtype, H, D = d.dtype(), d.number(1, 2), 8 * d.number(1, 8)
+    dtype, (H, D) = d.dtype(), d.width((d.number(1, 2), 8 * d.number(1, 8)), (1, 16), (2, 24))
     if d.pick(0, 0, 1):
         cache = d.cache(150 if d.fast else 60)
         arguments = d.number(1, 40), d.pick(*MODES), d.number(0, 5), d.number(0, 3)
@@ -192,7 +187,7 @@ def attention(d: Draw) -> Case:
 
 
 def segments(d: Draw) -> Case:
-    dtype, H, D = d.dtype(), d.number(1, 2), 8 * d.number(1, 8)
+    dtype, (H, D) = d.dtype(), d.width((d.number(1, 2), 8 * d.number(1, 8)), (1, 16), (2, 24))
     queries = d.lengths(300 if d.fast else 60)
     keys = [d.number(0, 60) for _ in queries]
     q_starts, k_starts = d.starts(queries), d.starts(keys)
@@ -203,7 +198,7 @@ def segments(d: Draw) -> Case:
 
 def convolution(d: Draw) -> Case:
     cache, dtype, k = d.cache(60 if d.fast else 30), d.dtype(), d.pick(1, 3, 3)
-    CI, CO = d.number(1, 40), d.number(1, 40)
+    CI, CO = d.width((d.number(1, 40), d.number(1, 40)), (6, 4), (20, 36))
     subdivided = k == 3 and d.pick(False, True)
     tensors = [d.normal(len(cache), CI, dtype=dtype), d.normal(CO, k, k, k, CI, spread=(k**3 * CI) ** -0.5)]
     tensors += [d.normal(CO)] * d.pick(0, 1)
@@ -219,8 +214,9 @@ def convolution(d: Draw) -> Case:
 
 
 def group_norms(d: Draw) -> Case:
-    lengths, dtype, groups_, silu = d.lengths(120), d.dtype(), d.number(1, 4), d.pick(False, True)
-    C = groups_ * d.number(2, 20)
+    lengths, dtype, silu = d.lengths(120), d.dtype(), d.pick(False, True)
+    groups_, size = d.width((d.number(1, 4), d.number(2, 20)), (3, 2), (4, 4))
+    C = groups_ * size
     tensors = [d.normal(sum(lengths), C, dtype=dtype), d.normal(C), d.normal(C)]
     starts = d.starts(lengths)
     op, slow = group_norm, group_norm_reference
@@ -230,7 +226,7 @@ def group_norms(d: Draw) -> Case:
 
 def scales(d: Draw) -> Case:
     cache = d.cache(100, 9)
-    table, dtype, C = cache.get(pooling, d.number(1, 4)), d.dtype(), d.number(1, 50)
+    table, dtype, C = cache.get(pooling, d.number(1, 4)), d.dtype(), d.width(d.number(1, 50), 5, 33)
     index, S = table.index.cpu(), len(table)
     op, slow, rows = d.pick((pool, pool_reference, len(cache)), (unpool, unpool_reference, S))
     return Case(lambda x: op(x, table), lambda x: slow(x, index, S), [d.normal(rows, C, dtype=dtype)])
@@ -355,7 +351,7 @@ def gaussians(d: Draw) -> Case:
 
 def radiance(d: Draw) -> Case:
     sizes, V, resolution = [d.number(0, 6) for _ in range(d.number(1, 3))], d.number(1, 2), d.pick(8, 16, 20, 32)
-    rank, dim, density = d.number(1, 4), d.number(2, 5), d.pick(0.0, 60.0)
+    (rank, dim), density = d.width((d.number(1, 4), d.number(2, 5)), (1, 4), (2, 4), (3, 5)), d.pick(0.0, 60.0)
     view_scene = [d.number(0, len(sizes) - 1) for _ in range(V)]
     position, tensors, starts = test_raymarch.voxels(sizes, resolution, rank, dim, d.device, d.seed, density, d.exact())
     view, light = test_raymarch.camera(V, d.number(1, 17), d.number(1, 17), resolution), test_raymarch.colors(V)

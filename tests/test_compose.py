@@ -12,13 +12,14 @@ import models
 from kernels import backend
 from kernels.render_mesh import render_mesh
 from tests.conftest import GPU, assert_close
-from tests.draw import DRAWS, Draw, few_programs  # noqa: F401
+from tests.draw import DRAWS, Draw
 from tests.meshes import cameras
 from tests.test_models import batch, randomize, small_decoder, small_encoder
 from tests.test_radiance import cameras as orbit
 from tests.test_radiance import small_decoder as small_radiance
 from tests.test_render_mesh import pictures, scenes
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 OPS = sorted(name for name in OPDEFS if name.startswith("trislat::"))
 SEEDS = range(4, 10)
 DEVICE = torch.device("cuda" if GPU else "cpu")

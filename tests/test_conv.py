@@ -37,7 +37,7 @@ def inputs(counts, CI, CO, k=3, dtype=FLOAT, device=None, extent=(7, 6, 8)):
     [
         ([0, 260, 0, 41], 20, 36, 3, FLOAT),  # several tiles, empty samples
         ([50], 40, 200, 3, HALF),  # more channels than a program holds
-        ([1], 3, 5, 3, FLOAT),
+        ([1], 6, 4, 3, FLOAT),
         ([0, 0], 4, 6, 3, HALF),
         ([9, 5], 6, 4, 1, FLOAT),
         ([13], 5, 3, 5, FLOAT),
@@ -55,7 +55,7 @@ def conv_tolerance(dtype):
 
 @pytest.mark.parametrize(
     "counts, CI, CO, dtype",
-    [([0, 30, 0, 11], 20, 36, FLOAT), ([21], 40, 24, HALF), ([1], 3, 5, FLOAT), ([0, 0], 4, 6, HALF)],
+    [([0, 30, 0, 11], 20, 36, FLOAT), ([21], 40, 24, HALF), ([1], 6, 4, FLOAT), ([0, 0], 4, 6, HALF)],
     ids=str,
 )
 def test_subdivide_conv(device, counts, CI, CO, dtype):
@@ -111,11 +111,11 @@ def test_weights_are_summed_in_fp32_and_rounded_once(device):
 
 def test_rows_without_neighbours_but_themselves(device):
     coords = torch.tensor([[0, 4 * i, 0, 8] for i in range(9)], dtype=torch.int32, device=device)
-    x, weight = torch.randn(9, 5, device=device, requires_grad=True), torch.randn(4, 3, 3, 3, 5, device=device)
+    x, weight = torch.randn(9, 6, device=device, requires_grad=True), torch.randn(4, 3, 3, 3, 6, device=device)
     y = sparse_conv(x, weight, None, neighbours(coords))
     assert_close(y, x @ weight[:, 1, 1, 1].T, 1e-6)
     (dx,) = torch.autograd.grad(y.sum(), x)
-    assert_close(dx, weight[:, 1, 1, 1].sum(0).expand(9, 5), 1e-6)
+    assert_close(dx, weight[:, 1, 1, 1].sum(0).expand(9, 6), 1e-6)
 
 
 def test_batched_equals_looped(device):
@@ -205,7 +205,7 @@ def test_children_of_children_and_children_without_siblings(device):
 
 
 def test_the_same_bits_twice_and_one_launch_for_a_batch(kernel_device):
-    cache, *wrt = inputs([9, 0, 30], 12, 8, device=kernel_device)
+    cache, *wrt = inputs([9, 0, 30], 6, 4, device=kernel_device)
     runs = []
     for _ in range(2):
         with backend.count_launches() as launches:
@@ -230,7 +230,7 @@ def test_bf16_on_the_torch_path():
 
 
 def test_strides_of_every_argument(device):
-    cache, x, weight, bias = inputs([20, 4], 6, 5, device=device)
+    cache, x, weight, bias = inputs([20, 4], 6, 4, device=device)
     taps, order = cache.get(neighbours, 3), cache.get(octant_order)
     spread = lambda t: torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]  # every other number
     for op, given in ((sparse_conv, order[0]), (subdivide_conv, order)):
@@ -246,7 +246,7 @@ def test_gradients_in_double_precision():
 
 
 def test_registered_as_torch_asks_and_compiles(device):
-    cache, x, weight, bias = inputs([6, 3], 3, 2, device=device)
+    cache, x, weight, bias = inputs([6, 3], 6, 4, device=device)
     taps, order = cache.get(neighbours, 3), cache.get(octant_order)
 
     def both(x, weight, bias):

@@ -8,8 +8,9 @@ import torch
 
 from kernels import backend
 from tests.conftest import assert_same
-from tests.draw import DRAWS, Case, Draw, few_programs  # noqa: F401
+from tests.draw import DRAWS, Case, Draw
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 MANY = 200
 FEWER = {  # of slow references
     "surfaces": 20, "rasters": 20, "silhouettes": 20, "mesh_pictures": 20, "radiance": 40, "coordinates": 20,

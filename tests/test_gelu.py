@@ -18,8 +18,11 @@ def test_gelu(device, shape, dtype):
     assert_same(gelu, gelu_reference, normal(*shape, dtype=dtype, device=device, spread=3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 1030), (300, 96), (2, 3, 5), (4,)], ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((s, torch.float32) for s in [(0, 3), (1, 1), (7, 1030), (300, 96), (2, 3, 5), (5,)]), ((300, 96), torch.float16)],
+    ids=str,
+)
 def test_gelu_of_a_sum_with_a_bias(device, shape, dtype):
     """Several chunks of columns, several tiles of rows, none."""
     x, bias = normal(*shape, dtype=dtype, device=device), normal(shape[-1], device=device, seed=1)
@@ -28,8 +31,8 @@ def test_gelu_of_a_sum_with_a_bias(device, shape, dtype):
 
 def test_the_programs_of_gelu_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr(importlib.import_module("kernels.gelu"), "PROGRAMS", 5)
-    assert_same(gelu, gelu_reference, normal(23, 1100, device=device), normal(1100, device=device, seed=1))
-    assert_same(gelu, gelu_reference, normal(700, 33, device=device), normal(33, device=device, seed=1))
+    assert_same(gelu, gelu_reference, normal(23, 1030, device=device), normal(1030, device=device, seed=1))
+    assert_same(gelu, gelu_reference, normal(700, 96, device=device), normal(96, device=device, seed=1))
 
 
 def test_gelu_far_from_zero(device):

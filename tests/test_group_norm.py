@@ -60,7 +60,7 @@ def test_voxels_far_from_zero(device):
     """Squares are of deviations: E[x^2] - E[x]^2 would have no digits left here."""
     x, weight, bias, starts = inputs([130, 40], 16, device=device)
     x = (x.detach() + 1000).requires_grad_()
-    assert_same(group_norm, group_norm_reference, x, weight, bias, starts, 2, tolerance=2e-4)
+    assert_same(group_norm, group_norm_reference, x, weight, bias, starts, 4, tolerance=2e-4)
 
 
 @pytest.mark.parametrize("C, counts", [(16, [20, 0, 9, 41]), (96, [1, 83]), (40, [70, 190])])
@@ -86,10 +86,10 @@ def test_equal_voxels_are_not_divided_by_zero(device):
 
 
 def test_the_silu_far_from_zero(device):
-    x, weight, _, starts = inputs([6], 4, device=device)
+    x, weight, _, starts = inputs([6], 16, device=device)
     for far, expected in ((-200.0, 0.0), (200.0, 200.0)):
-        y = group_norm_silu(x, weight * 0, torch.full((4,), far, device=device, requires_grad=True), starts, 2)
-        assert_close(y, torch.full((6, 4), expected), 1e-6)
+        y = group_norm_silu(x, weight * 0, torch.full((16,), far, device=device, requires_grad=True), starts, 4)
+        assert_close(y, torch.full((6, 16), expected), 1e-6)
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
@@ -109,11 +109,11 @@ def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
 
 
 def test_the_same_bits_twice_in_one_launch_a_pass(kernel_device):
-    x, weight, bias, starts = inputs([60, 0, 31], 32, device=kernel_device)
+    x, weight, bias, starts = inputs([60, 0, 31], 16, device=kernel_device)
     runs = []
     for _ in range(2):
         with backend.count_launches() as launches:
-            runs.append(torch.autograd.grad(group_norm_silu(x, weight, bias, starts, 8).square().sum(), [x, weight, bias]))
+            runs.append(torch.autograd.grad(group_norm_silu(x, weight, bias, starts, 4).square().sum(), [x, weight, bias]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     passes = ["_partial_statistics", "_merge_statistics", "_group_norm_fwd", "_partial_gradients", "_group_norm_bwd"]
     assert launches == dict.fromkeys(passes, 1)
@@ -128,10 +128,10 @@ def test_gradients_in_double_precision():
 
 
 def test_registered_as_torch_asks_and_compiles(device):
-    x, weight, bias, starts = inputs([5, 3], 8, device=device)
-    torch.library.opcheck(torch.ops.trislat.group_norm, (x, weight, bias, starts, 2, 1e-5, True))
-    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")(x, weight, bias, starts, 2)
-    assert torch.equal(compiled, group_norm_silu(x, weight, bias, starts, 2))
+    x, weight, bias, starts = inputs([5, 3], 16, device=device)
+    torch.library.opcheck(torch.ops.trislat.group_norm, (x, weight, bias, starts, 4, 1e-5, True))
+    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")(x, weight, bias, starts, 4)
+    assert torch.equal(compiled, group_norm_silu(x, weight, bias, starts, 4))
     compiled.square().sum().backward()
 
 

@@ -153,16 +153,23 @@ def test_batched_equals_looped(device):
     assert (rast[2] == 0).all() and rast[0].any() and rast[1].any()
 
 
-def test_views_share_their_launches(kernel_device):
-    clip, faces, layout = batch(kernel_device)
-    counts = []
-    for views in (1, 5):
-        with backend.count_launches() as count:
-            rast = rasterize(clip, faces, 12, 18, layout.clip_table[:views])
-            rast.sum().backward()
-        counts.append({k: n for k, n in count.items() if k != "_sum_runs"})
-    stages = ("_raster_snap", "_raster_small", "_raster_large", "_raster_resolve", "_raster_backward", "_corner_rows")
-    assert counts == [dict.fromkeys(stages, 1)] * 2
+@pytest.mark.parametrize("target", ["interpreter", "sm_90"])
+def test_views_share_their_launches(kernel_device, few_sums, target):
+    """Large faces have a launch of their own where there are any: none in pictures of as few pixels as a thread fills."""
+    triangle = torch.tensor([[-0.9, -0.9, 0, 1], [0.9, -0.9, 0, 1], [0, 0.9, 0, 1]], device=kernel_device)
+    clip, faces = triangle.repeat(2, 1).requires_grad_(), torch.tensor([[0, 1, 2]], device=kernel_device)
+    table = torch.tensor([[0, 1, 0, 3], [0, 1, 3, 3]], device=kernel_device)
+    stages = ("_raster_snap", "_raster_small", "_raster_resolve", "_raster_backward", "_corner_rows")
+    with backend.assume(target):
+        few = raster._tiles(backend.target(clip))["few"]
+        for size in (8, int(few**0.5)):
+            counts = []
+            for views in (1, 2):
+                with backend.count_launches() as count:
+                    rasterize(clip, faces, size, size, table[:views]).sum().backward()
+                counts.append({k: n for k, n in count.items() if k != "_sum_runs"})
+            large = {"_raster_large": 1} if size == 8 else {}
+            assert counts == [dict.fromkeys(stages, 1) | large] * 2
 
 
 def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):

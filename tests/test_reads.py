@@ -15,13 +15,14 @@ from kernels.pool import pooling
 from kernels.serialize import MODES, serialized_windows
 from kernels.window import full_windows, window_partition
 from tests.conftest import GPU
-from tests.draw import DRAWS, Draw, few_programs  # noqa: F401
+from tests.draw import DRAWS, Draw
 from tests.reads import watch_reads
 from tests.test_models import batch, randomize, small_decoder, small_encoder
 from tests.test_radiance import small_decoder as small_radiance
 from tests.test_render_mesh import scenes
 from tests.test_window import voxels
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 READS = {"surfaces": 2, "rasters": 1, "mesh_pictures": 1, "gaussians": 1, "radiance": 1}  # all others none
 SEEDS = range(4, 9)
 

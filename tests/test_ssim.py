@@ -12,11 +12,6 @@ from tests.conftest import assert_close, assert_same, golden
 
 module = importlib.import_module("kernels.ssim")  # the package's attribute of that name is the op
 
-@pytest.fixture
-def wide(monkeypatch):
-    """One program an image: a program's rows cost the interpreter half a second, its lanes nothing."""
-    monkeypatch.setattr(module, "_tiles", lambda: {"LANES": 2048, "ROWS": 8, "num_warps": 4})
-
 
 def pair(shape, device, grad=(True, True), dtype=torch.float32):
     a = torch.rand(shape, device=device)
@@ -30,7 +25,7 @@ def total(f):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 37, 20), (1, 1, 1, 1), (0, 3, 8, 8), (1, 2, 3, 19)], ids=str)
-def test_ssim_and_both_gradients(device, wide, shape):
+def test_ssim_and_both_gradients(device, few_programs, shape):
     assert_same(total(ssim), total(ssim_reference), *pair(shape, device))
 
 
@@ -43,13 +38,12 @@ def test_ssim_at_the_shipped_tile_size(device):
     assert_same(total(ssim), total(ssim_reference), *pair(shape, device))
 
 
-def test_ssim_fp16(device, wide):
+def test_ssim_fp16(device, few_programs):
     assert_same(total(ssim), total(ssim_reference), *pair((1, 3, 17, 23), device, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("grad", [(True, False), (False, True), (False, False)], ids=["first", "second", "neither"])
-def test_only_what_needs_a_gradient_is_computed(kernel_device, grad, monkeypatch):
-    monkeypatch.setattr(module, "_tiles", lambda: {"LANES": 64, "ROWS": 8, "num_warps": 4})
+def test_only_what_needs_a_gradient_is_computed(kernel_device, few_programs, grad):
     seen = []
     with backend.observe(lambda kernel, grid, args, constants: seen.append(constants)):
         assert_same(total(ssim), total(ssim_reference), *pair((1, 1, 7, 9), kernel_device, grad))
@@ -63,7 +57,7 @@ def test_ssim_gradcheck():
     assert_same(ssim, ssim_reference, a, b)
 
 
-def test_ssim_agrees_with_the_published_loss(device, wide):
+def test_ssim_agrees_with_the_published_loss(device, few_programs):
     _, t = golden("loss_image")
     a, b = t["img1"].float().to(device).requires_grad_(), t["img2"].float().to(device)
     values = ssim(a, b)
@@ -75,7 +69,7 @@ def test_ssim_agrees_with_the_published_loss(device, wide):
     assert difference <= 2e-5 * t["ssim_grad_img1"].abs().max()
 
 
-def test_batched_is_looped_and_repeats_to_the_bit(device, wide):
+def test_batched_is_looped_and_repeats_to_the_bit(device, few_programs):
     a, b = pair((2, 1, 12, 20), device, grad=(True, False))
     both, alone, again = (
         (value.detach(), *torch.autograd.grad(value.sum(), [a])) for value in (ssim(a, b), ssim(a[1:], b[1:]), ssim(a[1:], b[1:]))
@@ -85,13 +79,13 @@ def test_batched_is_looped_and_repeats_to_the_bit(device, wide):
         assert_close(looped[-1], batched[-1], 1e-6)
 
 
-def test_transposed_views_are_read_as_they_look(device, wide):
+def test_transposed_views_are_read_as_they_look(device, few_programs):
     a, b = pair((1, 10, 14, 3), device)
     assert_same(total(lambda a, b: ssim(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2))),
                 total(lambda a, b: ssim_reference(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2))), a, b)  # fmt: skip
 
 
-def test_equal_images_have_ssim_one_and_no_gradient(device, wide):
+def test_equal_images_have_ssim_one_and_no_gradient(device, few_programs):
     a, _ = pair((1, 3, 9, 12), device)
     value = ssim(a, a.detach())
     value.sum().backward()
