@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from kernels.camera import Camera
-from train.data import EMBEDDED, Batch, Dataset, Sampler, collate, loader
+from train.data import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.loader import loader
 
 RES, SIZE, VIEWS, CHANNELS = 8, 24, 5, 6
 

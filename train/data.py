@@ -1,7 +1,7 @@
 """Objects for training: a dataset over folders in the published layout, batches of them, and the order they come in.
 
     dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
-    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # never ends
+    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # train.loader; never ends
 """
 
 import re
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from kernels.camera import Camera
 from train.read import number, picture_size, read_features, read_frames, read_mesh, read_metadata, read_picture
@@ -351,14 +350,3 @@ class Sampler:
                 what = "number of objects" if name == "length" else name
                 raise ValueError(f"{what} {getattr(self, name)} is not the saved order's {state[name]}")
         self.step = state["step"]
-
-
-def loader(dataset: Dataset, sampler: Sampler, workers: int = 0, pin: bool = False) -> DataLoader:
-    """Batches without end, one per list of `sampler`, read by `workers` processes (0: this one); `pin` for a GPU.
-
-    What fails in a worker is raised here with its file's name. No global random state is touched.
-    """
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
