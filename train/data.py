@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels.camera import Camera
-from train.read import number, picture_size, read_features, read_frames, read_mesh, read_metadata, read_picture
+from train.layout import read_metadata
+from train.read import number, picture_size, read_features, read_frames, read_mesh, read_picture
 
 EMBEDDED = Path(__file__).parent / "assets" / "demo"  # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
 
@@ -159,6 +160,8 @@ class Dataset(torch.utils.data.Dataset):
                 f"num_views {num_views}, image_size {image_size} and resolution {resolution} must be at least 1, "
                 f"holdout_views {holdout_views} at least {int(views == 'holdout')} for views={views!r}"
             )
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
+            raise ValueError(f"features {features!r} is no name of a folder of features")
         self.resolution, self.image_size, self.num_views, self.max_voxels = resolution, image_size, num_views, max_voxels
         self.views, self.holdout_views, self.seed = views, holdout_views, seed
         self.min_aesthetic, self.split, self.features = min_aesthetic, split, features

@@ -8,7 +8,6 @@
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
 """
 
-import csv
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train.layout import inside
 from train.ply import read_ply
 
 
@@ -34,27 +34,6 @@ class Frames:
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
     holdout: int | None = None  # the last frames that `rgb` features were made without; None where the file does not say
-
-
-def read_metadata(root: Path) -> list[dict[str, str]]:
-    """The rows of ROOT/metadata.csv; an absent cell is "". ValueError without the folder, the file or its sha256 column."""
-    file = root / "metadata.csv"
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder: no dataset there")
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a byte order mark first
-            reader = csv.DictReader(stream)
-            columns = reader.fieldnames or []
-            rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if "sha256" not in columns:
-        raise ValueError(f"{file} has no column sha256, only: {', '.join(columns) or 'nothing'}")
-    if empty := [i for i, row in enumerate(rows) if not row["sha256"]]:
-        raise ValueError(f"{file} has no sha256 in row {empty[0] + 1} of {len(rows)}")
-    return rows
 
 
 def number(row: dict[str, str], column: str, file: Path) -> float | None:
@@ -71,7 +50,7 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 def read_frames(file: Path) -> Frames:
     """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has no usable camera.
 
-    Also where its `holdout` is not a number of its frames.
+    Also where its `holdout` is not a number of its frames, and where a file_path leads out of the folder.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
@@ -97,7 +76,11 @@ def read_frames(file: Path) -> Frames:
         raise ValueError(f"{file}: frame {frame} has no usable camera (angle {fov[frame]}, matrix {matrix[frame].tolist()})")
     if holdout is not None and not (type(holdout) is int and 0 <= holdout <= len(names)):
         raise ValueError(f"{file}: holdout {holdout!r} is not a number of its {len(names)} frames")
-    return Frames([file.parent / name for name in names], matrix, fov, holdout)
+    try:
+        files = [inside(file.parent, name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{file}: file_path {error}") from error
+    return Frames(files, matrix, fov, holdout)
 
 
 def picture_size(file: Path) -> tuple[int, int]:
