@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from train.intake import MALFORMED, expect, reason
 from train.surface import GREY, Material, Mesh, assemble, decode, find
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -23,7 +24,20 @@ WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "M
 REPEAT, TRIANGLES, STRIP, FAN = 10497, 4, 5, 6
 GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
 UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}  # of those that a file may require
-WRONG = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, struct.error)
+TABLES = (
+    "accessors", "buffers", "bufferViews", "images", "materials", "meshes", "nodes", "samplers", "scenes", "skins", "textures",
+)  # fmt: skip
+KINDS = {  # of the fields of their entries that are read, wherever they stand in one
+    str: ("uri", "type", "alphaMode"),
+    int: (
+        "byteLength", "byteOffset", "byteStride", "buffer", "bufferView", "componentType", "count", "index", "material", "mesh",
+        "mode", "sampler", "skin", "source", "texCoord", "inverseBindMatrices",
+    ),
+    list: ("children", "nodes", "joints", "primitives", "baseColorFactor", "diffuseFactor"),
+    dict: ("attributes", "extensions", "sparse", "pbrMetallicRoughness", "baseColorTexture", "diffuseTexture"),
+}  # fmt: skip
+KIND_OF = {field: kind for kind, fields in KINDS.items() for field in fields}
+FEW = 1 << 26  # values of an accessor without data of its own: nothing in the file limits them
 
 
 def read_gltf(path: Path) -> Mesh:
@@ -31,18 +45,17 @@ def read_gltf(path: Path) -> Mesh:
     document, binary = _document(path)
     try:
         return _Reader(path, document, binary).mesh()
-    except WRONG as error:
+    except MALFORMED as error:
         if isinstance(error, ValueError) and str(error).startswith(path.name):
             raise
-        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path.name} cannot be read: {reason}") from error
+        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
 def gltf_files(path: Path) -> list[str]:
     """The files that a .glb or .gltf names: buffers and images."""
     document, _ = _document(path)
-    entries = [e for kind in ("buffers", "images") for e in document.get(kind) or [] if isinstance(e, dict)]
-    return [unquote(e["uri"]) for e in entries if not str(e.get("uri", "data:")).startswith("data:")]
+    entries = [entry for table in ("buffers", "images") for entry in document.get(table) or []]
+    return [unquote(entry["uri"]) for entry in entries if not entry.get("uri", "data:").startswith("data:")]
 
 
 def _document(path: Path) -> tuple[dict, bytes | None]:
@@ -70,9 +83,27 @@ def _document(path: Path) -> tuple[dict, bytes | None]:
         document = json.loads(data)
         if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
             raise ValueError("it is not glTF 2.0")
-    except WRONG as error:
-        raise ValueError(f"{path.name} cannot be read: {error if isinstance(error, ValueError) else repr(error)}") from error
+        for table in TABLES:
+            for i, entry in enumerate(expect(document.get(table) or [], list, table)):
+                _check(expect(entry, dict, f"{table}[{i}]"), f"{table}[{i}]")
+    except MALFORMED as error:
+        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
     return document, binary
+
+
+def _check(value, where: str) -> None:
+    """ValueError that says where a field is of another kind than KINDS says."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in KIND_OF:
+                expect(inner, KIND_OF[name], f"{where}.{name}")
+            if name == "extensions":  # others may mean other things by the same names
+                inner = {extension: inner[extension] for extension in (GLOSSINESS, *UNDERSTOOD) if extension in inner}
+            if name != "extras":
+                _check(inner, f"{where}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check(inner, f"{where}[{i}]")
 
 
 @dataclass
@@ -270,6 +301,8 @@ class _Reader:
             stride = self.document["bufferViews"][entry["bufferView"]].get("byteStride") or dtype.itemsize * width
             data, begin = self._view(entry["bufferView"]), entry.get("byteOffset", 0)
             values = _strided(data, begin, count, width, stride, dtype, number)
+        elif count * width > FEW:
+            raise ValueError(f"accessor {number} has {count} rows but no data")
         else:
             values = np.zeros((count, width), dtype)
         if sparse := entry.get("sparse"):
