@@ -25,6 +25,8 @@ NAMES = {int: "a whole number from 0 up", str: "text", list: "a list", dict: "an
 def reason(error: BaseException) -> str:
     """What an error says, with its kind where the text alone would say little."""
     text = str(error)
+    if isinstance(error, KeyError):
+        return f"it has no {text}"
     return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 

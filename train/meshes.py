@@ -126,11 +126,11 @@ def _read_mtl(path: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def _numbers(keyword: str, value: str) -> tuple[float, ...]:
-    """The finite numbers of a statement, at least one."""
-    numbers = tuple(float(word) for word in value.removeprefix("-halo").split())
+def _numbers(keyword: str, words: list[str]) -> tuple[float, ...]:
+    """The numbers of a statement; ValueError where there is none or one is not finite."""
+    numbers = tuple(map(float, words))
     if not numbers or not np.isfinite(numbers).all():
-        raise ValueError(f"{keyword} {value!r} is no number")
+        raise ValueError(f"{keyword} {' '.join(words)!r} is no number")
     return numbers
 
 
@@ -138,8 +138,11 @@ def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
     """map_Kd replaces Kd; opacity is d, or 1 - Tr, times the image's alpha or map_d."""
     owner = statements[""]
     try:
-        color = _numbers("Kd", statements.get("kd", "0.8 0.8 0.8"))[:3]
-        opacity = _numbers("d", statements["d"])[-1] if "d" in statements else 1 - _numbers("Tr", statements.get("tr", "0"))[0]
+        color = _numbers("Kd", statements.get("kd", "0.8 0.8 0.8").split()[:3])
+        if "d" in statements:
+            opacity = _numbers("d", statements["d"].split()[-1:])[0]
+        else:
+            opacity = 1 - _numbers("Tr", [statements.get("tr", "0")])[0]
     except ValueError as error:
         raise ValueError(f"{owner}: material {name!r}: {error}") from error
     texture = None

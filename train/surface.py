@@ -7,6 +7,7 @@ import numpy as np
 
 from train.intake import TEXTURES, load_picture, open_picture
 
+HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
 Y_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)  # (x, y, z) becomes (x, -z, y); the datasets are z-up
 Z_UP = np.eye(3)
@@ -63,8 +64,8 @@ def assemble(name: str, vertices, faces, normals, uv, tint, material, materials,
 
 
 def _finite(values) -> np.ndarray:
-    """In float32, 0 for what is not finite there."""
-    return np.nan_to_num(np.asarray(values).astype(np.float32), posinf=0, neginf=0)
+    """In float32, 0 for what is not finite or has no finite square there."""
+    return np.where(np.abs(values) < HUGE, values, 0).astype(np.float32)
 
 
 def find(folder: Path, name: str) -> Path | None:

@@ -16,10 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle
-from multiprocessing.connection import Connection
+from itertools import count, cycle
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # what terminals and schedulers send to a whole process group
 AHEAD = 2  # questions that a process has before their answers are needed
@@ -60,12 +63,15 @@ class Worker:
         theirs.close()
         atexit.register(self.end)  # before multiprocessing waits for what ignores its SIGTERM
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.is_alive()
+
     def ask(self, question) -> None:
-        """Hand over a question, to be answered after those before it. Raises ChildProcessError where it has died."""
-        try:
+        """Hand over a question, to be answered after those before it."""
+        with suppress(ConnectionError):  # what awaits the answer hears of the death
             self.pipe.send(question)
-        except ConnectionError as error:
-            self._raise_death(error)
 
     def answer(self):
         """Wait for the answer to the oldest question; raises what stands in its place."""
@@ -133,6 +139,37 @@ def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> 
             yield turns.popleft().answer()
     finally:
         end(team)
+
+
+def answers(name: str, answer: Callable, questions: Sequence[T], workers: int) -> Iterator[tuple[T, object]]:
+    """Each question with its answer, as they come, from `workers` processes that have one question each.
+
+    In the place of an answer stands the error that Worker.answer raises: a ChildProcessError where a process died of the
+    question; a new one goes on. Of signals to the group they ignore Ctrl-C alone. They end with the iterator.
+    """
+    context, waiting, busy, idle, begun = multiprocessing.get_context("spawn"), deque(questions), {}, [], count()
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:  # a fork of a process with threads can hang: spawn
+                while idle and not idle[-1].alive:
+                    idle.pop().end(grace=0)
+                worker = idle.pop() if idle else Worker(f"{name} {next(begun)}", answer, context, STOPS[:1])
+                busy[worker.pipe] = worker, waiting.popleft()
+                worker.ask(busy[worker.pipe][1])
+            for pipe in wait(list(busy)):
+                worker, question = busy.pop(pipe)
+                try:
+                    result = worker.answer()
+                    idle.append(worker)
+                except ChildProcessError as error:
+                    worker.end(grace=0)
+                    result = error
+                except (ValueError, OSError) as error:
+                    idle.append(worker)
+                    result = error
+                yield question, result
+    finally:
+        end([*idle, *(worker for worker, _ in busy.values())], grace=0)
 
 
 def _serve(pipe: Connection, answer: Callable, ignored: Sequence[signal.Signals]) -> None:
