@@ -1,6 +1,7 @@
 """Real runs with data workers in real process groups, and the signals that terminals, schedulers and kernels send them."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.groups import members, until
+from tests.shapes import box, write_obj
 from tests.test_stops import own_data
 from tests.test_train import TINY
 
@@ -50,3 +53,18 @@ def test_a_killed_worker_ends_the_run_with_a_line(shoot):
 def test_workers_do_not_outlive_a_killed_run(shoot):
     run = shoot(signal.SIGKILL, 2, "leader")
     assert run["processes"] == 3 and run["status"] == -signal.SIGKILL and run["gone"] and run["seconds"] < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_preparing_ends_with_its_group(tmp_path, number):
+    for i in range(3):
+        write_obj(tmp_path / "in", f"{i}", *box((1, 0.2 * i + 0.1, 0.5)))
+    flags = ["--out", tmp_path / "o", "--size", "256", "--views", "1000", "--workers", "2"]
+    command = [sys.executable, "-m", "train.prepare", tmp_path / "in", *flags]
+    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert until(lambda: len(list((tmp_path / "o").rglob("*.png"))) > 3)
+    os.killpg(run.pid, number)
+    said = run.communicate()[0]
+    if number == signal.SIGINT:
+        assert run.returncode == 130 and "interrupted with 3 meshes to do: the same command goes on" in said
+    assert until(lambda: not members(run.pid)) and run.returncode in (130, -number)

@@ -2,30 +2,21 @@
 
 import multiprocessing
 import os
+import re
 import signal
+import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+import torch
 
-from train.workers import STOPS, Worker, end, read_ahead
+from tests.answering import respond
+from train import loader
+from train.workers import STOPS, Worker, answers, end, read_ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 about fork
-
-
-def respond(question):
-    if question == "pid":
-        return os.getpid()
-    if isinstance(question, type):
-        raise question("what is wrong")
-    if question == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if question == "leave":
-        os._exit(3)
-    if question == "sleep":
-        time.sleep(60)
-    return question
 
 
 @pytest.fixture
@@ -70,7 +61,7 @@ def test_what_is_wrong_with_a_file_is_raised_in_its_place(worker, kind):
 DEATHS = {
     "die": "was ended by SIGKILL, perhaps because memory ran out: fewer --workers need less",
     "leave": "ended with status 3",
-    TypeError: r"failed: TypeError: what is wrong \(test_workers.py, line \d+\)",
+    TypeError: r"failed: TypeError: what is wrong \(answering.py, line \d+\)",
 }
 
 
@@ -124,3 +115,45 @@ def test_nor_when_it_has_only_just_begun(number, monkeypatch):
         worker = Worker("reader", respond, multiprocessing.get_context(), STOPS)
         assert pid(worker) == worker._process.pid
         worker.end()
+
+
+def test_a_question_that_kills_costs_itself_alone():
+    before = set(multiprocessing.active_children())
+    questions = [1, "die", 2, TypeError, ValueError, 3]
+    found = dict(answers("reader", respond, questions, 2))
+    assert {q: found[q] for q in (1, 2, 3)} == {1: 1, 2: 2, 3: 3} and len(found) == 6
+    assert re.fullmatch(r"reader \d \(process \d+\) was ended by SIGKILL, perhaps .*", str(found["die"]))
+    assert re.fullmatch(r"reader \d \(process \d+\) failed: TypeError: what is wrong \(.*\)", str(found[TypeError]))
+    assert type(found["die"]) is type(found[TypeError]) is ChildProcessError and type(found[ValueError]) is ValueError
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_batches_are_pinned_one_ahead(monkeypatch):
+    events = []
+
+    class Batch:
+        def __init__(self, number):
+            self.number = number
+
+        def pin_memory(self):
+            events.append((self.number, threading.current_thread() is threading.main_thread()))
+            return self
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", events.append)
+    pinned = loader._pinned(Batch(i) for i in range(4))
+    assert next(pinned).number == 0
+    assert [batch.number for batch in pinned] == [1, 2, 3]
+    assert events == [3, *((i, False) for i in range(4))]
+    closed = []
+
+    def batches():
+        try:
+            yield from map(Batch, range(9))
+        finally:
+            closed.append(True)
+
+    pinned = loader._pinned(batches())
+    next(pinned)
+    pinned.close()
+    assert closed == [True]
