@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from kernels.camera import Camera
-from train.data import EMBEDDED, Batch, Dataset, Sampler, collate, loader
+from train.data import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.loader import loader
 
 RES, SIZE, VIEWS, CHANNELS = 8, 24, 5, 6
+AA, BB, CC, DD, EE = (2 * digit * 32 for digit in "abcde")  # as long as a sha256
 
 
 def pose(rng) -> np.ndarray:
@@ -40,7 +42,7 @@ def write_metadata(root, rows):
         writer.writerows(rows)
 
 
-def make(root, names=("aa", "bb", "cc"), resolution=RES, size=SIZE, **columns):
+def make(root, names=(AA, BB, CC), resolution=RES, size=SIZE, **columns):
     """A dataset whose pictures are smooth, whose voxels are shuffled, with one voxel more for each object."""
     folder, rows = root / "features" / f"rgb_{resolution}", []
     folder.mkdir(parents=True)
@@ -75,14 +77,14 @@ def view_number(image) -> int:  # `make` paints it into the blue channel
 
 def test_objects_of_other_channels_name_both_files(tmp_path):
     root = make(tmp_path)
-    file = root / "features" / f"rgb_{RES}" / "bb.npz"
+    file = root / "features" / f"rgb_{RES}" / f"{BB}.npz"
     with np.load(file) as content:
         arrays = dict(content)
     np.savez(file, indices=arrays["indices"], patchtokens=arrays["patchtokens"][:, :4])
     data = opened(root)
-    data.item("cc")
+    data.item(CC)
     with pytest.raises(ValueError, match=rf"bb.npz has 4 feature channels, but .*aa.npz has {CHANNELS}"):
-        data.item("bb")
+        data.item(BB)
 
 
 def test_random_views_depend_on_seed_draw_and_object_and_never_touch_held_out_ones(tmp_path):
@@ -97,7 +99,7 @@ def test_random_views_depend_on_seed_draw_and_object_and_never_touch_held_out_on
     assert drawn != [view_number(data[1, draw].image[0]) for draw in range(40)]
     held = opened(root, holdout_views=2, views="holdout")
     assert {view_number(held[0, draw].image[0]) for draw in range(40)} == {3, 4}
-    assert [view_number(image) for image in held.item("aa").image] == [3, 4]
+    assert [view_number(image) for image in held.item(AA).image] == [3, 4]
     assert view_number(held.item(0, [1]).image[0]) == 4
     for draw in range(10):
         two = opened(root, num_views=2)[2, draw]
@@ -107,7 +109,7 @@ def test_random_views_depend_on_seed_draw_and_object_and_never_touch_held_out_on
 
 
 def test_filters_count_what_they_leave_out(tmp_path):
-    names = [f"{i}{i}" for i in range(8)]
+    names = [str(i) * 64 for i in range(8)]
     root = make(
         tmp_path, names,
         aesthetic_score=["4.5", "", "4.49", "nan", "6", "6", "6", "6"],
@@ -118,32 +120,32 @@ def test_filters_count_what_they_leave_out(tmp_path):
     rows[6][f"feature_rgb_{RES}"] = ""
     write_metadata(root, rows)
     data = opened(root, max_voxels=14)  # object i has 9 + i
-    assert data.names == ["00", "11", "33"]
+    assert data.names == [names[i] for i in (0, 1, 3)]
     reasons = "of aesthetic score below 4.5", "without views", "of another split", "without features", "over 14 voxels"
     assert data.skipped == dict.fromkeys(reasons, 1)
     assert data.summary().startswith("3 of 8 objects (") and data.summary().endswith(f") in {root}")
     assert all(f"1 {reason}" in data.summary() for reason in reasons)
-    assert opened(root, split="test").names == ["55"] and "55" in opened(root, split=None).names
+    assert opened(root, split="test").names == names[5:6] and names[5] in opened(root, split=None).names
     with pytest.raises(ValueError, match="no object is left: 0 of 8 objects .*of aesthetic score below 9"):
         opened(root, min_aesthetic=9.0, split="test")
 
 
 def test_without_optional_columns_everything_is_a_training_object(tmp_path):
     root = make(tmp_path)
-    write_metadata(root, [{"sha256": name, f"feature_rgb_{RES}": "1"} for name in ("aa", "bb")])
-    assert opened(root).names == ["aa", "bb"] and len(opened(root)[1].coords) == 10
+    write_metadata(root, [{"sha256": name, f"feature_rgb_{RES}": "1"} for name in (AA, BB)])
+    assert opened(root).names == [AA, BB] and len(opened(root)[1].coords) == 10
     assert len(opened(root, split="test", required=False)) == 0
     with pytest.raises(ValueError, match=r"bb.npz has 10 voxels, over the limit of 9"):
         opened(root, max_voxels=9)[1]
 
 
 def test_several_folders_and_the_layout_of_64(tmp_path):
-    one, two = make(tmp_path / "one", ["aa", "bb"]), make(tmp_path / "two", ["bb", "dd"])
+    one, two = make(tmp_path / "one", [AA, BB]), make(tmp_path / "two", [BB, DD])
     data = opened(one, two)
-    assert data.names == ["aa", "bb", "dd"] and data.skipped == {"listed twice": 1} and len(data.item("dd").coords) == 10
-    three = make(tmp_path / "three", ["ee"], resolution=64)
+    assert data.names == [AA, BB, DD] and data.skipped == {"listed twice": 1} and len(data.item(DD).coords) == 10
+    three = make(tmp_path / "three", [EE], resolution=64)
     (three / "features" / "rgb_64").rename(three / "features" / "rgb")
-    write_metadata(three, [{"sha256": "ee", "feature_rgb": "True", "num_voxels": "9.0"}])
+    write_metadata(three, [{"sha256": EE, "feature_rgb": "True", "num_voxels": "9.0"}])
     assert len(opened(three, resolution=64)[0].coords) == 9 and opened(three, resolution=64).channels == CHANNELS
 
 
@@ -162,30 +164,30 @@ def record_holdout(root, name, value):
 
 
 def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
-    root, other = make(tmp_path / "one"), make(tmp_path / "two", ["dd", "ee"])
+    root, other = make(tmp_path / "one"), make(tmp_path / "two", [DD, EE])
     assert len(opened(root, holdout_views=4)) == 3  # the published layout does not say what features saw
-    for name in ("aa", "bb"):
+    for name in (AA, BB):
         record_holdout(root, name, 2)
-    assert len(opened(root, holdout_views=2, views="holdout").item("aa").image) == 2
-    assert len(opened(root, holdout_views=1).item("aa").image) == 4
+    assert len(opened(root, holdout_views=2, views="holdout").item(AA).image) == 2
+    assert len(opened(root, holdout_views=1).item(AA).image) == 4
     message = r"aa.transforms.json: 3 held-out views, but its rgb features were made without only 2 of 5 frames: use .* 2 or"
     for views in ("train", "holdout"):
         with pytest.raises(ValueError, match=message):
             opened(root, holdout_views=3, views=views)
     shutil.copytree(root / "features" / f"rgb_{RES}", root / "features" / f"dino_{RES}")
-    rows = [{"sha256": "aa", f"feature_dino_{RES}": "True", f"feature_rgb_{RES}": "True"}]
+    rows = [{"sha256": AA, f"feature_dino_{RES}": "True", f"feature_rgb_{RES}": "True"}]
     write_metadata(root, rows)
-    assert opened(root, features="dino", holdout_views=3).names == ["aa"]  # of other features it says nothing
-    write_metadata(root, rows + [rows[0] | {"sha256": "bb"}])
-    record_holdout(root, "bb", 1)
+    assert opened(root, features="dino", holdout_views=3).names == [AA]  # of other features it says nothing
+    write_metadata(root, rows + [rows[0] | {"sha256": BB}])
+    record_holdout(root, BB, 1)
     data = opened(root, holdout_views=2)
     with pytest.raises(ValueError, match="bb.transforms.json: 2 held-out views, but .* only 1 of 5 frames"):
         data[1]
-    record_holdout(other, "dd", 0)
+    record_holdout(other, DD, 0)
     with pytest.raises(ValueError, match="dd.transforms.json: .* only 0 of 5 .* prepare it again with train.prepare"):
         opened(root, other, holdout_views=2)
     for value in (-1, 6, True, "2", 1.0):
-        record_holdout(other, "dd", value)
+        record_holdout(other, DD, value)
         with pytest.raises(ValueError, match=rf"dd.transforms.json: holdout {value!r} is not a number of its 5 frames"):
             opened(other)
 
@@ -194,7 +196,7 @@ def test_collate_adds_the_batch_column_and_keeps_views_with_their_objects(tmp_pa
     data = opened(make(tmp_path), num_views=2)
     items = [data[i] for i in (2, 0)]
     batch = collate(items)
-    assert batch.names == ["cc", "aa"] and batch.batch_size == 2 and batch.view_scene == [0, 0, 1, 1]
+    assert batch.names == [CC, AA] and batch.batch_size == 2 and batch.view_scene == [0, 0, 1, 1]
     assert batch.coords.dtype == torch.int32 and batch.coords[:, 0].tolist() == [0] * 11 + [1] * 9
     assert torch.equal(batch.coords[11:, 1:], items[1].coords) and torch.equal(batch.features[:11], items[0].features)
     assert torch.equal(batch.image[2:], items[1].image)
@@ -205,7 +207,7 @@ def test_collate_adds_the_batch_column_and_keeps_views_with_their_objects(tmp_pa
     assert moved.view_scene == batch.view_scene
     with pytest.raises(ValueError, match=r"\[N, 4\], not \[20, 3\] \(the batch column is missing: .*pad\(coords, \(1, 0\)"):
         replace(batch, coords=batch.coords[:, 1:])
-    with pytest.raises(ValueError, match="object cc has 6 channels, but aa has 5"):
+    with pytest.raises(ValueError, match="object c{64} has 6 channels, but a{64} has 5"):
         collate([items[0], replace(items[1], features=items[1].features[:, :5])])
     with pytest.raises(ValueError, match="at least one object"):
         collate([])
@@ -269,9 +271,9 @@ def test_workers_read_the_same_batches_and_name_what_is_broken(tmp_path):
         assert isinstance(b, Batch) and a.names == b.names and a.view_scene == b.view_scene
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("coords", "features", "image"))
     assert torch.equal(state, torch.get_rng_state())
-    (root / "renders" / "bb" / "transforms.json").unlink()
+    (root / "renders" / BB / "transforms.json").unlink()
     broken = iter(loader(opened(root), Sampler(3, 3), 1))
-    with pytest.raises(ValueError, match=r"renders.bb.transforms.json is missing") as caught:
+    with pytest.raises(ValueError, match=r"renders.b{64}.transforms.json is missing") as caught:
         next(broken)
     traceback.clear_frames(caught.tb)  # they hold the workers, which the garbage collector takes five seconds each to end
     del caught

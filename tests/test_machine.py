@@ -57,11 +57,3 @@ def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capfd):
         os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert Machine(torch.device("cpu"), 1, 2).leads is False
-
-
-def test_a_forked_data_worker_leaves_the_signal_to_its_run(capfd):
-    with Interrupt() as interrupt:
-        interrupt.process += 1  # what a worker sees: the handler of another process
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert interrupt.received == 0 and capfd.readouterr().err == ""

@@ -19,7 +19,7 @@ from train.raycast import to_display, to_linear
 NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]])  # sides of a box in the file's axes
 COLORS = np.array([[200, 20, 20], [20, 180, 30], [30, 40, 220], [230, 200, 10], [160, 30, 200], [90, 200, 210]])
 SIZE = np.array([1.0, 0.7, 0.5])
-SMALL = ["--size", "24", "--views", "6", "--holdout-views", "1", "--resolution", "4", "--workers", "1", "--supersample", "1"]
+SMALL = ["--size", "24", "--views", "6", "--holdout-views", "1", "--resolution", "4", "--workers", "0", "--supersample", "1"]
 
 
 def side(k: int) -> trimesh.Trimesh:

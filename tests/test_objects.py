@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models
-from tests.test_data import make, view_number
+from tests.test_data import AA, BB, CC, make, view_number
 from tests.test_stops import own_data
 from tests.test_train import TINY
 from train import loop
@@ -29,14 +29,14 @@ def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
     objects = loop.Objects(config(*data, "--image-size", "24", "--eval-objects", "3", "--steps", "40"), HERE)
     batches = [batch for step in objects.steps() for batch in step]
     trained = {(name, view_number(image)) for b in batches for name, image in zip(b.names, b.image, strict=True)}
-    assert trained == {(name, view) for name in ("aa", "bb") for view in (0, 1, 2)}
-    assert sorted(objects.groups["held-out views"]) == ["aa", "bb"] and objects.groups["held-out objects"] == ["cc"]
-    for name in ("aa", "bb", "cc"):
+    assert trained == {(name, view) for name in (AA, BB) for view in (0, 1, 2)}
+    assert sorted(objects.groups["held-out views"]) == [AA, BB] and objects.groups["held-out objects"] == [CC]
+    for name in (AA, BB, CC):
         assert [view_number(image) for image in objects.views(name, "train").image] == [0, 1, 2]
         assert [view_number(image) for image in objects.views(name, "holdout").image] == [3, 4]
     gallery = objects.gallery()
-    assert sorted(objects.captions(gallery)) == ["aa", "bb", "cc\n(unseen)"]  # without a local_path
-    assert sorted(gallery.names) == ["aa", "bb", "cc"] and [view_number(image) for image in gallery.image] == [3, 3, 3]
+    assert sorted(objects.captions(gallery)) == [AA[:8], BB[:8], f"{CC[:8]}\n(unseen)"]  # without a local_path
+    assert sorted(gallery.names) == [AA, BB, CC] and [view_number(image) for image in gallery.image] == [3, 3, 3]
 
 
 def test_views_that_the_features_saw_are_not_held_out():

@@ -30,7 +30,7 @@ def command(*arguments) -> int:
     return prepare.main([str(a) for a in arguments])
 
 
-SMALL = ("--size", 16, "--views", 4, "--holdout-views", 1, "--resolution", 4, "--workers", 1, "--supersample", 1)
+SMALL = ("--size", 16, "--views", 4, "--holdout-views", 1, "--resolution", 4, "--workers", 0, "--supersample", 1)
 
 
 # features

@@ -11,22 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_data import RES, SIZE, VIEWS, make, opened
+from tests.test_data import AA, BB, CC, RES, SIZE, VIEWS, make, opened
 
 
 def test_an_item_is_what_the_files_say(tmp_path):
     root = make(tmp_path)
-    item = opened(root).item("bb")
-    stored = np.load(root / "features" / f"rgb_{RES}" / "bb.npz")
+    item = opened(root).item(BB)
+    stored = np.load(root / "features" / f"rgb_{RES}" / f"{BB}.npz")
     wanted = {tuple(c): f for c, f in zip(stored["indices"].tolist(), stored["patchtokens"], strict=True)}
     rows = [tuple(c) for c in item.coords.tolist()]
     assert rows == sorted(wanted) and rows != [tuple(c) for c in stored["indices"].tolist()]
     assert item.coords.dtype == torch.int32 and item.features.dtype == torch.float32
     assert np.array_equal(item.features.numpy(), np.stack([wanted[c] for c in rows]).astype(np.float32))
-    frames = json.loads((root / "renders" / "bb" / "transforms.json").read_text())["frames"]
+    frames = json.loads((root / "renders" / BB / "transforms.json").read_text())["frames"]
     assert item.image.shape == (VIEWS, 4, SIZE, SIZE) and len(item.camera) == VIEWS
     for v, frame in enumerate(frames):
-        pixels = np.asarray(Image.open(root / "renders" / "bb" / frame["file_path"]))
+        pixels = np.asarray(Image.open(root / "renders" / BB / frame["file_path"]))
         assert np.array_equal((item.image[v] * 255).round().byte().permute(1, 2, 0).numpy(), pixels)
         matrix = np.array(frame["transform_matrix"])
         matrix[:3, 1:3] *= -1  # y up, z backwards -> y down, z forwards
@@ -35,19 +35,20 @@ def test_an_item_is_what_the_files_say(tmp_path):
 
 
 def test_pictures_of_another_size_are_resampled_colour_and_alpha_apart(tmp_path):
-    root = make(tmp_path, ["aa"])
-    file = root / "renders" / "aa" / "000.png"
+    root = make(tmp_path, [AA])
+    file = root / "renders" / AA / "000.png"
     hidden = np.zeros((SIZE, SIZE, 4), np.uint8)
     hidden[..., 0], hidden[: SIZE // 2, :, 3] = 200, 255  # red everywhere, half of it transparent
     Image.fromarray(hidden).save(file)
-    image = opened(root, image_size=12).item("aa", [0]).image[0]
+    image = opened(root, image_size=12).item(AA, [0]).image[0]
     assert image.shape == (4, 12, 12)
     assert (image[0] * 255).round().eq(200).all(), "a premultiplied resampling darkens or drops colour under zero alpha"
     expected = Image.open(file).getchannel("A").resize((12, 12), Image.Resampling.LANCZOS)
     assert np.array_equal((image[3] * 255).round().byte().numpy(), np.asarray(expected))
 
 
-NPZ, PNG, JSON, CSV = f"features/rgb_{RES}/aa.npz", "renders/aa/000.png", "renders/aa/transforms.json", "metadata.csv"
+NPZ, CSV = f"features/rgb_{RES}/{AA}.npz", "metadata.csv"
+PNG, JSON = f"renders/{AA}/000.png", f"renders/{AA}/transforms.json"
 
 
 def arrays(**change):
@@ -82,7 +83,7 @@ def cut(name, keep=0.6):
 
 
 def pictures(mode="RGBA", size=(SIZE, SIZE), views=range(VIEWS)):
-    return lambda root: [Image.new(mode, size).save(root / f"renders/aa/{v:03d}.png") for v in views]
+    return lambda root: [Image.new(mode, size).save(root / f"renders/{AA}/{v:03d}.png") for v in views]
 
 
 def enormous(root):  # as its header says
@@ -108,17 +109,22 @@ def frame(key, value):
 def test_a_table_that_a_spreadsheet_wrote(tmp_path):
     root = make(tmp_path)
     (root / CSV).write_bytes(b"\xef\xbb\xbf" + (root / CSV).read_bytes())
-    assert opened(root).names == ["aa", "bb", "cc"]
+    assert opened(root).names == [AA, BB, CC]
 
 
 NONE = dict(indices=np.zeros((0, 3), np.uint8), patchtokens=np.zeros((0, 6), np.float16))
 BROKEN = {  # what is broken: (how, in which file, what the message says after its name)
     "no metadata": (delete(CSV), CSV, " is missing"),
     "metadata empty": (cut(CSV, 0), CSV, " has no column sha256, only: nothing"),
-    "count infinite": (text(CSV, ",9", ",-inf"), CSV, ": num_voxels_8 of aa is '-inf', not a finite number"),
+    "count infinite": (text(CSV, ",9", ",-inf"), CSV, ": num_voxels_8 of a{64} is '-inf', not a finite number"),
     "no sha256 column": (text(CSV, "sha256", "hash"), CSV, " has no column sha256, only: hash, "),
+    "sha256 absolute": (text(CSV, AA, "/tmp/x"), CSV, ": sha256 of row 1 of 3 is '/tmp/x', not 64 digits of 0-9 a-f"),
+    "sha256 upwards": (text(CSV, BB, "../" + BB[3:]), CSV, r": sha256 of row 2 of 3 is '\.\./b+', not 64 digits"),
+    "sha256 in capitals": (text(CSV, CC, CC.upper()), CSV, ": sha256 of row 3 of 3 is 'C+', not 64 digits"),
+    "sha256 too long": (text(CSV, AA, AA + "\\n"), CSV, ": sha256 of row 1 of 3 is 'a+.+n', not 64 digits"),
+    "sha256 empty": (text(CSV, BB, ""), CSV, ": sha256 of row 2 of 3 is '', not 64 digits"),
     "no such features": (text(CSV, "feature_rgb_8", "feature_dino"), CSV, ".*_rgb_8: it fits --features dino --resolution 64; "),
-    "count not a number": (text(CSV, ",9", ",many"), CSV, ": num_voxels_8 of aa is 'many', not a number"),
+    "count not a number": (text(CSV, ",9", ",many"), CSV, ": num_voxels_8 of a{64} is 'many', not a number"),
     "count contradicts": (text(CSV, ",9", ",12"), NPZ, " has 9 voxels, but num_voxels_8 in .*metadata.csv says 12"),
     "npz missing": (delete(NPZ), NPZ, " is missing"),
     "npz truncated": (cut(NPZ), NPZ, " cannot be read"),
@@ -143,6 +149,9 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
     "matrix singular": (frame("transform_matrix", [[0.0] * 4] * 4), JSON, ": frame 1 has no usable camera"),
     "angle too wide": (frame("camera_angle_x", math.pi), JSON, r": frame 1 has no usable camera \(angle 3.14"),
     "angle nan": (frame("camera_angle_x", math.nan), JSON, r": frame 1 has no usable camera \(angle nan"),
+    "view elsewhere": (frame("file_path", "../000.png"), JSON, ": file_path '../000.png' is no path below .*a{64}"),
+    "view absolute": (frame("file_path", "/000.png"), JSON, ": file_path '/000.png' is no path below .*a{64}"),
+    "view nowhere": (frame("file_path", ""), JSON, ": file_path '' is no path below"),
     "view missing": (delete(PNG), PNG, " is missing, though transforms.json lists it"),
     "view truncated": (cut(PNG), PNG, " is truncated or damaged"),
     "view enormous": (enormous, PNG, " is truncated or not a picture: Image size .* exceeds limit"),
@@ -157,7 +166,7 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
 def test_a_broken_object_names_its_file_and_never_yields_another(tmp_path, case):
     breaker, file, message = BROKEN[case]
     root = make(tmp_path)
-    opened(root).item("aa")
+    opened(root).item(AA)
     breaker(root)
     with pytest.raises(ValueError, match=re.escape(file) + message):
         opened(root).item(0)

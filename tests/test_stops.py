@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch._utils import ExceptionWrapper
 
-from tests.test_data import make
+from tests.test_data import BB, make
 from tests.test_train import TINY, fresh, refused, rows, state, train
 from train import loop
 
@@ -29,7 +29,7 @@ def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, c
 def test_an_object_that_breaks_a_run_is_named_and_the_run_can_go_on(tmp_path, capsys):
     data, out = own_data(tmp_path), tmp_path / "run"
     seed = next(s for s in range(9) if np.random.default_rng([s, 0]).permutation(3)[1] == 1)
-    files = [tmp_path / "data" / "renders" / "bb" / f"{view:03d}.png" for view in range(3)]  # 3 and 4 are held out
+    files = [tmp_path / "data" / "renders" / BB / f"{view:03d}.png" for view in range(3)]  # 3 and 4 are held out
     whole = [file.read_bytes() for file in files]
     for file in files:
         file.write_bytes(file.read_bytes()[:-60])

@@ -1,7 +1,7 @@
 """Objects for training: a dataset over folders in the published layout, batches of them, and the order they come in.
 
     dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
-    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # never ends
+    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # train.loader; never ends
 """
 
 import re
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from kernels.camera import Camera
-from train.read import number, picture_size, read_features, read_frames, read_mesh, read_metadata, read_picture
+from train.layout import read_metadata
+from train.read import number, picture_size, read_features, read_frames, read_mesh, read_picture
 
 EMBEDDED = Path(__file__).parent / "assets" / "demo"  # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
 
@@ -160,6 +160,8 @@ class Dataset(torch.utils.data.Dataset):
                 f"num_views {num_views}, image_size {image_size} and resolution {resolution} must be at least 1, "
                 f"holdout_views {holdout_views} at least {int(views == 'holdout')} for views={views!r}"
             )
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
+            raise ValueError(f"features {features!r} is no name of a folder of features")
         self.resolution, self.image_size, self.num_views, self.max_voxels = resolution, image_size, num_views, max_voxels
         self.views, self.holdout_views, self.seed = views, holdout_views, seed
         self.min_aesthetic, self.split, self.features = min_aesthetic, split, features
@@ -351,14 +353,3 @@ class Sampler:
                 what = "number of objects" if name == "length" else name
                 raise ValueError(f"{what} {getattr(self, name)} is not the saved order's {state[name]}")
         self.step = state["step"]
-
-
-def loader(dataset: Dataset, sampler: Sampler, workers: int = 0, pin: bool = False) -> DataLoader:
-    """Batches without end, one per list of `sampler`, read by `workers` processes (0: this one); `pin` for a GPU.
-
-    What fails in a worker is raised here with its file's name. No global random state is touched.
-    """
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip

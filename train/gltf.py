@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from train.intake import MALFORMED, expect, reason
 from train.surface import GREY, Material, Mesh, assemble, decode, find
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -23,7 +24,20 @@ WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "M
 REPEAT, TRIANGLES, STRIP, FAN = 10497, 4, 5, 6
 GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
 UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}  # of those that a file may require
-WRONG = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, struct.error)
+TABLES = (
+    "accessors", "buffers", "bufferViews", "images", "materials", "meshes", "nodes", "samplers", "scenes", "skins", "textures",
+)  # fmt: skip
+KINDS = {  # of the fields of their entries that are read, wherever they stand in one
+    str: ("uri", "type", "alphaMode"),
+    int: (
+        "byteLength", "byteOffset", "byteStride", "buffer", "bufferView", "componentType", "count", "index", "material", "mesh",
+        "mode", "sampler", "skin", "source", "texCoord", "inverseBindMatrices",
+    ),
+    list: ("children", "nodes", "joints", "primitives", "baseColorFactor", "diffuseFactor"),
+    dict: ("attributes", "extensions", "sparse", "pbrMetallicRoughness", "baseColorTexture", "diffuseTexture"),
+}  # fmt: skip
+KIND_OF = {field: kind for kind, fields in KINDS.items() for field in fields}
+FEW = 1 << 26  # values of an accessor without data of its own: nothing in the file limits them
 
 
 def read_gltf(path: Path) -> Mesh:
@@ -31,18 +45,17 @@ def read_gltf(path: Path) -> Mesh:
     document, binary = _document(path)
     try:
         return _Reader(path, document, binary).mesh()
-    except WRONG as error:
+    except MALFORMED as error:
         if isinstance(error, ValueError) and str(error).startswith(path.name):
             raise
-        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path.name} cannot be read: {reason}") from error
+        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
 def gltf_files(path: Path) -> list[str]:
     """The files that a .glb or .gltf names: buffers and images."""
     document, _ = _document(path)
-    entries = [e for kind in ("buffers", "images") for e in document.get(kind) or [] if isinstance(e, dict)]
-    return [unquote(e["uri"]) for e in entries if not str(e.get("uri", "data:")).startswith("data:")]
+    entries = [entry for table in ("buffers", "images") for entry in document.get(table) or []]
+    return [unquote(entry["uri"]) for entry in entries if not entry.get("uri", "data:").startswith("data:")]
 
 
 def _document(path: Path) -> tuple[dict, bytes | None]:
@@ -70,9 +83,27 @@ def _document(path: Path) -> tuple[dict, bytes | None]:
         document = json.loads(data)
         if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
             raise ValueError("it is not glTF 2.0")
-    except WRONG as error:
-        raise ValueError(f"{path.name} cannot be read: {error if isinstance(error, ValueError) else repr(error)}") from error
+        for table in TABLES:
+            for i, entry in enumerate(expect(document.get(table) or [], list, table)):
+                _check(expect(entry, dict, f"{table}[{i}]"), f"{table}[{i}]")
+    except MALFORMED as error:
+        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
     return document, binary
+
+
+def _check(value, where: str) -> None:
+    """ValueError that says where a field is of another kind than KINDS says."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in KIND_OF:
+                expect(inner, KIND_OF[name], f"{where}.{name}")
+            if name == "extensions":  # others may mean other things by the same names
+                inner = {extension: inner[extension] for extension in (GLOSSINESS, *UNDERSTOOD) if extension in inner}
+            if name != "extras":
+                _check(inner, f"{where}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check(inner, f"{where}[{i}]")
 
 
 @dataclass
@@ -101,13 +132,19 @@ class _Reader:
     def note(self, text: str) -> None:
         self.notes[f"{self.name}: {text}"] = None
 
+    def _entry(self, table: str, number: int) -> dict:
+        entries = self.document.get(table) or []
+        if type(number) is not int or not 0 <= number < len(entries):
+            raise ValueError(f"it uses number {number!r} of its {len(entries)} {table}")
+        return entries[number]
+
     def mesh(self) -> Mesh:
         world, parts = self._world(), []
         for number, matrix in world.items():
-            node = self.document["nodes"][number]
+            node = self._entry("nodes", number)
             if "mesh" in node:
                 skin = self._skin(node["skin"], world) if "skin" in node else None
-                for primitive in self.document["meshes"][node["mesh"]]["primitives"]:
+                for primitive in self._entry("meshes", node["mesh"])["primitives"]:
                     parts += self._part(primitive, matrix, skin)
         if not parts:
             raise ValueError(f"{self.name} has no faces")
@@ -126,23 +163,24 @@ class _Reader:
 
     def _world(self) -> dict[int, np.ndarray]:
         """Node number -> its transform [4, 4], of all nodes of the scene to show."""
-        nodes = self.document.get("nodes", [])
-        if scenes := self.document.get("scenes"):
-            roots = scenes[self.document.get("scene", 0)].get("nodes", [])
+        nodes = self.document.get("nodes") or []
+        if self.document.get("scenes"):
+            roots = self._entry("scenes", self.document.get("scene", 0)).get("nodes", [])
         else:
             roots = sorted(set(range(len(nodes))) - {c for node in nodes for c in node.get("children", ())})
         world, todo = {}, [(number, np.eye(4)) for number in reversed(roots)]
         while todo:
             number, parent = todo.pop()
+            node = self._entry("nodes", number)
             if number in world:
                 raise ValueError(f"node {number} has two places in the scene")
-            world[number] = parent @ _local(nodes[number])
-            todo += [(child, world[number]) for child in reversed(nodes[number].get("children", []))]
+            world[number] = parent @ _local(node)
+            todo += [(child, world[number]) for child in reversed(node.get("children", []))]
         return world
 
     def _skin(self, number: int, world: dict[int, np.ndarray]) -> np.ndarray:
         """What each joint does to a vertex, [J, 4, 4]."""
-        skin = self.document["skins"][number]
+        skin = self._entry("skins", number)
         joints = np.stack([world[j] for j in skin["joints"]])
         if "inverseBindMatrices" in skin:
             joints = joints @ self._accessor(skin["inverseBindMatrices"]).reshape(-1, 4, 4).transpose(0, 2, 1)
@@ -166,8 +204,12 @@ class _Reader:
             raise ValueError(f"a face uses vertex {index.max()} of {P}")
         faces = _triangles(index, mode)
         if skin is not None:  # the node's own transform does not apply
-            weight = get("WEIGHTS_0")
-            matrix = np.einsum("pk,pkij->pij", weight, skin[get("JOINTS_0").astype(int)])
+            weight, joint = get("WEIGHTS_0"), get("JOINTS_0")
+            if weight is None or joint is None:
+                raise ValueError("a primitive that a skin moves has no WEIGHTS_0 or no JOINTS_0")
+            if len(joint) and joint.max() >= len(skin):
+                raise ValueError(f"a vertex hangs on joint {joint.max():.0f} of {len(skin)}")
+            matrix = np.einsum("pk,pkij->pij", weight, skin[joint.astype(int)])
             matrix = matrix / np.maximum(weight.sum(1), 1e-12)[:, None, None]
         vertices = np.einsum("...ij,...j->...i", matrix[..., :3, :3], vertices) + matrix[..., :3, 3]
         if normals is None:
@@ -192,7 +234,7 @@ class _Reader:
         """A material, and where its texture takes its coordinates: texCoord, offset, scale, clamped."""
         if number is None:
             return Material((1.0, 1.0, 1.0), linear=True) if colored else Material(GREY), {}
-        material = self.document["materials"][number]
+        material = self._entry("materials", number)
         base, factor, slot = material.get("pbrMetallicRoughness", {}), "baseColorFactor", "baseColorTexture"
         if GLOSSINESS in material.get("extensions", {}):
             base, factor, slot = material["extensions"][GLOSSINESS], "diffuseFactor", "diffuseTexture"
@@ -213,17 +255,17 @@ class _Reader:
         return Material((r, g, b), min(max(opacity, 0.0), 1.0), texture, linear=True), place
 
     def _texture(self, info: dict, material) -> tuple[np.ndarray, dict]:
-        texture, place = self.document["textures"][info["index"]], dict(info)
+        texture, place = self._entry("textures", info["index"]), dict(info)
         place |= info.get("extensions", {}).get("KHR_texture_transform", {})
         if place.get("rotation"):
             raise ValueError(f"texture of material {material!r} is turned by {place['rotation']}, which is not supported")
-        sampler = self.document["samplers"][texture["sampler"]] if "sampler" in texture else {}
+        sampler = self._entry("samplers", texture["sampler"]) if "sampler" in texture else {}
         place["clamped"] = {sampler.get("wrapS", REPEAT), sampler.get("wrapT", REPEAT)} != {REPEAT}
         source = texture.get("extensions", {}).get("EXT_texture_webp", {}).get("source", texture.get("source"))
         if source is None:
             raise ValueError(f"texture of material {material!r} is in no format that can be read: {texture}")
         if source not in self.pictures:
-            image = self.document["images"][source]
+            image = self._entry("images", source)
             data = self._view(image["bufferView"]) if "bufferView" in image else self._file(image["uri"])
             label = repr(image.get("name") or (image.get("uri", "") if len(image.get("uri", "")) < 99 else "") or source)
             self.pictures[source] = decode(data, self.name, f"{label} of material {material!r}")
@@ -245,7 +287,7 @@ class _Reader:
 
     def _buffer(self, number: int) -> bytes:
         if number not in self.buffers:
-            buffer = self.document["buffers"][number]
+            buffer = self._entry("buffers", number)
             data = self._file(buffer["uri"]) if "uri" in buffer else self.binary if number == 0 else None
             if data is None:
                 raise ValueError(f"buffer {number} has no data")
@@ -255,7 +297,7 @@ class _Reader:
         return self.buffers[number]
 
     def _view(self, number: int) -> bytes:
-        view = self.document["bufferViews"][number]
+        view = self._entry("bufferViews", number)
         begin, length = view.get("byteOffset", 0), view["byteLength"]
         data = self._buffer(view["buffer"])[begin : begin + length]
         if len(data) < length:
@@ -264,12 +306,16 @@ class _Reader:
 
     def _accessor(self, number: int) -> np.ndarray:
         """[count, width] of integers or, normalised ones included, floats."""
-        entry = self.document["accessors"][number]
+        entry = self._entry("accessors", number)
+        if entry["componentType"] not in TYPES or entry["type"] not in WIDTHS:
+            raise ValueError(f"accessor {number} is of {entry['componentType']} {entry['type']}, which glTF 2.0 does not know")
         dtype, width, count = np.dtype(TYPES[entry["componentType"]]), WIDTHS[entry["type"]], entry["count"]
         if "bufferView" in entry:
-            stride = self.document["bufferViews"][entry["bufferView"]].get("byteStride") or dtype.itemsize * width
+            stride = self._entry("bufferViews", entry["bufferView"]).get("byteStride") or dtype.itemsize * width
             data, begin = self._view(entry["bufferView"]), entry.get("byteOffset", 0)
             values = _strided(data, begin, count, width, stride, dtype, number)
+        elif count * width > FEW:
+            raise ValueError(f"accessor {number} has {count} rows but no data")
         else:
             values = np.zeros((count, width), dtype)
         if sparse := entry.get("sparse"):

@@ -1,20 +1,56 @@
-"""Files of a prepared dataset, written so that a partial one never looks finished: under another name, then renamed."""
+"""Files of a prepared dataset, written so that a partial one never looks finished: under another name, then renamed.
+
+Names that come out of files (sha256, file_path, lines of a list) become paths here only, once they are known to stay inside.
+"""
 
 import csv
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
 PUBLISHED = ["sha256", "file_identifier", "local_path", "aesthetic_score", "captions", "rendered", "voxelized", "num_voxels"]
 
 
+def inside(folder: Path, name: str) -> Path:
+    """FOLDER/NAME, where NAME comes out of a file; ValueError where it is no relative path or leads out of the folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or any(c in name for c in "\\\0") or name[0] == "/" or PureWindowsPath(name).drive:
+        raise ValueError(f"{name!r} is no path below {folder}")
+    return folder / name
+
+
+def read_metadata(root: Path) -> list[dict[str, str]]:
+    """The rows of ROOT/metadata.csv; an absent cell is "".
+
+    ValueError without the folder, the file or its sha256 column, and for a row whose sha256 is not 64 digits 0-9 a-f: it is
+    part of file names. (Capitals are refused as well: where case does not count, two rows would share their files.)
+    """
+    file = root / "metadata.csv"
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder: no dataset there")
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a byte order mark first
+            reader = csv.DictReader(stream)
+            columns = reader.fieldnames or []
+            rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if "sha256" not in columns:
+        raise ValueError(f"{file} has no column sha256, only: {', '.join(columns) or 'nothing'}")
+    for i, row in enumerate(rows):
+        if not re.fullmatch("[0-9a-f]{64}", row["sha256"]):
+            raise ValueError(f"{file}: sha256 of row {i + 1} of {len(rows)} is {row['sha256']!r}, not 64 digits of 0-9 a-f")
+    return rows
+
+
 def write_metadata(out: Path, rows: list[dict]) -> None:
     """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one says nothing of them."""
     path, merged = out / "metadata.csv", {}
     if path.is_file():
-        with path.open(newline="") as file:
-            merged = {row["sha256"]: row for row in csv.DictReader(file)}
+        merged = {row["sha256"]: row for row in read_metadata(out)}
     for row in rows:
         was = merged.get(row["sha256"], {})
         row = {k: v for k, v in row.items() if v not in ("", "[]")}
@@ -22,7 +58,7 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
     seen = dict.fromkeys(key for row in merged.values() for key in row)
     columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
     partial = path.with_suffix(".csv.partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(merged.values())

@@ -107,11 +107,8 @@ class Interrupt:
 
     def __init__(self):
         self.received = 0  # the signal's number
-        self.process = os.getpid()
 
     def _note(self, number, frame):
-        if os.getpid() != self.process:  # a data worker, forked with this handler: its run tells it when to stop
-            return
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from train.gltf import gltf_files, read_gltf
+from train.intake import reading
 from train.ply import read_ply
 from train.surface import Material, Mesh, assemble, decode, find
 
@@ -26,11 +27,22 @@ def read_mesh(path: Path) -> Mesh:
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
     reader = {".obj": _read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
-    return reader(path)
+    with reading(path.name):
+        return reader(path)
 
 
 def content_hash(path: Path) -> str:
-    """sha256 over the file and every file that it names (MTL, images, glTF buffers); of a file that names none, its own."""
+    """sha256 over the file and every file that it names (MTL, images, glTF buffers); of a file that names none, its own.
+
+    Raises OSError for what is no file, ValueError, with its name, for a file whose names cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is not a file")  # a pipe or a device would never end
+    with reading(path.name):
+        return _digest(path)
+
+
+def _digest(path: Path) -> str:
     digest, parts = hashlib.sha256(path.read_bytes()), []
     if path.suffix.lower() == ".obj":
         for value in _values(path, "mtllib"):
@@ -50,9 +62,13 @@ def normalize(mesh: Mesh) -> tuple[float, np.ndarray]:
     p becomes p * scale + offset, the two numbers that transforms.json records.
     """
     low, high = mesh.vertices.min(0), mesh.vertices.max(0)
-    if not (high - low).max() > 0:
+    with np.errstate(over="ignore"):
+        side = (high - low).max()
+    if not side > 0:
         raise ValueError(f"all {len(mesh.vertices)} vertices are the same point")
-    scale = 1 / (high - low).max()
+    if not 1e-150 < side < 1e150:
+        raise ValueError(f"its largest side is {side:.3g}, too small or too large for double precision")
+    scale = 1 / side
     offset = -(low + high) / 2 * scale
     mesh.vertices = mesh.vertices * scale + offset
     return float(scale), offset
@@ -110,12 +126,23 @@ def _read_mtl(path: Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def _numbers(keyword: str, words: list[str]) -> tuple[float, ...]:
+    """The numbers of a statement; ValueError where there is none or one is not finite."""
+    numbers = tuple(map(float, words))
+    if not numbers or not np.isfinite(numbers).all():
+        raise ValueError(f"{keyword} {' '.join(words)!r} is no number")
+    return numbers
+
+
 def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
     """map_Kd replaces Kd; opacity is d, or 1 - Tr, times the image's alpha or map_d."""
     owner = statements[""]
     try:
-        color = tuple(float(x) for x in statements.get("kd", "0.8 0.8 0.8").split()[:3])
-        opacity = float(statements["d"].split()[-1]) if "d" in statements else 1 - float(statements.get("tr", "0"))
+        color = _numbers("Kd", statements.get("kd", "0.8 0.8 0.8").split()[:3])
+        if "d" in statements:
+            opacity = _numbers("d", statements["d"].split()[-1:])[0]
+        else:
+            opacity = 1 - _numbers("Tr", [statements.get("tr", "0")])[0]
     except ValueError as error:
         raise ValueError(f"{owner}: material {name!r}: {error}") from error
     texture = None

@@ -1,11 +1,13 @@
 """The objects of a run: batches to train on, and views that training never sees, to look at and to score."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 
 from train.config import Config
-from train.data import EMBEDDED, Batch, Dataset, Sampler, collate, loader
+from train.data import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.loader import loader
 from train.machine import Machine
 
 GALLERY = {"held-out views": 5, "held-out objects": 3}  # objects in a sample picture
@@ -47,9 +49,10 @@ class Objects:
     def steps(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of every step that the run still has, from the sampler's step on."""
         left = self.config.steps - self.sampler.step
-        batches = iter(loader(self.train, self.sampler, self.config.workers, pin=self.here.device.type == "cuda"))
-        for _ in range(left):
-            yield [next(batches) for _ in range(self.config.micro_batches(self.here.world))]
+        pin = self.here.device.type == "cuda"
+        with closing(loader(self.train, self.sampler, self.config.workers, pin)) as batches:
+            for _ in range(left):
+                yield [next(batches) for _ in range(self.config.micro_batches(self.here.world))]
 
     def views(self, name: str, views: str) -> Batch:
         """All "train" or all "holdout" views of one object."""

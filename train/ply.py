@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.intake import MALFORMED, reason
 from train.surface import GREY, Z_UP, Material, Mesh, assemble
 
 TYPES = {
@@ -17,6 +18,8 @@ TYPES = {
 }  # fmt: skip
 FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 RGB = ("red", "green", "blue")
+NUMBERS = {"x", "y", "z", "nx", "ny", "nz", "alpha", *RGB}  # properties that are no lists
+CORNERS = ("vertex_indices", "vertex_index")  # and that is one
 
 
 @dataclass
@@ -33,10 +36,10 @@ def read_ply(path: Path) -> Mesh:
         elements, order, body = _header(path.read_bytes())
         read = _text if order == "" else _binary
         tables = read(body, elements, order)
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+    except MALFORMED as error:
+        raise ValueError(f"{name} cannot be read: {reason(error)}") from error
     vertex, face = tables.get("vertex", {}), tables.get("face", {})
-    polygons = face.get("vertex_indices", face.get("vertex_index", []))
+    polygons = next((face[field] for field in CORNERS if field in face), [])
     if not {"x", "y", "z"} <= vertex.keys():
         raise ValueError(f"{name} has no vertices with x, y and z")
     if not len(polygons):
@@ -94,10 +97,10 @@ def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
             order = FORMATS[words[1]]
         elif words[:1] == ["element"]:
             elements.append(_Element(words[1], int(words[2]), {}))
-        elif words[:2] == ["property", "list"]:
-            elements[-1].fields[words[4]] = TYPES[words[3]], TYPES[words[2]]
-        elif words[:1] == ["property"]:
-            elements[-1].fields[words[2]] = TYPES[words[1]], None
+            if elements[-1].count < 0:
+                raise ValueError(f"header line {line!r}: a negative number of rows")
+        elif words[:1] == ["property"] and elements:
+            _property(elements[-1], words[1:], line)
         elif words[:2] == ["comment", "TextureFile"]:
             raise ValueError(f"its texture {' '.join(words[2:])!r} is not supported: convert it to GLB")
         elif words and words[0] not in ("comment", "obj_info"):
@@ -107,25 +110,60 @@ def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
     return elements, order, data[end.end() :]
 
 
+def _property(element: _Element, words: list[str], line: str) -> None:
+    """Add the property that a header line names; ValueError where it is not of the kind that its name asks for."""
+    is_list = words[0] == "list"
+    if len(words) != (4 if is_list else 2) or not set(words[:-1]) - {"list"} <= TYPES.keys():
+        raise ValueError(f"header line {line!r} is not understood")
+    name, kind, length = words[-1], TYPES[words[-2]], TYPES[words[1]] if is_list else None
+    if name in element.fields:
+        raise ValueError(f"header line {line!r}: there is a property of that name already")
+    if is_list and length[0] == "f":
+        raise ValueError(f"header line {line!r}: the length of a list is a whole number")
+    if is_list and name in NUMBERS:
+        raise ValueError(f"header line {line!r}: {name} is a number, not a list")
+    if name in CORNERS and (not is_list or kind[0] == "f"):
+        raise ValueError(f"header line {line!r}: the corners of a face are a list of whole numbers")
+    element.fields[name] = kind, length
+
+
+def _typed(numbers: list[float], kind: str) -> np.ndarray:
+    """The numbers in a type of TYPES; ValueError where it cannot hold one."""
+    values = np.array(numbers, float)
+    if kind[0] != "f":
+        wrong = (values != np.rint(values)) | (values < np.iinfo(kind).min) | (values > np.iinfo(kind).max)
+        if wrong.any():
+            raise ValueError(f"{values[wrong][0]} is no number of type {np.dtype(kind)}")
+    with np.errstate(over="ignore"):  # infinite is what follows, and is refused where it matters
+        return values.astype(kind)
+
+
 def _text(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:
     words, at, tables = body.split(), 0, {}
     for element in elements:
-        columns = {name: [] for name in element.fields}
-        for row in range(element.count):
-            for name, (kind, length) in element.fields.items():
-                if length is None:
-                    chosen = words[at : at + 1]
-                else:
-                    size = int(words[at]) if at < len(words) else 1
+        numbers = {name: [] for name in element.fields}
+        sizes = {name: [] for name in element.fields}
+        for row in range(element.count if numbers else 0):
+            for name, (_, length) in element.fields.items():
+                size = 1
+                if length and at < len(words):
+                    size = int(words[at])
                     at += 1
-                    chosen = words[at : at + size]
-                if len(chosen) < (1 if length is None else size):
+                if not 0 <= size <= len(words) - at:
                     raise ValueError(f"truncated: it has {row} of {element.count} rows of element {element.name}")
-                at += len(chosen)
-                columns[name].append(np.array([float(w) for w in chosen]).astype(kind) if length else float(chosen[0]))
-        fixed = {name: np.array(columns[name]).astype(kind) for name, (kind, length) in element.fields.items() if length is None}
-        tables[element.name] = columns | fixed
+                numbers[name] += map(float, words[at : at + size])
+                sizes[name].append(size)
+                at += size
+        tables[element.name] = {
+            name: _split(_typed(numbers[name], kind), sizes[name]) if length else _typed(numbers[name], kind)
+            for name, (kind, length) in element.fields.items()
+        }
     return tables
+
+
+def _split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    ends = np.cumsum(sizes)
+    return [values[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
 
 
 def _binary(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:

@@ -25,23 +25,20 @@ Held-out frames are spread over the quasi-random sequence and moved to its end, 
 others; `rgb` features never see them.
 
 A run can be interrupted: files are written under another name and renamed when complete, and the same command goes on
-where it stopped. A mesh that cannot be used is reported with its reason and skipped.
+where it stopped. A mesh that cannot be used is reported with its reason and skipped, even one that kills its process.
 """
 
 import argparse
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -49,10 +46,22 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from train.layout import PUBLISHED, ply_count, ply_mesh, ply_points, write, write_metadata, write_npz
+from train.intake import MALFORMED, reason
+from train.layout import (
+    PUBLISHED,
+    inside,
+    ply_count,
+    ply_mesh,
+    ply_points,
+    read_metadata,
+    write,
+    write_metadata,
+    write_npz,
+)
 from train.meshes import READABLE, Mesh, content_hash, normalize, read_mesh
 from train.raycast import FOV, Caster, camera_to_world, direction
 from train.voxelize import Features, voxelize
+from train.workers import answers
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,10 @@ class Settings:
 
     def feature(self, R: int, sha: str) -> Path:
         return self.out / "features" / (self.features if R == 64 else f"{self.features}_{R}") / f"{sha}.npz"
+
+    def partial(self, sha: str) -> Path:
+        """Where the views of an object are until all of them are there."""
+        return self.out / "renders" / f"{sha}.partial"
 
 
 @dataclass(frozen=True)
@@ -118,13 +131,17 @@ def collect(inputs: list[Path], root: Path) -> list[Source]:
                 raise ValueError(f"{entry} holds no {', '.join(READABLE)} file")
             sources += [Source(p, p.relative_to(entry).as_posix()) for p in found]
         elif entry.suffix.lower() == ".txt":
-            lines = [line for line in entry.read_text().splitlines() if line.strip() and not line.startswith("#")]
+            text = entry.read_text(encoding="utf-8", errors="surrogateescape")  # as the names of files are read
+            lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
             for line in lines:
                 path, split, caption = [*line.split("\t"), "", ""][:3]
                 split = split or "train"
                 if split not in ("train", "test"):
                     raise ValueError(f"{entry.name}: split {split!r} of {path} is neither train nor test")
-                sources.append(Source(root / path, path, split, caption))
+                try:
+                    sources.append(Source(inside(root, path), path, split, caption))
+                except ValueError as error:
+                    raise ValueError(f"{entry.name}: {error}: --root says what its lines are relative to") from error
         else:
             sources.append(Source(entry, entry.name))
     if not sources:
@@ -140,8 +157,7 @@ def frame_order(views: int, holdout: int) -> list[int]:
 
 def prepare_object(source: Source, settings: Settings) -> Result:
     """Make everything of one object that is not there yet; bad input ends in `Result.failure`, never in an exception."""
-    folder = settings.out / "renders" / source.sha256
-    partial = folder.with_name(folder.name + ".partial")
+    folder, partial = settings.out / "renders" / source.sha256, settings.partial(source.sha256)
     try:
         recipe = {k: v for k, v in asdict(settings).items() if k in ("views", "holdout_views", "size", "supersample", "seed")}
         counts = _finished(settings, source.sha256, recipe)
@@ -170,27 +186,15 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         partial.rename(folder)
         notes = tuple(_located(source, note) for note in mesh.notes)
         return Result(source, _row(source, settings, counts), notes=notes, made=True)
-    except (ValueError, OSError, MemoryError) as error:
+    except (OSError, *MALFORMED) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        return Result(source, failure=_located(source, str(error) or type(error).__name__))
+        return Result(source, failure=_located(source, reason(error)))
 
 
 def _located(source: Source, message: str) -> str:
     """A message about a mesh, which may begin with its file's name, with its path as the command was told it."""
     rest = message.removeprefix(source.path.name)
     return f"{source.path}: {message}" if rest == message else f"{source.path}{rest}"
-
-
-def prepare_copies(copies: list[Source], settings: Settings) -> list[Result]:
-    """Prepare the first of several meshes of the same content that can be used."""
-    results, used = [], None
-    for source in copies:
-        if used:
-            results.append(Result(source, failure=f"{source.path}: the same mesh, materials and textures as {used.path}"))
-        else:
-            results.append(prepare_object(source, settings))
-            used = source if results[-1].row else None
-    return results
 
 
 def _render(mesh: Mesh, source: Source, settings: Settings, folder: Path, grids: dict) -> list[dict]:
@@ -219,8 +223,8 @@ def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | No
         return None
     try:
         transforms = json.loads((folder / "transforms.json").read_text())
-        was, frames = transforms.get("recipe", {}), [folder / frame["file_path"] for frame in transforms["frames"]]
-    except (ValueError, LookupError, TypeError, AttributeError):  # cut short or not what was written
+        was, frames = transforms.get("recipe", {}), [inside(folder, frame["file_path"]) for frame in transforms["frames"]]
+    except MALFORMED:  # cut short or not what was written
         return None
     for name in recipe:
         if was.get(name) != recipe[name]:
@@ -251,6 +255,8 @@ def _hashed(sources: list[Source]) -> tuple[list[list[Source]], list[Result]]:
     copies, refused = {}, []
     for source in sources:
         try:
+            if source.identifier.encode(errors="replace").decode() != source.identifier:  # names of files can be any bytes
+                raise ValueError("its name is not UTF-8")
             hashed = replace(source, sha256=content_hash(source.path))
         except OSError as error:
             own = error.filename is None or Path(error.filename) == source.path
@@ -272,6 +278,8 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
             settings.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {settings.out} cannot be a folder: {error.strerror}") from error
+        if (settings.out / "metadata.csv").is_file():
+            read_metadata(settings.out)  # what stands in the way of another row shows before the work
     bar = tqdm(total=len(sources), desc="prepare", unit="object", disable=None)  # none where its lines would mix with the others
     try:
         for result in chain(refused, _results(objects, settings, workers)):
@@ -279,12 +287,9 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
             bar.update()
             bar.set_postfix_str(result.source.path.stem, refresh=False)
             for line in (*result.notes, *([f"skipped {result.failure}"] if result.failure else [])):
-                bar.write(line)
+                bar.write(line.encode(errors="backslashreplace").decode())  # such names as well
     except KeyboardInterrupt:
         code = 130
-    except BrokenProcessPool:
-        bar.write("a worker was killed, perhaps for memory: the same command goes on; try fewer --workers")
-        code = 1
     finally:
         bar.close()
         rows = [r.row for r in results if r.row]
@@ -301,21 +306,31 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
 
 
 def _results(objects: list[list[Source]], settings: Settings, workers: int) -> Iterator[Result]:
-    if workers <= 1:
-        for copies in objects:
-            yield from prepare_copies(copies, settings)
+    """The results of all objects: of several meshes of the same content, the first that can be used is prepared."""
+    left = {copies[0]: copies[1:] for copies in objects}  # of each mesh whose turn it is, those that stand in for it
+    while left:
+        turn, retry = left, {}
+        for source, result in _prepared(list(turn), settings, workers):
+            yield result
+            if result.row:
+                same = f"the same mesh, materials and textures as {source.path}"
+                yield from (Result(copy, failure=f"{copy.path}: {same}") for copy in turn[source])
+            elif turn[source]:
+                retry[turn[source][0]] = turn[source][1:]
+        left = retry
+
+
+def _prepared(sources: list[Source], settings: Settings, workers: int) -> Iterator[tuple[Source, Result]]:
+    """Each source with its result, as they come. What kills a process costs the object that it had."""
+    prepare = partial(prepare_object, settings=settings)
+    if workers < 1:
+        yield from ((source, prepare(source)) for source in sources)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-    # the parent alone answers Ctrl-C
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            for future in as_completed([pool.submit(prepare_copies, copies, settings) for copies in objects]):
-                yield from future.result()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
+    for source, result in answers("worker", prepare, sources, min(workers, len(sources))):
+        if not isinstance(result, Result):  # an error
+            shutil.rmtree(settings.partial(source.sha256), ignore_errors=True)
+            result = Result(source, failure=_located(source, str(result)))
+        yield source, result
 
 
 def parser() -> argparse.ArgumentParser:
@@ -332,7 +347,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--supersample", type=int, default=2, help="rays a pixel: this number squared (default: 2)")
     p.add_argument("--features", choices=["rgb", "none"], default="rgb", help="per-voxel features (default: rgb)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    p.add_argument("--workers", type=int, default=cores, help=f"objects prepared at once (default: {cores}, the cores)")
+    workers = f"processes, each with an object (default: {cores}, the cores; 0: none, all in this one)"
+    p.add_argument("--workers", type=int, default=cores, help=workers)
     p.add_argument("--seed", type=int, default=0, help="of the camera offsets, which also depend on the object (default: 0)")
     return p
 

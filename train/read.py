@@ -8,13 +8,10 @@
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
 """
 
-import csv
 import json
 import math
 import os
-import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train.intake import MALFORMED, VIEWS, load_picture, open_picture, reason
+from train.layout import inside
 from train.ply import read_ply
+
+LARGEST = 1 << 31  # bytes of an object's features: a small archive can announce any number
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,6 @@ class Frames:
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
     holdout: int | None = None  # the last frames that `rgb` features were made without; None where the file does not say
-
-
-def read_metadata(root: Path) -> list[dict[str, str]]:
-    """The rows of ROOT/metadata.csv; an absent cell is "". ValueError without the folder, the file or its sha256 column."""
-    file = root / "metadata.csv"
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder: no dataset there")
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a byte order mark first
-            reader = csv.DictReader(stream)
-            columns = reader.fieldnames or []
-            rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if "sha256" not in columns:
-        raise ValueError(f"{file} has no column sha256, only: {', '.join(columns) or 'nothing'}")
-    if empty := [i for i, row in enumerate(rows) if not row["sha256"]]:
-        raise ValueError(f"{file} has no sha256 in row {empty[0] + 1} of {len(rows)}")
-    return rows
 
 
 def number(row: dict[str, str], column: str, file: Path) -> float | None:
@@ -71,7 +51,7 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 def read_frames(file: Path) -> Frames:
     """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has no usable camera.
 
-    Also where its `holdout` is not a number of its frames.
+    Also where its `holdout` is not a number of its frames, and where a file_path leads out of the folder.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
@@ -85,19 +65,25 @@ def read_frames(file: Path) -> Frames:
         raise ValueError(f"{file} is truncated or not JSON: {error}") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from error
-    except (TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{file} is not a list of frames with numbers: {error}") from error
     if not names:
         raise ValueError(f"{file} lists no frames")
     if matrix.shape[1:] != (4, 4):
         raise ValueError(f"{file}: transform_matrix has shape {list(matrix.shape[1:])}, not [4, 4]")
+    if fov.ndim != 1:
+        raise ValueError(f"{file}: camera_angle_x has shape {list(fov.shape[1:])}, not one number a frame")
     usable = np.isfinite(matrix).all((1, 2)) & (np.abs(np.linalg.det(matrix)) > 1e-12) & (fov > 0) & (fov < np.pi)
     if not usable.all():
         frame = int(np.argmin(usable))
         raise ValueError(f"{file}: frame {frame} has no usable camera (angle {fov[frame]}, matrix {matrix[frame].tolist()})")
     if holdout is not None and not (type(holdout) is int and 0 <= holdout <= len(names)):
         raise ValueError(f"{file}: holdout {holdout!r} is not a number of its {len(names)} frames")
-    return Frames([file.parent / name for name in names], matrix, fov, holdout)
+    try:
+        files = [inside(file.parent, name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{file}: file_path {error}") from error
+    return Frames(files, matrix, fov, holdout)
 
 
 def picture_size(file: Path) -> tuple[int, int]:
@@ -119,8 +105,8 @@ def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
         if picture.width != picture.height:
             raise ValueError(f"{file} is {_by(picture.size)} pixels, not square")
         try:
-            picture.load()
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+            load_picture(picture)
+        except ValueError as error:
             raise ValueError(f"{file} is truncated or damaged: {error}") from error
         color, alpha = picture.convert("RGB"), picture.getchannel("A")
         if picture.size != (size, size):
@@ -136,8 +122,8 @@ def _opened(file: Path) -> Image.Image:
     if not file.is_file():
         raise ValueError(f"{file} is missing, though transforms.json lists it")
     try:
-        return Image.open(file)
-    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        return open_picture(file, VIEWS)
+    except ValueError as error:
         raise ValueError(f"{file} is truncated or not a picture: {error}") from error
 
 
@@ -155,9 +141,11 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             if missing := {"indices", "patchtokens"} - set(content.files):
                 raise ValueError(f"no array {' and '.join(sorted(missing))}, only {', '.join(content.files) or 'nothing'}")
+            if (large := sum(entry.file_size for entry in content.zip.infolist())) > LARGEST:
+                raise ValueError(f"its arrays take {large} bytes, over the limit of {LARGEST}")
             indices, features = content["indices"], content["patchtokens"]
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, ValueError, struct.error) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    except (zipfile.BadZipFile, OSError, *MALFORMED) as error:
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
     if indices.ndim != 2 or indices.shape[1] != 3 or indices.dtype.kind not in "ui":
         raise ValueError(f"{file}: indices are {indices.dtype} {list(indices.shape)}, not integers [V, 3]")
     if features.ndim != 2 or features.dtype.kind != "f" or len(features) != len(indices):

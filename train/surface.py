@@ -1,12 +1,13 @@
 """What a mesh file holds, whatever its format: flat triangles with colours; and what the readers of all formats share."""
 
 from dataclasses import dataclass, field
-from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from train.intake import TEXTURES, load_picture, open_picture
+
+HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
 Y_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)  # (x, y, z) becomes (x, -z, y); the datasets are z-up
 Z_UP = np.eye(3)
@@ -47,22 +48,34 @@ def assemble(name: str, vertices, faces, normals, uv, tint, material, materials,
     bad = np.flatnonzero(~np.isfinite(vertices).all(1))
     if len(bad):
         raise ValueError(f"{name}: {len(bad)} of {len(vertices)} vertices are not finite, the first is vertex {used[bad[0]] + 1}")
-    return Mesh(
-        vertices=vertices @ up.T,
-        faces=faces.reshape(-1, 3).astype(np.int32),
-        normals=np.nan_to_num(normals @ up.T).astype(np.float32),
-        uv=np.nan_to_num(uv, posinf=0, neginf=0).astype(np.float32),
-        tint=np.asarray(tint, np.float32),
-        material=np.asarray(material, np.int32),
-        materials=materials,
-        notes=list(notes),
-    )
+    if not all(np.isfinite([*m.color, m.opacity]).all() for m in materials):
+        raise ValueError(f"{name}: a material's colour or opacity is not finite")
+    with np.errstate(over="ignore", invalid="ignore"):  # of normals, texture coordinates and tints that are no numbers
+        return Mesh(
+            vertices=vertices @ up.T,
+            faces=faces.reshape(-1, 3).astype(np.int32),
+            normals=_finite(normals @ up.T),
+            uv=_finite(uv),
+            tint=_finite(tint),
+            material=np.asarray(material, np.int32),
+            materials=materials,
+            notes=list(notes),
+        )
+
+
+def _finite(values) -> np.ndarray:
+    """In float32, 0 for what is not finite or has no finite square there."""
+    return np.where(np.abs(values) < HUGE, values, 0).astype(np.float32)
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """A file that another one names, with either slash and in any case: such files travelled through Windows."""
-    path = folder / name.strip().strip('"').replace("\\", "/")
-    for candidate in (path, folder / path.name):  # an absolute path of the author's machine: the file beside the mesh
+    """A file that another one names, with either slash and in any case: such files travelled through Windows.
+
+    An absolute path is of the author's machine: only the file of that name beside the mesh is taken for it.
+    """
+    path = PurePosixPath(name.strip().strip('"').replace("\\", "/"))
+    absolute = path.is_absolute() or PureWindowsPath(path).drive
+    for candidate in ([] if absolute else [folder / path]) + [folder / path.name]:
         if candidate.is_file():
             return candidate
         if candidate.parent.is_dir():
@@ -75,8 +88,7 @@ def find(folder: Path, name: str) -> Path | None:
 def decode(data: Path | bytes, owner: str, name: str) -> np.ndarray:
     """A picture as uint8 RGBA [H, W, 4]; ValueError, "OWNER: texture NAME ...", where it cannot be read."""
     try:
-        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as image:
-            return np.asarray(image.convert("RGBA"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{owner}: texture {name} cannot be read: {reason}") from error
+        with open_picture(data, TEXTURES) as image:
+            return np.asarray(load_picture(image).convert("RGBA"))
+    except ValueError as error:
+        raise ValueError(f"{owner}: texture {name} cannot be read: {error}") from error

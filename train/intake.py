@@ -1,0 +1,74 @@
+"""The door for files from strangers: what malformed ones raise, how their parts are checked, which pictures are opened."""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+# What code raises on input that is not what it takes it for: another structure, too deep a one, numbers out of range, damaged
+# archives. An OSError is none of them: it names its file itself.
+# Readers check what they can with `expect` and say it well; this is for the rest, and the one list of it.
+MALFORMED = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError,
+    struct.error, zlib.error,
+)  # fmt: skip
+VIEWS = ("PNG", "WEBP", "JPEG")  # what pictures of a dataset come in
+TEXTURES = (*VIEWS, "TGA", "BMP", "TIFF", "GIF", "DDS")
+NAMES = {int: "a whole number from 0 up", str: "text", list: "a list", dict: "an object"}
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, with its kind where the text alone would say little."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        return f"it has no {text}"
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Any of MALFORMED that is no ValueError yet becomes one: "NAME cannot be read: ..."."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except MALFORMED as error:
+        raise ValueError(f"{name} cannot be read: {reason(error)}") from error
+
+
+def expect(value, kind: type, where: str):
+    """`value`, if it is of that kind (of NAMES; numbers are not negative), else a ValueError that says where it stands."""
+    if type(value) is not kind or (kind is int and value < 0):
+        shown = repr(value)
+        raise ValueError(f"{where} is {shown if len(shown) < 60 else shown[:60] + '...'}, not {NAMES[kind]}")
+    return value
+
+
+def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:
+    """A picture of one of these formats, its pixels not yet decoded: others run programs (EPS) or are rarely tested.
+
+    What counts is the content, not the name. ValueError for another format, for over 179 million pixels (Pillow's limit)
+    and for what is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of that limit on
+            return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is no picture ({', '.join(formats)})") from error
+    except (Image.DecompressionBombError, OSError, *MALFORMED) as error:
+        raise ValueError(str(error) or reason(error)) from error
+
+
+def load_picture(image: Image.Image) -> Image.Image:
+    """Decode the pixels of an open picture; ValueError where they are truncated or damaged."""
+    try:
+        image.load()
+    except (Image.DecompressionBombError, OSError, *MALFORMED) as error:
+        raise ValueError(str(error) or reason(error)) from error
+    return image
