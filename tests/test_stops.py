@@ -1,6 +1,7 @@
 """What stops a run of train.gaussian once its flags are read, what it says then, and that it can go on."""
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,9 @@ def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # each looks before the other has made its folder
-    assert [loop._new_folder("gaussian", None) for _ in range(3)] == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
+    with ExitStack() as stack:
+        made = [stack.enter_context(loop.new_folder("gaussian", None)) for _ in range(3)]
+    assert made == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
 
 
 def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(tmp_path, capsys):

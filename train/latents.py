@@ -13,6 +13,7 @@ from torch import Tensor
 import models
 from models import Encoder, SparseTensor
 from train.data import Batch
+from train.files import whole
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
@@ -64,13 +65,8 @@ class Latents:
         if not file.is_file():
             alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
             mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
-            partial = file.with_suffix(f".{os.getpid()}.partial")  # ranks may meet the same object at once
-            try:
+            with whole(file, sync=False, tag=str(os.getpid())) as partial:  # ranks may meet the same object at once
                 save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
-                partial.replace(file)
-            except (OSError, SafetensorError) as error:
-                partial.unlink(missing_ok=True)
-                raise OSError(f"could not save {file}: {error}") from error
             return mean
         try:
             saved = load_file(file)

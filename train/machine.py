@@ -45,6 +45,13 @@ class Machine:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def every(self, value) -> list:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 def _device(name: str | None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

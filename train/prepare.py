@@ -47,10 +47,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from train.layout import PUBLISHED, ply_count, ply_mesh, ply_points, write, write_metadata, write_npz
 from train.meshes import READABLE, Mesh, content_hash, normalize, read_mesh
+from train.progress import Progress
 from train.raycast import FOV, Caster, camera_to_world, direction
 from train.voxelize import Features, voxelize
 
@@ -272,12 +272,11 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
             settings.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {settings.out} cannot be a folder: {error.strerror}") from error
-    bar = tqdm(total=len(sources), desc="prepare", unit="object", disable=None)  # none where its lines would mix with the others
+    bar = Progress(len(sources), unit="object")
     try:
         for result in chain(refused, _results(objects, settings, workers)):
             results.append(result)
-            bar.update()
-            bar.set_postfix_str(result.source.path.stem, refresh=False)
+            bar.update(result.source.path.stem)
             for line in (*result.notes, *([f"skipped {result.failure}"] if result.failure else [])):
                 bar.write(line)
     except KeyboardInterrupt:
