@@ -347,6 +347,10 @@ def main(
                 print("\n" + "\n".join(lines), file=sys.stderr)
             failed = 1 if run and isinstance(error, OSError) else 2
             raise SystemExit(130 if stopped else 3 if diverged else failed) from error
+        except RuntimeError:  # of the device, or a fault of ours: its traceback is wanted
+            if run:
+                print(way_on(script, run.folder), file=sys.stderr)
+            raise
 
 
 def _reason(error: Exception) -> str:

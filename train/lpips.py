@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.finite import check_finite
 from train.files import whole
 
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions between poolings, in torchvision's numbering
@@ -63,7 +64,9 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     for key, shape in wanted.items():
         if tuple(weights[key].shape) != shape:
             raise ValueError(f"LPIPS weights: {key} in {path} has shape {tuple(weights[key].shape)}, not {shape}")
-    return {key: weights[key] for key in wanted}
+    weights = {key: weights[key] for key in wanted}
+    check_finite(weights, f"LPIPS weights: {path}")
+    return weights
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -294,6 +294,8 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
         f"{len(rows)} objects ({made} made, {len(rows) - made} there already), {made * settings.views} views, "
         f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
     )
+    if rows and settings.features and 0 < settings.holdout_views < Settings.holdout_views:  # which the presets hold out
+        print(f"the training must be told: --holdout-views {settings.holdout_views} (its default is {Settings.holdout_views})")
     if code == 130:
         print(f"interrupted with {len(sources) - len(results)} meshes to do: the same command goes on")
     return code or int(not rows)
