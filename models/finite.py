@@ -11,7 +11,10 @@ class NotFinite(ValueError):
 
 
 def finite(t: Tensor) -> bool:
-    """Whether every value is; it waits for the device. Needs no memory of the tensor's size, so it works when that is full."""
+    """Whether every value is.
+
+    It waits for the device, and takes none of its memory, so it works when that is full.
+    """
     if not t.is_floating_point() or not t.numel():
         return True
     return bool(torch.stack(torch.aminmax(t.detach())).isfinite().all())
@@ -24,7 +27,7 @@ def portion(t: Tensor) -> str:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises NotFinite that names the first tensor which is not finite, and how many of its values are not."""
+    """Raises NotFinite that names the first tensor which is not finite, and how many values."""
     bad = [name for name, t in tensors.items() if not finite(t)]
     if bad:
         more = f" (and {len(bad) - 1} other tensors of {len(tensors)})" if len(bad) > 1 else ""

@@ -133,7 +133,7 @@ class GaussianDecoder(Decoder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # the published state dict has it whether or not offsets are perturbed; unread, it may be atanh of 1 or beyond
+        # the published state dict has it even where offsets are not perturbed; it may be infinite there
         self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
         self.idle = () if self.config.perturb_offset else ("offset_perturbation",)
 

@@ -156,35 +156,38 @@ class VAE(nn.Module):
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights of any float dtype into a model's fp32 parameters, strictly.
 
-    Raises ValueError that names the first tensors missing, unexpected or of another shape, with both shapes, and the first
-    with values that are not finite, and how many. What nothing reads (see `idle`) may be missing, and be what it likes.
+    Raises ValueError that names the first tensors missing, unexpected or of another shape, with both
+    shapes, and the first with values that are not finite, and how many. What nothing reads (see
+    `read_tensors`) may be missing, and be what it likes.
     """
-    own, unread = model.state_dict(), idle(model)
-    missing, extra = sorted(own.keys() - weights.keys() - unread), sorted(weights.keys() - own.keys())
+    own, read = model.state_dict(), read_tensors(model)
+    missing, extra = sorted(read.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
     for key, value in weights.items():
         if own[key].shape != value.shape:
             raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}, the model's is {tuple(own[key].shape)}")
     weights = {key: value.float() for key, value in weights.items()}
-    check_finite({key: value for key, value in weights.items() if key not in unread}, source)
-    model.load_state_dict({key: own[key] for key in unread} | weights, strict=True)
+    check_finite({key: weights[key] for key in read}, source)
+    model.load_state_dict(own | weights, strict=True)
 
 
-def idle(model: nn.Module) -> set[str]:
-    """Names in a model's state dict that nothing reads, there because the published files have them (`idle` of a module)."""
-    return {f"{name}.{own}".lstrip(".") for name, part in model.named_modules() for own in getattr(part, "idle", ())}
+def read_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict but for what nothing reads: a module's `idle`, which the published files have."""
+    parts = model.named_modules()
+    idle = {f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())}
+    return {name: t for name, t in model.state_dict().items() if name not in idle}
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the published layout.
 
-    A file is complete or as it was before. Raises OSError that names the one which could not be written, ValueError that
-    names the first tensor with values that are not finite: then none is written.
+    A file is complete or as it was before. Raises OSError that names the one which could not be
+    written, ValueError that names the first tensor with values that are not finite: then none is.
     """
-    prefix, unread = Path(prefix), idle(model)
+    prefix = Path(prefix)
+    check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    check_finite({key: value for key, value in weights.items() if key not in unread}, f"{prefix}.safetensors is not saved")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for suffix, write in {
         ".safetensors": lambda path: save_file(weights, path),
@@ -196,7 +199,7 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
             partial.touch()
             mode = partial.stat().st_mode
             write(partial)
-            partial.chmod(mode)  # safetensors makes a file of its own, which only its owner may read
+            partial.chmod(mode)  # safetensors makes a file that only its owner may read
             partial.replace(file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files are whole or as they were, readable as the umask says; what a killed run left goes when its folder is next held."""
+"""Files are whole or as they were, readable as the umask says; what a killed run left is swept."""
 
 import os
 import stat
@@ -63,22 +63,38 @@ def test_every_file_of_a_run_is_readable_as_the_umask_says(tmp_path, group_reads
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} >= {".safetensors", ".json", ".jsonl", ".png"}
     assert any("latents" in file.parts for file in files)
-    assert {file.relative_to(tmp_path).as_posix(): mode(file) for file in files if mode(file) != 0o640} == {}
+    assert {
+        file.relative_to(tmp_path).as_posix(): mode(file) for file in files if mode(file) != 0o640
+    } == {}
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path):
     ours = [
-        "config.json.partial", "log.jsonl.partial", "curves.png.partial", "evaluation.json.partial", "config.partial",
-        "samples/step_00000009.png.partial", "checkpoints/step_00000009.safetensors.partial", "checkpoints/step_00000009.partial",
-        "checkpoints/encoder.safetensors.partial", "checkpoints/decoder.json.partial",
-        "latents/0a1b/some-object.safetensors.4711.partial", "latents/0a1b/some-object.4711.partial",
-    ]  # fmt: skip
+        "config.json.partial",
+        "log.jsonl.partial",
+        "curves.png.partial",
+        "evaluation.json.partial",
+        "config.partial",
+        "samples/step_00000009.png.partial",
+        "checkpoints/step_00000009.safetensors.partial",
+        "checkpoints/step_00000009.partial",
+        "checkpoints/encoder.safetensors.partial",
+        "checkpoints/decoder.json.partial",
+        "latents/0a1b/some-object.safetensors.4711.partial",
+        "latents/0a1b/some-object.4711.partial",
+    ]
     others = [
-        "notes.partial", "checkpoints/mine.partial", "checkpoints/step_00000009.safetensors", "data/config.json.partial",
-        "config.json.partial.txt", "samples/step_9.jpg.partial",
-    ]  # fmt: skip
+        "notes.partial",
+        "checkpoints/mine.partial",
+        "checkpoints/step_00000009.safetensors",
+        "data/config.json.partial",
+        "config.json.partial.txt",
+        "samples/step_9.jpg.partial",
+    ]
     for name in [*ours, *others]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert sorted(f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*") if f.is_file()) == sorted(others)
+    assert sorted(
+        f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*") if f.is_file()
+    ) == sorted(others)

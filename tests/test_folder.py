@@ -1,4 +1,4 @@
-"""A run's folder: of runs that start at once one gets it, and what a run that ended early left in it does not stop the next."""
+"""A run's folder: of runs that start at once one gets it; one that ended early can go on."""
 
 import json
 import os
@@ -42,7 +42,11 @@ def test_of_runs_that_start_at_once_one_gets_the_folder_and_the_others_write_not
     said = [start.communicate(timeout=60)[1] for start in starts]
     won = [number for number, start in enumerate(starts) if start.returncode == 0]
     assert len(won) == 1 and (out / "config.json").read_text() == str(won[0]), said
-    assert all("is in use" in text or "is not empty" in text for number, text in enumerate(said) if number != won[0]), said
+    assert all(
+        "is in use" in text or "is not empty" in text
+        for number, text in enumerate(said)
+        if number != won[0]
+    ), said
     assert sorted(file.name for file in out.iterdir()) == [".lock", "config.json", "log.jsonl"]
 
 
@@ -63,7 +67,10 @@ def test_a_folder_is_held_before_it_is_looked_into(tmp_path, monkeypatch):
         return whole(folder)
 
     monkeypatch.setattr(folders, "locked", late)
-    with pytest.raises(ValueError, match="is not empty"), loop.new_folder("gaussian", str(tmp_path / "run")):
+    with (
+        pytest.raises(ValueError, match="is not empty"),
+        loop.new_folder("gaussian", str(tmp_path / "run")),
+    ):
         pass
     assert (tmp_path / "run" / "config.json").read_text() == "another's"
 
@@ -71,28 +78,42 @@ def test_a_folder_is_held_before_it_is_looked_into(tmp_path, monkeypatch):
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys, monkeypatch):
     out, common = tmp_path / "run", ["--steps", "2", "--eval-objects", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "step", lambda self, batches: (_ for _ in ()).throw(ValueError("no step")))
+        patch.setattr(
+            loop.Run, "step", lambda self, batches: (_ for _ in ()).throw(ValueError("no step"))
+        )
         message = refused(capsys, *TINY, *common, "--out", out)
     assert f"error: no step\ncontinue with: python -m train.gaussian --resume {out}\n" in message
     assert not checkpoint.files(out / "checkpoints")
     assert f"continue that run with --resume {out}" in refused(capsys, *TINY, *common, "--out", out)
-    (out / "log.jsonl").write_text('{"step": 1, "seconds": 1.0}\n')  # a step that was done, and lost
+    (out / "log.jsonl").write_text(
+        '{"step": 1, "seconds": 1.0}\n'
+    )  # a step that was done, and lost
     train("--resume", out)
     assert f"{out} holds no checkpoint: it starts from step 0" in capsys.readouterr().out
     fresh(tmp_path / "straight", *common)
-    assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(tmp_path / "straight")]
+    assert [row["loss"] for row in rows(out)] == [
+        row["loss"] for row in rows(tmp_path / "straight")
+    ]
     assert state(out)[1] == state(tmp_path / "straight")[1]
     for file in checkpoint.files(out / "checkpoints"):
         file.unlink()
-    assert "holds no checkpoint" in refused(capsys, "--resume", out)  # a finished run is not started again
+    assert "holds no checkpoint" in refused(
+        capsys, "--resume", out
+    )  # a finished run is not started again
 
 
 def test_leftovers_go_when_a_run_goes_on_and_not_while_another_holds_it(tmp_path, capsys):
     fresh(tmp_path, "--steps", "1", "--eval-objects", "1")
-    leftover, mine = tmp_path / "checkpoints" / "step_00000009.safetensors.partial", tmp_path / "mine.partial"
+    leftover, mine = (
+        tmp_path / "checkpoints" / "step_00000009.safetensors.partial",
+        tmp_path / "mine.partial",
+    )
     with loop.locked(tmp_path):
         leftover.touch(), mine.touch()
-        assert "in use by another process" in refused(capsys, "--resume", tmp_path) and leftover.exists()
+        assert (
+            "in use by another process" in refused(capsys, "--resume", tmp_path)
+            and leftover.exists()
+        )
     train("--resume", tmp_path, "--steps", "2")
     assert not leftover.exists() and mine.exists()
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2

@@ -86,14 +86,16 @@ def test_the_loss_scale_has_an_end_and_only_what_is_skipped_there_counts():
         return run.scale.log2 - LEAST_LOG2, run.stuck
 
     assert [step(math.nan) for _ in range(5)] == [(1, 0), (0, 0), (0, 1), (0, 2), (0, 3)]
-    assert step(1.0) == (pytest.approx(1e-3), 0) and step(math.nan) == (0, 0) and step(math.nan) == (0, 1)
+    assert step(1.0) == (pytest.approx(1e-3), 0)
+    assert step(math.nan) == (0, 0) and step(math.nan) == (0, 1)
     run = optimizer()
     assert [step(factor)[1] for factor in (math.nan, math.inf, 1.0, math.nan)] == [1, 2, 0, 1]
     assert run.scale.log2 == 0 and run.state()["stuck"] == 1
     again = optimizer()
     again.load(run.tensors(), run.state())
     assert again.stuck == 1
-    again.load(run.tensors(), {name: value for name, value in run.state().items() if name != "stuck"})  # an earlier version's
+    earlier = {name: value for name, value in run.state().items() if name != "stuck"}
+    again.load(run.tensors(), earlier)
     assert again.stuck == 0
 
 

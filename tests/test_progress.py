@@ -1,4 +1,4 @@
-"""Where its output is no terminal, a long command writes a line now and then and no carriage returns."""
+"""Where its output is no terminal, a long command writes a line now and then."""
 
 import io
 
@@ -31,7 +31,10 @@ def test_a_line_at_most_every_half_minute_and_at_saves_and_at_the_end():
 
 
 def test_a_line_says_how_far_it_is_and_how_long_it_takes():
-    first, last = lines(1004, 2.0, done=1000, unit="object")[0], lines(1004, 2.0, done=1000, unit="object")[-1]
+    first, last = (
+        lines(1004, 2.0, done=1000, unit="object")[0],
+        lines(1004, 2.0, done=1000, unit="object")[-1],
+    )
     assert first == "object 1,001 of 1,004  loss 1001  00:02, 00:06 to go"
     assert last == "object 1,004 of 1,004  loss 1004  00:08, 00:00 to go"
 
@@ -42,7 +45,9 @@ def test_a_terminal_has_a_bar(capsys):
         progress.update("loss 1")
         progress.write("a line of its own")
         progress.update("loss 2", now=True)
-    assert "\r" in stream.getvalue() and "2/3" in stream.getvalue() and "loss 2" in stream.getvalue()
+    assert (
+        "\r" in stream.getvalue() and "2/3" in stream.getvalue() and "loss 2" in stream.getvalue()
+    )
     assert "step 1 of 3" not in stream.getvalue()
     with Progress(3, stream=(hidden := Terminal()), shown=False) as progress:
         progress.update()
@@ -53,5 +58,7 @@ def test_a_run_writes_lines_at_its_saves(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "conclude", lambda run: None)
     fresh(tmp_path, "--steps", "5", "--save-every", "3")
     err = capsys.readouterr().err
-    assert "\r" not in err and [line.split("  ")[0] for line in err.splitlines()] == [f"step {i} of 5" for i in (1, 3, 5)]
+    assert "\r" not in err and [line.split("  ")[0] for line in err.splitlines()] == [
+        f"step {i} of 5" for i in (1, 3, 5)
+    ]
     assert "loss" in err and "psnr" in err and "voxels/s" in err and "skipped" not in err

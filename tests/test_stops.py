@@ -123,7 +123,7 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
 
 
 def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
-    """Have the forward pass, or the optimiser's step, of the step after `at` steps raise an error."""
+    """Have the forward pass, or the optimiser's step, raise an error after `at` of its calls."""
     forward, update = loop.Objective.forward, torch.optim.AdamW.step
     calls = []
 
@@ -142,7 +142,10 @@ def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
         monkeypatch.setattr(torch.optim.AdamW, "step", fails(update))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("unplugged"), ValueError("bad"), AssertionError("bug")])
+ERRORS = [RuntimeError("no memory"), OSError("unplugged"), ValueError("bad"), AssertionError("bug")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_an_error_inside_a_step_saves_the_steps_before(tmp_path, capsys, monkeypatch, error):
     with monkeypatch.context() as patch:
         failing(patch, 3, error, "forward")
@@ -158,14 +161,15 @@ def test_what_an_error_ended_goes_on_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "conclude", lambda run: None)
     common = ["--steps", "4", "--save-every", "100", "--micro-batch", "1"]
     with monkeypatch.context() as patch:
-        failing(patch, 5, OSError("unplugged"), "forward")  # in the second micro-batch of the third step
+        failing(patch, 5, OSError("unplugged"), "forward")  # in the second half of the third step
         with pytest.raises(SystemExit, match="1"):
             fresh(tmp_path / "a", *common)
     assert state(tmp_path / "a")[1]["step"] == 2
     train("--resume", tmp_path / "a")
     fresh(tmp_path / "b", *common)
     ours, theirs = state(tmp_path / "a"), state(tmp_path / "b")
-    assert ours[1] == theirs[1] and all(torch.equal(t, theirs[0][name]) for name, t in ours[0].items())
+    assert ours[1] == theirs[1]
+    assert all(torch.equal(t, theirs[0][name]) for name, t in ours[0].items())
 
 
 def test_nothing_is_saved_of_a_step_that_has_moved_some_weights(tmp_path, capsys, monkeypatch):
@@ -173,7 +177,8 @@ def test_nothing_is_saved_of_a_step_that_has_moved_some_weights(tmp_path, capsys
     with pytest.raises(SystemExit, match="1"):
         fresh(tmp_path, "--steps", "4", "--save-every", "1")
     assert "is saved" not in capsys.readouterr().err and state(tmp_path)[1]["step"] == 2
-    assert [file.stem for file in checkpoint.files(tmp_path / "checkpoints")] == ["step_00000001", "step_00000002"]
+    kept = [file.stem for file in checkpoint.files(tmp_path / "checkpoints")]
+    assert kept == ["step_00000001", "step_00000002"]
 
 
 def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, capsys, monkeypatch):

@@ -1,8 +1,8 @@
 """Checkpoints of a run: one safetensors file a step, complete or absent, the last few kept.
 
 A file holds every tensor of the run's state (weights, averaged weights, optimizer moments, ...) and, as JSON in its
-header, what is not a tensor (step, loss scale, ...). Nothing in it is executed when it is read. One that is saved between
-steps which were all skipped is marked as doubtful: it may be what makes them so.
+header, what is not a tensor (step, loss scale, ...). Nothing in it is executed when it is read. One
+that is saved while steps are skipped is marked as doubtful: it may be why they are.
 """
 
 import json
@@ -20,13 +20,19 @@ KEEP = 3
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping, keep: int = KEEP, doubtful: bool = False
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping,
+    keep: int = KEEP,
+    doubtful: bool = False,
 ) -> Path:
     """Write FOLDER/step_NNNNNNNN.safetensors; delete all but the newest `keep` and what a killed run left; returns the file.
 
-    The newest sound one is never deleted. The data reach the disk under another name before the file takes its own, so a
-    crash or a full disk leaves the previous checkpoints as they were. Raises OSError that names the file and the newest
-    complete checkpoint, ValueError that names the first tensor which is not finite: then nothing is written or deleted.
+    The newest sound one is never deleted. The data reach the disk under another name before the
+    file takes its own, so a crash or a full disk leaves the previous checkpoints as they were.
+    Raises OSError that names the file and the newest complete checkpoint, ValueError that names the
+    first tensor which is not finite: then nothing is written or deleted.
     """
     file = path(folder, step)
     check_finite(tensors, f"{file} is not saved")
@@ -34,7 +40,8 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole(file) as partial:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata)
+            contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+            save_file(contiguous, partial, metadata)
     except OSError as error:
         survivor = max(files(folder), default="none")
         raise OSError(f"{error}; the newest complete checkpoint is {survivor}") from error
@@ -56,7 +63,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint whose file is whole and that is not doubtful; None where there is none."""
+    """The newest checkpoint whose file is whole and not doubtful; None where there is none."""
     for file in reversed(files(folder)):
         try:
             with safe_open(file, framework="pt") as content:
@@ -78,8 +85,8 @@ def newest(folder: Path) -> Path:
 def load(file: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors (on the CPU) and the state that `save` was given.
 
-    Raises ValueError that names a file which cannot be read, or its first tensor that is not finite, the newest older
-    checkpoint that is whole, and how to go on from there.
+    Raises ValueError that names a file which cannot be read, or its first tensor that is not finite,
+    the newest older checkpoint that is whole, and how to go on from there.
     """
     try:
         with safe_open(file, framework="pt") as content:

@@ -173,8 +173,9 @@ class Dataset(torch.utils.data.Dataset):
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:
             self._list(root)
-            if first := next((name for name, (its, _) in self._objects.items() if its == root), None):
-                self._frames(first)  # before anything is loaded; the other objects are checked when they are read
+            own = (name for name, (its, _) in self._objects.items() if its == root)
+            if first := next(own, None):  # before anything is loaded; the others when they are read
+                self._frames(first)
         self.names = list(self._objects)
         if required and not self.names:
             raise ValueError(f"no object is left: {self.summary()}")
@@ -287,7 +288,8 @@ class Dataset(torch.utils.data.Dataset):
         count, held = len(frames.files), self.holdout_views
         if count <= held:
             raise ValueError(
-                f"{file} lists {count} frames: {held} held-out views leave none to train on: use fewer --holdout-views"
+                f"{file} lists {count} frames: {held} held-out views leave none to train on: "
+                "use fewer --holdout-views"
             )
         if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
             raise ValueError(

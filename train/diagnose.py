@@ -12,7 +12,7 @@ from models.finite import finite, portion
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in what a layer takes or gives: containers, sparse tensors, posteriors and scenes."""
+    """The tensors in what a layer takes or gives: containers, sparse tensors, posteriors, scenes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, SparseTensor):
@@ -31,9 +31,10 @@ def _first_bad(value: object) -> Tensor | None:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Inside the block, the list gets a clause about the first layer of a forward pass whose output is not finite."""
+    """Inside the block, the list gets a clause about the first layer whose output is not finite."""
     found: list[str] = []
-    received: dict[str, bool] = {}  # by layer, whether its input was finite: looked at before it runs, for layers alter theirs
+    # by layer, whether its input was finite: looked at before it runs, for layers alter theirs
+    received: dict[str, bool] = {}
 
     def before(name: str) -> Callable:
         def hook(layer: nn.Module, inputs: tuple) -> None:
@@ -45,9 +46,16 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
         def hook(layer: nn.Module, inputs: tuple, output: object) -> None:
             if found or (bad := _first_bad(output)) is None:
                 return
-            own = [f"its {p} has {portion(t)}" for p, t in layer.named_parameters() if not finite(t)]
-            blame = own[0] if own else "its weights and its input are finite" if received[name] else "its input is not finite"
-            found.append(f"the first layer that is not finite is {name}: its output has {portion(bad)}, {blame}")
+            if own := [own for own, p in layer.named_parameters() if not finite(p)]:
+                blame = f"its {own[0]} has {portion(layer.get_parameter(own[0]))}"
+            elif received[name]:
+                blame = "its weights and its input are finite"
+            else:
+                blame = "its input is not finite"
+            found.append(
+                f"the first layer that is not finite is {name}: "
+                f"its output has {portion(bad)}, {blame}"
+            )
 
         return hook
 
@@ -67,11 +75,12 @@ def diagnose(
     scaled: Callable[[Tensor], Tensor],
     inputs: Iterable[tuple],
 ) -> str:
-    """Say what is not finite in a step: loss terms and the first layer; or a gradient where the forward pass is finite.
+    """Say what is not finite in a step: loss terms and the first layer, or else a gradient.
 
-    `objective` gives the loss and its terms for each of `inputs`, the micro-batches of the step, by way of `vae`; `scaled`
-    multiplies the loss as the training does. Nothing is trained, and nothing is exchanged between ranks. The gradient that
-    is named is the first of the backward pass, which goes from the output to the input. "" where all is finite.
+    `objective` gives the loss and its terms for each of `inputs`, the micro-batches of the step, by
+    way of `vae`; `scaled` multiplies the loss as the training does. Nothing is trained, and nothing
+    is exchanged between ranks. The gradient that is named is the first of the backward pass, which
+    goes from the output to the input. "" where all is finite.
     """
     vae.use_graphs(0)  # inside a graph no layer can be watched
     parameters = dict(reversed(list(vae.named_parameters())))
@@ -79,9 +88,15 @@ def diagnose(
     for args in inputs:
         with _watched(vae) as layers:
             loss, terms = objective(*args)
-        bad = [name for name, term in terms.items() if name not in ("loss", "psnr") and not finite(term)]
+        bad = [
+            name
+            for name, term in terms.items()
+            if name not in ("loss", "psnr") and not finite(term)
+        ]
         if layers or bad or not finite(loss):
-            what = f"loss terms not finite: {', '.join(bad)}" if bad else "every loss term is finite"
+            what = (
+                f"loss terms not finite: {', '.join(bad)}" if bad else "every loss term is finite"
+            )
             what += "" if bad or finite(loss) else ", their weighted sum is not"
             return "; ".join([what, *(layers or ["every layer's output is finite"])])
         grads = torch.autograd.grad(scaled(loss), list(parameters.values()), allow_unused=True)
@@ -89,13 +104,16 @@ def diagnose(
             if grad is None:
                 continue
             if not finite(grad):
-                return f"the loss is finite, the gradient of {name} is the first that is not: {portion(grad)}"
+                first = f"the gradient of {name} is the first that is not"
+                return f"the loss is finite, {first}: {portion(grad)}"
             total[name] += grad
     for name, grad in total.items():
         if not finite(grad):
-            return f"the gradients of every micro-batch are finite, their sum for {name} is not: {portion(grad)}"
+            whole = f"their sum for {name} is not: {portion(grad)}"
+            return f"the gradients of every micro-batch are finite, {whole}"
     sizes = {name: grad.abs().max().item() for name, grad in total.items()}
     if not finite(torch.stack([grad.norm() for grad in total.values()]).norm()):
         name = max(sizes, key=sizes.get)
-        return f"every gradient is finite, their norm is not: the largest is {sizes[name]:.1e}, of {name}"
+        largest = f"the largest is {sizes[name]:.1e}, of {name}"
+        return f"every gradient is finite, their norm is not: {largest}"
     return ""

@@ -11,7 +11,8 @@ from train import checkpoint
 class Rescue:
     """Saves what an error in its block would lose: `save()`, where `unsaved()`.
 
-    A second Ctrl-C is no error: it stops at once. What cannot be saved is said, and does not hide the error.
+    A second Ctrl-C is no error: it stops at once. What cannot be saved is said, and does not hide
+    the error.
     """
 
     def __init__(self, unsaved: Callable[[], bool], save: Callable[[], None]):
@@ -21,7 +22,11 @@ class Rescue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        if kind is None or issubclass(kind, KeyboardInterrupt | SystemExit | NotFinite) or not self.unsaved():
+        if (
+            kind is None
+            or issubclass(kind, KeyboardInterrupt | SystemExit | NotFinite)
+            or not self.unsaved()
+        ):
             return
         try:
             self.save()

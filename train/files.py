@@ -1,4 +1,4 @@
-"""Files that are whole or as they were before: each is written under another name, then takes its own."""
+"""Files that are whole or as they were: each is written under another name, then takes its own."""
 
 import os
 import re
@@ -15,9 +15,10 @@ PARTIAL = ".partial"  # the end of such another name
 def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
     """Give the name to write `file` under; at the end of the block it becomes `file`.
 
-    Where the block raises, `file` is what it was. Its permissions are those of the umask, whatever writes it. With `sync`
-    the data are on the disk before the file has its name, so that no loss of power leaves half of it. `tag` tells writers
-    apart that may meet at one file. Raises OSError that names the file where the disk is full or cannot be written.
+    Where the block raises, `file` is what it was. Its permissions are those of the umask, whatever
+    writes it. With `sync` the data are on the disk before the file has its name, so that no loss of
+    power leaves half of it. `tag` tells writers apart that may meet at one file. Raises OSError that
+    names the file where the disk is full or cannot be written.
     """
     partial = file.with_name(".".join([file.name, *([tag] if tag else [])]) + PARTIAL)
     try:
@@ -25,7 +26,9 @@ def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        if partial.stat().st_mode != mode:  # safetensors makes a file of its own, which only its owner may read
+        if (
+            partial.stat().st_mode != mode
+        ):  # safetensors makes a file of its own, which only its owner may read
             partial.chmod(mode)
         if sync:
             _to_disk(partial)
@@ -56,16 +59,17 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# of what a run writes, by the path in its folder; the second line are names that earlier versions wrote under
+# of what a run writes, by the path in its folder; the last line are names of earlier versions
 LEFTOVERS = re.compile(
-    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png|latents/\w+/[^/]+\.safetensors\.\w+"
-    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+"
-    r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json))\.partial"
+    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
+    r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
+    r"|latents/\w+/[^/]+\.safetensors\.\d+"
+    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
 )
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a run that was killed while it wrote has left in its folder, and nothing that is not a run's own.
+    """Delete what a run that was killed while it wrote has left in its folder, and nothing else.
 
     This process must hold the folder: another run's are files in the making.
     """

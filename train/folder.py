@@ -15,7 +15,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Hold a folder until the end or the death of this process, rid of what a killed run left in it.
+    """Hold a folder to the end or the death of this process, rid of what a killed run left there.
 
     Raises ValueError where another process holds it.
     """
@@ -25,22 +25,28 @@ def locked(folder: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             raise ValueError(f"run folder {folder} is in use by another process") from error
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # file systems that know no locks
+            if error.errno not in (
+                errno.ENOSYS,
+                errno.ENOLCK,
+                errno.EOPNOTSUPP,
+            ):  # file systems that know no locks
                 raise
         try:
             sweep(folder)
             yield folder
         finally:
             with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where data workers still have it open
+                fcntl.flock(
+                    file, fcntl.LOCK_UN
+                )  # closing is not enough where data workers still have it open
 
 
 @contextmanager
 def new_folder(script: str, out: str | None) -> Iterator[Path]:
-    """Make the folder of a run and hold it: OUT, which must be new or empty, or the next free runs/SCRIPT-NNN.
+    """Make the folder of a run and hold it: OUT, new or empty, or the next free runs/SCRIPT-NNN.
 
-    Of runs that start at once with one OUT, one gets it, and the others write nothing. Raises ValueError for a folder that
-    is in use, not empty or cannot be written.
+    Of runs that start at once with one OUT, one gets it, and the others write nothing. Raises
+    ValueError for a folder that is in use, not empty or cannot be written.
     """
     folder = Path("runs" if out is None else out)
     if out is not None:
@@ -60,13 +66,24 @@ def new_folder(script: str, out: str | None) -> Iterator[Path]:
 def _check_empty(folder: Path) -> None:
     if not folder.is_dir():
         return
-    if [file for file in folder.iterdir() if file.name != LOCK and not LEFTOVERS.fullmatch(file.name)]:
-        raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
+    if [
+        file
+        for file in folder.iterdir()
+        if file.name != LOCK and not LEFTOVERS.fullmatch(file.name)
+    ]:
+        raise ValueError(
+            f"--out {folder} is not empty: choose another folder, or continue that run with "
+            f"--resume {folder}"
+        )
 
 
 def _numbered(parent: Path, script: str) -> Path:
     """Make the next PARENT/SCRIPT-NNN: of runs that start at once, each gets its own."""
-    taken = [int(m[1]) for p in parent.glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
+    taken = [
+        int(m[1])
+        for p in parent.glob(f"{script}-*")
+        if (m := re.fullmatch(rf"{script}-(\d+)", p.name))
+    ]
     for number in count(max(taken, default=0) + 1):
         folder = parent / f"{script}-{number:03d}"
         try:

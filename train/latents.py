@@ -65,7 +65,8 @@ class Latents:
         if not file.is_file():
             alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
             mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
-            with whole(file, sync=False, tag=str(os.getpid())) as partial:  # ranks may meet the same object at once
+            own = str(os.getpid())  # ranks may meet the same object at once
+            with whole(file, sync=False, tag=own) as partial:
                 save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
             return mean
         try:

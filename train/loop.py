@@ -24,7 +24,7 @@ import models
 from models import VAE, SparseTensor
 from models.finite import NotFinite, check_finite
 from models.scene import Scene
-from models.vae import idle, load_weights
+from models.vae import load_weights, read_tensors
 from train import checkpoint, floors, report
 from train.config import PRECISIONS, Config, from_cli, write_config
 from train.data import Batch
@@ -74,7 +74,8 @@ class Objective(nn.Module):
 class Run:
     """What a training run holds on one rank; `enter` gives it the folder that it writes to.
 
-    Raises ValueError or OSError for whatever it is told that cannot be. `done` steps are done, `kept` of them saved.
+    `done` steps are done, `kept` of them saved. Raises ValueError or OSError for whatever it is told
+    that cannot be.
     """
 
     def __init__(self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures):
@@ -84,7 +85,8 @@ class Run:
         self.vae = self.untrained()
         self.vae.use_graphs(config.cuda_graphs)
         if config.encoder:
-            self.encoder, self.digest = load_encoder(config.encoder, self.objects.channels, config.resolution)
+            given = config.encoder, self.objects.channels, config.resolution
+            self.encoder, self.digest = load_encoder(*given)
             type(self.vae)(self.encoder, self.vae.decoder)  # raises where their latents differ
         off = {"kl": "the encoder is frozen"} if config.encoder else {}
         weights = asdict(config.weights)
@@ -101,6 +103,7 @@ class Run:
         self.optimizer = Optimizer(
             self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema, config.optimizer == "muon"
         )
+        self.latents: Latents | None = None
         if config.resume:
             self._resume(Path(config.resume))
 
@@ -114,9 +117,9 @@ class Run:
         self.folder = folder
         if self.here.leads:
             write_config(self.config, self.script, folder / "config.json")
-        self.latents = None
         if self.config.encoder:
-            self.latents = Latents(self.encoder.to(self.here.device), folder / "latents" / self.digest)
+            encoder = self.encoder.to(self.here.device)
+            self.latents = Latents(encoder, folder / "latents" / self.digest)
 
     def untrained(self) -> VAE:
         """The model that the run starts from, the same at every call."""
@@ -128,13 +131,16 @@ class Run:
         return vae.to(self.here.device)
 
     def _resume(self, folder: Path) -> None:
-        if not checkpoint.files(folder / "checkpoints") and not (folder / "evaluation.json").is_file():
+        finished = (folder / "evaluation.json").is_file()
+        if not checkpoint.files(folder / "checkpoints") and not finished:
             if self.here.leads:  # it ended before its first save
                 print(f"{folder} holds no checkpoint: it starts from step 0")
             return
         self._load(checkpoint.newest(folder / "checkpoints"))
         if self.config.steps < self.done:
-            raise ValueError(f"--steps {self.config.steps} are fewer than the {self.done} that {folder} has done")
+            raise ValueError(
+                f"--steps {self.config.steps} are fewer than the {self.done} that {folder} has done"
+            )
         if self.here.leads:
             self._continued(json.loads((folder / "config.json").read_text())["steps"])
 
@@ -166,7 +172,7 @@ class Run:
             black_or_white.append(torch.randint(2, (views.count(sample), 1), generator=generator).float().expand(-1, 3))
         return torch.cat(noise).to(self.here.device), torch.cat(black_or_white).to(self.here.device)
 
-    def _inputs(self, step: int, micro: int, batch: Batch) -> tuple[SparseTensor, Tensor, Batch, Tensor]:
+    def _inputs(self, step: int, micro: int, batch: Batch) -> tuple:
         """The objective's arguments for a micro-batch of a step."""
         batch = batch.to(self.here.device, non_blocking=True)
         x = self._voxels(batch)
@@ -195,7 +201,7 @@ class Run:
         return {"step": self.done, **row, "grad_norm": norm, "skipped": self.optimizer.skipped, "voxels_per_second": rate}
 
     def why(self, batches: Sequence[Batch]) -> str:
-        """What was not finite in the last step, of these micro-batches: a sentence, the same on every rank."""
+        """What was not finite in the last step, of these micro-batches: the same on every rank."""
         step, rank = self.done - 1, self.here.rank
         seed_all(self.config.seed, step, rank)
         inputs = (self._inputs(step, micro, batch) for micro, batch in enumerate(batches))
@@ -203,18 +209,19 @@ class Run:
             found = diagnose(self.vae, self.alone, self.optimizer.scaled, inputs)
         except RuntimeError as error:  # as from a device without memory
             found = f"the step cannot be repeated: {error}"
-        said = [f"{text} (rank {rank} of {self.here.world})" for rank, text in enumerate(self.here.every(found)) if text]
-        return said[0].removesuffix(" (rank 0 of 1)") if said else "repeated, the step is finite"
+        for other, text in enumerate(self.here.every(found)):
+            if text:
+                return f"{text} (rank {other} of {self.here.world})" if self.here.world > 1 else text
+        return "repeated, the step is finite"
 
     def unsaved(self) -> bool:
-        """Whether this rank should save what an error would lose: not in the middle of moving weights."""
+        """Whether this rank should save what an error would lose: no weights that are half moved."""
         return self.here.leads and not self.optimizer.moving and self.kept != self.done
 
     def save(self) -> None:
-        """Save a checkpoint on rank 0. Raises, on every rank, NotFinite where a tensor of the state is not finite."""
+        """Save a checkpoint on rank 0; NotFinite, on every rank, where the state is not finite."""
         self.kept = self.done  # even where it fails: the error that this is need not save again
-        unread = idle(self.vae)
-        weights = {f"model.{name}": t for name, t in self.vae.state_dict().items() if name not in unread}
+        weights = {f"model.{name}": t for name, t in read_tensors(self.vae).items()}
         tensors = weights | self.optimizer.tensors()
         folder = self.folder / "checkpoints"
         if not self.here.leads:
@@ -248,7 +255,8 @@ def fit(run: Run) -> None:
     """Train to the last step with a progress line, checkpoints and pictures, then conclude.
 
     Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits with 128 + the signal.
-    An error saves first. Raises NotFinite where so many steps in a row were skipped that no step will ever be taken again.
+    An error saves first. Raises NotFinite on every rank after PATIENCE skipped steps in a row, and
+    where what is to be saved is not finite.
     """
     config, here, folder = run.config, run.here, run.folder
     if here.leads:
@@ -267,7 +275,8 @@ def fit(run: Run) -> None:
             stop = here.mean(torch.tensor(float(interrupt.received), device=here.device)).item() > 0
             last = run.done == config.steps or stop
             due |= run.done % config.save_every == 0
-            saves = last or (due and not run.optimizer.stuck)  # weights that may be why steps are skipped are not kept
+            # weights that may be why steps are skipped would push sound ones out
+            saves = last or (due and not run.optimizer.stuck)
             if here.leads:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
                 progress.update(report.note(row), now=saves)
@@ -321,7 +330,7 @@ def main(
     """The command line of a training script.
 
     Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a disk that is full, or fails,
-    with a message and status 1; numbers that are not finite, and training that they stop, with status 3 (2 before it begins);
+    with a message and status 1; numbers that are not finite with status 3, or 2 before the training;
     a second Ctrl-C with status 130. Once there is a folder, the message says how to go on.
     """
     config = from_cli(script, presets, argv, world_size())
@@ -339,11 +348,13 @@ def main(
             run = began
             fit(run)
         except (ValueError, OSError, KeyboardInterrupt) as error:
-            stopped, diverged = isinstance(error, KeyboardInterrupt), run is not None and isinstance(error, NotFinite)
-            lines = [f"python -m train.{script}: {'interrupted' if stopped else f'error: {_reason(error)}'}"]
+            stopped = isinstance(error, KeyboardInterrupt)
+            diverged = run is not None and isinstance(error, NotFinite)
+            what = "interrupted" if stopped else f"error: {_reason(error)}"
+            lines = [f"python -m train.{script}: {what}"]
             if run:
                 lines.append((way_back if diverged else way_on)(script, run.folder))
-            if here is None or here.leads or not diverged:  # every rank has diverged, and one says so
+            if here is None or here.leads or not diverged:  # all ranks have diverged, one says so
                 print("\n" + "\n".join(lines), file=sys.stderr)
             failed = 1 if run and isinstance(error, OSError) else 2
             raise SystemExit(130 if stopped else 3 if diverged else failed) from error

@@ -85,7 +85,7 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
     try:
         yield Machine(chosen, rank, world)
     finally:
-        if deterministic:  # not at every end: the call imports torch's compiler, which takes seconds
+        if deterministic:  # not always: the call imports torch's compiler, which takes seconds
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if world > 1:
             dist.destroy_process_group()

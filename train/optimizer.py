@@ -2,9 +2,9 @@
 
 The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
 loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
-step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on. Unlike there, s ends
-at -40, where overflow of fp16 can no longer be why, and the gradients of several micro-batches are summed in fp32; one
-micro-batch's still pass through fp16 and can overflow there.
+step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on.
+Unlike there, s ends at -40, where overflow of fp16 can no longer be why, and the gradients of several
+micro-batches are summed in fp32; one micro-batch's still pass through fp16 and can overflow there.
 """
 
 import math
@@ -20,7 +20,10 @@ LEAST_LOG2 = -40.0  # below it no fp16 gradient is left
 
 @dataclass
 class LossScale:
-    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1."""
+    """The exponent of the factor on the loss.
+
+    Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1.
+    """
 
     log2: float = 20.0
     growth: float = 1e-3
@@ -28,7 +31,7 @@ class LossScale:
 
     @property
     def least(self) -> bool:
-        """Whether it can fall no further: overflow of fp16 is not why gradients are still not finite."""
+        """Whether it can fall no further: where gradients are still not finite, fp16 is not why."""
         return not self.backoff or self.log2 <= LEAST_LOG2
 
     def update(self, finite: bool) -> None:
@@ -68,8 +71,8 @@ class Optimizer:
             self.methods.append(torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.steps = self.skipped = 0
-        self.stuck = 0  # steps in a row, up to the last one, that were skipped though the loss scale was the least
-        self.moving = False  # whether a step is under way: an error then leaves a state that is of no step
+        self.stuck = 0  # the last steps in a row that were skipped at the least loss scale
+        self.moving = False  # whether a step is under way: an error then leaves it half done
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times 2^s, whose gradients `step` expects."""
@@ -134,7 +137,8 @@ class Optimizer:
         return {f"average.{name}": t for name, t in self.average.items()} | moments
 
     def state(self) -> dict:
-        return {"steps": self.steps, "skipped": self.skipped, "stuck": self.stuck, "log2_scale": self.scale.log2}
+        counts = {"steps": self.steps, "skipped": self.skipped, "stuck": self.stuck}
+        return counts | {"log2_scale": self.scale.log2}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Continue from `tensors()` and `state()`."""

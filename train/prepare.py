@@ -294,8 +294,9 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
         f"{len(rows)} objects ({made} made, {len(rows) - made} there already), {made * settings.views} views, "
         f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
     )
-    if rows and settings.features and 0 < settings.holdout_views < Settings.holdout_views:  # which the presets hold out
-        print(f"the training must be told: --holdout-views {settings.holdout_views} (its default is {Settings.holdout_views})")
+    held, usual = settings.holdout_views, Settings.holdout_views  # the presets of the training hold out as many
+    if rows and settings.features and 0 < held < usual:
+        print(f"the training must be told: --holdout-views {held} (its default is {usual})")
     if code == 130:
         print(f"interrupted with {len(sources) - len(results)} meshes to do: the same command goes on")
     return code or int(not rows)

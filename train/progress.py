@@ -1,4 +1,4 @@
-"""How far a long command is: a bar in a terminal, and in whatever else its output goes to a line now and then."""
+"""How far a long command is: a bar in a terminal; elsewhere a line now and then."""
 
 import sys
 import time
@@ -13,19 +13,28 @@ INTERVAL = 30.0  # seconds between lines, at least
 class Progress:
     """Counts to `total`, from `done` on.
 
-    Where `stream` (default: standard error) is no terminal, as in a batch job's log, there are no carriage returns: the
-    first update, the last and those with `now` give a line each, any other only where the line before is 30 s old. `clock`
-    returns seconds. Nothing is shown at all unless `shown`.
+    Where `stream` (default: standard error) is no terminal, as in a batch job's log, there are no
+    carriage returns: the first update, the last and those with `now` give a line each, any other
+    only where the line before is 30 s old. `clock` returns seconds. Nothing is shown at all unless `shown`.
     """
 
     def __init__(
-        self, total: int, done: int = 0, unit: str = "step", shown: bool = True, stream: TextIO | None = None,
+        self,
+        total: int,
+        done: int = 0,
+        unit: str = "step",
+        shown: bool = True,
+        stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ):  # fmt: skip
+    ):
         self.stream, self.clock = stream or sys.stderr, clock
         self.total, self.done, self.unit, self.shown = total, done, unit, shown
         terminal = shown and self.stream.isatty()
-        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, file=self.stream) if terminal else None
+        self.bar = (
+            tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, file=self.stream)
+            if terminal
+            else None
+        )
         self.first, self.begin = done, clock()
         self.last: float | None = None  # when the last line was written
 

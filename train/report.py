@@ -1,4 +1,4 @@
-"""What a run shows: the header, the note of its progress line, log.jsonl, sample pictures and curves."""
+"""What a run shows: the header, notes on its progress, log.jsonl, sample pictures and curves."""
 
 import json
 import math
@@ -67,8 +67,9 @@ def finite(row: Mapping) -> dict:
 
 def note(row: Mapping[str, float]) -> str:
     """What the progress line says of a step: loss, PSNR, voxels per second, skipped steps."""
-    text = f"loss {row['loss']:.4f}  psnr {row['psnr']:.2f}  {row['voxels_per_second']:,.0f} voxels/s"
-    return text + (f"  {row['skipped']} skipped" if row["skipped"] else "")
+    parts = [f"loss {row['loss']:.4f}", f"psnr {row['psnr']:.2f}"]
+    parts.append(f"{row['voxels_per_second']:,.0f} voxels/s")
+    return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 
 
 class Log:
