@@ -105,7 +105,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys, monkeypatch):
 def test_leftovers_go_when_a_run_goes_on_and_not_while_another_holds_it(tmp_path, capsys):
     fresh(tmp_path, "--steps", "1", "--eval-objects", "1")
     leftover, mine = (
-        tmp_path / "checkpoints" / "step_00000009.safetensors.partial",
+        tmp_path / "samples" / "step_00000009.png.partial",
         tmp_path / "mine.partial",
     )
     with loop.locked(tmp_path):
