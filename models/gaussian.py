@@ -133,8 +133,9 @@ class GaussianDecoder(Decoder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.config.perturb_offset:
-            self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
+        # the published state dict has it even where offsets are not perturbed; it may be infinite there
+        self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
+        self.idle = () if self.config.perturb_offset else ("offset_perturbation",)
 
     def forward(self, z: SparseTensor) -> list[GaussianScene]:
         """One scene per sample; a sample without voxels gives a scene without Gaussians."""

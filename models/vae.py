@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.checks import check_whole
 from kernels.norm import layer_norm
+from models.finite import check_finite
 from models.layers import Trunk
 from models.scene import Scene
 from models.sparse import SparseTensor
@@ -155,33 +156,50 @@ class VAE(nn.Module):
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights of any float dtype into a model's fp32 parameters, strictly.
 
-    Raises ValueError that names the first tensors missing, unexpected or of another shape, with both shapes.
+    Raises ValueError that names the first tensors missing, unexpected or of another shape, with both
+    shapes, and the first with values that are not finite, and how many. What nothing reads (see
+    `read_tensors`) may be missing, and be what it likes.
     """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    own, read = model.state_dict(), read_tensors(model)
+    missing, extra = sorted(read.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
     for key, value in weights.items():
         if own[key].shape != value.shape:
             raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}, the model's is {tuple(own[key].shape)}")
-    model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
+    weights = {key: value.float() for key, value in weights.items()}
+    check_finite({key: weights[key] for key in read}, source)
+    model.load_state_dict(own | weights, strict=True)
+
+
+def read_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict but for what nothing reads: a module's `idle`, which the published files have."""
+    parts = model.named_modules()
+    idle = {f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())}
+    return {name: t for name, t in model.state_dict().items() if name not in idle}
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the published layout.
 
-    A file is complete or as it was before. Raises OSError that names the one which could not be written.
+    A file is complete or as it was before. Raises OSError that names the one which could not be
+    written, ValueError that names the first tensor with values that are not finite: then none is.
     """
     prefix = Path(prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    prefix.parent.mkdir(parents=True, exist_ok=True)
     for suffix, write in {
         ".safetensors": lambda path: save_file(weights, path),
         ".json": lambda path: path.write_text(json.dumps({"name": model.NAME, "args": model.args}, indent=2)),
     }.items():
         file, partial = prefix.with_name(prefix.name + suffix), prefix.with_name(prefix.name + suffix + ".partial")
         try:
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode
             write(partial)
+            partial.chmod(mode)  # safetensors makes a file that only its owner may read
             partial.replace(file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)

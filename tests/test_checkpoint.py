@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train import checkpoint
+from train import checkpoint, files
 
 
 def tensors(scale: float = 1.0):
@@ -43,7 +43,7 @@ def full_disk():
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, full_disk):
     first = checkpoint.save(tmp_path, 1, tensors(), {"step": 1})
-    with pytest.raises(OSError, match=r"could not save .*step_00000002.*newest complete checkpoint is .*step_00000001"):
+    with pytest.raises(OSError, match=r"could not write .*step_00000002.*newest complete checkpoint is .*step_00000001"):
         checkpoint.save(tmp_path, 2, {"model.a": torch.zeros(2**15)}, {"step": 2})
     assert list(tmp_path.iterdir()) == [first]
     assert checkpoint.load(checkpoint.newest(tmp_path))[1] == {"step": 1}
@@ -51,7 +51,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, full_disk):
 
 def test_failure_before_the_rename_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     first = checkpoint.save(tmp_path, 1, tensors(), {"step": 1})
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left on device"):
         checkpoint.save(tmp_path, 1, tensors(9.0), {"step": 1, "again": True})
     assert list(tmp_path.iterdir()) == [first] and checkpoint.load(first)[1] == {"step": 1}

@@ -1,9 +1,12 @@
 """What a run trains on and what it is scored on stay apart; scores are of posterior means."""
 
+import json
+
 import pytest
 import torch
 
 import models
+import train.data
 from tests.test_data import AA, BB, CC, make, view_number
 from tests.test_stops import own_data
 from tests.test_train import TINY
@@ -44,6 +47,22 @@ def test_views_that_the_features_saw_are_not_held_out():
     assert "the last 4 views, 4 whole objects" in objects(4).summary()  # with which the embedded objects were made
     with pytest.raises(ValueError, match="5 held-out views, but its rgb features were made without only 4 of 20 frames"):
         objects(5)
+
+
+def test_too_few_held_out_views_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    two = make(tmp_path / "two", resolution=8)
+    for file in two.rglob("transforms.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": 2}))
+    for name in ("read_features", "read_picture", "read_mesh"):
+        monkeypatch.setattr(train.data, name, lambda *_: pytest.fail("something was loaded"))
+    flags = ["--data", two, "--data", tmp_path / "absent", "--resolution", 8]
+    no_model = lambda *_: pytest.fail("a model was made")
+    said = "4 held-out views, but its rgb .* without only 2 of 5 frames: use --holdout-views 2 or"
+    with pytest.raises(ValueError, match=said):
+        loop.Run("gaussian", config(*flags, "--holdout-views", 4), no_model, HERE)
+    said = "lists 5 frames: 5 held-out views leave none to train on: use fewer --holdout-views"
+    with pytest.raises(ValueError, match=said):
+        loop.Objects(config(*flags, "--holdout-views", 5), HERE)
 
 
 def test_pictures_and_scores_are_of_posterior_means(data, tmp_path):

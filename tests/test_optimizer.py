@@ -1,6 +1,7 @@
 """One optimiser step against traces of the published training loop (golden train_*), and its state."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from tests.conftest import golden
 from train.losses import GradClipper
-from train.optimizer import LossScale, Optimizer
+from train.optimizer import LEAST_LOG2, LossScale, Optimizer
 
 
 def norm_of(parameters):
@@ -76,13 +77,40 @@ def test_skipped_step_moves_no_weight_but_the_average():
     assert all(p.grad is None for p in run.parameters.values())
 
 
-def test_gradients_that_no_scale_makes_finite_end_the_run():
-    run = optimizer(scale=LossScale(20.0))
-    with pytest.raises(ValueError, match=r"the loss scale fell to 2\^-41, below 2\^-40, and gradients are still not finite"):
-        for _ in range(100):
-            run.backward(sum((p * math.nan).sum() for p in run.parameters.values()))
+def test_the_loss_scale_has_an_end_and_only_what_is_skipped_there_counts():
+    run = optimizer(scale=LossScale(LEAST_LOG2 + 2))
+
+    def step(factor: float) -> tuple[float, int]:
+        run.backward(sum((p * factor).sum() for p in run.parameters.values()))
+        run.step(0.1)
+        return run.scale.log2 - LEAST_LOG2, run.stuck
+
+    assert [step(math.nan) for _ in range(5)] == [(1, 0), (0, 0), (0, 1), (0, 2), (0, 3)]
+    assert step(1.0) == (pytest.approx(1e-3), 0)
+    assert step(math.nan) == (0, 0) and step(math.nan) == (0, 1)
+    run = optimizer()
+    assert [step(factor)[1] for factor in (math.nan, math.inf, 1.0, math.nan)] == [1, 2, 0, 1]
+    assert run.scale.log2 == 0 and run.state()["stuck"] == 1
+    again = optimizer()
+    again.load(run.tensors(), run.state())
+    assert again.stuck == 1
+    earlier = {name: value for name, value in run.state().items() if name != "stuck"}
+    again.load(run.tensors(), earlier)
+    assert again.stuck == 0
+
+
+def test_a_step_that_fails_half_way_is_known_for_it():
+    for broken in ("clip", "method", None):
+        run = optimizer()
+        run.backward(sum(p.sum() for p in run.parameters.values()))
+        fail = lambda *_: (_ for _ in ()).throw(RuntimeError("half way"))
+        if broken == "clip":
+            run.clip = fail
+        elif broken == "method":
+            run.methods[0].step = fail
+        with pytest.raises(RuntimeError, match="half way") if broken else nullcontext():
             run.step(0.1)
-    assert run.scale.log2 == -41
+        assert run.moving == (broken is not None) and run.steps == (broken is None)
 
 
 def test_scale_does_not_change_the_step():

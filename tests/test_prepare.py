@@ -285,7 +285,11 @@ def test_a_broken_copy_does_not_stand_for_a_good_one(tmp_path, capsys):
 def test_no_progress_bar_among_the_lines_of_a_file(pair, tmp_path, capsys):
     assert command(pair, pair / "gone.obj", "--out", tmp_path / "o", *SMALL) == 0
     output = capsys.readouterr()
-    assert output.err == "" and output.out.startswith(f"skipped {pair / 'gone.obj'}: No such file or directory\n2 objects")
+    assert output.out.startswith(f"skipped {pair / 'gone.obj'}: No such file or directory\n2 objects")
+    assert "\r" not in output.err and [line.split("  ")[:2] for line in output.err.splitlines()] == [
+        ["object 1 of 3", "gone"], ["object 3 of 3", "b"]
+    ]  # fmt: skip
+    assert "the training must be told: --holdout-views 1 (its default is 4)" in output.out  # as many as SMALL says
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """What stops a run of train.gaussian once its flags are read, what it says then, and that it can go on."""
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch._utils import ExceptionWrapper
 
 from tests.test_data import BB, make
 from tests.test_train import TINY, fresh, refused, rows, state, train
-from train import loop
+from train import checkpoint, loop
 
 
 def own_data(tmp_path: Path) -> list:
@@ -80,7 +82,9 @@ def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # each looks before the other has made its folder
-    assert [loop._new_folder("gaussian", None) for _ in range(3)] == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
+    with ExitStack() as stack:
+        made = [stack.enter_context(loop.new_folder("gaussian", None)) for _ in range(3)]
+    assert made == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
 
 
 def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(tmp_path, capsys):
@@ -116,3 +120,85 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
     assert held == [run, tmp_path / "new"]
     with loop.locked(run), loop.locked(tmp_path / "new"):  # both gave it back
         pass
+
+
+def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
+    """Have the forward pass, or the optimiser's step, raise an error after `at` of its calls."""
+    forward, update = loop.Objective.forward, torch.optim.AdamW.step
+    calls = []
+
+    def fails(whole):
+        def run(*args):
+            calls.append(where)
+            if len(calls) == at + 1:
+                raise error
+            return whole(*args)
+
+        return run
+
+    if where == "forward":
+        monkeypatch.setattr(loop.Objective, "forward", fails(forward))
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", fails(update))
+
+
+ERRORS = [RuntimeError("no memory"), OSError("unplugged"), ValueError("bad"), AssertionError("bug")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_inside_a_step_saves_the_steps_before(tmp_path, capsys, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        failing(patch, 3, error, "forward")
+        with pytest.raises(SystemExit if isinstance(error, OSError | ValueError) else type(error)):
+            fresh(tmp_path, "--steps", "4", "--save-every", "100")
+    message = capsys.readouterr().err
+    assert "an error ends the run; it is saved as it was after the last whole step" in message
+    assert f"--resume {tmp_path}" in message or isinstance(error, AssertionError)
+    assert state(tmp_path)[1]["step"] == 3 and len(rows(tmp_path)) == 3
+
+
+def test_what_an_error_ended_goes_on_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "conclude", lambda run: None)
+    common = ["--steps", "4", "--save-every", "100", "--micro-batch", "1"]
+    with monkeypatch.context() as patch:
+        failing(patch, 5, OSError("unplugged"), "forward")  # in the second half of the third step
+        with pytest.raises(SystemExit, match="1"):
+            fresh(tmp_path / "a", *common)
+    assert state(tmp_path / "a")[1]["step"] == 2
+    train("--resume", tmp_path / "a")
+    fresh(tmp_path / "b", *common)
+    ours, theirs = state(tmp_path / "a"), state(tmp_path / "b")
+    assert ours[1] == theirs[1]
+    assert all(torch.equal(t, theirs[0][name]) for name, t in ours[0].items())
+
+
+def test_nothing_is_saved_of_a_step_that_has_moved_some_weights(tmp_path, capsys, monkeypatch):
+    failing(monkeypatch, 2, OSError("half way"), "update")
+    with pytest.raises(SystemExit, match="1"):
+        fresh(tmp_path, "--steps", "4", "--save-every", "1")
+    assert "is saved" not in capsys.readouterr().err and state(tmp_path)[1]["step"] == 2
+    kept = [file.stem for file in checkpoint.files(tmp_path / "checkpoints")]
+    assert kept == ["step_00000001", "step_00000002"]
+
+
+def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, capsys, monkeypatch):
+    whole = loop.report.Log.write
+
+    def write(self, row):
+        if row["step"] == 3:
+            raise OSError("log is full")
+        whole(self, row)
+
+    monkeypatch.setattr(loop.report.Log, "write", write)
+    with pytest.raises(SystemExit, match="1"):
+        fresh(tmp_path, "--steps", "4", "--save-every", "100")
+    assert state(tmp_path)[1]["step"] == 3 and "error: log is full" in capsys.readouterr().err
+
+
+def test_what_cannot_be_saved_does_not_hide_the_error(tmp_path, capsys, monkeypatch):
+    failing(monkeypatch, 2, OSError("unplugged"), "forward")
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(SystemExit, match="1"):
+        fresh(tmp_path, "--steps", "4", "--save-every", "100")
+    message = capsys.readouterr().err
+    assert "cannot be saved: could not write" in message and "error: unplugged" in message

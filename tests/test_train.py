@@ -264,7 +264,7 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
         cache(batch)
     (tmp_path / f"{name}.safetensors").unlink()
     monkeypatch.setattr(latents, "save_file", lambda tensors, file: (_ for _ in ()).throw(SafetensorError("No space left")))
-    with pytest.raises(OSError, match=f"could not save .*{name}.safetensors: No space left"):
+    with pytest.raises(OSError, match=f"could not write .*{name}.safetensors: No space left"):
         cache(batch)
 
 

@@ -1,11 +1,11 @@
 """Checkpoints of a run: one safetensors file a step, complete or absent, the last few kept.
 
 A file holds every tensor of the run's state (weights, averaged weights, optimizer moments, ...) and, as JSON in its
-header, what is not a tensor (step, loss scale, ...). Nothing in it is executed when it is read.
+header, what is not a tensor (step, loss scale, ...). Nothing in it is executed when it is read. One
+that is saved while steps are skipped is marked as doubtful: it may be why they are.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,57 +13,89 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.finite import NotFinite, check_finite, finite
+from train.files import whole
+
 KEEP = 3
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping, keep: int = KEEP) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping,
+    keep: int = KEEP,
+    doubtful: bool = False,
+) -> Path:
     """Write FOLDER/step_NNNNNNNN.safetensors; delete all but the newest `keep` and what a killed run left; returns the file.
 
-    The data reach the disk under another name before the file takes its own, so a crash or a full disk leaves the
-    previous checkpoints as they were. Raises OSError that names the file and the newest complete checkpoint.
+    The newest sound one is never deleted. The data reach the disk under another name before the
+    file takes its own, so a crash or a full disk leaves the previous checkpoints as they were.
+    Raises OSError that names the file and the newest complete checkpoint, ValueError that names the
+    first tensor which is not finite: then nothing is written or deleted.
     """
-    file = folder / f"step_{step:08d}.safetensors"
-    partial = file.with_suffix(".partial")
+    file = path(folder, step)
+    check_finite(tensors, f"{file} is not saved")
+    metadata = {"state": json.dumps(dict(state))} | ({"doubtful": "yes"} if doubtful else {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {"state": json.dumps(dict(state))})
-        _to_disk(partial)
-        partial.replace(file)
-        _to_disk(folder)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        survivor = max(folder.glob("step_*.safetensors"), default="none")
-        raise OSError(f"could not save {file}: {error}; the newest complete checkpoint is {survivor}") from error
-    for old in [*sorted(folder.glob("step_*.safetensors"))[:-keep], *folder.glob("step_*.partial")]:
-        old.unlink()
+        with whole(file) as partial:
+            contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+            save_file(contiguous, partial, metadata)
+    except OSError as error:
+        survivor = max(files(folder), default="none")
+        raise OSError(f"{error}; the newest complete checkpoint is {survivor}") from error
+    spared = newest_sound(folder)
+    for old in [*files(folder)[:-keep], *folder.glob("step_*.partial")]:
+        if old != spared:
+            old.unlink()
     return file
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def path(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint."""
+    return folder / f"step_{step:08d}.safetensors"
+
+
+def files(folder: Path) -> list[Path]:
+    """All checkpoints, the newest last."""
+    return sorted(folder.glob("step_*.safetensors"))
+
+
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint whose file is whole and not doubtful; None where there is none."""
+    for file in reversed(files(folder)):
+        try:
+            with safe_open(file, framework="pt") as content:
+                header = content.metadata() or {}
+        except SafetensorError:
+            continue
+        if "state" in header and "doubtful" not in header:
+            return file
+    return None
 
 
 def newest(folder: Path) -> Path:
     """The checkpoint with the most steps; ValueError where there is none."""
-    files = sorted(folder.glob("step_*.safetensors"))
-    if not files:
+    if not (found := files(folder)):
         raise ValueError(f"{folder} holds no checkpoint")
-    return files[-1]
+    return found[-1]
 
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) and the state that `save` was given; ValueError that names a file it cannot read.
+    """The tensors (on the CPU) and the state that `save` was given.
 
-    It names the newest older checkpoint that can be read too, and how to go on from there.
+    Raises ValueError that names a file which cannot be read, or its first tensor that is not finite,
+    the newest older checkpoint that is whole, and how to go on from there.
     """
     try:
         with safe_open(file, framework="pt") as content:
             state = json.loads((content.metadata() or {})["state"])
-            return {name: content.get_tensor(name) for name in content.keys()}, state
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
+        check_finite(tensors, str(file))
+        return tensors, state
+    except NotFinite as error:
+        raise NotFinite(f"{error}{_older(file)}") from error
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}{_older(file)}") from error
     except (KeyError, json.JSONDecodeError) as error:
@@ -71,13 +103,14 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _older(file: Path) -> str:
-    for other in sorted(file.parent.glob("step_*.safetensors"), reverse=True):
+    for other in reversed(files(file.parent)):
         try:
             with safe_open(other, framework="pt") as content:
-                whole = "state" in (content.metadata() or {})
+                sound = other < file and "state" in (content.metadata() or {})
+                sound = sound and all(finite(content.get_tensor(name)) for name in content.keys())
         except SafetensorError:
             continue
-        if whole and other < file:
+        if sound:
             return f"; {other.name} beside it is whole: delete the damaged file to go on from there"
     return ""
 

@@ -15,6 +15,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import torch
 
+from train.files import write_whole
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
 CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")  # of a run that is resumed
@@ -237,17 +239,6 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
         return config
     except ValueError as error:
         parser.error(str(error))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write all of a text file or leave it as it was; OSError that names it where the disk is full or cannot be written."""
-    partial = file.with_suffix(".partial")
-    try:
-        partial.write_text(text)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {error}") from error
 
 
 def write_config(config: Config, script: str, file: Path) -> None:

@@ -175,11 +175,12 @@ class Dataset(torch.utils.data.Dataset):
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:
             self._list(root)
+            own = (name for name, (its, _) in self._objects.items() if its == root)
+            if first := next(own, None):  # before anything is loaded; the others when they are read
+                self._frames(first)
         self.names = list(self._objects)
         if required and not self.names:
             raise ValueError(f"no object is left: {self.summary()}")
-        for name in {root: name for name, (root, _) in reversed(self._objects.items())}.values():
-            self._frames(name)  # before a run starts; the other objects are checked when they are read
         self._channels = None
 
     def _list(self, root: Path) -> None:
@@ -288,7 +289,10 @@ class Dataset(torch.utils.data.Dataset):
         frames = self._cached(read_frames, file)
         count, held = len(frames.files), self.holdout_views
         if count <= held:
-            raise ValueError(f"{file} lists {count} frames: {held} held-out views leave none to train on")
+            raise ValueError(
+                f"{file} lists {count} frames: {held} held-out views leave none to train on: "
+                "use fewer --holdout-views"
+            )
         if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
             raise ValueError(
                 f"{file}: {held} held-out views, but its rgb features were made without only {frames.holdout} of {count} frames: "

@@ -14,6 +14,7 @@ import models
 from kernels.pairs import to_device
 from models import Encoder, SparseTensor
 from train.data import Batch
+from train.files import whole
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
@@ -65,13 +66,9 @@ class Latents:
         if not file.is_file():
             alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
             mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
-            partial = file.with_suffix(f".{os.getpid()}.partial")  # ranks may meet the same object at once
-            try:
+            own = str(os.getpid())  # ranks may meet the same object at once
+            with whole(file, sync=False, tag=own) as partial:
                 save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
-                partial.replace(file)
-            except (OSError, SafetensorError) as error:
-                partial.unlink(missing_ok=True)
-                raise OSError(f"could not save {file}: {error}") from error
             return mean
         try:
             saved = load_file(file)

@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from train.files import whole, write_whole
+
 PUBLISHED = ["sha256", "file_identifier", "local_path", "aesthetic_score", "captions", "rendered", "voxelized", "num_voxels"]
 
 
@@ -57,27 +59,21 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
         merged[row["sha256"]] = {"captions": "[]"} | was | row | {k: was[k] for k in ("aesthetic_score",) if was.get(k)}
     seen = dict.fromkeys(key for row in merged.values() for key in row)
     columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
-    partial = path.with_suffix(".csv.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(merged.values())
-    partial.replace(path)
 
 
 def write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_whole(path, data, sync=False)  # many, and made again where they are damaged
 
 
 def write_npz(path: Path, **arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole(path, sync=False) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    partial.replace(path)
 
 
 def _ply_header(vertices: int, faces: int | None = None) -> bytes:

@@ -6,18 +6,14 @@ interruption changes it; where the rays of a radiance field start depends on the
 micro-batch, as published, averaged over micro-batches and ranks.
 """
 
-import errno
-import fcntl
 import json
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -27,17 +23,24 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 from kernels.pairs import to_device
 from models import VAE, SparseTensor
+from models.finite import NotFinite, check_finite
 from models.scene import Scene
-from models.vae import load_weights
+from models.vae import load_weights, read_tensors
 from train import checkpoint, floors, report
-from train.config import PRECISIONS, Config, from_cli, write_config, write_whole
+from train.config import PRECISIONS, Config, from_cli, write_config
 from train.data import Batch
+from train.diagnose import diagnose
+from train.ends import Rescue, way_back, way_on
+from train.files import write_whole
+from train.folder import locked, new_folder
 from train.latents import Latents, load_encoder
 from train.losses import GradClipper, Pictures, kl
 from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
 from train.objects import Objects
 from train.optimizer import LossScale, Optimizer
+from train.progress import Progress
 
+PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
 Compare = type[Pictures]  # what compares scenes with a batch: Pictures, or a class with the same methods
 
@@ -70,17 +73,22 @@ class Objective(nn.Module):
 
 
 class Run:
-    """What a training run holds on one rank. Raises ValueError or OSError for whatever it is told that cannot be."""
+    """What a training run holds on one rank; `enter` gives it the folder that it writes to.
+
+    `done` steps are done, `kept` of them saved. Raises ValueError or OSError for whatever it is told
+    that cannot be.
+    """
 
     def __init__(self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures):
-        self.script, self.config, self.here, self.done = script, config, here, 0
+        self.script, self.config, self.here, self.kept = script, config, here, 0
         self.objects = Objects(config, here, compare.meshes)
         self._build = build
         self.vae = self.untrained()
         self.vae.use_graphs(config.cuda_graphs)
         if config.encoder:
-            encoder, digest = load_encoder(config.encoder, self.objects.channels, config.resolution)
-            type(self.vae)(encoder, self.vae.decoder)  # raises where their latents differ
+            given = config.encoder, self.objects.channels, config.resolution
+            self.encoder, self.digest = load_encoder(*given)
+            type(self.vae)(self.encoder, self.vae.decoder)  # raises where their latents differ
         off = {"kl": "the encoder is frozen"} if config.encoder else {}
         weights = asdict(config.weights)
         if not config.lpips:
@@ -88,23 +96,31 @@ class Run:
         self.weights = {name: weight for name, weight in weights.items() if name not in off}
         self.recipe = report.recipe(self.weights, off)
         self.compare = compare(config.lpips).to(here.device)
-        objective = Objective(self.vae, self.compare, self.weights)
-        self.objective = DistributedDataParallel(objective, broadcast_buffers=False) if here.world > 1 else objective
+        self.alone = self.objective = Objective(self.vae, self.compare, self.weights)
+        if here.world > 1:
+            self.objective = DistributedDataParallel(self.alone, broadcast_buffers=False)
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
         self.optimizer = Optimizer(
             self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema, config.optimizer == "muon"
         )
+        self.latents: Latents | None = None
         if config.resume:
-            self.folder = Path(config.resume)
-            self._load(checkpoint.newest(self.folder / "checkpoints"))
-            if here.leads:
-                self._continued(json.loads((self.folder / "config.json").read_text())["steps"])
-        else:
-            self.folder = Path(here.agree(_new_folder(script, config.out) if here.leads else None))
-        if here.leads:
-            write_config(config, script, self.folder / "config.json")
-        self.latents = Latents(encoder.to(here.device), self.folder / "latents" / digest) if config.encoder else None
+            self._resume(Path(config.resume))
+
+    @property
+    def done(self) -> int:
+        """How many steps the run has done, skipped ones included."""
+        return self.optimizer.steps
+
+    def enter(self, folder: Path) -> None:
+        """Take the folder, which rank 0 holds: record the config there."""
+        self.folder = folder
+        if self.here.leads:
+            write_config(self.config, self.script, folder / "config.json")
+        if self.config.encoder:
+            encoder = self.encoder.to(self.here.device)
+            self.latents = Latents(encoder, folder / "latents" / self.digest)
 
     def untrained(self) -> VAE:
         """The model that the run starts from, the same at every call."""
@@ -114,6 +130,20 @@ class Run:
             vae = type(vae)(None, vae.decoder)
         vae.set_activation_dtype(PRECISIONS[self.config.precision])
         return vae.to(self.here.device)
+
+    def _resume(self, folder: Path) -> None:
+        finished = (folder / "evaluation.json").is_file()
+        if not checkpoint.files(folder / "checkpoints") and not finished:
+            if self.here.leads:  # it ended before its first save
+                print(f"{folder} holds no checkpoint: it starts from step 0")
+            return
+        self._load(checkpoint.newest(folder / "checkpoints"))
+        if self.config.steps < self.done:
+            raise ValueError(
+                f"--steps {self.config.steps} are fewer than the {self.done} that {folder} has done"
+            )
+        if self.here.leads:
+            self._continued(json.loads((folder / "config.json").read_text())["steps"])
 
     def _voxels(self, batch: Batch) -> SparseTensor:  # the model's input: features, or latents of a frozen encoder
         return self.latents(batch) if self.latents else SparseTensor(batch.features, batch.coords, batch.batch_size)
@@ -143,6 +173,13 @@ class Run:
             black_or_white.append(torch.randint(2, (views.count(sample), 1), generator=generator).float().expand(-1, 3))
         return to_device(torch.cat(noise), self.here.device), to_device(torch.cat(black_or_white), self.here.device)
 
+    def _inputs(self, step: int, micro: int, batch: Batch) -> tuple:
+        """The objective's arguments for a micro-batch of a step."""
+        batch = batch.to(self.here.device, non_blocking=True)
+        x = self._voxels(batch)
+        noise, background = self._draws(step, micro, x, batch.view_scene)
+        return x, noise, batch, background
+
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Train one step on this rank's micro-batches; returns its row of the log, means over all ranks."""
         begin, device = time.perf_counter(), self.here.device
@@ -150,28 +187,49 @@ class Run:
         self.vae.train()
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
-            batch = batch.to(device, non_blocking=True)
-            x = self._voxels(batch)
-            noise, background = self._draws(self.done, micro, x, batch.view_scene)
+            inputs = self._inputs(self.done, micro, batch)
             waits = self.here.world > 1 and micro + 1 < len(batches)  # gradients are exchanged after the last micro-batch
             with self.objective.no_sync() if waits else nullcontext():
-                loss, values = self.objective(x, noise, batch, background)
+                loss, values = self.objective(*inputs)
                 self.optimizer.backward(loss / len(batches))
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(batches)
         norm = self.optimizer.step(self.config.lr_at(self.done))
-        self.done += 1
         voxels = float(sum(len(batch.coords) for batch in batches))
         means = self.here.mean(torch.stack([*totals.values(), torch.full((), voxels, device=device)])).tolist()
         row = dict(zip(totals, means, strict=False))
         rate = means[-1] * self.here.world / (time.perf_counter() - begin)
         return {"step": self.done, **row, "grad_norm": norm, "skipped": self.optimizer.skipped, "voxels_per_second": rate}
 
-    def save(self) -> Path:
-        tensors = {f"model.{name}": t for name, t in self.vae.state_dict().items()} | self.optimizer.tensors()
+    def why(self, batches: Sequence[Batch]) -> str:
+        """What was not finite in the last step, of these micro-batches: the same on every rank."""
+        step, rank = self.done - 1, self.here.rank
+        seed_all(self.config.seed, step, rank)
+        inputs = (self._inputs(step, micro, batch) for micro, batch in enumerate(batches))
+        try:
+            found = diagnose(self.vae, self.alone, self.optimizer.scaled, inputs)
+        except RuntimeError as error:  # as from a device without memory
+            found = f"the step cannot be repeated: {error}"
+        for other, text in enumerate(self.here.every(found)):
+            if text:
+                return f"{text} (rank {other} of {self.here.world})" if self.here.world > 1 else text
+        return "repeated, the step is finite"
+
+    def unsaved(self) -> bool:
+        """Whether this rank should save what an error would lose: no weights that are half moved."""
+        return self.here.leads and not self.optimizer.moving and self.kept != self.done
+
+    def save(self) -> None:
+        """Save a checkpoint on rank 0; NotFinite, on every rank, where the state is not finite."""
+        self.kept = self.done  # even where it fails: the error that this is need not save again
+        weights = {f"model.{name}": t for name, t in read_tensors(self.vae).items()}
+        tensors = weights | self.optimizer.tensors()
+        folder = self.folder / "checkpoints"
+        if not self.here.leads:
+            return check_finite(tensors, f"{checkpoint.path(folder, self.done)} is not saved")
         state = {"step": self.done, "optimizer": self.optimizer.state(), "clipper": self.clipper.state_dict()}
         state["sampler"] = self.objects.sampler.state_dict(self.done)
-        return checkpoint.save(self.folder / "checkpoints", self.done, tensors, state)
+        checkpoint.save(folder, self.done, tensors, state, doubtful=self.optimizer.stuck > 0)
 
     def _load(self, file: Path) -> None:
         tensors, state = checkpoint.load(file)
@@ -180,11 +238,9 @@ class Run:
             self.optimizer.load(tensors, state["optimizer"])
             self.clipper.load_state_dict(state["clipper"])
             self.objects.sampler.load_state_dict(state["sampler"])
-            self.done = state["step"]
         except KeyError as error:
             raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
-        if self.config.steps < self.done:
-            raise ValueError(f"--steps {self.config.steps} are fewer than the {self.done} that {self.folder} has done")
+        self.kept = self.done
 
     def _continued(self, steps: int) -> None:
         """Say where another number of steps than before changes the learning rate."""
@@ -196,55 +252,12 @@ class Run:
             )
 
 
-def _new_folder(script: str, out: str | None) -> Path:
-    """Make the run's folder: OUT, which must be new or empty, or the next free runs/SCRIPT-NNN."""
-    folder = Path("runs" if out is None else out)
-    if out is not None and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"--out {folder} is not empty: choose another folder, or continue that run with --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if out is None:
-            folder = _numbered(folder, script)
-        (folder / "log.jsonl").touch()
-    except OSError as error:
-        raise ValueError(f"run folder {folder} cannot be written: {error}") from error
-    return folder
-
-
-def _numbered(parent: Path, script: str) -> Path:
-    """Make the next PARENT/SCRIPT-NNN: of runs that start at once, each gets its own."""
-    taken = [int(m[1]) for p in parent.glob(f"{script}-*") if (m := re.fullmatch(rf"{script}-(\d+)", p.name))]
-    for number in count(max(taken, default=0) + 1):
-        folder = parent / f"{script}-{number:03d}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder, until the end or the death of this process; ValueError where another process holds it."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"run folder {folder} is in use by another process") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # file systems that know no locks
-                raise
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where data workers still have it open
-
-
 def fit(run: Run) -> None:
     """Train to the last step with a progress line, checkpoints and pictures, then conclude.
 
     Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits with 128 + the signal.
+    An error saves first. Raises NotFinite on every rank after PATIENCE skipped steps in a row, and
+    where what is to be saved is not finite.
     """
     config, here, folder = run.config, run.here, run.folder
     if here.leads:
@@ -252,27 +265,36 @@ def fit(run: Run) -> None:
         print(report.header(run.script, config, here, run.vae, loss, data, folder), flush=True)
     with (
         Interrupt() as interrupt,
+        Rescue(run.unsaved, run.save),
         report.Log(folder / "log.jsonl", run.done) if here.leads else nullcontext() as log,
-        report.Progress(run.done, config.steps, here.leads) as progress,
+        Progress(config.steps, run.done, shown=here.leads) as progress,
     ):
         begin = time.perf_counter() - (log.seconds if here.leads else 0)
+        due = False
         for batches in run.objects.steps():
             row = run.step(batches)
             stop = here.mean(torch.full((), float(interrupt.received), device=here.device)).item() > 0
             last = run.done == config.steps or stop
+            due |= run.done % config.save_every == 0
+            # weights that may be why steps are skipped would push sound ones out
+            saves = last or (due and not run.optimizer.stuck)
             if here.leads:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
-                progress.update(row, run.optimizer.skipped)
-                if last or run.done % config.save_every == 0:
-                    run.save()  # before the pictures: what is wrong with one must not cost the steps
-                if last or run.done % config.sample_every == 0:
-                    run.sample()
-                    report.curves(log.rows, run.weights, folder / "curves.png")
+                progress.update(report.note(row), now=saves)
+            if run.optimizer.stuck >= PATIENCE:
+                steps = f"{PATIENCE} steps in a row were skipped, the last is step {run.done}"
+                raise NotFinite(f"{steps}: {run.why(batches)}")
+            if saves:
+                run.save()  # before the pictures: what is wrong with one must not cost the steps
+                due = False
+            if here.leads and (last or run.done % config.sample_every == 0):
+                run.sample()
+                report.curves(log.rows, run.weights, folder / "curves.png")
             if stop:
                 break
     if run.done < config.steps:
         if here.leads:
-            print(f"stopped at step {run.done}; continue with: python -m train.{run.script} --resume {folder}")
+            print(f"stopped at step {run.done}; {way_on(run.script, folder)}")
         raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
     if here.leads:
         conclude(run)
@@ -309,26 +331,38 @@ def main(
     """The command line of a training script.
 
     Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a disk that is full, or fails,
-    with a message and status 1; a second Ctrl-C with status 130. Where there is a checkpoint, the message says how to go on.
+    with a message and status 1; numbers that are not finite with status 3, or 2 before the training;
+    a second Ctrl-C with status 130. Once there is a folder, the message says how to go on.
     """
     config = from_cli(script, presets, argv, world_size())
-    run = None
+    here = run = None
     with ExitStack() as stack:
         try:
             here = stack.enter_context(machine(config.device, config.deterministic))
+            folder = config.resume
             if here.leads and config.resume:
                 stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
-            run = Run(script, config, build, here, compare)
+            began = Run(script, config, build, here, compare)
             if here.leads and not config.resume:
-                stack.enter_context(locked(run.folder))
+                folder = stack.enter_context(new_folder(script, config.out))
+            began.enter(Path(here.agree(folder)))
+            run = began
             fit(run)
         except (ValueError, OSError, KeyboardInterrupt) as error:
-            kept = run is not None and any((run.folder / "checkpoints").glob("step_*.safetensors"))
-            hint = f"\ncontinue with: python -m train.{script} --resume {run.folder}" if kept else ""
             stopped = isinstance(error, KeyboardInterrupt)
+            diverged = run is not None and isinstance(error, NotFinite)
             what = "interrupted" if stopped else f"error: {_reason(error)}"
-            print(f"\npython -m train.{script}: {what}{hint}", file=sys.stderr)
-            raise SystemExit(130 if stopped else 1 if run and isinstance(error, OSError) else 2) from error
+            lines = [f"python -m train.{script}: {what}"]
+            if run:
+                lines.append((way_back if diverged else way_on)(script, run.folder))
+            if here is None or here.leads or not diverged:  # all ranks have diverged, one says so
+                print("\n" + "\n".join(lines), file=sys.stderr)
+            failed = 1 if run and isinstance(error, OSError) else 2
+            raise SystemExit(130 if stopped else 3 if diverged else failed) from error
+        except RuntimeError:  # of the device, or a fault of ours: its traceback is wanted
+            if run:
+                print(way_on(script, run.folder), file=sys.stderr)
+            raise
 
 
 def _reason(error: Exception) -> str:

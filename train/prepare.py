@@ -44,7 +44,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from train.intake import MALFORMED, reason
 from train.layout import (
@@ -59,6 +58,7 @@ from train.layout import (
     write_npz,
 )
 from train.meshes import READABLE, Mesh, content_hash, normalize, read_mesh
+from train.progress import Progress
 from train.raycast import FOV, Caster, camera_to_world, direction
 from train.voxelize import Features, voxelize
 from train.workers import answers
@@ -280,12 +280,11 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
             raise ValueError(f"--out {settings.out} cannot be a folder: {error.strerror}") from error
         if (settings.out / "metadata.csv").is_file():
             read_metadata(settings.out)  # what stands in the way of another row shows before the work
-    bar = tqdm(total=len(sources), desc="prepare", unit="object", disable=None)  # none where its lines would mix with the others
+    bar = Progress(len(sources), unit="object")
     try:
         for result in chain(refused, _results(objects, settings, workers)):
             results.append(result)
-            bar.update()
-            bar.set_postfix_str(result.source.path.stem, refresh=False)
+            bar.update(result.source.path.stem)
             for line in (*result.notes, *([f"skipped {result.failure}"] if result.failure else [])):
                 bar.write(line.encode(errors="backslashreplace").decode())  # such names as well
     except KeyboardInterrupt:
@@ -300,6 +299,9 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
         f"{len(rows)} objects ({made} made, {len(rows) - made} there already), {made * settings.views} views, "
         f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
     )
+    held, usual = settings.holdout_views, Settings.holdout_views  # the presets of the training hold out as many
+    if rows and settings.features and 0 < held < usual:
+        print(f"the training must be told: --holdout-views {held} (its default is {usual})")
     if code == 130:
         print(f"interrupted with {len(sources) - len(results)} meshes to do: the same command goes on")
     return code or int(not rows)

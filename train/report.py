@@ -1,4 +1,4 @@
-"""What a run shows: the header, the progress line, log.jsonl, sample pictures and curves."""
+"""What a run shows: the header, notes on its progress, log.jsonl, sample pictures and curves."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from kernels import backend
-from train.config import OPTIMIZERS, Config, write_whole
+from train.config import OPTIMIZERS, Config
+from train.files import whole, write_whole
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
@@ -63,6 +63,13 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
 def finite(row: Mapping) -> dict:
     """The row as JSON can hold it: None instead of a number that is not finite."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def note(row: Mapping[str, float]) -> str:
+    """What the progress line says of a step: loss, PSNR, voxels per second, skipped steps."""
+    parts = [f"loss {row['loss']:.4f}", f"psnr {row['psnr']:.2f}"]
+    parts.append(f"{row['voxels_per_second']:,.0f} voxels/s")
+    return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 
 
 class Log:
@@ -118,24 +125,6 @@ class Log:
                 raise
 
 
-class Progress:
-    """The progress line: loss, PSNR, voxels per second, skipped steps, time left (tqdm counts steps and time)."""
-
-    def __init__(self, done: int, steps: int, shown: bool):
-        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not shown)
-
-    def update(self, row: Mapping[str, float], skipped: int) -> None:
-        note = f"loss {row['loss']:.4f}  psnr {row['psnr']:.2f}  {row['voxels_per_second']:,.0f} voxels/s"
-        self.bar.set_postfix_str(note + (f"  {skipped} skipped" if skipped else ""), refresh=False)
-        self.bar.update()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-
 def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file: Path) -> None:
     """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions; small images are enlarged."""
     zoom = -(-LEAST // next(iter(rows.values())).shape[-1])
@@ -154,7 +143,8 @@ def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file
     for i, name in enumerate(rows):
         draw.multiline_text((4, 4 * LINE + (i + 0.5) * height), name, "black", font, "lm")
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file, optimize=True)
+    with whole(file, sync=False) as partial:
+        sheet.save(partial, format="PNG", optimize=True)
 
 
 def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
@@ -186,4 +176,5 @@ def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) ->
         axes.grid(alpha=0.3)
         axes.set_xlim(0, 1.02 * max(steps, default=1))
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-    figure.savefig(file, dpi=110)
+    with whole(file, sync=False) as partial:
+        figure.savefig(partial, format="png", dpi=110)

@@ -1,0 +1,93 @@
+"""The folder of a run: how it is made, and held, so that one process alone writes into it."""
+
+import errno
+import fcntl
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from train.files import LEFTOVERS, sweep
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """Hold a folder to the end or the death of this process, rid of what a killed run left there.
+
+    Raises ValueError where another process holds it.
+    """
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"run folder {folder} is in use by another process") from error
+        except OSError as error:
+            if error.errno not in (
+                errno.ENOSYS,
+                errno.ENOLCK,
+                errno.EOPNOTSUPP,
+            ):  # file systems that know no locks
+                raise
+        try:
+            sweep(folder)
+            yield folder
+        finally:
+            with suppress(OSError):
+                fcntl.flock(
+                    file, fcntl.LOCK_UN
+                )  # closing is not enough where data workers still have it open
+
+
+@contextmanager
+def new_folder(script: str, out: str | None) -> Iterator[Path]:
+    """Make the folder of a run and hold it: OUT, new or empty, or the next free runs/SCRIPT-NNN.
+
+    Of runs that start at once with one OUT, one gets it, and the others write nothing. Raises
+    ValueError for a folder that is in use, not empty or cannot be written.
+    """
+    folder = Path("runs" if out is None else out)
+    if out is not None:
+        _check_empty(folder)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if out is None:
+                folder = _numbered(folder, script)
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise ValueError(f"run folder {folder} cannot be written: {error}") from error
+        _check_empty(folder)  # again: another run may have had it in between
+        yield folder
+
+
+def _check_empty(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    if [
+        file
+        for file in folder.iterdir()
+        if file.name != LOCK and not LEFTOVERS.fullmatch(file.name)
+    ]:
+        raise ValueError(
+            f"--out {folder} is not empty: choose another folder, or continue that run with "
+            f"--resume {folder}"
+        )
+
+
+def _numbered(parent: Path, script: str) -> Path:
+    """Make the next PARENT/SCRIPT-NNN: of runs that start at once, each gets its own."""
+    taken = [
+        int(m[1])
+        for p in parent.glob(f"{script}-*")
+        if (m := re.fullmatch(rf"{script}-(\d+)", p.name))
+    ]
+    for number in count(max(taken, default=0) + 1):
+        folder = parent / f"{script}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
