@@ -4,9 +4,10 @@ Times every op forward and backward against its floor on this device and against
 imported, in the same run, after checking that they agree (kernels.measure says how). On a CPU, what is measured is the
 torch path against the naive reference: that says nothing about the kernels.
 
---errors prints instead, as they come, how far each implementation is from the reference in float64, by type; on a CPU with
-TRITON_INTERPRET=1 the kernels too, interpreted. --warm compiles everything and times nothing. --json writes
-{device, driver, torch, triton, python, commit, date, ceilings, cases, missing}; PATH may be a folder, in which the file is named
+--errors prints instead, as they come, how far each implementation is from the reference in float64,
+by type; on a CPU with TRITON_INTERPRET=1 the kernels too, interpreted. --warm compiles everything and
+times nothing. --json writes {device, driver, torch, triton, python, commit, date, ceilings, cases,
+missing}; PATH may be a folder, in which the file is named
 after the device. Exit status 1: ours failed or two implementations disagree.
 
 A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields kernels.measure.Case.
@@ -142,7 +143,7 @@ ERROR_TABLE = "| op | size | type | implementation | output | gradient |\n|---|-
 
 
 def error_line(row: dict) -> str:
-    """A line of markdown: largest difference over largest value, of the output and of the worst gradient."""
+    """Markdown: largest difference over largest value, of the output and of the worst gradient."""
     number = lambda x: "-" if x is None else f"{x:.1e}"
     found = [row["why"], "-"] if "why" in row else [number(row["output"]), number(row["gradient"])]
     return "| " + " | ".join([row["op"], row["size"], row["dtype"], row["impl"], *found]) + " |"
@@ -154,8 +155,8 @@ def defaults(device: torch.device) -> tuple[str, list[str]]:
 
 
 def start(device: torch.device, seconds: float = 0.25) -> tuple[Clock, Ceilings]:
-    """The clock, `seconds` a measurement, and this device's ceilings, measured now."""
-    clock = Clock(device, seconds)
+    """The clock, `seconds` a measurement (0: one call on a CPU), and this device's ceilings now."""
+    clock = Clock(device, seconds, least=5 if seconds else 1)
     return clock, measure_ceilings(clock, *((1024, 8192) if device.type == "cuda" else (128, 1024)))
 
 
@@ -166,8 +167,8 @@ def run(
 ) -> dict:  # fmt: skip
     """Measure ops of OPS on one device: what --json writes, as a dict.
 
-    `report` takes each line of text; `after` the result so far after every case, so that a crash loses
-    one case, not the run; `keep` what of a case is measured, see `without`.
+    `report` takes each line of text; `after` the result so far after every case, so that a crash
+    loses one case, not the run; `keep` what of a case is measured, see `without`.
     """
     clock, ceilings = start(device, seconds)
     products = ", ".join(f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items())
@@ -219,14 +220,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--json", type=new_file, help="write the results here, in a folder to a file named after the device; "
         "what that has of other ops on the same device, versions and commit stays",
     )  # fmt: skip
-    parser.add_argument("--without-sizes", metavar="REGEX", help="leave out cases whose size matches")
-    parser.add_argument("--without-impls", metavar="REGEX", help="leave out peers, and the naive reference, whose name matches")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--errors", action="store_true", help="print errors against float64 instead of times")
-    what.add_argument(
-        "--warm", action="store_true", help="only run everything once: what is compiled is found by the next command, "
-        "and several of these may run at once",
-    )  # fmt: skip
+    for flag, what in (
+        ("--without-sizes", "leave out cases whose size matches"),
+        ("--without-impls", "leave out peers, and the naive reference, whose name matches"),
+    ):
+        parser.add_argument(flag, metavar="REGEX", help=what)
+    instead = parser.add_mutually_exclusive_group()
+    for flag, what in (
+        ("--errors", "print errors against float64 instead of times"),
+        ("--warm", "run everything once, for what compiles; several commands may do it at once"),
+    ):
+        instead.add_argument(flag, action="store_true", help=what)
     args = parser.parse_args(argv)
     if not 0 <= args.seconds < math.inf:
         parser.error(f"--seconds {args.seconds} must be finite and at least 0")
@@ -268,7 +272,8 @@ def _warm(args: argparse.Namespace) -> int:
     for case in _chosen(args):
         began = time.perf_counter()
         _, missing = verdicts(case, case.inputs(0))
-        print(f"{case.op}  {case.size}  {case.dtype}  {time.perf_counter() - began:.1f} s", flush=True)
+        seconds = time.perf_counter() - began
+        print(f"{case.op}  {case.size}  {case.dtype}  {seconds:.1f} s", flush=True)
         for row in missing:
             print(f"    {row['impl']:<50} {row['why']}", flush=True)
             failed = failed or row["impl"] == OURS
@@ -292,7 +297,8 @@ def main(argv: list[str] | None = None) -> int:
             args.json.write_text(json.dumps(kept(result, args.json, args.op), indent=1) + "\n")
 
     keep = without(args.without_sizes, args.without_impls)
-    result = run(args.op, args.size, args.dtype, args.device, args.seconds, lambda line: print(line, flush=True), save, keep)
+    say = lambda line: print(line, flush=True)
+    result = run(args.op, args.size, args.dtype, args.device, args.seconds, say, save, keep)
     failed = any(row["impl"] == OURS for row in result["missing"])
     return int(failed or any(row["agrees"] is False for row in result["cases"]))
 

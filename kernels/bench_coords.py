@@ -108,7 +108,7 @@ def _spconv_map(package: str, resolution: int) -> Impl | str:
 
 
 def _flex_gemm_map(resolution: int) -> Impl | str:
-    """FlexGEMM's neighbour cache of the same convolution; where it is made depends on the version."""
+    """FlexGEMM's neighbour cache of the same convolution; versions differ in where it is made."""
     module = optional("flex_gemm.ops.spconv.submanifold_conv3d")
     if isinstance(module, str):
         newer = optional("flex_gemm.ops.spconv.submanifold_conv")

@@ -202,9 +202,9 @@ def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 
 
 def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
-    """The same picture by nvdiffrast: rasterize, interpolate, antialias. `vertices`: how many there are.
+    """The same picture of a number of vertices by nvdiffrast: rasterize, interpolate, antialias.
 
-    Clip positions are made by our kernel, whose tables and matrix are not timed, in the peer's favour.
+    Clip positions are made by our kernel, whose tables and matrix are not timed, in its favour.
     """
     module = optional("nvdiffrast.torch")
     if isinstance(module, str):

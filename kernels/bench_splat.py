@@ -34,7 +34,7 @@ def gaussians(size: str, seed: int) -> list[Tensor]:
 
 
 def across_rotation(inputs: tuple, grads: list[Tensor]) -> list[Tensor]:
-    """The gradients without the part along the quaternion, which a renderer that normalises has not.
+    """The gradients without the part along the quaternion, which is 0 where that is normalised.
 
     `inputs` and `grads` are center, scale, rotation, opacity and colour.
     """

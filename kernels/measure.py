@@ -257,7 +257,7 @@ class _Missing:
 
 
 def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dict]]:
-    """Whether each implementation that runs agrees with ours on the inputs `first`, and ours with any other.
+    """Whether each implementation that runs agrees with ours on `first`, and ours with any other.
 
     None where nothing is compared. Then what did not run or disagrees, with the reason.
     """

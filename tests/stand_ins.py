@@ -23,7 +23,7 @@ from kernels.ssim import ssim_reference
 
 
 def install(monkeypatch, **modules) -> None:
-    """Make modules importable, by dotted name with `__` for the dots, and their parents with them."""
+    """Make modules, by name with `__` for the dots, and their parents importable."""
     for name, attributes in modules.items():
         parts = name.split("__")
         for i in range(1, len(parts)):
@@ -34,10 +34,11 @@ def install(monkeypatch, **modules) -> None:
 
 
 def check(tensor: Tensor, shape: tuple, dtype: torch.dtype = torch.float32) -> None:
-    """What an extension checks: a contiguous tensor of this type and shape, where None is any length."""
+    """What an extension checks: a contiguous tensor of this type and shape; None: any length."""
     assert isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.is_contiguous()
-    fits = tensor.ndim == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-    assert fits, f"{list(tensor.shape)} instead of {shape}"
+    assert tensor.ndim == len(shape), f"{list(tensor.shape)} instead of {shape}"
+    fits = (b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    assert all(fits), f"{list(tensor.shape)} instead of {shape}"
 
 
 def rasterization(
@@ -79,7 +80,8 @@ def nv_rasterize(glctx, pos, tri, resolution, ranges=None, grad_db=True):
 
 def nv_interpolate(attr, rast, tri, rast_db=None, diff_attrs=None):
     """Without derivatives of attributes."""
-    check(attr, (1, None, None)), check(rast, (1, None, None, 4)), check(tri, (None, 3), torch.int32)
+    check(attr, (1, None, None)), check(rast, (1, None, None, 4))
+    check(tri, (None, 3), torch.int32)
     return interpolate(attr[0], rast, tri), attr.new_zeros(*rast.shape[:3], 0)
 
 
@@ -100,7 +102,8 @@ class SparseConvTensor:
     """Of spconv."""
 
     def __init__(
-        self, features, indices, spatial_shape, batch_size, grid=None, voxel_num=None, indice_dict=None
+        self, features, indices, spatial_shape, batch_size, grid=None, voxel_num=None,
+        indice_dict=None,
     ):  # fmt: skip
         assert features.ndim == indices.ndim == 2 and indices.dtype == torch.int32
         assert batch_size > 0 and len(spatial_shape) == indices.shape[1] - 1
@@ -179,7 +182,9 @@ FLEX_GEMM_MAPS = {  # where it is, by version
     "flex_gemm__ops__spconv__submanifold_conv3d": dict(
         SubMConv3dFunction=types.SimpleNamespace(_compute_neighbor_cache=neighbor_cache_of)
     ),
-    "flex_gemm__ops__spconv__submanifold_conv": dict(_compute_neighbor_cache_kernel_dilation=neighbor_cache_of),
+    "flex_gemm__ops__spconv__submanifold_conv": dict(
+        _compute_neighbor_cache_kernel_dilation=neighbor_cache_of
+    ),
 }
 
 

@@ -207,7 +207,8 @@ def test_the_command_writes_the_schema(tmp_path, capsys):
     (file,) = tmp_path.iterdir()
     assert file.name == file.name.lower() == bench.file_name(bench.device_name(CPU))
     result = json.loads(file.read_text())
-    assert list(result) == [*("device driver torch triton python commit date ceilings cases missing").split()]
+    keys = "device driver torch triton python commit date ceilings cases missing"
+    assert list(result) == keys.split()
     assert result["torch"] == torch.__version__ and result["ceilings"]["copy_bytes_per_s"] > 1e6
     assert all(list(row) == bench.COLUMNS for row in result["cases"])
     assert {(r["op"], r["pass"]) for r in result["cases"]} == {
@@ -259,10 +260,12 @@ def test_a_training_step_is_timed(monkeypatch):
     (case,) = bench.cases("train_step", "small", ["fp32"], CPU)
     rows, missing = measure.measure(case, FAST, H100)
     composed = "published composition, padded attention, {} a view at a time"
-    assert [row["impl"] for row in rows] == [OURS, *(composed.format(splat) for splat in ("our splat", "gsplat"))]
+    others = [composed.format(rasterizer) for rasterizer in ("our splat", "gsplat")]
+    assert [row["impl"] for row in rows] == [OURS, *others]
     for row in rows:
         assert row["pass"] == "step" and row["median_us"] > row["floor_us"] > 0 and row["agrees"] is True
-    assert [(row["impl"], row["why"][:7]) for row in missing] == [("ours, transformers as CUDA graphs", "absent:")]
+    told = [(row["impl"], row["why"][:7]) for row in missing]
+    assert told == [("ours, transformers as CUDA graphs", "absent:")]
 
 
 def test_a_transformer_is_timed_on_the_device_and_on_its_host():
@@ -356,3 +359,47 @@ def test_results_of_other_ops_stay_in_the_file(tmp_path):
     path.write_text(json.dumps(result("gelu") | {"cases": [{"op": "gelu"}, {"op": "ssim"}]}))
     assert [row["op"] for row in bench.kept(result("gelu", n=2), path, ["gelu"])["cases"]] == ["ssim", "gelu"]
     assert bench.kept(result("gelu", commit="abd"), path, ["gelu"]) == result("gelu", commit="abd")
+
+
+def test_errors_are_told_as_they_come(monkeypatch, capsys):
+    def cases(*_):
+        yield square(ours=lambda x: x * x * 1.001, peers={"broken": Impl(lambda x: x.no_such)})
+        said = capsys.readouterr().out
+        assert "| square | 3 | fp32 | trislat | 1.0e-03 | 1.0e-03 |" in said
+        assert "| square | 3 | fp32 | broken | failed: AttributeError" in said
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "cases", cases)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["gelu", "--errors", "--device", "cpu", "--dtype", "fp32"])
+
+
+def test_sizes_and_implementations_are_left_out():
+    keep = bench.without(r"^3$", "naive|slow")
+    assert keep(square()) is None
+    case = keep(square(size="33", peers={"slow one": "absent", "fast": "absent"}))
+    assert list(case.peers) == ["fast"] and not case.naive
+    assert bench.without(None, None)(square(size="3")).naive
+
+
+def test_warming_runs_everything_and_times_nothing(monkeypatch, capsys):
+    seen = []
+    peer = Impl(lambda x: (seen.append(1), x * x)[1])
+    monkeypatch.setattr(bench, "cases", lambda *_: [square(size=size, peers={"p": peer}) for size in "12"])
+    monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("timed"))
+    assert bench.main(["gelu", "--warm", "--device", "cpu", "--without-sizes", "1"]) == 0
+    assert seen == [1] and "square  2  fp32" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "cases", lambda *_: [square(ours=lambda x: x.no_such)])
+    assert bench.main(["gelu", "--warm", "--device", "cpu"]) == 1
+
+
+def test_what_is_measured_is_kept_case_by_case(tmp_path, monkeypatch):
+    def cases(*_):
+        yield square()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "cases", cases)
+    file = tmp_path / "x.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["gelu", "--device", "cpu", "--seconds", "0", "--json", str(file)])
+    assert {row["op"] for row in json.loads(file.read_text())["cases"]} == {"square"}

@@ -45,7 +45,8 @@ def test_gsplat_agrees_but_along_the_quaternion(monkeypatch):
 
 
 def test_gsplat_is_called_with_the_same_scene(monkeypatch):
-    camera, background = Camera.orbit([0.3], [0.2], 2.0, 0.7, 32, 16), torch.tensor([[0.2, 0.4, 0.6]])
+    camera = Camera.orbit([0.3], [0.2], 2.0, 0.7, 32, 16)
+    background = torch.tensor([[0.2, 0.4, 0.6]])
     scene, seen = gaussians("small", 0), []
 
     def rasterization(*args, **options):
@@ -74,20 +75,23 @@ def test_nvdiffrast_draws_the_same_picture(monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["spconv", "spconv_triton", "flex_gemm"])
-def test_convolutions_of_others_get_our_weights_and_make_their_neighbours_once(monkeypatch, package):
+def test_other_convolutions_get_our_weights_and_make_their_map_once(monkeypatch, package):
     cache, generator = SpatialCache(batch(shell("sphere", 8))), torch.Generator().manual_seed(0)
     stand_ins.install(monkeypatch, flex_gemm__ops__spconv=stand_ins.FLEX_GEMM)
     stand_ins.install(monkeypatch, **{f"{package}__pytorch": stand_ins.SPCONV})
     monkeypatch.setattr(stand_ins.SubMConv3d, "made", 0)
-    peer = _flex_gemm(cache) if package == "flex_gemm" else _spconv(package, cache, 4, 6, "fp32", CPU)
+    spconv = lambda: _spconv(package, cache, 4, 6, "fp32", CPU)
+    peer = _flex_gemm(cache) if package == "flex_gemm" else spconv()
     near = neighbours(cache.coords, 3)
     for _ in range(2):
         shapes = (272, 4), (6, 3, 3, 3, 4), (6,)
-        x, weight, bias = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
+        random = lambda shape: torch.randn(shape, generator=generator, requires_grad=True)
+        x, weight, bias = map(random, shapes)
         got, expected = peer.run(x, weight, bias), sparse_conv(x, weight, bias, near)
         assert torch.equal(got, expected)
-        grads = [torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (got, expected)]
-        assert all(map(torch.equal, *grads))
+        wrt = x, weight, bias
+        grads = lambda out, wrt=wrt: torch.autograd.grad(out.square().sum(), wrt)
+        assert all(map(torch.equal, grads(got), grads(expected)))
     assert stand_ins.SubMConv3d.made == 1
 
 
@@ -120,7 +124,8 @@ def test_fused_ssim_is_called_with_our_pictures(monkeypatch):
 def test_flash_attn_gets_segments_of_16_bit_numbers(monkeypatch, dtype):
     stand_ins.install(monkeypatch, flash_attn=stand_ins.FLASH_ATTN)
     name = "flash_attn, rows gathered before"
-    case = attention_case("window_attention", "sphere", dtype, batch(shell("sphere", 8)), 2, 16, CPU)
+    coords = batch(shell("sphere", 8))
+    case = attention_case("window_attention", "sphere", dtype, coords, 2, 16, CPU)
     case = replace(case, peers={name: case.peers[name]}, naive=False)
     agrees, missing = measure.verdicts(case, case.inputs(0))
     if dtype == "bf16":

@@ -1,11 +1,12 @@
-"""python -m train.timing DECODER --json FILE [--steps N] [--warm-up N] [FLAG VALUE ...]   (flags of train.DECODER)
+"""Time training steps as they are trained, data loading apart, and profile a few of them.
 
-Times training steps as they are trained, data loading apart, then profiles a few of them: every kernel with
-its calls and time, how long the device was busy, the most memory that was held. Results are written as they
-come, so what is stopped keeps what it has. `--steps 0` only compiles: for several of these at once before one
-is timed alone.
+    python -m train.timing DECODER --json FILE [--steps N] [--warm-up N] [flags of train.DECODER]
 
-On a CPU the profile is that of torch's functions, which holds those they call, and says nothing of a GPU.
+The profile has every kernel's calls and time, and how long the device was busy; beside it stands
+the most memory that was held. Results are written as they come, so what is stopped keeps what it
+has. `--steps 0` only compiles: several of these run at once before one is timed alone.
+
+On a CPU the profile is that of torch's functions, those they call included: no word on a GPU.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from train.losses import Pictures
 from train.machine import machine
 from train.surfaces import Surfaces
 
-DECODERS = {"gaussian": (gaussian, Pictures), "radiance": (radiance, Pictures), "mesh": (mesh, Surfaces)}
+DECODERS = {  # the script, and what compares its scenes
+    "gaussian": (gaussian, Pictures), "radiance": (radiance, Pictures), "mesh": (mesh, Surfaces),
+}  # fmt: skip
 Interval = tuple[str, float, float]  # name, start and end in microseconds
 
 
@@ -103,7 +106,7 @@ class Timed:
 
 
 def measure(run: Run, warm_up: int, steps: int, profiled: int) -> Iterator[dict]:
-    """The results so far: after the first steps, after those that are timed, after those that are profiled."""
+    """The results so far: after the first steps, the timed ones, and the profiled ones."""
     batches, timed, config = iter(run.objects.steps()), Timed(run), run.config
     first = [timed.ms(next(batches)) for _ in range(warm_up)]
     result = {
@@ -125,10 +128,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("decoder", choices=list(DECODERS))
     parser.add_argument("--json", type=Path, required=True, help="where the results are written")
     parser.add_argument("--warm-up", type=int, default=6, help="steps before the clock")
-    parser.add_argument("--steps", type=int, default=12, help="steps that are timed; 0 only compiles")
+    parser.add_argument("--steps", type=int, default=12, help="timed ones; 0 only compiles")
     args, flags = parser.parse_known_args(argv)
     if args.warm_up < 1 or args.steps < 0:
-        parser.error(f"--warm-up {args.warm_up} must be at least 1, --steps {args.steps} not below 0")
+        parser.error(f"--warm-up {args.warm_up} must be at least 1, --steps {args.steps} at least 0")
     return args, flags
 
 
@@ -137,14 +140,15 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = _parse(argv)
     module, compare = DECODERS[args.decoder]
     config = from_cli(args.decoder, module.PRESETS, flags)
-    with tempfile.TemporaryDirectory() as folder, machine(config.device, config.deterministic) as here:
+    where = machine(config.device, config.deterministic)
+    with tempfile.TemporaryDirectory() as folder, where as here:
         config = replace(config, out=folder, steps=args.warm_up + args.steps)
         run = Run(args.decoder, config, module.build, here, compare)
         for result in measure(run, args.warm_up, args.steps, min(3, args.steps)):
             write_whole(args.json, json.dumps(result, indent=1) + "\n")
             told = {key: value for key, value in result.items() if key != "kernels"}
-            print(", ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}"
-                            for key, value in told.items()), flush=True)  # fmt: skip
+            text = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
+            print(", ".join(f"{key} {text(value)}" for key, value in told.items()), flush=True)
         for row in result.get("kernels", [])[:20]:
             print(f"{row['ms']:9.3f} ms  {row['calls']:7.1f} x  {row['kernel'][:100]}", flush=True)
 
