@@ -3,10 +3,11 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 GRACE = 15.0  # seconds to save what there is, after the first signal
@@ -76,18 +77,19 @@ class Jobs:
     environment: Mapping[str, str]
     meanwhile: Callable[[], object] = lambda: None  # called again and again while commands run
     grace: float = GRACE
+    stopped: threading.Event = field(default_factory=threading.Event)  # set: every limit is now
 
     def run(
         self, commands: Mapping[str, Sequence[str]], until: float, at_once: int = 1
     ) -> dict[str, Ended]:
         """How each of the commands ended; what runs at `until` (of time.monotonic) is stopped.
 
-        They get SIGINT, and what is left of their process groups SIGKILL after a grace. No group is
-        left behind, whatever ends this.
+        May be called by several threads. What is stopped gets SIGINT, and what is left of its
+        process group SIGKILL after a grace. No group is left behind, whatever ends this.
         """
         waiting, running, ended = dict(commands), {}, {}
         with ExitStack() as stack:
-            while (waiting or running) and time.monotonic() < until:
+            while (waiting or running) and time.monotonic() < until and not self.stopped.is_set():
                 while waiting and len(running) < at_once:
                     name = next(iter(waiting))
                     command = waiting.pop(name)

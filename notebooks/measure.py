@@ -28,7 +28,10 @@ import signal
 import sys
 import tarfile
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -73,22 +76,24 @@ class Record:
 
     def __init__(self, out: Path, state: Path, facts: dict):
         self.out, self.state, self.facts, self.packed = out, state, facts, 0.0
+        self.lock = threading.Lock()
         self.steps = steps.read(state / "steps.json", {})
         (state / "logs").mkdir(parents=True, exist_ok=True)
 
     def note(self, step: str, result: dict) -> None:
         """Keep and show a step's result."""
-        self.steps[step] = result
-        (self.state / "steps.json").write_text(json.dumps(self.steps))
-        self.pack()
+        with self.lock:
+            self.steps[step] = result
+            (self.state / "steps.json").write_text(json.dumps(self.steps))
+            self._pack()
 
-    def now_and_then(self) -> None:
-        """Show what there is, but not all the time."""
-        if time.monotonic() - self.packed > PACK:
-            self.pack()
+    def pack(self, every: float = 0.0) -> None:
+        """Show what there is, if that was not done within `every` seconds."""
+        with self.lock:
+            if time.monotonic() - self.packed >= every:
+                self._pack()
 
-    def pack(self) -> None:
-        """Write OUT: at most six files, whole at any moment."""
+    def _pack(self) -> None:  # OUT: at most six files, whole at any moment
         measured = steps.read(self.state / "bench.json", {})
         times = {"ceilings": {}, "cases": [], "missing": []}
         times = {key: measured.get(key, empty) for key, empty in times.items()}
@@ -111,17 +116,17 @@ class Record:
         self.packed = time.monotonic()
 
 
-def carry_out(names: list[str], here: steps.Here, record: Record, end: float) -> list[str]:
-    """Run steps until `end` of time.monotonic(); which of them have not passed."""
+def carry_out(names: list[str], here: steps.Here, record: Record, end: float) -> None:
+    """Run steps, one after another, until `end` of time.monotonic()."""
     plan = [Step(name, *PLAN[name]) for name in names if not passed(record, name)]
     print("".join(f"{name}: passed before\n" for name in names if passed(record, name)), end="")
-    while plan:
+    while plan and not here.jobs.stopped.is_set():
         step, seconds = plan[0], allotted(end - time.monotonic(), plan)
         plan = plan[1:]
         if seconds is None:
             before = record.steps.get(step.name, {})
             record.note(step.name, before or {"status": "left out", "why": "no time"})
-            print(f"{step.name}: no time", flush=True)
+            print(f"{step.name}: left out, no time", flush=True)
             continue
         began = time.monotonic()
         here.until = began + seconds
@@ -129,8 +134,18 @@ def carry_out(names: list[str], here: steps.Here, record: Record, end: float) ->
         result = getattr(steps, step.name)(here)
         took = {"seconds": round(time.monotonic() - began, 1), "limit": round(seconds, 1)}
         record.note(step.name, result | took)
-        print(f"    {brief(result)} ({took['seconds']} s)", flush=True)
-    return [name for name in names if not passed(record, name)]
+        print(f"{step.name}: {brief(result)} ({took['seconds']} s)", flush=True)
+
+
+def side_by_side(lanes: list[list[str]], here: steps.Here, record: Record, end: float) -> None:
+    """Carry out lists of steps; what ends one of them, or this, ends all their commands."""
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        try:
+            begun = [pool.submit(carry_out, lane, replace(here), record, end) for lane in lanes]
+            for lane in begun:
+                lane.result()
+        finally:
+            here.jobs.stopped.set()
 
 
 def passed(record: Record, name: str) -> bool:
@@ -203,17 +218,20 @@ def main(argv: list[str] | None = None) -> int:
         known = [name, facts["torch"], facts["triton"], sources()]
         state = work / "-".join(known if args.data else [*known, "rehearsal"])
         record = Record(args.out, state, facts)
-        jobs = Jobs(state / "logs", ROOT, _environment(work), record.now_and_then)
+        jobs = Jobs(state / "logs", ROOT, _environment(work), lambda: record.pack(PACK))
         cores = len(os.sched_getaffinity(0))
         here = steps.Here(state, args.data and args.data.resolve(), jobs, cores)
         names = [name for name in PLAN if name in (args.only or PLAN) and name not in args.skip]
+        # what is timed wants the machine for itself; the times of a rehearsal say nothing
+        lanes = [names] if args.data else [names[::2], names[1::2]]
         try:
-            open_ = carry_out(names, here, record, end)
+            side_by_side(lanes, here, record, end)
         finally:
             record.pack()
     failed = [name for name in names if record.steps[name]["status"] == "failed"]
-    print(f"not passed: {', '.join(open_)}" if open_ else "every step passed", flush=True)
-    return int(bool(open_ if args.rehearse else failed))
+    rest = [name for name in names if not passed(record, name)]
+    print(f"not passed: {', '.join(rest)}" if rest else "every step passed", flush=True)
+    return int(bool(rest if args.rehearse else failed))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Here:
 
     def ops(self) -> list[str]:
         """What is measured."""
-        return OPS if self.data else ["pool", "cache_hit"]
+        return OPS if self.data else ["pool"]
 
     def size(self, preset: str, decoder: str) -> list[str]:
         """Flags of a training: a preset on DATA, or the demo in small."""
@@ -100,7 +100,7 @@ def tests(here: Here) -> dict:
     passed.write_text("".join(f"{line}\n" for line in lines(reports)))  # it stays as it is
     command = [*PYTEST, "--reports", str(reports), "--passed", str(passed)]
     if find_spec("xdist"):
-        command += ["-n", str(max(2, here.cores - 2)), "--dist", "load"]
+        command += ["-n", str(max(1, here.cores - 2)), "--dist", "load"]
     command += ["--deselect", EXECUTED] if here.data else ["tests/test_camera.py"]
     ended = here.run({"tests": command})
     rows = {row["id"]: row for row in map(json.loads, lines(reports))}
@@ -246,6 +246,6 @@ def sanitizer(here: Here) -> dict:
         checked = [program, "--tool", tool, "--error-exitcode", "1", sys.executable]
         commands[tool] = [*checked, *PYTEST, "-m", "sanitizer", "--cases", "2"]
     # without torch's cache every tensor is an allocation of its own, and reading beyond it is seen
-    uncached = here.jobs.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    jobs = Jobs(here.jobs.logs, here.jobs.cwd, uncached, here.jobs.meanwhile)
+    uncached = dict(here.jobs.environment) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    jobs = replace(here.jobs, environment=uncached)
     return verdict(jobs.run(commands, here.until, 2))
