@@ -4,9 +4,10 @@ Times every op forward and backward against its floor on this device and against
 imported, in the same run, after checking that they agree (kernels.measure says how). On a CPU, what is measured is the
 torch path against the naive reference: that says nothing about the kernels.
 
---errors prints instead how far each implementation is from the reference in float64, by type; on a CPU with
-TRITON_INTERPRET=1 the kernels too, interpreted. --json writes
-{device, driver, torch, triton, commit, date, ceilings, cases, missing}; PATH may be a folder, in which the file is named
+--errors prints instead, as they come, how far each implementation is from the reference in float64,
+by type; on a CPU with TRITON_INTERPRET=1 the kernels too, interpreted. --warm compiles everything and
+times nothing. --json writes {device, driver, torch, triton, python, commit, date, ceilings, cases,
+missing}; PATH may be a folder, in which the file is named
 after the device. Exit status 1: ours failed or two implementations disagree.
 
 A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields kernels.measure.Case.
@@ -22,14 +23,27 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
 
 from kernels.checks import new_file
-from kernels.measure import DTYPES, OURS, Case, Ceilings, Clock, errors, measure, measure_ceilings
+from kernels.measure import (
+    DTYPES,
+    NAIVE,
+    OURS,
+    Case,
+    Ceilings,
+    Clock,
+    errors,
+    measure,
+    measure_ceilings,
+    verdicts,
+)
 from kernels.peers import KNOWN, optional
 
 # Op -> the module with its cases. Looked up by name, and only when asked for: kernels imports nothing that stands on it
@@ -103,7 +117,8 @@ def facts(device: torch.device) -> dict:
     commit = _ask("git", "rev-parse", "--short=12", "HEAD")
     changed = _ask("git", "status", "--porcelain", "--untracked-files=no") not in ("unknown", "")
     return {
-        "device": device_name(device), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
+        "device": device_name(device), "driver": driver, "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(),
         "commit": commit + ("+changes" if changed else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
@@ -124,16 +139,14 @@ def lines(rows: list[dict]) -> Iterator[str]:
         yield f"    {row['impl']:<50} {time}"
 
 
-def error_table(rows: list[dict]) -> str:
-    """Markdown: largest difference over largest value, of the output and of the worst gradient; below it, what did not run."""
-    table = ["| op | size | type | implementation | output | gradient |", "|---|---|---|---|---|---|"]
+ERROR_TABLE = "| op | size | type | implementation | output | gradient |\n|---|---|---|---|---|---|"
+
+
+def error_line(row: dict) -> str:
+    """Markdown: largest difference over largest value, of the output and of the worst gradient."""
     number = lambda x: "-" if x is None else f"{x:.1e}"
-    for row in rows:
-        if "why" not in row:
-            cells = [row["op"], row["size"], row["dtype"], row["impl"], number(row["output"]), number(row["gradient"])]
-            table.append("| " + " | ".join(cells) + " |")
-    reasons = dict.fromkeys(f"- {row['impl']}: {row['why']}" for row in rows if "why" in row)
-    return "\n".join([*table, "", *(["Not run:", "", *reasons] if reasons else [])])
+    found = [row["why"], "-"] if "why" in row else [number(row["output"]), number(row["gradient"])]
+    return "| " + " | ".join([row["op"], row["size"], row["dtype"], row["impl"], *found]) + " |"
 
 
 def defaults(device: torch.device) -> tuple[str, list[str]]:
@@ -142,18 +155,20 @@ def defaults(device: torch.device) -> tuple[str, list[str]]:
 
 
 def start(device: torch.device, seconds: float = 0.25) -> tuple[Clock, Ceilings]:
-    """The clock, `seconds` a measurement, and this device's ceilings, measured now."""
-    clock = Clock(device, seconds)
+    """The clock, `seconds` a measurement (0: one call on a CPU), and this device's ceilings now."""
+    clock = Clock(device, seconds, least=5 if seconds else 1)
     return clock, measure_ceilings(clock, *((1024, 8192) if device.type == "cuda" else (128, 1024)))
 
 
 def run(
     ops: Sequence[str], size: str, dtypes: list[str], device: torch.device, seconds: float = 0.25,
     report: Callable[[str], object] = print, after: Callable[[dict], object] = lambda result: None,
+    keep: Callable[[Case], Case | None] = lambda case: case,
 ) -> dict:  # fmt: skip
     """Measure ops of OPS on one device: what --json writes, as a dict.
 
-    `report` takes each line of text; `after` the result so far after every op, so that a crash loses one op, not the run.
+    `report` takes each line of text; `after` the result so far after every case, so that a crash
+    loses one case, not the run; `keep` what of a case is measured, see `without`.
     """
     clock, ceilings = start(device, seconds)
     products = ", ".join(f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items())
@@ -161,14 +176,27 @@ def run(
     limits = {"copy_bytes_per_s": ceilings.copy, "product_flops_per_s": ceilings.product}
     result = facts(device) | {"ceilings": limits, "cases": [], "missing": []}
     for op in ops:
-        for case in cases(op, size, dtypes, device):
+        for case in filter(None, map(keep, cases(op, size, dtypes, device))):
             rows, missing = measure(case, clock, ceilings)
             for line in [*lines(rows), *(f"    {row['impl']:<50} {row['why']}" for row in missing)]:
                 report(line)
             result["cases"] += rows
             result["missing"] += missing
-        after(result)
+            after(result)
     return result
+
+
+def without(sizes: str | None, impls: str | None) -> Callable[[Case], Case | None]:
+    """What leaves out cases whose size, and of the others what implementations' names match."""
+
+    def keep(case: Case) -> Case | None:
+        if sizes and re.search(sizes, case.size):
+            return None
+        out = lambda name: bool(impls and re.search(impls, name))
+        peers = {name: impl for name, impl in case.peers.items() if not out(name)}
+        return replace(case, peers=peers, naive=case.naive and not out(NAIVE))
+
+    return keep
 
 
 def kept(result: dict, path: Path, ops: Sequence[str]) -> dict:
@@ -192,7 +220,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--json", type=new_file, help="write the results here, in a folder to a file named after the device; "
         "what that has of other ops on the same device, versions and commit stays",
     )  # fmt: skip
-    parser.add_argument("--errors", action="store_true", help="print errors against float64 instead of times")
+    for flag, what in (
+        ("--without-sizes", "leave out cases whose size matches"),
+        ("--without-impls", "leave out peers, and the naive reference, whose name matches"),
+    ):
+        parser.add_argument(flag, metavar="REGEX", help=what)
+    instead = parser.add_mutually_exclusive_group()
+    for flag, what in (
+        ("--errors", "print errors against float64 instead of times"),
+        ("--warm", "run everything once, for what compiles; several commands may do it at once"),
+    ):
+        instead.add_argument(flag, action="store_true", help=what)
     args = parser.parse_args(argv)
     if not 0 <= args.seconds < math.inf:
         parser.error(f"--seconds {args.seconds} must be finite and at least 0")
@@ -206,26 +244,51 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _errors(args: argparse.Namespace) -> int:
-    rows = []
+def _chosen(args: argparse.Namespace) -> Iterator[Case]:
+    keep = without(args.without_sizes, args.without_impls)
     for op in args.op:
-        for case in cases(op, args.size, args.dtype, args.device):
-            if case.reference is not None:
-                rows += errors(case)
+        yield from filter(None, map(keep, cases(op, args.size, args.dtype, args.device)))
+
+
+def _errors(args: argparse.Namespace) -> int:
     print("\nLargest difference from float64 over the largest value, of the output and of the worst gradient.\n")
-    print(error_table(rows))
-    return int(any(row["impl"] == OURS and "why" in row for row in rows))
+    print(ERROR_TABLE, flush=True)
+    reasons, failed = {}, False
+    for case in _chosen(args):
+        if case.reference is None:
+            continue
+        for row in errors(case):
+            if row.get("why", "failed").startswith("failed"):
+                print(error_line(row), flush=True)
+            else:
+                reasons[f"- {row['impl']}: {row['why']}"] = None
+            failed = failed or (row["impl"] == OURS and "why" in row)
+    print("\n".join(["", *(["Not run:", "", *reasons] if reasons else [])]))
+    return int(failed)
+
+
+def _warm(args: argparse.Namespace) -> int:
+    failed = False
+    for case in _chosen(args):
+        began = time.perf_counter()
+        _, missing = verdicts(case, case.inputs(0))
+        seconds = time.perf_counter() - began
+        print(f"{case.op}  {case.size}  {case.dtype}  {seconds:.1f} s", flush=True)
+        for row in missing:
+            print(f"    {row['impl']:<50} {row['why']}", flush=True)
+            failed = failed or row["impl"] == OURS
+    return int(failed)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = _parse(argv)
     print(", ".join(f"{key} {value}" for key, value in facts(args.device).items()))
-    if args.device.type == "cpu" and not args.errors:
+    if args.device.type == "cpu" and not args.errors and not args.warm:
         print("A CPU: the torch path is measured against the naive reference, not the Triton kernels.")
     print("peers: " + "; ".join(f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN))
-    if args.errors:
-        return _errors(args)
+    if args.errors or args.warm:
+        return _errors(args) if args.errors else _warm(args)
     if args.json and args.json.is_dir():
         args.json /= file_name(device_name(args.device))
 
@@ -233,7 +296,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             args.json.write_text(json.dumps(kept(result, args.json, args.op), indent=1) + "\n")
 
-    result = run(args.op, args.size, args.dtype, args.device, args.seconds, lambda line: print(line, flush=True), save)
+    keep = without(args.without_sizes, args.without_impls)
+    say = lambda line: print(line, flush=True)
+    result = run(args.op, args.size, args.dtype, args.device, args.seconds, say, save, keep)
     failed = any(row["impl"] == OURS for row in result["missing"])
     return int(failed or any(row["agrees"] is False for row in result["cases"]))
 

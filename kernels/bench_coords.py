@@ -108,12 +108,16 @@ def _spconv_map(package: str, resolution: int) -> Impl | str:
 
 
 def _flex_gemm_map(resolution: int) -> Impl | str:
-    """FlexGEMM's neighbour cache of the same convolution."""
+    """FlexGEMM's neighbour cache of the same convolution; versions differ in where it is made."""
     module = optional("flex_gemm.ops.spconv.submanifold_conv3d")
     if isinstance(module, str):
-        return module
+        newer = optional("flex_gemm.ops.spconv.submanifold_conv")
+        if isinstance(newer, str):
+            return module
+        make = newer._compute_neighbor_cache_kernel_dilation
+    else:
+        make = module.SubMConv3dFunction._compute_neighbor_cache
     shape = torch.Size([1, 1, resolution, resolution, resolution])
-    make = module.SubMConv3dFunction._compute_neighbor_cache
     run = lambda coords: make(coords, shape, (3, 3, 3), (1, 1, 1))
     return Impl(run, restore=lambda cache: cache["neighbor_map"].view(torch.int32).sort(1).values)
 

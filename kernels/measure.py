@@ -52,6 +52,7 @@ class Impl:
     prepare: Callable = lambda *args: args  # (*inputs) -> prepared; differentiable
     restore: Callable = lambda out: out
     tolerance: float | None = None  # None: by type
+    compared: Callable = lambda inputs, grads: grads  # what of the gradients, ours too, is compared
 
 
 @dataclass(frozen=True)
@@ -255,15 +256,18 @@ class _Missing:
         self.rows.append({"op": case.op, "size": case.size, "dtype": case.dtype, "impl": impl, "why": why})
 
 
-def _compare(case: Case, first: tuple, missing: _Missing) -> dict[str, bool | None]:
-    """Whether each implementation that runs agrees with ours, and ours with any other; None where nothing is compared."""
-    ours, agrees = None, {}
+def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dict]]:
+    """Whether each implementation that runs agrees with ours on `first`, and ours with any other.
+
+    None where nothing is compared. Then what did not run or disagrees, with the reason.
+    """
+    ours, agrees, missing = None, {}, _Missing(case)
     for name, impl in implementations(case).items():
         if isinstance(impl, str):
             missing.note(name, impl)
             continue
         try:
-            got = [] if case.on_host else sum(evaluate(case, impl, first), [])
+            got = ([], []) if case.on_host else evaluate(case, impl, first)
         except FAILURES as error:
             missing.note(name, f"failed: {_why(error)}")
             continue
@@ -272,14 +276,15 @@ def _compare(case: Case, first: tuple, missing: _Missing) -> dict[str, bool | No
             ours = got
         elif ours is not None:
             limit = impl.tolerance or AGREEMENT[DTYPES.get(case.dtype, torch.float32)]
-            off = difference(got, ours)
+            grads = (impl.compared(first, found) for found in (got[1], ours[1]))
+            off = max(difference(got[0], ours[0]), difference(*grads))
             agrees[name] = off <= limit
             if not agrees[name]:
                 missing.note(name, f"disagrees with {OURS} by {off:.2e} of the largest value, allowed {limit:.2e}")
     compared = [verdict for name, verdict in agrees.items() if verdict is not None]
     if ours is not None and compared:
         agrees[OURS] = any(compared)
-    return agrees
+    return agrees, missing.rows
 
 
 def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], list[dict]]:
@@ -289,8 +294,9 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
     caught, and reported by name.
     """
     torch.compiler.reset()  # so that no case runs into the limit of recompilations and falls back to eager unseen
-    rows, missing, first = [], _Missing(case), case.inputs(0)
-    agrees = _compare(case, first, missing)
+    rows, first = [], case.inputs(0)
+    agrees, known = verdicts(case, first)
+    missing = _Missing(case, known)
     sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, clock.device)))]
     passes = {case.forward_name: case.forward} | ({"backward": case.backward} if case.backward else {})
     for which, stages in passes.items():

@@ -1,5 +1,6 @@
 """Figures of what kernels.bench measured, for notebooks: results of the schema, by device or moment.
 
+A result whose `cases` hold no time, such as a record of tests alone, is described and drawn nowhere.
 `read` takes files, `kernels.bench.run` gives the same dict from the device that is here; a figure has a row of axes for
 every result. Nothing draws by itself: figures are returned.
 """
@@ -34,8 +35,11 @@ def read(folder: Path | str) -> Results:
 def describe(results: Results) -> str:
     """What was measured where, and whether any of it is a GPU's."""
     told = ("device", "date", "commit", "torch", "triton", "driver")
-    lines = [f"{name}: " + ", ".join(f"{key} {result[key]}" for key in told) for name, result in results.items()]
-    if all(result["driver"] == "none" for result in results.values()):
+    lines, measured = [], {name: any(row["median_us"] for row in r["cases"]) for name, r in results.items()}
+    for name, result in results.items():
+        facts = ", ".join(f"{key} {result[key]}" for key in told)
+        lines.append(f"{name}: {facts}" + ("" if measured[name] else " (no op was timed)"))
+    if all(result["driver"] == "none" for name, result in results.items() if measured[name]):
         lines.append("No figure of a GPU is among these: they are a CPU's, of the torch path, and say nothing about the kernels.")
     return "\n".join(lines)
 

@@ -10,19 +10,18 @@ import torch
 from kernels import bench, bench_attention, measure
 from kernels.attention import segment_attention_reference
 from kernels.bench_attention import Layout, _squares, attention_case, attention_work
-from kernels.bench_coords import _spconv_map
 from kernels.bench_mesh import conv_work, parents_read
 from kernels.bench_passes import eager_gelu
 from kernels.bench_radiance import raymarch_work
-from kernels.bench_splat import gaussians, gsplat, splat_cases
+from kernels.bench_splat import gaussians, splat_cases
 from kernels.cache import SpatialCache
-from kernels.camera import Camera
 from kernels.hash import neighbours
 from kernels.measure import INTERPRETED, NAIVE, OURS, Case, Ceilings, Clock, Impl, Work, difference, spread
 from kernels.peers import inductor, optional
 from kernels.shells import batch, shell
 from kernels.window import window_partition
-from tests.conftest import GPU, assert_close
+from tests import stand_ins
+from tests.conftest import GPU
 from train.bench import block_work
 
 CPU = torch.device("cpu")
@@ -208,7 +207,8 @@ def test_the_command_writes_the_schema(tmp_path, capsys):
     (file,) = tmp_path.iterdir()
     assert file.name == file.name.lower() == bench.file_name(bench.device_name(CPU))
     result = json.loads(file.read_text())
-    assert list(result) == [*("device driver torch triton commit date ceilings cases missing").split()]
+    keys = "device driver torch triton python commit date ceilings cases missing"
+    assert list(result) == keys.split()
     assert result["torch"] == torch.__version__ and result["ceilings"]["copy_bytes_per_s"] > 1e6
     assert all(list(row) == bench.COLUMNS for row in result["cases"])
     assert {(r["op"], r["pass"]) for r in result["cases"]} == {
@@ -255,16 +255,17 @@ def test_every_op_has_cases_of_both_sizes(op):
         assert case.op == op and case.forward and case.size
 
 
-def test_a_training_step_is_timed():
+def test_a_training_step_is_timed(monkeypatch):
+    stand_ins.install(monkeypatch, gsplat=stand_ins.GSPLAT)
     (case,) = bench.cases("train_step", "small", ["fp32"], CPU)
     rows, missing = measure.measure(case, FAST, H100)
-    assert [row["impl"] for row in rows] == [OURS, "published composition, padded attention, our splat a view at a time"]
+    composed = "published composition, padded attention, {} a view at a time"
+    others = [composed.format(rasterizer) for rasterizer in ("our splat", "gsplat")]
+    assert [row["impl"] for row in rows] == [OURS, *others]
     for row in rows:
         assert row["pass"] == "step" and row["median_us"] > row["floor_us"] > 0 and row["agrees"] is True
-    assert [(row["impl"], row["why"][:7]) for row in missing] == [
-        ("published composition, padded attention, gsplat a view at a time", "absent:"),
-        ("ours, transformers as CUDA graphs", "absent:"),
-    ]
+    told = [(row["impl"], row["why"][:7]) for row in missing]
+    assert told == [("ours, transformers as CUDA graphs", "absent:")]
 
 
 def test_a_transformer_is_timed_on_the_device_and_on_its_host():
@@ -341,43 +342,6 @@ def test_a_compiled_peer_is_differentiated_again_and_again():
     x = torch.randn(64, 32, requires_grad=True)
     call = measure._backward_call(square(), Impl(inductor(eager_gelu)), [(x,)])
     assert torch.equal(call(0)[0], call(1)[0])
-
-
-def test_gsplat_is_called_with_the_same_scene(monkeypatch):
-    camera, background = Camera.orbit([0.3], [0.2], 2.0, 0.7, 32, 16), torch.tensor([[0.2, 0.4, 0.6]])
-    scene = gaussians("small", 0)
-
-    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **options):
-        assert options["rasterize_mode"] == "antialiased" and options["eps2d"] == 0.1 and options["near_plane"] == 0.2
-        assert (width, height) == (32, 16) and torch.equal(options["backgrounds"], background)
-        # a point straight ahead lands in the middle of the picture, in pixels
-        ahead = Ks[0] @ torch.tensor([0.0, 0.0, 1.0])
-        assert_close(ahead, torch.tensor([16.0, 8.0, 1.0]), 1e-6)
-        assert torch.equal(viewmats, camera.extrinsics) and torch.equal(means, scene[0]) and opacities.ndim == 1
-        assert 0 <= colors.min() and quats.shape[1] == 4 and scales.shape[1] == 3
-        return torch.zeros(1, 16, 32, 3), torch.zeros(1, 16, 32, 1), {}
-
-    monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
-    peer = gsplat(camera, background)
-    color, alpha = peer.restore(peer.run(*scene))
-    assert color.shape == (1, 3, 16, 32) and alpha.shape == (1, 1, 16, 32)
-
-
-@pytest.mark.parametrize("package", ["spconv", "spconv_triton"])
-def test_spconv_is_asked_for_the_same_neighbours(monkeypatch, package):
-    coords = batch(shell("sphere", 8))
-
-    def pairs(indices, batch_size, spatial_shape, algo, ksize, stride, padding, dilation, out_padding, subm):
-        assert (batch_size, spatial_shape, ksize, algo, subm) == (1, [8, 8, 8], [3, 3, 3], "masked", True)
-        return None, None, neighbours(indices, 3).flip(1).T.contiguous()  # [27, N], numbered from the other end
-
-    module = types.SimpleNamespace(ops=types.SimpleNamespace(get_indice_pairs_implicit_gemm=pairs))
-    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-    monkeypatch.setitem(sys.modules, f"{package}.pytorch", module)
-    algorithms = types.SimpleNamespace(ConvAlgo=types.SimpleNamespace(MaskImplicitGemm="masked"))
-    monkeypatch.setitem(sys.modules, f"{package}.core", algorithms)
-    peer = _spconv_map(package, 8)
-    assert torch.equal(peer.restore(peer.run(coords)), neighbours(coords, 3).sort(1).values)
 
 
 def test_the_published_number_of_gaussians():

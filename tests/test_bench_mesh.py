@@ -1,19 +1,11 @@
-"""What the mesh decoder's measurements count, and how they call other people's convolutions."""
+"""What the mesh decoder's measurements count."""
 
-import sys
-import types
-
-import pytest
 import torch
 
 from kernels import bench
-from kernels.bench_mesh import _flex_gemm, _spconv, _surface
-from kernels.cache import SpatialCache
-from kernels.conv import sparse_conv
-from kernels.hash import neighbours
+from kernels.bench_mesh import _surface
 from kernels.isosurface import isosurface
 from kernels.measure import Case, Work
-from kernels.shells import batch, shell
 
 CPU = torch.device("cpu")
 
@@ -46,56 +38,3 @@ def test_bytes_of_a_surface_and_its_picture_by_hand():
     moved = 4 * (6 * P + 3 * F + 11 * 48 * 48)
     assert (picture.forward, picture.backward) == ([Work(moved)], [Work(2 * moved)])
     assert picture.reference is not None and picture.naive
-
-
-class Convolution(torch.nn.Module):
-    """SubMConv3d with its neighbours in the input's dictionary, as spconv keeps them: a layer adds to a copy."""
-
-    made = 0
-
-    def __init__(self, Ci, Co, kernel_size, indice_key):
-        super().__init__()
-        self.key = indice_key
-        self.weight, self.bias = torch.nn.Parameter(torch.zeros(Co, 3, 3, 3, Ci)), torch.nn.Parameter(torch.zeros(Co))
-
-    def forward(self, x):
-        known = dict(x.indice_dict)
-        if self.key not in known:
-            Convolution.made += 1
-            known[self.key] = neighbours(x.indices, 3)
-        return types.SimpleNamespace(features=sparse_conv(x.features, self.weight, self.bias, known[self.key]), indice_dict=known)
-
-
-def voxels_of_spconv(features, indices, spatial_shape, batch_size, indice_dict):
-    assert (spatial_shape, batch_size) == ([8, 8, 8], 1)
-    return types.SimpleNamespace(features=features, indices=indices, indice_dict=indice_dict)
-
-
-def conv3d_of_flex_gemm(feats, coords, shape, weight, bias, neighbor_cache):
-    assert shape == (1, 1, 8, 8, 8)
-    if neighbor_cache is None:
-        Convolution.made += 1
-        neighbor_cache = neighbours(coords, 3)
-    return sparse_conv(feats, weight, bias, neighbor_cache), neighbor_cache
-
-
-@pytest.mark.parametrize("package", ["spconv", "spconv_triton", "flex_gemm"])
-def test_convolutions_of_others_get_our_weights_and_make_their_neighbours_once(monkeypatch, package):
-    cache, generator = SpatialCache(batch(shell("sphere", 8))), torch.Generator().manual_seed(0)
-    spconv = types.SimpleNamespace(SubMConv3d=Convolution, SparseConvTensor=voxels_of_spconv)
-    flex_gemm = types.SimpleNamespace(sparse_submanifold_conv3d=conv3d_of_flex_gemm)
-    for name, module in ((f"{package}.pytorch", spconv), ("flex_gemm.ops.spconv", flex_gemm)):
-        for parent in (name.split(".")[0], ".".join(name.split(".")[:-1])):
-            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(Convolution, "made", 0)
-    peer = _flex_gemm(cache) if package == "flex_gemm" else _spconv(package, cache, 4, 6, "fp32", CPU)
-    near = neighbours(cache.coords, 3)
-    for _ in range(2):
-        shapes = (272, 4), (6, 3, 3, 3, 4), (6,)
-        x, weight, bias = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
-        got, expected = peer.run(x, weight, bias), sparse_conv(x, weight, bias, near)
-        assert torch.equal(got, expected)
-        grads = [torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (got, expected)]
-        assert all(map(torch.equal, *grads))
-    assert Convolution.made == 1

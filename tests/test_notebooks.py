@@ -49,7 +49,9 @@ def test_runs_from_top_to_bottom(file):
     text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
     assert "as committed: " in text and "disagrees" not in text
     assert GPU or "failed" not in text  # what needs a GPU is absent, which is no failure
-    assert ("No figure of a GPU" in text) == (not GPU and not list((ROOT / "notebooks/results").glob("*.json")))
+    committed = plots.read(ROOT / "notebooks" / "results").values()
+    timed = any(row["median_us"] for found in committed for row in found["cases"])
+    assert ("No figure of a GPU" in text) == (not GPU and not timed)
 
 
 def result(**changes) -> dict:
@@ -72,6 +74,21 @@ def test_results_are_read_and_described(tmp_path):
     (tmp_path / "other.json").write_text('{"device": "x", "cases": []}')
     with pytest.raises(ValueError, match="other.json is not a result of kernels.bench: it has no ceilings, commit, date, driver"):
         plots.read(tmp_path)
+
+
+def test_the_first_run_on_a_gpu_is_a_record_of_tests_that_is_drawn_nowhere():
+    record = plots.read(ROOT / "notebooks" / "results")["nvidia-h200_2026-11-29"]
+    assert record["cases"] == record["missing"] == [] and record["ceilings"] == {}
+    tests = record["tests"]
+    assert tests["passed"] + tests["failed"] + tests["skipped"] == tests["ended"] == 932
+    assert len({row["test"] for row in tests["failures"]}) == tests["failed"] == 12
+    assert all(row["seen"] and row["cause"] for row in tests["failures"])
+    results = {"now": result(driver="none"), "record": record}
+    told = plots.describe(results).splitlines()
+    assert told[1].startswith("record: device NVIDIA H200") and told[1].endswith("(no op was timed)")
+    assert told[2].startswith("No figure of a GPU") and not told[0].endswith(")")
+    assert len(plots.throughput(results, "sort").axes) == len(plots.fractions(results, ["sort"]).axes) == 1
+    assert len(plots.hits_and_misses(results, ["sort"]).axes) == 1
 
 
 def test_throughput_is_rows_over_time_in_order_of_rows():
