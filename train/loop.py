@@ -36,6 +36,7 @@ from train.losses import GradClipper, Pictures, kl
 from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
 from train.objects import Objects
 from train.optimizer import LossScale, Optimizer
+from train.threads import computing
 
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
 Compare = type[Pictures]  # what compares scenes with a batch: Pictures, or a class with the same methods
@@ -315,6 +316,8 @@ def main(
     with ExitStack() as stack:
         try:
             here = stack.enter_context(machine(config.device, config.deterministic))
+            threads = stack.enter_context(computing(config, here.device))
+            here, config = replace(here, threads=threads), replace(config, threads=config.threads or threads.number)
             if here.leads and config.resume:
                 stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
             run = Run(script, config, build, here, compare)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # of the quintic iteration that is steepest at 0, as published
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.775,
+    2.0315,
+)  # of the quintic iteration that is steepest at 0, as published
 ITERATIONS = 5
 LEAST_NORM = 1e-7
 
