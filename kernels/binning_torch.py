@@ -2,8 +2,9 @@
 
 A pair contributes to the pixels of its rectangle of 16 x 16 tiles where alpha >= 1/255, so there the size of the tiles at work
 is free: an instance is a 4 x 4 tile inside the rectangle which the ellipse alpha = 1/255 reaches. A tile too many costs time,
-a tile too few would be wrong; the threshold itself is applied per pixel, later. Pairs are sorted by depth, emit their rows of
-tiles and these their tiles in that order, and a stable sort by tile keeps it: ties in depth stay in the order of the pairs.
+a tile too few would be wrong; the threshold itself is applied per pixel, later. The pairs of a view are sorted by depth, emit
+their rows of tiles and these their tiles in that order, and a stable sort by tile keeps it: ties in depth stay in the order of
+the pairs.
 """
 
 from typing import NamedTuple
@@ -66,6 +67,8 @@ def bin_torch(
 
     # pair -> rows of tiles, near to far
     order = _ascending(depth)
+    # by view too: the sort by tile then finds its keys nearly in order, and its memory in the cache
+    order = _of(order, _of(view.int(), order).sort(stable=True).indices)
     count = _of(count, order)
     run, offset = _runs(count)
     pair = _of(order, run)
@@ -87,9 +90,10 @@ def bin_torch(
     run, offset = _runs(count)
     tile = _of((_of(view.int(), pair) * rows + row) * columns + begin - offset, run)
     tile += torch.arange(len(run), dtype=torch.int32, device=run.device)
-    listed, permutation = tile.sort(stable=True)
-    pair = _of(pair.int(), _of(run, permutation))
-    length = torch.bincount(listed, minlength=V * rows * columns)
+    tiles = V * rows * columns
+    permutation = tile.to(torch.int16 if tiles < 1 << 15 else torch.int32).sort(stable=True).indices  # shorter keys, less time
+    pair = _of(_of(pair.int(), run), permutation)
+    length = torch.bincount(tile, minlength=tiles)
     start = (length.cumsum(0) - length).int()
     tile = length.nonzero().squeeze(1)
     return Lists(torch.nn.functional.pad(pair, (0, 1), value=P), tile, start[tile], length[tile].int())

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.conftest import golden
 from train.losses import GradClipper
+from train.muon import Muon
 from train.optimizer import LEAST_LOG2, LossScale, Optimizer
 
 
@@ -163,6 +164,29 @@ def test_muon_takes_orthogonal_steps_for_matrices_inside_blocks_alone():
         u, _, v = torch.linalg.svd(upstream[name], full_matrices=False)
         along = torch.diag(u.T @ moved[1][name] @ v.T) / -(2 * 0.01 * 0.2 * max(shapes[name]) ** 0.5)
         assert (along - 1).abs().max() < 0.4 and (moved[1][name] - moved[0][name]).abs().max() > 1e-3
+
+
+def test_muon_is_that_of_torch():
+    """Its steps, but for the 8 bits that torch computes them with; matrices of one shape are handled together."""
+    torch.manual_seed(0)
+    shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
+    start = [torch.randn(shape) for shape in shapes]
+    upstream = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    ends, states = [], []
+    for make in (lambda p: torch.optim.Muon(p, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), lambda p: Muon(p, 0.1)):
+        parameters = [nn.Parameter(t.clone()) for t in start]
+        method = make(parameters)
+        method.param_groups[0]["lr"] = 0.5
+        for gradients in upstream:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient.clone()
+            method.step()
+        ends.append(parameters)
+        states.append([method.state[p] for p in parameters])
+    for theirs, ours, before in zip(*ends, start, strict=True):
+        assert (theirs - ours).norm() < 0.02 * (theirs - before).norm()
+    for theirs, ours in zip(*states, strict=True):
+        assert theirs.keys() == ours.keys() and torch.equal(theirs["momentum_buffer"], ours["momentum_buffer"])
 
 
 def test_averaged_weights_are_swapped_in_and_out():

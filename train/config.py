@@ -92,6 +92,10 @@ class Config:
         "its host; 0: nowhere"
     )  # fmt: skip
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
+    threads: int = flag(
+        0, "threads that torch computes with on a CPU; 0: what OMP_NUM_THREADS says, else one, or one a CPU for a large model; "
+        "recorded, because it changes how sums are rounded"
+    )  # fmt: skip
     sample_every: int = flag(1000, "steps between sample pictures and curves")
     save_every: int = flag(1000, "steps between checkpoints")
     eval_objects: int = flag(64, "most objects of each kind in the evaluation at the end")
@@ -120,7 +124,7 @@ class Config:
                      "eval_objects"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "warmup", "cuda_graphs"):
+        for name in ("seed", "workers", "threads", "warmup", "cuda_graphs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.image_size < 16:

@@ -39,6 +39,7 @@ from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_
 from train.objects import Objects
 from train.optimizer import LossScale, Optimizer
 from train.progress import Progress
+from train.threads import computing
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
@@ -340,6 +341,8 @@ def main(
         try:
             here = stack.enter_context(machine(config.device, config.deterministic))
             folder = config.resume
+            threads = stack.enter_context(computing(config, here.device))
+            here, config = replace(here, threads=threads), replace(config, threads=config.threads or threads.number)
             if here.leads and config.resume:
                 stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
             began = Run(script, config, build, here, compare)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.threads import Threads
+
 
 def world_size() -> int:
     """How many ranks torchrun started; 1 without it."""
@@ -26,6 +28,7 @@ class Machine:
     device: torch.device
     rank: int
     world: int
+    threads: Threads | None = None  # that torch computes with on the CPU
 
     @property
     def leads(self) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from train.muon import Muon
+
 LEAST_LOG2 = -40.0  # below it no fp16 gradient is left
 
 
@@ -46,8 +48,8 @@ class Optimizer:
     """AdamW over named fp32 parameters with everything that surrounds a step.
 
     `clip(parameters) -> norm` clips their gradients in place and returns the norm before (a tensor or a float).
-    `muon` gives the matrices inside blocks orthogonal steps instead (Muon, Jordan et al. 2024), as large as AdamW's would
-    be (arXiv 2502.16982), so that one learning rate serves all.
+    `muon` gives the matrices inside blocks orthogonal steps instead (train.muon), as large as AdamW's would be, so that one
+    learning rate serves all.
     Raises ValueError for parameters that are not fp32: eps = 1e-8 is zero in fp16, and the first step would give NaN.
     """
 
@@ -68,7 +70,7 @@ class Optimizer:
         others = [p for name, p in self.parameters.items() if not (muon and _is_hidden_matrix(name, p))]
         self.methods: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, weight_decay=weight_decay, foreach=True)]
         if hidden:
-            self.methods.append(torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.methods.append(Muon(hidden, weight_decay))
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.steps = self.skipped = 0
         self.stuck = 0  # the last steps in a row that were skipped at the least loss scale

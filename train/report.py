@@ -39,13 +39,14 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
     except PackageNotFoundError:
         triton = "absent"
     device = here.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     parts = {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
     schedule = f"{config.lr:g}" + (f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant")
     graphs = f", CUDA graphs up to {config.cuda_graphs:,} voxels" if config.cuda_graphs else ""
     lines = {
         "run": f"{script}, preset {config.preset}, seed {config.seed}" + (", deterministic" if config.deterministic else ""),
         "device": f"{name} x {here.world}" if here.world > 1 else name,
+        "threads": str(here.threads or torch.get_num_threads()),
         "backend": f"{backend.name(torch.empty(0, device=device))} kernels, {config.precision} activations, fp32 weights{graphs}",
         "versions": f"torch {torch.__version__}, triton {triton}, python {platform.python_version()}",
         "parameters": ", ".join(f"{part} {count:,}" for part, count in parts.items()),
