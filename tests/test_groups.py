@@ -46,6 +46,7 @@ def test_a_signal_to_the_group_stops_the_run_after_its_step_and_saves(shoot, num
 def test_a_killed_worker_ends_the_run_with_a_line(shoot):
     run = shoot(signal.SIGKILL, 2, "worker")
     assert run["status"] == 1 and run["gone"] and "Traceback" not in run["said"]
+    assert run["saved"] == [f"step_{run['steps']:08d}.safetensors"]
     line = rf"error: data worker \d \(process {run['worker']}\) was ended by SIGKILL, perhaps because memory ran out"
     assert re.search(line, run["said"]), run["said"]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._utils import ExceptionWrapper
 
 from tests.test_data import BB, make
 from tests.test_train import TINY, fresh, refused, rows, state, train
@@ -42,16 +41,6 @@ def test_an_object_that_breaks_a_run_is_named_and_the_run_can_go_on(tmp_path, ca
         file.write_bytes(content)
     train("--resume", out)
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
-
-
-def test_an_error_in_a_data_worker_is_told_without_its_traceback():
-    try:
-        raise ValueError("000.png is truncated")
-    except ValueError:
-        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(ValueError) as caught:
-        wrapped.reraise()
-    assert "Traceback" in str(caught.value) and loop._reason(caught.value) == "000.png is truncated"
 
 
 def test_steps_are_saved_before_their_picture_is_drawn(tmp_path, capsys, monkeypatch):

@@ -354,7 +354,7 @@ def main(
         except (ValueError, OSError, KeyboardInterrupt) as error:
             stopped = isinstance(error, KeyboardInterrupt)
             diverged = run is not None and isinstance(error, NotFinite)
-            what = "interrupted" if stopped else f"error: {_reason(error)}"
+            what = "interrupted" if stopped else f"error: {error}"
             lines = [f"python -m train.{script}: {what}"]
             if run:
                 lines.append((way_back if diverged else way_on)(script, run.folder))
@@ -366,9 +366,3 @@ def main(
             if run:
                 print(way_on(script, run.folder), file=sys.stderr)
             raise
-
-
-def _reason(error: Exception) -> str:
-    """What the error says, without the traceback that a data worker puts before it."""
-    text = str(error)
-    return text.strip().rpartition(f"\n{type(error).__name__}: ")[2] if text.startswith("Caught ") else text
