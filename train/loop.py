@@ -144,7 +144,11 @@ class Run:
         return to_device(torch.cat(noise), self.here.device), to_device(torch.cat(black_or_white), self.here.device)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Train one step on this rank's micro-batches; returns its row of the log, means over all ranks."""
+        """Train one step on this rank's micro-batches; returns its row of the log, means over all ranks.
+
+        The host waits for a GPU twice, for the norm of the gradients and for the row, and in each micro-batch where
+        SparseTensor, the renderers and isosurface say that they read: never in a backward pass.
+        """
         begin, device = time.perf_counter(), self.here.device
         seed_all(self.config.seed, self.done, self.here.rank)
         self.vae.train()
