@@ -147,6 +147,7 @@ class Camera:
 
         Valid at the poles too. Pixels are square. Raises ValueError for arguments of unequal lengths, and for numbers that are
         not finite, a pitch beyond the poles, a radius that is not above 0 or a fov not between 0 and pi (unread on a GPU).
+        Numbers of the host are copied to a GPU one argument after the other, and each copy waits.
         """
         values = [
             _numbers("yaw", yaw, -math.inf, math.inf, "radians", device),

@@ -304,9 +304,8 @@ def projections(d: Draw) -> Case:
     starts, face_starts, vertices, _, view_scene = _scenes(d, 60, 4)
     view = meshes.cameras(len(view_scene), 1, 1, d.pick(2.0, 0.5))
     layout = make_mesh_layout(starts, face_starts, view_scene, d.device)
-    tensor = vertices.to(d.device, d.exact()).requires_grad_()
     matrix = projection(view, 1.0, d.pick(3.0, 100.0), torch.float64)
-    there = matrix.to(d.device, d.exact())
+    tensor, there = vertices.to(d.device, d.exact()).requires_grad_(), matrix.to(d.device, d.exact())
 
     def reference(v: Tensor) -> Tensor:
         rows = [to_clip_reference(v[starts[s] : starts[s + 1]], m) for m, s in zip(matrix, view_scene, strict=True)]

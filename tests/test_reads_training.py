@@ -6,12 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kernels.camera import Camera
 from tests.draw import few_programs  # noqa: F401
 from tests.reads import watch_reads
+from tests.test_models import randomize, small_encoder
 from tests.test_train_mesh import data  # noqa: F401
 from train import gaussian, mesh, radiance
 from train.config import from_cli
 from train.data import Batch, collate
+from train.latents import Latents
 from train.loop import Run
 from train.losses import GradClipper, Pictures
 from train.lpips import weight_shapes
@@ -59,6 +62,24 @@ def test_a_step(watched_device, script, data, lpips, tmp_path):  # noqa: F811
     with watch_reads() as seen:
         row = run.step(batches)
     assert row["skipped"] == 0 and len(seen) == READS[script] * len(batches) + STEP
+
+
+def test_the_way_of_a_batch(watched_device, tmp_path):
+    """From pinned memory to latents of a frozen encoder, whose files are compared with an object's voxels once."""
+    coords = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 0], [1, 0, 0, 5]], dtype=torch.int32)
+    view = Camera.orbit([0.0, 1.0, 2.0], 0.3, width=8)
+    host = Batch(torch.ones(3, 5), coords, 2, view, [0, 1, 1], torch.zeros(3, 4, 8, 8), ["a", "b"])
+    latents = Latents(randomize(small_encoder()).to(watched_device), tmp_path)
+    latents(host.to(watched_device))  # makes the files
+    for compared in (2, 0):
+        with watch_reads() as seen:
+            batch = host.pin_memory().to(watched_device, non_blocking=True)
+            assert not seen and len(batch.camera[[2, 0]]) == 2 and len(batch.camera[1]) == 1
+            assert not seen and latents(batch).feats.shape == (3, 4)
+        assert len(seen) == 1 + compared
+    with watch_reads() as seen:
+        host.to(watched_device)
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize("muon", [False, True])
