@@ -116,14 +116,31 @@ def _grid(extent: Sequence[int], window: Sequence[int], shift: Sequence[int]) ->
     return [(e - 1 + s) // w + 1 for e, w, s in zip(extent, window, shift, strict=True)]
 
 
-def _cells(coords: Tensor, window: Sequence[int], shift: Sequence[int], grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Window and cell number of each row, [N] int64: what `_cell` computes."""
+def _cells(
+    coords: Tensor, samples: int, window: Sequence[int], shift: Sequence[int], grid: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Window and cell number of each row, [N] int64: what `_cell` computes, but the number of
+    windows and of cells for a row outside the grid."""
     b, c = coords[:, 0].long(), [coords[:, a + 1].long() + shift[a] for a in range(3)]
+    inside = (coords >= 0).all(1) & (b < samples)
+    for a in range(3):
+        inside &= c[a] < grid[a] * window[a]
     inner = [c[a] % window[a] for a in range(3)]
     c = [c[a] // window[a] for a in range(3)]
     number = ((b * grid[0] + c[0]) * grid[1] + c[1]) * grid[2] + c[2]
-    volume = window[0] * window[1] * window[2]
-    return number, number * volume + (inner[0] * window[1] + inner[1]) * window[2] + inner[2]
+    volume, M = window[0] * window[1] * window[2], samples * grid[0] * grid[1] * grid[2]
+    cell = number * volume + (inner[0] * window[1] + inner[1]) * window[2] + inner[2]
+    return torch.where(inside, number, M), torch.where(inside, cell, M * volume)
+
+
+def _refuse(coords: Tensor, samples: int, extent: Sequence[int]) -> None:
+    """ValueError naming a row that the promised extent or number of samples excludes."""
+    limit = coords.new_tensor([samples, *extent])
+    wrong = ((coords < 0) | (coords >= limit)).any(1)
+    if wrong.any():
+        row = int(wrong.byte().argmax())
+        what = f"outside the extent {list(extent)} of {samples} samples"
+        raise ValueError(f"row {row} of coords is {coords[row].tolist()}: {what}")
 
 
 @torch.library.custom_op("trislat::window_partition", mutates_args=())
@@ -133,17 +150,22 @@ def _partition(
     grid, N = _grid(extent, window, shift), len(coords)
     M, volume = batch_size * grid[0] * grid[1] * grid[2], window[0] * window[1] * window[2]
     cells = M * volume
+    if backend.is_torch(coords):  # where looking is no wait for a GPU
+        _refuse(coords, batch_size, extent)
     if cells > DENSE_CELLS:
-        number, cell = _cells(coords, window, shift, grid)
+        number, cell = _cells(coords, batch_size, window, shift, grid)
         order = cell.argsort(stable=True)
-        edges = torch.arange(M + 1, device=coords.device)
-        return order.int(), torch.searchsorted(number[order], edges, out_int32=True)
+        number, edges = number[order], torch.arange(M + 1, device=coords.device)
+        order = torch.where(number < M, order, -1)
+        return order.int(), torch.searchsorted(number, edges, out_int32=True)
     occupied = coords.new_zeros(cells + 1)  # cell k at k + 1, so that the running sum counts the cells before k
-    order = coords.new_empty(N)
+    order = coords.new_full((N,), -1)
     if backend.is_torch(coords):
-        cell = _cells(coords, window, shift, grid)[1]
+        cell = _cells(coords, batch_size, window, shift, grid)[1]
         occupied[cell + 1] = 1
         before = occupied.cumsum(0, dtype=torch.int32)
+        if int(before[-1]) < N:
+            raise ValueError(f"{N} rows of coords name {int(before[-1])} voxels: some stand there twice")
         order[before[cell].long()] = torch.arange(N, dtype=torch.int32, device=coords.device)
     else:
         launch = (triton.cdiv(N, TILE),)
@@ -181,7 +203,9 @@ def window_partition(
 
     Given a cache nothing waits for the device. Given coords they are checked in one read, as a SpatialCache does; with
     `extent` they are taken at the caller's word instead, unread. Raises ValueError for a window below 1, for wrong coords
-    and batch sizes, and for a window too small for the extent (more windows than can be listed).
+    and batch sizes, and for a window too small for the extent (more windows than can be listed); for an
+    extent below the cache's, and on the torch path for coords beyond it or given twice. The kernels, where
+    a look would wait for the device, leave such a row out: the last positions of `order` are -1.
     """
     window, shift = per_axis(window, "window", 1), per_axis(shift, "shift", None)
     if isinstance(voxels, Tensor) and extent is None:
@@ -191,6 +215,8 @@ def window_partition(
         extent = voxels.extent if extent is None else extent
         if batch_size != voxels.batch_size:
             raise ValueError(f"batch_size {batch_size} of a cache over {voxels.batch_size} samples")
+        if any(e < known for e, known in zip(per_axis(extent, "extent", 1), voxels.extent, strict=True)):
+            raise ValueError(f"extent {extent} is below {list(voxels.extent)}, that of the voxels")
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"coords must be [N, 4] int32, got {list(coords.shape)} {coords.dtype}")
     extent = per_axis(extent, "extent", 1)

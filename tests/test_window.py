@@ -1,5 +1,7 @@
 """Windows: the partition against a dictionary and against the published one; what windows promise to attention."""
 
+import re
+
 import pytest
 import torch
 
@@ -130,10 +132,37 @@ def test_two_launches_whatever_the_batch(kernel_device):
     assert launches == {"_occupy": 1, "_rank": 1}
 
 
-def test_rows_outside_the_promised_extent_write_nowhere(kernel_device):
+def test_rows_outside_the_promised_extent_write_nowhere(kernel_device, monkeypatch):
     coords = torch.tensor([[0, 1, 1, 1], [0, 99, 0, 0], [7, 0, 0, 0], [0, -1, 0, 0]], dtype=torch.int32, device=kernel_device)
     windows = window_partition(coords, 1, 4, 0, extent=4)
-    assert windows.starts.tolist() == [0, 1] and windows.order[0] == 0
+    assert windows.starts.tolist() == [0, 1] and windows.order.tolist() == [0, -1, -1, -1]
+    monkeypatch.setattr("kernels.window.DENSE_CELLS", 0)
+    by_sort = window_partition(coords, 1, 4, 0, extent=4)
+    assert by_sort.starts.tolist() == [0, 1] and by_sort.order.tolist() == [0, -1, -1, -1]
+
+
+@pytest.mark.parametrize("dense", [0, 1 << 25])
+@pytest.mark.parametrize("wrong", [[0, 4, 0, 0], [0, 0, 0, 9], [2, 0, 0, 0], [-1, 0, 0, 0], [0, 0, -1, 0]], ids=str)
+def test_the_torch_path_refuses_rows_outside_the_promised_extent(monkeypatch, dense, wrong):
+    monkeypatch.setattr("kernels.window.DENSE_CELLS", dense)
+    coords = torch.tensor([[0, 1, 1, 1], wrong], dtype=torch.int32)
+    message = rf"row 1 of coords is {wrong}: outside the extent [4, 4, 5] of 2 samples"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        window_partition(coords, 2, 3, extent=(4, 4, 5))
+
+
+def test_the_torch_path_refuses_a_voxel_given_twice():
+    coords = torch.tensor([[0, 1, 1, 1], [0, 2, 1, 1], [0, 1, 1, 1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="3 rows of coords name 2 voxels"):
+        window_partition(coords, 1, 4, extent=4)
+
+
+def test_an_extent_below_that_of_a_cache_is_refused(device):
+    cache = SpatialCache(torch.tensor([[0, 1, 6, 2]], dtype=torch.int32, device=device))
+    for extent in 4, (2, 6, 3):
+        with pytest.raises(ValueError, match=r"is below \[2, 7, 3\], that of the voxels"):
+            window_partition(cache, 1, 4, extent=extent)
+    assert window_partition(cache, 1, 4, extent=(2, 7, 3)).order.tolist() == [0]
 
 
 def test_compiles_without_breaking_the_graph(device):
