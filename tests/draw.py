@@ -198,7 +198,7 @@ def segments(d: Draw) -> Case:
 
 def convolution(d: Draw) -> Case:
     cache, dtype, k = d.cache(60 if d.fast else 30), d.dtype(), d.pick(1, 3, 3)
-    CI, CO = d.width((d.number(1, 40), d.number(1, 40)), (6, 4), (20, 36))
+    CI, CO = d.width((d.number(1, 40), d.number(1, 40)), (6, 4))
     subdivided = k == 3 and d.pick(False, True)
     tensors = [d.normal(len(cache), CI, dtype=dtype), d.normal(CO, k, k, k, CI, spread=(k**3 * CI) ** -0.5)]
     tensors += [d.normal(CO)] * d.pick(0, 1)
