@@ -24,7 +24,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    items[:] = [item for item in items if "torch" not in getattr(getattr(item, "callspec", None), "_idlist", ())]
+    items[:] = [item for item in items if "torch" not in getattr(getattr(item, "callspec", None), "_idlist", ()) and not any(
+        "GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")
+    )]
 
 
 @pytest.fixture(autouse=True)

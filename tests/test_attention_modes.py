@@ -7,7 +7,7 @@ from kernels import backend
 from kernels.attention import rotate_reference, segment_attention, window_attention, window_attention_reference
 from kernels.serialize import serialized_windows
 from kernels.window import Windows
-from tests.conftest import assert_close, assert_same, golden, load_weights
+from tests.conftest import GPU, assert_close, assert_same, golden, load_weights
 from tests.test_window import voxels
 
 
@@ -147,6 +147,7 @@ def test_published_serialized_attention(device, case):
     assert_close(window_attention(qkv, windows), tensors[f"cfg{case}/out"], 1e-5)
 
 
+@pytest.mark.skipif(GPU, reason="a GPU has its own tiles")
 @pytest.mark.parametrize("target, dtype", [("sm_90", torch.float16), ("gfx942", torch.float16)], ids=str)
 def test_tiles_of_gpus(kernel_device, target, dtype):
     windows = listed([140], 100, kernel_device)

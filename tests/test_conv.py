@@ -216,7 +216,7 @@ def test_the_same_bits_twice_and_one_launch_for_a_batch(kernel_device):
 
 
 def test_gradients_of_fp32_weights_do_not_overflow_in_fp16(device):
-    cache, x, weight, bias = inputs([40], 4, 4, dtype=HALF, device=device, extent=(4, 4, 4))
+    cache, x, weight, bias = inputs([40], 6, 4, dtype=HALF, device=device, extent=(4, 4, 4))
     y = sparse_conv(x, weight, bias, neighbours(cache))
     up = torch.full_like(y, 30000.0)
     dweight, dbias = torch.autograd.grad(y, [weight, bias], up)
@@ -250,8 +250,8 @@ def test_registered_as_torch_asks_and_compiles(device):
     taps, order = cache.get(neighbours, 3), cache.get(octant_order)
 
     def both(x, weight, bias):
-        y = sparse_conv(x, weight, None, taps, order=order[0])
-        return y.sum() + subdivide_conv(x, weight, bias, taps).square()
+        y = sparse_conv(x, weight, None, taps)
+        return y.sum() + subdivide_conv(x, weight, bias, taps, order=order).square()
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(x, weight, bias)
     assert torch.equal(compiled, both(x, weight, bias))

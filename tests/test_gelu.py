@@ -71,13 +71,13 @@ def test_strided_inputs_and_gradients(device):
 
 
 def test_the_same_bits_twice(kernel_device):
-    x, bias = normal(700, 64, device=kernel_device), normal(64, device=kernel_device, seed=1)
+    x, bias = normal(700, 96, device=kernel_device), normal(96, device=kernel_device, seed=1)
     runs = [torch.autograd.grad(gelu(x, bias).square().sum(), [x, bias]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_one_launch_a_direction(kernel_device):
-    x, bias = normal(5, 24, device=kernel_device), normal(24, device=kernel_device, seed=1)
+    x, bias = normal(5, 96, device=kernel_device), normal(96, device=kernel_device, seed=1)
     with backend.count_launches() as launches:
         gelu(x, bias).sum().backward()
     assert launches == {"_gelu_fwd": 1, "_gelu_bwd": 1}
@@ -90,7 +90,7 @@ def test_gradients_in_double_precision():
 
 
 def test_compiles_without_breaking_the_graph(device):
-    x, bias = normal(5, 24, device=device), normal(24, device=device, seed=1)
+    x, bias = normal(5, 96, device=device), normal(96, device=device, seed=1)
     compiled = torch.compile(gelu, fullgraph=True, backend="aot_eager")(x, bias)
     assert torch.equal(gelu(x, bias), compiled)
     grads, compiled_grads = (torch.autograd.grad(y.square().sum(), [x, bias]) for y in (gelu(x, bias), compiled))
@@ -98,7 +98,7 @@ def test_compiles_without_breaking_the_graph(device):
 
 
 def test_registered_as_torch_asks(device):
-    x, bias = normal(3, 24, device=device), normal(24, device=device, seed=1)
+    x, bias = normal(3, 96, device=device), normal(96, device=device, seed=1)
     torch.library.opcheck(torch.ops.trislat.gelu, (x, None))
     torch.library.opcheck(torch.ops.trislat.gelu, (x, bias))
 

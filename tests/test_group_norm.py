@@ -23,7 +23,7 @@ def inputs(counts, C, dtype=torch.float32, device=None, seed=0):
     [
         ([70, 0, 1, 190, 0], 40, 5, torch.float32),  # channels that are no power of two; several turns a program
         ([], 32, 32, torch.float32),
-        ([0, 0], 8, 2, torch.float32),
+        ([0, 0], 16, 4, torch.float32),
         ([5], 6, 3, torch.float32),
         ([33, 2], 96, 32, torch.float16),
     ],
