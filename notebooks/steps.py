@@ -153,11 +153,12 @@ def training(here: Here) -> dict:
 
 
 def ops(here: Here) -> dict:
-    """Compiled side by side, then timed alone."""
+    """Compiled side by side where there are several, then timed alone."""
     flags = ["--dtype", "fp16", "--seconds", "0.03"] if here.data else ["--seconds", "0"]
     left = [op for op in here.ops() if op not in read(here.state / "ops.json", [])]
     command = lambda op: ["-m", "kernels.bench", op, *flags, *BRIEF, "--warm"]
-    here.run({f"ops-{op}-warm": command(op) for op in left}, here.cores, share=0.5)
+    if len(left) > 1:
+        here.run({f"ops-{op}-warm": command(op) for op in left}, here.cores, share=0.5)
     return timed(here, "ops", left, [*flags, *BRIEF])
 
 

@@ -235,7 +235,8 @@ def test_every_test_is_reported_and_those_that_passed_are_left_out(tmp_path):
 
 def test_time_that_kernels_share_counts_once():
     kernels = [("a", 0.0, 10.0), ("b", 5.0, 20.0), ("b", 30.0, 40.0), ("a", 31.0, 32.0)]
+    kernels.append(("a", 33.0, 34.0))  # inside another, after one inside it
     assert timing.busy(kernels) == 30 and timing.busy([]) == 0
     assert timing.by_name(kernels, 2) == [
-        {"kernel": "b", "calls": 1.0, "ms": 0.0125}, {"kernel": "a", "calls": 1.0, "ms": 0.0055}
+        {"kernel": "b", "calls": 1.0, "ms": 0.0125}, {"kernel": "a", "calls": 1.5, "ms": 0.006}
     ]  # fmt: skip
