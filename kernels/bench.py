@@ -155,9 +155,13 @@ def defaults(device: torch.device) -> tuple[str, list[str]]:
 
 
 def start(device: torch.device, seconds: float = 0.25) -> tuple[Clock, Ceilings]:
-    """The clock, `seconds` a measurement (0: one call on a CPU), and this device's ceilings now."""
+    """The clock, `seconds` a measurement, and this device's ceilings now.
+
+    0 seconds on a CPU: one call and small ceilings, to see that it runs.
+    """
     clock = Clock(device, seconds, least=5 if seconds else 1)
-    return clock, measure_ceilings(clock, *((1024, 8192) if device.type == "cuda" else (128, 1024)))
+    small = (128, 1024) if seconds else (8, 256)
+    return clock, measure_ceilings(clock, *((1024, 8192) if device.type == "cuda" else small))
 
 
 def run(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kernels import bench
 from kernels.jobs import Ended, Jobs
+from kernels.measure import OURS
 
 DECODERS = ("gaussian", "radiance", "mesh")
 OPS = (  # the most valuable first; train_step is a step of its own
@@ -153,12 +154,13 @@ def training(here: Here) -> dict:
 
 
 def ops(here: Here) -> dict:
-    """Compiled side by side, then timed alone."""
+    """Compiled side by side where there are several, then timed alone."""
     flags = ["--dtype", "fp16", "--seconds", "0.03"] if here.data else ["--seconds", "0"]
-    left = [op for op in here.ops() if op not in read(here.state / "ops.json", [])]
+    left = [op for op in here.ops() if op not in read(here.state / "ops.json", {})]
     command = lambda op: ["-m", "kernels.bench", op, *flags, *BRIEF, "--warm"]
-    here.run({f"ops-{op}-warm": command(op) for op in left}, here.cores, share=0.5)
-    return timed(here, "ops", left, [*flags, *BRIEF])
+    if len(left) > 1:
+        here.run({f"ops-{op}-warm": command(op) for op in left}, here.cores, share=0.5)
+    return timed(here, "ops", here.ops(), [*flags, *BRIEF])
 
 
 def train_step(here: Here) -> dict:
@@ -167,24 +169,36 @@ def train_step(here: Here) -> dict:
     return timed(here, "train_step", ["train_step"], flags)
 
 
-def timed(here: Here, name: str, left: list[str], flags: list[str]) -> dict:
-    """Times of ops into bench.json, one after another; an op that ends the process costs itself."""
-    file, done = here.state / "bench.json", here.state / f"{name}.json"
-    chosen, ended, turn = list(left), {}, 0
+def timed(here: Here, name: str, chosen: list[str], flags: list[str]) -> dict:
+    """Times of ops into bench.json, one after another; an op that ends the process costs itself.
+
+    NAME.json remembers with which status each op ended the process, 0 where it did not.
+    """
+    file, known = here.state / "bench.json", here.state / f"{name}.json"
+    done, ended, turn = read(known, {}), {}, 0
+    left = [op for op in chosen if op not in done]
     while left and time.monotonic() < here.until:
         turn += 1
         command = ["-m", "kernels.bench", *left, *flags, "--json", str(file)]
         ended |= here.run({f"{name}-{turn}": command})
         begun = {row["op"] for row in read(file, {"cases": []})["cases"]}
         last = max((i for i, op in enumerate(left) if op in begun), default=0)
-        # where it ended by itself, that op is the last of all or ended it; stopped, it is run again
-        count = last + (ended[f"{name}-{turn}"].status is not None)
-        done.write_text(json.dumps(read(done, []) + left[:count]))
-        left = left[count:]
-    rows = [row for row in read(file, {"cases": []})["cases"] if row["op"] in chosen]
-    wrong = [row for row in rows if row["agrees"] is False]
-    disagree = dict.fromkeys(f"{row['op']}, {row['size']}: {row['impl']}" for row in wrong)
-    return verdict(ended, rows=len(rows), left=left, disagree=list(disagree))
+        done |= dict.fromkeys(left[:last], 0)
+        status = ended[f"{name}-{turn}"].status
+        if status is not None:  # that op is the last of all or ended it; stopped, it is run again
+            done[left[last]] = 0 if last + 1 == len(left) and status in (0, 1) else status
+        known.write_text(json.dumps(done))
+        left = [op for op in left if op not in done]
+    found = read(file, {"cases": [], "missing": []})
+    rows, missing = ([row for row in found[key] if row["op"] in chosen] for key in ("cases", "missing"))
+    named = lambda row: f"{row['op']}, {row['size']}: {row['impl']}"
+    wrong = {
+        "broke": {op: status for op, status in done.items() if status},
+        "disagree": list(dict.fromkeys(named(row) for row in rows if row["agrees"] is False)),
+        "failed": [f"{named(row)}: {row['why']}" for row in missing if row["impl"] == OURS],
+    }
+    result = verdict(ended, rows=len(rows), left=left, **wrong)
+    return result | ({"status": "failed"} if any(wrong.values()) else {})
 
 
 def pictures(here: Here) -> dict:
