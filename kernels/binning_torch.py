@@ -2,9 +2,9 @@
 
 A pair contributes to the pixels of its rectangle of 16 x 16 tiles where alpha >= 1/255, so there the size of the tiles at work
 is free: an instance is a 4 x 4 tile inside the rectangle which the ellipse alpha = 1/255 reaches. A tile too many costs time,
-a tile too few would be wrong; the threshold itself is applied per pixel, later. The pairs of a view are sorted by depth, emit
-their rows of tiles and these their tiles in that order, and a stable sort by tile keeps it: ties in depth stay in the order of
-the pairs.
+a tile too few would be wrong; the threshold itself is applied per pixel, later. The pairs of a view are
+sorted by depth, emit their rows of tiles and these their tiles in that order, and a stable sort by
+tile keeps it: ties in depth stay in the order of the pairs.
 """
 
 from typing import NamedTuple
@@ -91,7 +91,8 @@ def bin_torch(
     tile = _of((_of(view.int(), pair) * rows + row) * columns + begin - offset, run)
     tile += torch.arange(len(run), dtype=torch.int32, device=run.device)
     tiles = V * rows * columns
-    permutation = tile.to(torch.int16 if tiles < 1 << 15 else torch.int32).sort(stable=True).indices  # shorter keys, less time
+    short = torch.int16 if tiles < 1 << 15 else torch.int32  # half the keys, half the time
+    permutation = tile.to(short).sort(stable=True).indices
     pair = _of(_of(pair.int(), run), permutation)
     length = torch.bincount(tile, minlength=tiles)
     start = (length.cumsum(0) - length).int()

@@ -3,9 +3,10 @@
 P pairs (a Gaussian seen by a view), V views of H x W pixels; N instances (a pair in a 4 x 4 tile that it may touch) and S
 tiles, from kernels.binning_torch. Every tile has a list of instances, near to far. All lists are walked together, SEGMENT
 instances at a time; a tile leaves when all its pixels are finished. Tiles with lists of like length form chunks
-[T, 16 pixels, L instances] of about COLUMNS instances, few enough for a cache, in buffers that are reused: beyond the lists
-memory does not grow with N. Numbers of instances are planes [., T, L], gathered from planes [., P] of pairs, and the backward
-pass adds planes back to those of pairs: sums of rows, or of columns sorted by pair, take several times as long.
+[T, 16 pixels, L instances] of about COLUMNS instances, few enough for a cache, in buffers that are
+reused: beyond the lists memory does not grow with N. Numbers of instances are planes [., T, L],
+gathered from planes [., P] of pairs, and the backward pass adds planes back to those of pairs: sums
+of rows, or of columns sorted by pair, take several times as long.
 
 With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
 weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
@@ -107,7 +108,8 @@ def composite_torch_backward(
     x, y = x.repeat(TILE), x.repeat_interleave(TILE)
     powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])  # about the middle of a tile: nothing cancels
     walks = [_Walk(start, count, segment) for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)]
-    sums = mean.new_zeros(9, len(mean) + 1)  # of slope times 1, d, d^2 (d = mean - pixel), and of the color; of every pair
+    # of every pair: sums of slope times 1, d and d^2 (d = mean - pixel), then of its color's gradient
+    sums = mean.new_zeros(9, len(mean) + 1)
     for walk in reversed(walks):
         entering, passed = passed[len(passed) - len(walk.live) :], passed[: len(passed) - len(walk.live)]
         behind, gradient = arriving[walk.live], upstream[walk.live]
@@ -159,7 +161,8 @@ class _Shader:
         rows, columns = -(-H // TILE), -(-W // TILE)
         corner = torch.stack([tile % columns, tile // columns % rows])[..., None] * TILE
         self.middle = corner.to(mean.dtype) + (TILE - 1) / 2  # [2, S, 1]
-        self.steps = torch.arange(TILE, dtype=mean.dtype, device=mean.device)[:, None] - (TILE - 1) / 2  # [4, 1]
+        steps = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
+        self.steps = steps[:, None]  # [4, 1]
         # e > 0 comes from rounding only, and only where the quadratic form is nearly or not positive definite
         c11, c12, c22 = conic.unbind(1)
         plain = (c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * torch.finfo(mean.dtype).eps) * c11 * c22)
@@ -222,10 +225,13 @@ class _Walk:
         return pair.index_select(0, index.view(-1)).long().view(index.shape)
 
 
-def _add_to_pairs(sums: Tensor, pair: Tensor, moments: Tensor, offset: Tensor, color: Tensor) -> None:
+def _add_to_pairs(
+    sums: Tensor, pair: Tensor, moments: Tensor, offset: Tensor, color: Tensor
+) -> None:
     """Add a chunk's sums over pixels to those of its pairs [9, P + 1], one instance after the other.
 
-    pair [T L]; moments [6, T, L] of 1, x, y, x^2, y^2, xy about a tile's middle, mean - middle [2, T, L], color [3, T, L].
+    pair [T L]; moments [6, T, L] of 1, x, y, x^2, y^2, xy about a tile's middle; offset [2, T, L], the
+    mean less that middle; color [3, T, L].
     """
     once, linear = moments[0], moments[1:3]
     planes = moments.new_empty(9, *once.shape)
@@ -233,7 +239,8 @@ def _add_to_pairs(sums: Tensor, pair: Tensor, moments: Tensor, offset: Tensor, c
     first, second = planes[1:3], planes[3:5]
     torch.mul(offset, once, out=first).sub_(linear)
     torch.addcmul(moments[3:5], offset, first - linear, out=second)
-    torch.addcmul(moments[5], offset[1], first[0], out=planes[5]).addcmul_(offset[0], linear[1], value=-1)
+    mixed = torch.addcmul(moments[5], offset[1], first[0], out=planes[5])
+    mixed.addcmul_(offset[0], linear[1], value=-1)
     planes[6:] = color
     for total, plane in zip(sums, planes, strict=True):
         total.scatter_add_(0, pair, plane.view(-1))

@@ -180,7 +180,10 @@ def _ssim_bwd(
 
 
 def _blur(x: Tensor) -> Tensor:
-    """The window over the last two axes of [..., H, W], a few images at a time: what is read again is still in the cache."""
+    """The window over the last two axes of [..., H, W].
+
+    A few images at a time, so that what is read again is still in the cache.
+    """
     images = x.reshape(-1, *x.shape[-2:])
     few = max(1, CACHED // (x.shape[-1] * x.shape[-2]))
     return torch.cat([_blur_few(part) for part in images.split(few)]).view(x.shape)

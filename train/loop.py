@@ -346,7 +346,8 @@ def main(
             here = stack.enter_context(machine(config.device, config.deterministic))
             folder = config.resume
             threads = stack.enter_context(computing(config, here.device))
-            here, config = replace(here, threads=threads), replace(config, threads=config.threads or threads.number)
+            here = replace(here, threads=threads)
+            config = replace(config, threads=config.threads or threads.number)
             if here.leads and config.resume:
                 stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
             began = Run(script, config, build, here, compare)

@@ -1,7 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum, then a step with the same singular vectors whose singular values are all near 1.
+"""Muon (Jordan et al. 2024): momentum, then a step whose singular values are all near 1.
 
-As torch.optim.Muon, with its coefficients and its state, but matrices of one shape go through the iteration together, and
-on a CPU it computes in fp32: few CPUs multiply 16-bit matrices, and on the others each product is many times slower.
+As torch.optim.Muon, with its coefficients and its state, but matrices of one shape go through the
+iteration together, and on a CPU it computes in fp32: few CPUs multiply 16-bit matrices, and on the
+others each product is many times slower.
 """
 
 from collections import defaultdict
@@ -23,7 +24,7 @@ LEAST_NORM = 1e-7
 def orthogonal(
     matrices: Tensor,  # [n, A, B] float
 ) -> Tensor:  # [n, A, B], in the type it was computed in: bfloat16 on a GPU, as published
-    """Bring every singular value of each matrix to within about 0.3 of 1, and leave its singular vectors."""
+    """Bring every singular value of each matrix to within about 0.3 of 1; its vectors stay."""
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -38,7 +39,10 @@ def orthogonal(
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of matrices [A, B], as large as AdamW's would be: 0.2 sqrt(max(A, B)) times an orthogonal one (arXiv 2502.16982)."""
+    """Steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982): 0.2 sqrt(max(A, B)).
+
+    That factor times the learning rate times an orthogonal matrix.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": 0.0, "weight_decay": weight_decay})

@@ -1,8 +1,9 @@
 """How many threads torch computes with on a CPU: as many as do not harm.
 
-Threads of OpenMP spin where one of them waits for its core: beside a single other busy process two threads on two cores
-are ten to a hundred times slower than one, and where tensors are small they gain a tenth on an idle machine. So small
-models take one thread, large ones a thread a core. The number changes how sums are rounded; a run records it.
+Threads of OpenMP spin where one of them waits for its core: beside a single other busy process two
+threads on two cores are ten to a hundred times slower than one, and where tensors are small they gain
+a tenth on an idle machine. So small models take one thread, large ones a thread a core. The number
+changes how sums are rounded; a run records it.
 """
 
 import os
@@ -100,7 +101,7 @@ def choose(wanted: int, activations: int, environment: Mapping[str, str], cpus: 
 def computing(config: Config, device: torch.device) -> Iterator[Threads]:
     """Choose the threads of a run and compute with them inside the block."""
     before = torch.get_num_threads()
-    # the voxels of a surface are about as many as the squares of a plane; where a GPU computes, nothing here is large
+    # a surface has about as many voxels as a plane; where a GPU computes, nothing here is large
     voxels = config.micro_batch * config.resolution**2 if device.type == "cpu" else 0
     cpus = max(1, available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     threads = choose(config.threads, voxels * config.model.channels, os.environ, cpus)
