@@ -89,6 +89,6 @@ def test_decoders(small):
 def test_what_it_looks_for():
     """What waits for a GPU in a graph, and what cannot be in one."""
     x = torch.zeros(3, device=ELSEWHERE, requires_grad=True)
-    assert copies(graph_of(lambda x: x * torch.tensor([1.0, 2.0, 3.0], device=x.device), x))
+    assert copies(graph_of(lambda x: x * torch.ones(3).to(x.device), x))
     with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="pin_memory"):
         graph_of(lambda x: x * torch.ones(3).pin_memory().to(x.device, non_blocking=True), x)
