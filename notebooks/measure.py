@@ -11,8 +11,8 @@ same bits twice; compute-sanitizer, where it is.
 --minutes is the whole budget. Every step has a share of it and is stopped at its limit; what it has
 by then is kept, and the last steps are left out where time is short. A second call goes on where
 the first ended: tests that passed, ops that were measured and steps that passed are not run again.
-What it goes on from lies in --work, beside the compiled kernels, by device, versions and the content
-of the sources.
+What it goes on from lies in --work, beside the compiled kernels, by device, versions and the
+content of the sources.
 
 OUT gets <device>.json (for notebooks/results), errors.md, logs.tar.gz and a picture of each
 decoder, written anew while steps run. Exit status 1: a step failed; in a rehearsal, also one that

@@ -190,7 +190,8 @@ def timed(here: Here, name: str, chosen: list[str], flags: list[str]) -> dict:
         known.write_text(json.dumps(done))
         left = [op for op in left if op not in done]
     found = read(file, {"cases": [], "missing": []})
-    rows, missing = ([row for row in found[key] if row["op"] in chosen] for key in ("cases", "missing"))
+    of_these = lambda key: [row for row in found[key] if row["op"] in chosen]
+    rows, missing = of_these("cases"), of_these("missing")
     named = lambda row: f"{row['op']}, {row['size']}: {row['impl']}"
     wrong = {
         "broke": {op: status for op, status in done.items() if status},

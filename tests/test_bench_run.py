@@ -33,7 +33,8 @@ def test_sizes_and_implementations_are_left_out():
 def test_warming_runs_everything_and_times_nothing(monkeypatch, capsys):
     seen = []
     peer = Impl(lambda x: (seen.append(1), x * x)[1])
-    monkeypatch.setattr(bench, "cases", lambda *_: [square(size=size, peers={"p": peer}) for size in "12"])
+    two = [square(size=size, peers={"p": peer}) for size in "12"]
+    monkeypatch.setattr(bench, "cases", lambda *_: two)
     monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("timed"))
     assert bench.main(["gelu", "--warm", "--device", "cpu", "--without-sizes", "1"]) == 0
     assert seen == [1] and "square  2  fp32" in capsys.readouterr().out

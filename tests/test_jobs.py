@@ -33,7 +33,8 @@ def python(code: str) -> list[str]:
 def test_logs_and_statuses_of_commands_side_by_side(tmp_path):
     waits = "import time, pathlib, sys; pathlib.Path(sys.argv[1]).touch()\n"
     waits += "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
-    commands = {"a": [*python(waits), "x", "y"], "b": [*python(waits), "y", "x"]}  # each waits for the other
+    # each waits for the other
+    commands = {"a": [*python(waits), "x", "y"], "b": [*python(waits), "y", "x"]}
     commands["bad"] = python("print('oh'); raise SystemExit(3)")
     ended = jobs(tmp_path).run(commands, time.monotonic() + 60, at_once=2)
     assert [ended[name].status for name in ("a", "b", "bad")] == [0, 0, 3]
@@ -55,7 +56,8 @@ except KeyboardInterrupt:
     began = time.monotonic()
     ended = jobs(tmp_path, grace=0.5).run(commands, began + 1.5, at_once=2)
     assert [how.status for how in ended.values()] == [None] * 3 and time.monotonic() - began < 30
-    assert ended["saves"].seconds > 1 and ended["late"].seconds == 0 and not (tmp_path / "late").exists()
+    assert ended["saves"].seconds > 1 and ended["late"].seconds == 0
+    assert not (tmp_path / "late").exists()
     pid, saved = (tmp_path / "saves.log").read_text().split()
     assert saved == "saved" and gone(int(pid))
 

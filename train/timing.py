@@ -131,7 +131,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, default=12, help="timed ones; 0 only compiles")
     args, flags = parser.parse_known_args(argv)
     if args.warm_up < 1 or args.steps < 0:
-        parser.error(f"--warm-up {args.warm_up} must be at least 1, --steps {args.steps} at least 0")
+        parser.error(f"--warm-up {args.warm_up} must be above 0, --steps {args.steps} not below 0")
     return args, flags
 
 
