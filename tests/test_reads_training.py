@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 from kernels.camera import Camera
-from tests.draw import few_programs  # noqa: F401
 from tests.reads import watch_reads
 from tests.test_models import randomize, small_encoder
 from tests.test_train_mesh import data  # noqa: F401
