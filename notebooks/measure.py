@@ -48,6 +48,7 @@ PLAN = {  # the most valuable first: the least seconds of each, and its share of
     "tests": (60, 40), "errors": (25, 8), "training": (50, 14), "ops": (50, 20),
     "train_step": (20, 4), "pictures": (30, 8), "determinism": (20, 4), "sanitizer": (20, 4),
 }  # fmt: skip
+BESIDE = ("tests", "training", "determinism")  # run beside the others in a rehearsal: half the time
 PICTURE = 1_000_000  # bytes of a picture at most
 PACK = 20.0  # seconds between two packings
 
@@ -223,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         here = steps.Here(state, args.data and args.data.resolve(), jobs, cores)
         names = [name for name in PLAN if name in (args.only or PLAN) and name not in args.skip]
         # what is timed wants the machine for itself; the times of a rehearsal say nothing
-        lanes = [names] if args.data else [names[::2], names[1::2]]
+        beside = [name for name in names if args.rehearse and name in BESIDE]
+        lanes = [[name for name in names if name not in beside], beside]
         try:
             side_by_side(lanes, here, record, end)
         finally:
