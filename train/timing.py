@@ -29,6 +29,7 @@ from train.loop import Run
 from train.losses import Pictures
 from train.machine import machine
 from train.surfaces import Surfaces
+from train.threads import computing
 
 DECODERS = {  # the script, and what compares its scenes
     "gaussian": (gaussian, Pictures), "radiance": (radiance, Pictures), "mesh": (mesh, Surfaces),
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     module, compare = DECODERS[args.decoder]
     config = from_cli(args.decoder, module.PRESETS, flags)
     where = machine(config.device, config.deterministic)
-    with tempfile.TemporaryDirectory() as folder, where as here:
+    with tempfile.TemporaryDirectory() as folder, where as here, computing(config, here.device):
         config = replace(config, out=folder, steps=args.warm_up + args.steps)
         run = Run(args.decoder, config, module.build, here, compare)
         for result in measure(run, args.warm_up, args.steps, min(3, args.steps)):
