@@ -56,6 +56,10 @@ def _seeded():
     torch.manual_seed(0)
 
 
+# for tests of whole models, which the interpreter takes minutes for
+SLOW_IF_INTERPRETED = ["triton"] if GPU else ["torch", pytest.param("interpreter", marks=pytest.mark.slow)]
+
+
 @pytest.fixture(params=["triton"] if GPU else ["torch", "interpreter"])
 def device(request):
     """The device that a kernel test puts its tensors on, with the implementation under test chosen."""

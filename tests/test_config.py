@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_recorded_config(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     write_config(parse("--lr 0.5"), "gaussian", file)
 
-    def full(self, text):
+    def full(self, text, encoding=None):
         self.open("w").close()  # created or emptied, as write_text does first
         raise OSError(28, "No space left on device")
 

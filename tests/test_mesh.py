@@ -9,7 +9,7 @@ import torch
 import models
 from kernels import backend
 from kernels.camera import Camera
-from tests.conftest import assert_close
+from tests.conftest import SLOW_IF_INTERPRETED, assert_close
 from tests.test_models import T1, T2, batch, build, check_gradients, randomize
 
 CASE = "mesh_swin_w4_res16"
@@ -37,6 +37,7 @@ def check_rows(feats, tensors, name):
     assert_close(feats.mean(0), tensors[f"out/{name}_mean"], T1, f"{name} mean")
 
 
+@pytest.mark.parametrize("device", SLOW_IF_INTERPRETED, indirect=True)
 def test_fields_match_published(device):
     model, x, tensors = build(CASE, device, skip_weight="spconv")
     seen = []
@@ -55,6 +56,7 @@ def test_fields_match_published(device):
     assert model.upsample[1].out_layers["0"].conv.bias.grad.norm() < 1e-5 * tensors["gradnorm/out_layer.weight"]
 
 
+@pytest.mark.parametrize("device", SLOW_IF_INTERPRETED, indirect=True)
 def test_meshes_match_published(device):
     model, x, tensors = build(CASE, device, skip_weight="spconv")
     with torch.no_grad():
@@ -139,6 +141,7 @@ def spread(decoder):
     return decoder
 
 
+@pytest.mark.parametrize("device", SLOW_IF_INTERPRETED, indirect=True)
 @pytest.mark.parametrize("training", [False, True])
 def test_batched_equals_looped_with_empty_samples(device, training):
     decoder = spread(small_decoder()).to(device).train(training)

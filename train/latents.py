@@ -76,7 +76,8 @@ class Latents:
             raise ValueError(f"{file} is truncated: delete it and it will be made again ({error})") from error
         if saved.keys() != {"mean", "coords"}:
             raise ValueError(f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords")
-        if name not in self._known and not torch.equal(saved["coords"], coords[:, 1:].cpu()):
+        as_many = len(saved["coords"]) == len(coords)
+        if not as_many or not (name in self._known or torch.equal(saved["coords"], coords[:, 1:].cpu())):
             raise ValueError(f"{file} holds {len(saved['coords'])} voxels that are not the object's {len(coords)}")
         self._known.add(name)  # reading the object's voxels waits for the device: once
         return to_device(saved["mean"].to(features.dtype), features.device)
