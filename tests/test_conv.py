@@ -38,7 +38,7 @@ def inputs(counts, CI, CO, k=3, dtype=FLOAT, device=None, extent=(7, 6, 8)):
         ([0, 260, 0, 41], 20, 36, 3, FLOAT),  # several tiles, empty samples
         ([50], 40, 200, 3, HALF),  # more channels than a program holds
         ([1], 6, 4, 3, FLOAT),
-        ([0, 0], 4, 6, 3, HALF),
+        ([0, 0], 6, 4, 3, HALF),
         ([9, 5], 6, 4, 1, FLOAT),
         ([13], 5, 3, 5, FLOAT),
     ],
@@ -55,7 +55,7 @@ def conv_tolerance(dtype):
 
 @pytest.mark.parametrize(
     "counts, CI, CO, dtype",
-    [([0, 30, 0, 11], 20, 36, FLOAT), ([21], 40, 24, HALF), ([1], 6, 4, FLOAT), ([0, 0], 4, 6, HALF)],
+    [([0, 30, 0, 11], 20, 36, FLOAT), ([21], 40, 24, HALF), ([1], 20, 36, FLOAT), ([0, 0], 40, 24, HALF)],
     ids=str,
 )
 def test_subdivide_conv(device, counts, CI, CO, dtype):
