@@ -24,7 +24,7 @@ from kernels.binning_torch import ALPHA_MIN, TILE, Lists, bin_torch
 
 PIXELS = TILE * TILE
 SEGMENT = 128  # instances of one tile at a time
-COLUMNS = 32768  # instances of one chunk
+COLUMNS = 16384  # instances of one chunk
 KEPT = 1 << 26  # numbers that are kept for the backward pass at most
 ALPHA_MAX, T_MIN = 0.99, 1e-4
 LOG2_E = 1.4426950408889634
@@ -50,7 +50,7 @@ def composite_torch(
     e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0 or alpha < 1/255. Order
     is by depth, then by index. A pixel is finished, without blending the pair, when its transmittance would fall below 1e-4.
     """
-    lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W)
+    lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W, SEGMENT)
     shade = _Shader(mean, conic, opacity, color, rect, lists.tile, H, W)
     S = len(lists.tile)
     blended, final = mean.new_zeros(S, 3, PIXELS), mean.new_ones(S, PIXELS)
@@ -136,7 +136,7 @@ def composite_torch_backward(
                 slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
             slope.addcmul_(piece.ratio, torch.sub(total, light, out=light), value=-1)
             moments = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope).transpose(0, 1)
-            _add_to_pairs(sums, pair.view(-1), moments, piece.offset, grad_color.transpose(0, 1))
+            _add_to_pairs(sums, pair.view(-1).long(), moments, piece.offset, grad_color.transpose(0, 1))
         arriving[walk.live] = behind
     s, sx, sy, sxx, syy, sxy = sums[:6, :-1]
     c11, c12, c22 = conic.unbind(1)
@@ -210,7 +210,7 @@ class _Shader:
     def __call__(
         self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
     ) -> tuple[_Piece, Tensor, Tensor]:
-        """pair [T, L] int64, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk.
+        """pair [T, L] int32, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk.
 
         With the piece, whose numbers stand in `room` if it is given, comes the transmittance behind
         the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was blended.
@@ -266,12 +266,12 @@ class _Walk:
             a = b
 
     def pairs(self, pair: Tensor, part: slice, L: int) -> Tensor:
-        """[T, L] int64, filled up with the last entry of `pair`."""
-        step = torch.arange(L, dtype=torch.int32, device=pair.device)
-        index = self.start[part, None] + step
+        """[T, L] int32, filled up with the last entry of `pair`."""
+        rows = pair.unfold(0, L, 1).index_select(0, self.start[part])
         if self.length[part.stop - 1] < L:
-            index.masked_fill_(step >= self.length[part, None], len(pair) - 1)
-        return pair.index_select(0, index.view(-1)).long().view(index.shape)
+            step = torch.arange(L, dtype=torch.int32, device=pair.device)
+            rows.masked_fill_(step >= self.length[part, None], pair[-1])
+        return rows
 
 
 def _add_to_pairs(
