@@ -22,7 +22,7 @@ ALPHA_MIN = 1 / 255
 class Lists(NamedTuple):
     """The instances of every tile, near to far."""
 
-    pair: Tensor  # [N + 1] int32; the last entry is P, a pair that touches nothing
+    pair: Tensor  # [N + padding] int32; the last entries are P, a pair that touches nothing
     tile: Tensor  # [S] int64, view-major: the tiles with at least one instance
     start: Tensor  # [S] int32
     count: Tensor  # [S] int32
@@ -38,6 +38,7 @@ def bin_torch(
     V: int,
     H: int,
     W: int,
+    padding: int,
 ) -> Lists:
     """The lists of all tiles of V views. Raises ValueError for 2^31 instances or more.
 
@@ -97,7 +98,7 @@ def bin_torch(
     length = torch.bincount(tile, minlength=tiles)
     start = (length.cumsum(0) - length).int()
     tile = length.nonzero().squeeze(1)
-    return Lists(torch.nn.functional.pad(pair, (0, 1), value=P), tile, start[tile], length[tile].int())
+    return Lists(torch.nn.functional.pad(pair, (0, padding), value=P), tile, start[tile], length[tile].int())
 
 
 def _of(values: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ of rows, or of columns sorted by pair, take several times as long.
 With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
 weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
 behind, is the sum of w a over the instances behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative
-sum and three small matrix products. It computes r and w again: storing them costs as much in page faults as the arithmetic.
+sum and three small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT numbers at most (it
+computes those of the others again): a gain where the allocator keeps freed memory, otherwise none.
 """
 
 from typing import NamedTuple
@@ -19,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.binning_torch import ALPHA_MIN, TILE, bin_torch
+from kernels.binning_torch import ALPHA_MIN, TILE, Lists, bin_torch
 
 PIXELS = TILE * TILE
 SEGMENT = 128  # instances of one tile at a time
-COLUMNS = 32768  # instances of one chunk
+COLUMNS = 16384  # instances of one chunk
+KEPT = 1 << 26  # numbers that are kept for the backward pass at most
 ALPHA_MAX, T_MIN = 0.99, 1e-4
 LOG2_E = 1.4426950408889634
 
@@ -40,6 +42,7 @@ def composite_torch(
     H: int,
     W: int,
     background: Tensor,  # [V, 3]
+    keep: bool = False,  # whether a backward pass follows: it is right without, but slower
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Blend front to back: image [V, 3, H, W], final transmittance [V, H, W] and what the backward pass needs.
 
@@ -47,24 +50,23 @@ def composite_torch(
     e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0 or alpha < 1/255. Order
     is by depth, then by index. A pixel is finished, without blending the pair, when its transmittance would fall below 1e-4.
     """
-    lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W)
+    lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W, SEGMENT)
     shade = _Shader(mean, conic, opacity, color, rect, lists.tile, H, W)
     S = len(lists.tile)
     blended, final = mean.new_zeros(S, 3, PIXELS), mean.new_ones(S, PIXELS)
     light = mean.new_ones(S, PIXELS)  # transmittance so far, 0 where the pixel is finished
     count, passed, segment = lists.count.clone(), [light[:0]], 0
+    kept = _Kept(_memory(lists, mean) if keep else mean.new_empty(0))
     while len((walk := _Walk(lists.start, count, segment)).live):
         entering, gained = light[walk.live], mean.new_empty(len(walk.live), 3, PIXELS)
         passed.append(entering)
         leaving, smallest = torch.empty_like(entering), torch.empty_like(entering)
         for part, L in walk.parts:
-            piece = shade(walk.pairs(lists.pair, part, L), walk.live[part], entering[part])
+            pair, T = walk.pairs(lists.pair, part, L), part.stop - part.start
+            piece, leaving[part], smallest[part] = shade(
+                pair, walk.live[part], entering[part], kept.take(T, L)
+            )
             torch.bmm(piece.color, piece.weight.transpose(1, 2), out=gained[part])
-            leaving[part] = piece.leaving
-            if piece.stops:  # the last transmittance that is not 0
-                torch.amin(torch.threshold_(piece.light, 0, 1), 2, out=smallest[part])
-            else:
-                smallest[part] = piece.leaving
         blended.index_add_(0, walk.live, gained)
         final[walk.live] = torch.minimum(final[walk.live], smallest)
         light[walk.live] = leaving
@@ -72,7 +74,11 @@ def composite_torch(
         count[walk.live[leaving.amax(1) == 0]] = segment * SEGMENT  # what is behind is not seen
     image, final_T = _untile(blended, final, lists.tile, V, H, W)
     image.addcmul_(final_T[:, None], background[:, :, None, None])
-    return image, final_T, (lists.pair, lists.tile, lists.start, torch.minimum(count, lists.count), torch.cat(passed), final)
+    count = torch.minimum(count, lists.count)
+    passed = torch.cat(passed)
+    return image, final_T, (
+        lists.pair, lists.tile, lists.start, count, passed, final, kept.memory[: kept.used]
+    )  # fmt: skip
 
 
 def composite_torch_backward(
@@ -97,7 +103,7 @@ def composite_torch_backward(
 
     The clamp at 0.99 passes the gradient; nothing flows through thresholds, order or rectangles.
     """
-    pairs, tile, start, count, passed, final = saved
+    pairs, tile, start, count, passed, final, memory = saved
     shade = _Shader(mean, conic, opacity, color, rect, tile, H, W)
     grad_behind = torch.addcmul(grad_final_T, grad_image[:, 0], background[:, 0, None, None])
     for k in (1, 2):
@@ -108,25 +114,29 @@ def composite_torch_backward(
     x, y = x.repeat(TILE), x.repeat_interleave(TILE)
     powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])  # about the middle of a tile: nothing cancels
     walks = [_Walk(start, count, segment) for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)]
+    kept = _Kept(memory)
+    places = [[kept.take(part.stop - part.start, L) for part, L in walk.parts] for walk in walks]
     # of every pair: sums of slope times 1, d and d^2 (d = mean - pixel), then of its color's gradient
     sums = mean.new_zeros(9, len(mean) + 1)
-    for walk in reversed(walks):
+    for walk, rooms in zip(reversed(walks), reversed(places), strict=True):
         entering, passed = passed[len(passed) - len(walk.live) :], passed[: len(passed) - len(walk.live)]
         behind, gradient = arriving[walk.live], upstream[walk.live]
-        for part, L in walk.parts:
+        for (part, L), room in zip(walk.parts, rooms, strict=True):
             pair, g = walk.pairs(pairs, part, L), gradient[part]
-            piece = shade(pair, walk.live[part], entering[part])
-            if piece.stops:
-                piece.ratio.mul_(piece.light.ceil())
+            if room is None:
+                piece, _, _ = shade(pair, walk.live[part], entering[part])
+            else:
+                piece = shade.recall(pair, walk.live[part], room)
             grad_color = torch.bmm(g, piece.weight)  # [T, 3, L]
-            slope = piece.weight.mul_(torch.bmm(g.transpose(1, 2), piece.color, out=piece.light))
-            total = torch.cumsum(slope, 2, out=piece.light)[..., -1:] + behind[part, :, None]
+            slope, light = shade.scratch(*pair.shape)
+            torch.bmm(g.transpose(1, 2), piece.color, out=slope).mul_(piece.weight)
+            total = torch.cumsum(slope, 2, out=light)[..., -1:] + behind[part, :, None]
             behind[part] = total[..., 0]
             if shade.bright:  # past the clamp alpha is 0.99, and its derivative is that of opacity exp(e)
                 slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
-            slope.addcmul_(piece.ratio, torch.sub(total, piece.light, out=piece.light), value=-1)
+            slope.addcmul_(piece.ratio, torch.sub(total, light, out=light), value=-1)
             moments = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope).transpose(0, 1)
-            _add_to_pairs(sums, pair.view(-1), moments, piece.offset, grad_color.transpose(0, 1))
+            _add_to_pairs(sums, pair.view(-1).long(), moments, piece.offset, grad_color.transpose(0, 1))
         arriving[walk.live] = behind
     s, sx, sy, sxx, syy, sxy = sums[:6, :-1]
     c11, c12, c22 = conic.unbind(1)
@@ -139,15 +149,35 @@ def composite_torch_backward(
 
 
 class _Piece(NamedTuple):
-    """One chunk, T tiles of L instances; weight, ratio and light are buffers that the next chunk overwrites."""
+    """One chunk, T tiles of L instances; weight and ratio are kept, or buffers that the next chunk overwrites."""
 
     weight: Tensor  # [T, 16, L] what a pixel takes of an instance's color
     ratio: Tensor  # [T, 16, L] opacity exp(e) / (1 - alpha), 0 where the instance is skipped
-    light: Tensor  # [T, 16, L] transmittance behind the instance, 0 from where the pixel is finished
-    leaving: Tensor  # [T, 16] its last column
-    stops: bool  # it has zeros
     offset: Tensor  # [2, T, L] mean - middle of the tile
     color: Tensor  # [T, 3, L]
+
+
+class _Kept:
+    """Room for the weights and ratios of chunks, one chunk after the other in the order of the walk."""
+
+    def __init__(self, memory: Tensor):
+        self.memory, self.used, self.full = memory, 0, False
+
+    def take(self, T: int, L: int) -> Tensor | None:
+        """[2, T, 16, L] for a chunk's weight and ratio; None from the first chunk on that has no room."""
+        end = self.used + 2 * T * PIXELS * L
+        self.full = self.full or end > len(self.memory)
+        if self.full:
+            return None
+        room = self.memory[self.used : end].view(2, T, PIXELS, L)
+        self.used = end
+        return room
+
+
+def _memory(lists: Lists, like: Tensor) -> Tensor:
+    """Enough for all chunks or KEPT numbers: what a segment is padded with is less than a chunk."""
+    segments = -(-int(lists.count.max()) // SEGMENT) if len(lists.count) else 0
+    return like.new_empty(min(KEPT, 2 * PIXELS * (len(lists.pair) + segments * COLUMNS)))
 
 
 class _Shader:
@@ -155,9 +185,9 @@ class _Shader:
 
     def __init__(self, mean, conic, opacity, color, rect, tile: Tensor, H: int, W: int):
         half = conic.new_tensor([[-0.5], [1], [-0.5]])
-        planes = torch.cat([mean.t(), conic.t() * half, opacity.log2()[None], color.t()])
+        planes = torch.cat([mean.t(), color.t(), conic.t() * half, opacity.log2()[None]])
         self.planes = torch.nn.functional.pad(planes, (0, 1))
-        self.planes[5, -1] = -torch.inf  # the last pair has opacity 0
+        self.planes[8, -1] = -torch.inf  # the last pair has opacity 0
         rows, columns = -(-H // TILE), -(-W // TILE)
         corner = torch.stack([tile % columns, tile // columns % rows])[..., None] * TILE
         self.middle = corner.to(mean.dtype) + (TILE - 1) / 2  # [2, S, 1]
@@ -171,17 +201,29 @@ class _Shader:
         self.ratio_max = (mean.new_tensor(ALPHA_MAX) / (1 - mean.new_tensor(ALPHA_MAX))).item()
         below = torch.nextafter(mean.new_tensor([ALPHA_MIN, T_MIN]), mean.new_zeros(()))
         self.alpha_skip, self.light_skip = below.tolist()  # the largest values that are skipped
-        self.buffers = mean.new_empty(3, max(COLUMNS, SEGMENT) * PIXELS)
+        self.buffers = mean.new_empty(4, max(COLUMNS, SEGMENT) * PIXELS)
 
-    def __call__(self, pair: Tensor, tile: Tensor, entering: Tensor) -> _Piece:
-        """pair [T, L] int64, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk."""
+    def scratch(self, T: int, L: int) -> Tensor:
+        """Two planes [2, T, 16, L] that hold nothing."""
+        return self.buffers[2:, : T * PIXELS * L].view(2, T, PIXELS, L)
+
+    def __call__(
+        self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
+    ) -> tuple[_Piece, Tensor, Tensor]:
+        """pair [T, L] int32, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk.
+
+        With the piece, whose numbers stand in `room` if it is given, comes the transmittance behind
+        the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was blended.
+        """
         T, L = pair.shape
+        if room is None:
+            room = self.buffers[:2, : T * PIXELS * L].view(2, T, PIXELS, L)
+        (weight, ratio), light = room, self.scratch(T, L)[0]
         planes = self.planes.index_select(1, pair.view(-1)).view(9, T, L)
-        ratio, light, weight = (b[: T * PIXELS * L].view(T, PIXELS, L) for b in self.buffers)
         offset = planes[:2].sub_(self.middle[:, tile])
         d = offset.transpose(0, 1)[:, :, None] - self.steps  # [T, 2, 4, L] mean - pixel
         dx, dy = d.unbind(1)
-        c11, c12, c22, strength = planes[2:6, :, None]  # [T, 1, L]
+        c11, c12, c22, strength = planes[5:, :, None]  # [T, 1, L]
         exponent = ratio.view(T, TILE, TILE, L)  # [T, y, x, L]
         torch.add((c11 * dx).mul_(dx)[:, None], (c22 * dy).mul_(dy)[:, :, None], out=exponent)
         exponent.addcmul_((c12 * dx)[:, None], dy[:, :, None], value=-1)
@@ -192,13 +234,20 @@ class _Shader:
         torch.sub(1, alpha.clamp(max=ALPHA_MAX) if self.bright else alpha, out=light)
         ratio.div_(light)
         light[..., 0].mul_(entering)
-        leaving = light.cumprod_(2)[..., -1].contiguous()
-        stops = len(leaving) > 0 and leaving.min().item() <= self.light_skip
-        if stops:
+        leaving = smallest = light.cumprod_(2)[..., -1].contiguous()
+        if len(leaving) > 0 and leaving.min().item() <= self.light_skip:
             torch.threshold_(light, self.light_skip, 0)
-            torch.threshold_(leaving, self.light_skip, 0)
+            ratio.mul_(light.ceil())
+            leaving = light[..., -1].contiguous()
+            smallest = torch.where(light == 0, 1, light).amin(2)
         torch.mul(ratio.clamp(max=self.ratio_max) if self.bright else ratio, light, out=weight)
-        return _Piece(weight, ratio, light, leaving, stops, offset, planes[6:].transpose(0, 1))
+        return _Piece(weight, ratio, offset, planes[2:5].transpose(0, 1)), leaving, smallest
+
+    def recall(self, pair: Tensor, tile: Tensor, room: Tensor) -> _Piece:
+        """The piece whose numbers were kept in `room`."""
+        planes = self.planes[:5].index_select(1, pair.view(-1)).view(5, *pair.shape)
+        offset = planes[:2].sub_(self.middle[:, tile])
+        return _Piece(*room, offset, planes[2:].transpose(0, 1))
 
 
 class _Walk:
@@ -217,12 +266,12 @@ class _Walk:
             a = b
 
     def pairs(self, pair: Tensor, part: slice, L: int) -> Tensor:
-        """[T, L] int64, filled up with the last entry of `pair`."""
-        step = torch.arange(L, dtype=torch.int32, device=pair.device)
-        index = self.start[part, None] + step
+        """[T, L] int32, filled up with the last entry of `pair`."""
+        rows = pair.unfold(0, L, 1).index_select(0, self.start[part])
         if self.length[part.stop - 1] < L:
-            index.masked_fill_(step >= self.length[part, None], len(pair) - 1)
-        return pair.index_select(0, index.view(-1)).long().view(index.shape)
+            step = torch.arange(L, dtype=torch.int32, device=pair.device)
+            rows.masked_fill_(step >= self.length[part, None], pair[-1])
+        return rows
 
 
 def _add_to_pairs(

@@ -32,6 +32,7 @@ def _splat(
     width: int,
     height: int,
     kernel_size: float,
+    keep: bool,  # whether a backward pass follows: the torch path keeps more for it
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Image [V, 3, H, W], final transmittance [V, H, W], and what the backward needs."""
     layout = make_layout(starts, view_scene, gaussians.device)
@@ -39,8 +40,9 @@ def _splat(
         with torch.autocast(gaussians.device.type, enabled=False):
             p = project_torch(gaussians, cameras, layout, width, height, kernel_size)
             image, final, saved = composite_torch(
-                *_fields(p.record), p.depth, p.rect, p.view, len(cameras), height, width, background
-            )
+                *_fields(p.record), p.depth, p.rect, p.view, len(cameras), height, width, background,
+                keep,
+            )  # fmt: skip
         return image, final, [p.record, p.depth.clone(), p.rect, *saved]
     p = project(gaussians, cameras, layout, width, height, kernel_size)
     bins = bin_tiles(p, len(cameras), width, height)
@@ -55,7 +57,7 @@ def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_splat.register_fake
-def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_size):
+def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_size, keep):
     V, first = len(view_scene), [*starts, 0]
     P = sum(first[s + 1] - first[s] for s in view_scene)
     dynamic = torch.library.get_ctx().new_dynamic_size
@@ -65,7 +67,7 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
     if backend.is_torch(gaussians):
         S = dynamic()
         lists = [empty(dynamic(), dtype=i32), empty(S, dtype=i64), empty(S, dtype=i32), empty(S, dtype=i32)]
-        saved = [record, empty(P), rect, *lists, empty(dynamic(), 16), empty(S, 16)]
+        saved = [record, empty(P), rect, *lists, empty(dynamic(), 16), empty(S, 16), empty(dynamic())]
     else:
         I, T = dynamic(), V * -(-width // TILE) * -(-height // TILE)
         order = [empty(I, dtype=i32), empty(I, dtype=i64), empty(T + 1, dtype=i32), empty(P, dtype=i64)]
@@ -110,11 +112,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_image, grad_final, grad_saved):
     gaussians, cameras, background, image, final, *saved = ctx.saved_tensors
-    starts, view_scene, _, _, kernel_size = ctx.rest
+    starts, view_scene, _, _, kernel_size, _ = ctx.rest
     grad = torch.ops.trislat.splat_backward(
         grad_image, grad_final, gaussians, cameras, background, image, final, saved, starts, view_scene, kernel_size
     )
-    return grad, None, None, None, None if view_scene else [], None, None, None  # torch wants an empty list's structure
+    return grad, None, None, None, None if view_scene else [], None, None, None, None  # torch wants an empty list's structure
 
 
 _splat.register_autograd(_backward, setup_context=_setup_context)
@@ -177,9 +179,10 @@ def splat(
     dtype = torch.float64 if exact else torch.float32
     gaussians = torch.cat([t.to(dtype).flatten(1) for t in tensors], 1)
     assert gaussians.shape == (G, GAUSSIAN)
+    keep = torch.is_grad_enabled() and gaussians.requires_grad
     image, final, _ = torch.ops.trislat.splat(
         gaussians, _pack(camera, dtype), background.detach().to(dtype).contiguous(), starts, view_scene,
-        camera.width, camera.height, float(kernel_size),
+        camera.width, camera.height, float(kernel_size), keep,
     )  # fmt: skip
     return Image(color=image, alpha=1 - final[:, None])
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import backend
 
 RADIUS = 5
-CACHED = 1 << 17  # pixels that are blurred at once on a CPU
+CACHED = 1 << 16  # pixels of all channels that are compared at once on a CPU
 
 
 def _taps() -> list[float]:
@@ -180,17 +180,10 @@ def _ssim_bwd(
 
 
 def _blur(x: Tensor) -> Tensor:
-    """The window over the last two axes of [..., H, W].
+    """The window over the last two axes of [..., H, W], as shifted sums.
 
-    A few images at a time, so that what is read again is still in the cache.
+    That is faster on a CPU than a convolution of one channel.
     """
-    images = x.reshape(-1, *x.shape[-2:])
-    few = max(1, CACHED // (x.shape[-1] * x.shape[-2]))
-    return torch.cat([_blur_few(part) for part in images.split(few)]).view(x.shape)
-
-
-def _blur_few(x: Tensor) -> Tensor:
-    """`_blur` as shifted sums: faster on a CPU than a convolution of one channel."""
     for axis in (-1, -2):
         n = x.shape[axis]
         padded = F.pad(x, (RADIUS, RADIUS) if axis == -1 else (0, 0, RADIUS, RADIUS))
@@ -204,19 +197,43 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _parts(x: Tensor) -> list[slice]:
+    """A few of the images [V, C, H, W] at a time: what is read again is then still in the cache."""
+    few = max(1, CACHED // x.shape[1:].numel())
+    return [slice(v, v + few) for v in range(0, len(x), few)]
+
+
 def _forward_torch(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
     a, b = a.to(_accumulator(a)), b.to(_accumulator(b))
+    mean, saved = a.new_empty(len(a)), a.new_empty(maps, *a.shape)
+    for part in _parts(a):
+        mean[part] = _similarity(a[part], b[part], saved[:, part]).mean((1, 2, 3))
+    return mean, saved
+
+
+def _similarity(a: Tensor, b: Tensor, saved: Tensor) -> Tensor:
+    """SSIM of every pixel; writes the maps [0, 3 or 4, V, C, H, W]."""
     ma, mb, sq, ab = _blur(torch.stack([a, b, a * a + b * b, a * b]))
     square, cross = ma * ma + mb * mb, 2 * ma * mb
     A1, A2, B1, B2 = cross + C1.value, 2 * ab - cross + C2.value, square + C1.value, sq - square + C2.value
     value = A1 * A2 / (B1 * B2)
-    saved = a.new_empty(maps, *a.shape)
-    if maps:
+    if len(saved):
         u, v = 2 * (A2 - A1) / (B1 * B2), 2 * value * (1 / B2 - 1 / B1)
         saved[0], saved[1], saved[2] = mb * u + ma * v, -value / B2, 2 * A1 / (B1 * B2)
-    if maps > 3:
+    if len(saved) > 3:
         saved[3] = ma * u + mb * v
-    return value.mean((1, 2, 3)), saved
+    return value
+
+
+def _backward_torch(a: Tensor, b: Tensor, saved: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    both = len(saved) > 3
+    da, db = torch.empty_like(a), torch.empty_like(b) if both else b.new_empty(0)
+    for part in _parts(a):
+        blurred = _blur(saved[:, part]).mul_(scale[part].to(saved.dtype).view(-1, 1, 1, 1))
+        da[part] = blurred[0] + 2 * a[part] * blurred[1] + b[part] * blurred[2]
+        if both:
+            db[part] = blurred[3] + 2 * b[part] * blurred[1] + a[part] * blurred[2]
+    return da, db
 
 
 @torch.library.custom_op("trislat::ssim", mutates_args=())
@@ -246,10 +263,7 @@ def _ssim_backward(a: Tensor, b: Tensor, saved: Tensor, grad: Tensor) -> tuple[T
     both = len(saved) > 3
     scale = grad / (C * H * W)
     if backend.is_torch(a):
-        blurred, scale = _blur(saved), scale.to(saved.dtype).view(V, 1, 1, 1)
-        da = scale * (blurred[0] + 2 * a * blurred[1] + b * blurred[2])
-        db = scale * (blurred[3] + 2 * b * blurred[1] + a * blurred[2]) if both else b.new_empty(0)
-        return da.to(a.dtype), db.to(b.dtype)
+        return _backward_torch(a, b, saved, scale)
     da, db = torch.empty_like(a), torch.empty_like(b) if both else b.new_empty(0)
     tiles = _tiles()
     programs = _programs(C, H, W, tiles)

@@ -13,7 +13,7 @@ from tests.conftest import TOLERANCE, assert_close
 class Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, conic, opacity, color, *rest):
-        image, final_T, saved = composite_torch(mean, conic, opacity, color, *rest)
+        image, final_T, saved = composite_torch(mean, conic, opacity, color, *rest, keep=True)
         ctx.everything = saved, (mean, conic, opacity, color, *rest, image, final_T)
         return image, final_T
 
@@ -130,10 +130,11 @@ def test_image_transmittance_and_gradients(name, dtype, monkeypatch):
     assert (want[1] < 0.6).any()
     upstream = [torch.randn(t.shape, dtype=torch.float64) for t in want]
     exact = torch.autograd.grad(want, inputs, upstream)
-    for segment, columns in ((None, None), (5, 37)):  # the sizes in use, then small ones: many segments, ragged chunks
-        if segment is not None:
-            monkeypatch.setattr(blend_torch, "SEGMENT", segment)
-            monkeypatch.setattr(blend_torch, "COLUMNS", columns)
+    # the sizes in use, then small ones: many segments, ragged chunks, of which some and then none are kept
+    for segment, columns, kept in ((128, 16384, 1 << 26), (5, 37, 20_000), (5, 37, 0)):
+        monkeypatch.setattr(blend_torch, "SEGMENT", segment)
+        monkeypatch.setattr(blend_torch, "COLUMNS", columns)
+        monkeypatch.setattr(blend_torch, "KEPT", kept)
         got = Composite.apply(*arguments)
         for a, b in zip(got, want, strict=True):
             assert a.dtype == dtype and (a - b).abs().max() <= {torch.float32: 2e-6, torch.float64: 1e-14}[dtype]

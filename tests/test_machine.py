@@ -2,13 +2,14 @@
 
 import os
 import random
+import resource
 import signal
 
 import numpy as np
 import pytest
 import torch
 
-from train.machine import Interrupt, Machine, machine, seed_all, seed_of
+from train.machine import Interrupt, Machine, keep_freed_memory, machine, seed_all, seed_of
 
 
 def test_a_machine_without_torchrun_is_one_rank():
@@ -22,6 +23,19 @@ def test_means_and_agreement_over_ranks(monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, device: box.__setitem__(0, "rank 0's"))
     here = Machine(torch.device("cpu"), 1, 2)
     assert here.mean(torch.tensor([1.0, 3.0])).tolist() == [3.0, 4.0] and here.agree(None) == "rank 0's" and not here.leads
+
+
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert not keep_freed_memory()
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    assert keep_freed_memory() == (os.confstr("CS_GNU_LIBC_VERSION") is not None)
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 1000  # of 16384 pages
 
 
 ABSENT = [("gpu", "device 'gpu' is none of cpu, cuda, cuda:0"), ("meta", "none of"), ("cuda:-1", "none of"), ("cuda:99", "GPUs")]

@@ -291,7 +291,7 @@ def test_no_gradient_for_camera_and_background(device):
 def test_registered_with_torch(device):
     inputs = torch.cat([t.detach().flatten(1) for t in scene(12, device)], 1).requires_grad_()
     view = _pack(camera(2, 18, 16, device), torch.float32)
-    args = (inputs, view, colors(2, device), [0, 5, 12], [1, 0], 18, 16, 0.1)
+    args = (inputs, view, colors(2, device), [0, 5, 12], [1, 0], 18, 16, 0.1, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.trislat.splat.default, args, test_utils=checks)
 

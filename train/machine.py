@@ -1,5 +1,6 @@
 """Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how it is told to stop."""
 
+import ctypes
 import os
 import random
 import re
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.threads import Threads
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's names for these settings, M_...
+FREE = 1 << 30  # bytes of freed memory that a process keeps at the end of its heap
 
 
 def world_size() -> int:
@@ -72,6 +76,18 @@ def _device(name: str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next tensors; whether the C library could be told, as glibc can.
+
+    By default glibc returns large tensors to the system, which then zeroes every page of the next
+    ones: that takes longer than most arithmetic on them. What the user set (MALLOC_...) stands.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, FREE))
+
+
 @contextmanager
 def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine]:
     """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a device that is absent."""
@@ -83,6 +99,8 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
         torch.use_deterministic_algorithms(True)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     if world > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
