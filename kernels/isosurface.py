@@ -152,7 +152,7 @@ def _reverse(
     grad_weights[:, :20] *= 0.99 * (1 - torch.tanh(raw[:, :20]).square_())
     gate = torch.sigmoid(raw[:, 20])
     grad_weights[:, 20] *= 0.99 * gate * (1 - gate)
-    pull, shrink = 2 * scale[0], scale[2]
+    pull, shrink = 2 * scale[0], scale[2].clone()  # else its alignment, and so the compiled kernel, would depend on B
     return fields_backward(fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R)
 
 

@@ -187,7 +187,7 @@ def attention(d: Draw) -> Case:
 
 
 def segments(d: Draw) -> Case:
-    dtype, (H, D) = d.dtype(), d.width((d.number(1, 2), 8 * d.number(1, 8)), (1, 16), (2, 24))
+    dtype, (H, D) = d.dtype(), d.width((d.number(1, 2), 8 * d.number(1, 8)), (2, 24))
     queries = d.lengths(300 if d.fast else 60)
     keys = [d.number(0, 60) for _ in queries]
     q_starts, k_starts = d.starts(queries), d.starts(keys)
