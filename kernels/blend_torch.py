@@ -109,7 +109,7 @@ def composite_torch_backward(
     for k in (1, 2):
         grad_behind.addcmul_(grad_image[:, k], background[:, k, None, None])
     upstream = _tiled(torch.cat([grad_image, grad_behind[:, None]], 1), tile)
-    upstream, arriving = upstream[:, :3].contiguous(), final * upstream[:, 3]  # [S, 3, 16], [S, 16]
+    upstream, arriving = upstream[:3].transpose(0, 1).contiguous(), final * upstream[3]
     x = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
     x, y = x.repeat(TILE), x.repeat_interleave(TILE)
     powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])  # about the middle of a tile: nothing cancels
@@ -141,10 +141,10 @@ def composite_torch_backward(
     s, sx, sy, sxx, syy, sxy = sums[:6, :-1]
     c11, c12, c22 = conic.unbind(1)
     return (
-        torch.stack([-(c11 * sx + c12 * sy), -(c12 * sx + c22 * sy)], 1),
-        torch.stack([sxx * -0.5, -sxy, syy * -0.5], 1),
+        torch.stack([-(c11 * sx + c12 * sy), -(c12 * sx + c22 * sy)]).t(),
+        torch.stack([sxx * -0.5, -sxy, syy * -0.5]).t(),
         torch.where(s == 0, 0, s / opacity),
-        sums[6:, :-1].t().contiguous(),
+        sums[6:, :-1].t(),
     )
 
 
@@ -296,12 +296,14 @@ def _add_to_pairs(
 
 
 def _tiled(image: Tensor, tile: Tensor) -> Tensor:
-    """[V, C, H, W] -> the tiles asked for [S, C, 16], zero outside the image."""
-    V, C, H, W = image.shape
-    rows, columns = -(-H // TILE), -(-W // TILE)
-    image = torch.nn.functional.pad(image, (0, columns * TILE - W, 0, rows * TILE - H))
-    tiles = image.view(V, C, rows, TILE, columns, TILE).permute(0, 2, 4, 1, 3, 5).reshape(-1, C, PIXELS)
-    return tiles[tile]
+    """[V, C, H, W] -> planes of the tiles asked for [C, S, 16], zero outside the image."""
+    _, C, H, W = image.shape
+    height, width = (-(-n // TILE) * TILE for n in (H, W))
+    planes = torch.nn.functional.pad(image.transpose(0, 1), (0, width - W, 0, height - H))
+    step, columns = torch.arange(TILE, device=tile.device), width // TILE
+    first = (tile // columns * width + tile % columns) * TILE
+    pixels = first[:, None] + (step[:, None] * width + step).view(-1)  # [S, 16]
+    return planes.reshape(C, -1).index_select(1, pixels.view(-1)).view(C, -1, PIXELS)
 
 
 def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int) -> tuple[Tensor, Tensor]:
