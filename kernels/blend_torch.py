@@ -11,8 +11,9 @@ of rows, or of columns sorted by pair, take several times as long.
 With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
 weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
 behind, is the sum of w a over the instances behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative
-sum and three small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT numbers at most (it
-computes those of the others again): a gain where the allocator keeps freed memory, otherwise none.
+sum and three small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT
+numbers at most (it computes those of the others again): a gain where the allocator keeps freed memory,
+otherwise none.
 """
 
 from typing import NamedTuple
@@ -136,7 +137,8 @@ def composite_torch_backward(
                 slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
             slope.addcmul_(piece.ratio, torch.sub(total, light, out=light), value=-1)
             moments = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope).transpose(0, 1)
-            _add_to_pairs(sums, pair.view(-1).long(), moments, piece.offset, grad_color.transpose(0, 1))
+            own = pair.view(-1).long()
+            _add_to_pairs(sums, own, moments, piece.offset, grad_color.transpose(0, 1))
         arriving[walk.live] = behind
     s, sx, sy, sxx, syy, sxy = sums[:6, :-1]
     c11, c12, c22 = conic.unbind(1)
@@ -149,7 +151,7 @@ def composite_torch_backward(
 
 
 class _Piece(NamedTuple):
-    """One chunk, T tiles of L instances; weight and ratio are kept, or buffers that the next chunk overwrites."""
+    """One chunk, T tiles of L instances; the next one overwrites weight and ratio unless they are kept."""
 
     weight: Tensor  # [T, 16, L] what a pixel takes of an instance's color
     ratio: Tensor  # [T, 16, L] opacity exp(e) / (1 - alpha), 0 where the instance is skipped
@@ -158,13 +160,13 @@ class _Piece(NamedTuple):
 
 
 class _Kept:
-    """Room for the weights and ratios of chunks, one chunk after the other in the order of the walk."""
+    """Room for the weights and ratios of chunks, one after the other in the order of the walk."""
 
     def __init__(self, memory: Tensor):
         self.memory, self.used, self.full = memory, 0, False
 
     def take(self, T: int, L: int) -> Tensor | None:
-        """[2, T, 16, L] for a chunk's weight and ratio; None from the first chunk on that has no room."""
+        """[2, T, 16, L] for weight and ratio; None from the first chunk on that has no room."""
         end = self.used + 2 * T * PIXELS * L
         self.full = self.full or end > len(self.memory)
         if self.full:
@@ -210,7 +212,7 @@ class _Shader:
     def __call__(
         self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
     ) -> tuple[_Piece, Tensor, Tensor]:
-        """pair [T, L] int32, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk.
+        """pair [T, L] int32, tile [T] its index, entering [T, 16] transmittance in front of the chunk.
 
         With the piece, whose numbers stand in `room` if it is given, comes the transmittance behind
         the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was blended.
