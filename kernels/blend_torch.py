@@ -11,8 +11,9 @@ of rows, or of columns sorted by pair, take several times as long.
 With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
 weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
 behind, is the sum of w a over the instances behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative
-sum and three small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT numbers at most (it
-computes those of the others again): a gain where the allocator keeps freed memory, otherwise none.
+sum and three small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT
+numbers at most (it computes those of the others again): a gain where the allocator keeps freed memory,
+otherwise none.
 """
 
 from typing import NamedTuple
@@ -109,7 +110,7 @@ def composite_torch_backward(
     for k in (1, 2):
         grad_behind.addcmul_(grad_image[:, k], background[:, k, None, None])
     upstream = _tiled(torch.cat([grad_image, grad_behind[:, None]], 1), tile)
-    upstream, arriving = upstream[:, :3].contiguous(), final * upstream[:, 3]  # [S, 3, 16], [S, 16]
+    upstream, arriving = upstream[:3].transpose(0, 1).contiguous(), final * upstream[3]
     x = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
     x, y = x.repeat(TILE), x.repeat_interleave(TILE)
     powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])  # about the middle of a tile: nothing cancels
@@ -136,20 +137,21 @@ def composite_torch_backward(
                 slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
             slope.addcmul_(piece.ratio, torch.sub(total, light, out=light), value=-1)
             moments = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope).transpose(0, 1)
-            _add_to_pairs(sums, pair.view(-1).long(), moments, piece.offset, grad_color.transpose(0, 1))
+            own = pair.view(-1).long()
+            _add_to_pairs(sums, own, moments, piece.offset, grad_color.transpose(0, 1))
         arriving[walk.live] = behind
     s, sx, sy, sxx, syy, sxy = sums[:6, :-1]
     c11, c12, c22 = conic.unbind(1)
     return (
-        torch.stack([-(c11 * sx + c12 * sy), -(c12 * sx + c22 * sy)], 1),
-        torch.stack([sxx * -0.5, -sxy, syy * -0.5], 1),
+        torch.stack([-(c11 * sx + c12 * sy), -(c12 * sx + c22 * sy)]).t(),
+        torch.stack([sxx * -0.5, -sxy, syy * -0.5]).t(),
         torch.where(s == 0, 0, s / opacity),
-        sums[6:, :-1].t().contiguous(),
+        sums[6:, :-1].t(),
     )
 
 
 class _Piece(NamedTuple):
-    """One chunk, T tiles of L instances; weight and ratio are kept, or buffers that the next chunk overwrites."""
+    """One chunk, T tiles of L instances; the next one overwrites weight and ratio unless they are kept."""
 
     weight: Tensor  # [T, 16, L] what a pixel takes of an instance's color
     ratio: Tensor  # [T, 16, L] opacity exp(e) / (1 - alpha), 0 where the instance is skipped
@@ -158,13 +160,13 @@ class _Piece(NamedTuple):
 
 
 class _Kept:
-    """Room for the weights and ratios of chunks, one chunk after the other in the order of the walk."""
+    """Room for the weights and ratios of chunks, one after the other in the order of the walk."""
 
     def __init__(self, memory: Tensor):
         self.memory, self.used, self.full = memory, 0, False
 
     def take(self, T: int, L: int) -> Tensor | None:
-        """[2, T, 16, L] for a chunk's weight and ratio; None from the first chunk on that has no room."""
+        """[2, T, 16, L] for weight and ratio; None from the first chunk on that has no room."""
         end = self.used + 2 * T * PIXELS * L
         self.full = self.full or end > len(self.memory)
         if self.full:
@@ -210,7 +212,7 @@ class _Shader:
     def __call__(
         self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
     ) -> tuple[_Piece, Tensor, Tensor]:
-        """pair [T, L] int32, tile [T] index of the tile, entering [T, 16] transmittance in front of the chunk.
+        """pair [T, L] int32, tile [T] its index, entering [T, 16] transmittance in front of the chunk.
 
         With the piece, whose numbers stand in `room` if it is given, comes the transmittance behind
         the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was blended.
@@ -296,12 +298,14 @@ def _add_to_pairs(
 
 
 def _tiled(image: Tensor, tile: Tensor) -> Tensor:
-    """[V, C, H, W] -> the tiles asked for [S, C, 16], zero outside the image."""
-    V, C, H, W = image.shape
-    rows, columns = -(-H // TILE), -(-W // TILE)
-    image = torch.nn.functional.pad(image, (0, columns * TILE - W, 0, rows * TILE - H))
-    tiles = image.view(V, C, rows, TILE, columns, TILE).permute(0, 2, 4, 1, 3, 5).reshape(-1, C, PIXELS)
-    return tiles[tile]
+    """[V, C, H, W] -> planes of the tiles asked for [C, S, 16], zero outside the image."""
+    _, C, H, W = image.shape
+    height, width = (-(-n // TILE) * TILE for n in (H, W))
+    planes = torch.nn.functional.pad(image.transpose(0, 1), (0, width - W, 0, height - H))
+    step, columns = torch.arange(TILE, device=tile.device), width // TILE
+    first = (tile // columns * width + tile % columns) * TILE
+    pixels = first[:, None] + (step[:, None] * width + step).view(-1)  # [S, 16]
+    return planes.reshape(C, -1).index_select(1, pixels.view(-1)).view(C, -1, PIXELS)
 
 
 def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """GELU in its tanh form, fused with the bias before it: one pass over memory a direction; arithmetic in fp32."""
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,10 +67,17 @@ def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int]]:
     return x.numel() // x.shape[-1], x.shape[-1], {"ROWS": TILE // TILE_C, "TILE_C": TILE_C}
 
 
+def _gelu_torch(x: Tensor) -> Tensor:
+    """x s, as in `_gelu_parts`: F.gelu takes almost twice as long, for its tanh."""
+    slope = 1.5957691216057308
+    v = (x * x).mul_(slope * 0.044715).add_(slope).mul_(x)
+    return v.sigmoid_().mul_(x)
+
+
 @torch.library.custom_op("trislat::gelu", mutates_args=())
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     if backend.is_torch(x):
-        return F.gelu(x if bias is None else wide(x) + wide(bias), approximate="tanh").to(x.dtype)
+        return _gelu_torch(wide(x) if bias is None else wide(x) + wide(bias)).to(x.dtype)
     y, (M, C, tiles) = torch.empty_like(x), _tiles(x, bias)
     grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(C, tiles["TILE_C"]),)
     backend.launch(_gelu_fwd, grid, x, bias, y, M, C, BIAS=bias is not None, **tiles, num_warps=8)

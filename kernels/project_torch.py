@@ -110,7 +110,7 @@ def project_torch(
     rect = torch.where(pairs.seen & (opacity >= VISIBLE), rect, 0).int()
     rect = torch.where((rect[2:] > rect[:2]).all(0), rect, 0).t().contiguous()
     color = (SH0 * pairs.sh + 0.5).clamp(min=0)
-    record = torch.cat([pairs.mean, pairs.conic, opacity[None], color]).t().contiguous()
+    record = torch.cat([pairs.mean, pairs.conic, opacity[None], color]).t()  # planes, as all here
     return Projected(record, pairs.p[2], rect, pairs.view)
 
 

@@ -52,7 +52,7 @@ def _splat(
 
 def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean [P, 2], conic [P, 3], blended opacity [P], colour [P, 3]."""
-    mean, conic, opacity, color = (t.contiguous() for t in record.split_with_sizes([2, 3, 1, 3], 1))
+    mean, conic, opacity, color = record.split_with_sizes([2, 3, 1, 3], 1)
     return mean, conic, opacity[:, 0], color
 
 
@@ -65,6 +65,7 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
     i32, i64 = torch.int32, torch.int64
     record, rect = empty(P, RECORD), empty(P, 4, dtype=i32)
     if backend.is_torch(gaussians):
+        record = empty(RECORD, P).t()
         S = dynamic()
         lists = [empty(dynamic(), dtype=i32), empty(S, dtype=i64), empty(S, dtype=i32), empty(S, dtype=i32)]
         saved = [record, empty(P), rect, *lists, empty(dynamic(), 16), empty(S, 16), empty(dynamic())]

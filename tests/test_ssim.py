@@ -57,6 +57,12 @@ def test_ssim_gradcheck():
     assert_same(ssim, ssim_reference, a, b)
 
 
+@pytest.mark.parametrize("images", [0, 1, 2], ids=["smaller than one", "one", "two"])
+def test_a_few_images_at_a_time_on_a_cpu(images, monkeypatch):
+    monkeypatch.setattr(module, "CACHED", images * 2 * 6 * 13)
+    assert_same(total(ssim), total(ssim_reference), *pair((5, 2, 6, 13), "cpu"))
+
+
 def test_ssim_agrees_with_the_published_loss(device, few_programs):
     _, t = golden("loss_image")
     a, b = t["img1"].float().to(device).requires_grad_(), t["img2"].float().to(device)
