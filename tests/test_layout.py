@@ -81,7 +81,8 @@ def test_public_functions_have_docstrings():
 def test_readme_has_the_two_commands_and_stays_short():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
-    for command in ("pip install -e . && python -m train.gaussian", "pip install -e '.[test]' && python -m pytest -n auto --dist worksteal"):
+    tests = "pip install -e '.[test]' && python -m pytest -n auto --dist worksteal"
+    for command in ("pip install -e . && python -m train.gaussian", tests):
         assert f"\n{command}\n" in readme
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", readme):
         assert (ROOT / picture).is_file(), picture
