@@ -1,11 +1,12 @@
-"""The public ops: Triton kernels on a GPU, vectorised torch on a CPU, the same functions and gradients on both.
+"""The public ops: Triton kernels on a GPU, vectorised torch on a CPU, the same functions and
+gradients on both.
 
-Shapes are written in one alphabet: B scenes, N voxels (rows of coords [N, 4] int32: batch, x, y, z), M windows, H heads,
-D head channels, C channels, K taps, G Gaussians, F faces, V views; height and width of pictures are H, W where there are no
-heads.
+Shapes are written in one alphabet: B scenes, N voxels (rows of coords [N, 4] int32: batch, x, y,
+z), M windows, H heads, D head channels, C channels, K taps, G Gaussians, F faces, V views; height
+and width of pictures are H, W where there are no heads.
 
-An op shadows the module it lives in: `kernels.splat` is the function, `from kernels.splat import splat_reference` still
-reaches the module.
+An op shadows the module it lives in: `kernels.splat` is the function, `from kernels.splat import
+splat_reference` still reaches the module.
 """
 
 from kernels.antialias import antialias as antialias

@@ -1,12 +1,15 @@
-"""The Triton programs of `kernels.attention`: N rows, M segments, H heads, D head channels padded to PAD_D, a power of two.
+"""The Triton programs of `kernels.attention`: N rows, M segments, H heads, D head channels padded
+to PAD_D, a power of two.
 
-Pointers: q, k, v and their gradients [N, H, D] with STRIDE between rows; out, grad [N, H, D]; gamma [2, H, D] fp32 or None
-(no q/k norm); phases [N, D / 2, 2] fp32 or None (no rotation); order of the queries, keys [N] int32 or None (position = row);
-starts [M + 1] int32; work from `_list_tiles`; lse, delta [H, N] fp32 by position; dgamma [tiles, 2, H, D] fp32. Program axis 0
-is the head, or a group: heads share the lines of a row. Axis 1 strides over the tiles in `work`.
+Pointers: q, k, v and their gradients [N, H, D] with STRIDE between rows; out, grad [N, H, D]; gamma
+[2, H, D] fp32 or None (no q/k norm); phases [N, D / 2, 2] fp32 or None (no rotation); order of the
+queries, keys [N] int32 or None (position = row); starts [M + 1] int32; work from `_list_tiles`;
+lse, delta [H, N] fp32 by position; dgamma [tiles, 2, H, D] fp32. Program axis 0 is the head, or a
+group: heads share the lines of a row. Axis 1 strides over the tiles in `work`.
 
-Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key is masked out of the softmax. Loops call
-no helper except the rotation and the norm: Triton's interpreter pays milliseconds for each call.
+Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key is masked out of
+the softmax. Loops call no helper except the rotation and the norm: Triton's interpreter pays
+milliseconds for each call.
 """
 
 import triton
@@ -18,7 +21,9 @@ EPSILON = tl.constexpr(1e-12)  # least norm of a row in the q/k norm
 
 @triton.jit(do_not_specialize=["M", "low", "high", "rows"])
 def _list_tiles(starts_ptr, work_ptr, M, low, high, rows, BLOCK: tl.constexpr):
-    """work: how many tiles there are, an unused number, then (segment, its first position) of each. One program."""
+    """work: how many tiles there are, an unused number, then (segment, its first position) of each.
+    One program.
+    """
     total = 0
     for m0 in range(0, M, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
@@ -35,18 +40,24 @@ def _list_tiles(starts_ptr, work_ptr, M, low, high, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate(x, phases_ptr, row, live, SIGN: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """Pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] turned by their phases, or back (SIGN -1), in their type."""
+    """Pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] turned by their phases, or back (SIGN
+    -1), in their type.
+    """
     d = tl.arange(0, PAD_D)[None, :]
     phases = tl.load(phases_ptr + row * D + d, mask=live[:, None] & (d < D), other=0.0)
     cos, sin = tl.split(tl.reshape(phases, [x.shape[0], PAD_D // 2, 2]))
     even, odd = tl.split(tl.reshape(x.to(tl.float32), [x.shape[0], PAD_D // 2, 2]))
     sin *= SIGN
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], PAD_D]).to(x.dtype)
+    return tl.reshape(
+        tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], PAD_D]
+    ).to(x.dtype)
 
 
 @triton.jit
 def _norm(x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """RMS norm of q or k rows [ROWS, PAD_D] of one head, whose gamma the pointer names, in their type."""
+    """RMS norm of q or k rows [ROWS, PAD_D] of one head, whose gamma the pointer names, in their
+    type.
+    """
     d = tl.arange(0, PAD_D)
     gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
     wide = x.to(tl.float32)
@@ -71,10 +82,26 @@ def _norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_short(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, starts_ptr, work_ptr, out_ptr, lse_ptr, N, scale,
-    H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gamma_ptr,
+    phases_ptr,
+    order_ptr,
+    starts_ptr,
+    work_ptr,
+    out_ptr,
+    lse_ptr,
+    N,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PAD_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """A program: whole segments, HEADS heads of each."""
     d = tl.arange(0, PAD_D)[None, :]
     h0 = tl.program_id(0) * HEADS
@@ -100,17 +127,36 @@ def _attention_short(
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
-            tl.store(out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask
+            )
             tl.store(lse_ptr + h * N + at, (top + tl.log2(total)) / LOG2E, mask=live)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_long(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, work_ptr, out_ptr, lse_ptr,
-    N, scale,
-    H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gamma_ptr,
+    phases_ptr,
+    order_ptr,
+    keys_ptr,
+    q_starts_ptr,
+    k_starts_ptr,
+    work_ptr,
+    out_ptr,
+    lse_ptr,
+    N,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PAD_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """A program: tiles of ROWS queries of a segment, one head, over the segment's keys."""
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
@@ -119,7 +165,9 @@ def _attention_long(
         at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         live = at < tl.load(q_starts_ptr + segment + 1)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
-        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
+        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(
+            tl.int64
+        )[:, None]
         q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
         if phases_ptr is not None:
             q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
@@ -133,7 +181,9 @@ def _attention_long(
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+            k_row = (
+                k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+            ).to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             if phases_ptr is not None:
@@ -156,12 +206,34 @@ def _attention_long(
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_short_backward(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, starts_ptr, work_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr,
-    dv_ptr, dgamma_ptr, N, scale,
-    H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gamma_ptr,
+    phases_ptr,
+    order_ptr,
+    starts_ptr,
+    work_ptr,
+    out_ptr,
+    lse_ptr,
+    grad_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    dgamma_ptr,
+    N,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PAD_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
-    """A program: whole segments, one head; every row is read once. delta = sum_d out * grad is made on the way."""
+):
+    """A program: whole segments, one head; every row is read once. delta = sum_d out * grad is made
+    on the way.
+    """
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
@@ -193,7 +265,9 @@ def _attention_short_backward(
                 x = _rotate(x, phases_ptr, row, live, 1, D, PAD_D)
             q = x if gamma_ptr is None else _norm(x, gamma_ptr + h * D, D, PAD_D)
             delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (
+                scale * LOG2E
+            )  # [ROWS, STEP]: keys x queries
             p = tl.exp2(tl.where(k_live[:, None], s, float("-inf")) - lse[None, :])
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
@@ -223,12 +297,35 @@ def _attention_short_backward(
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_long_dq(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, work_ptr, out_ptr, lse_ptr,
-    grad_ptr, dq_ptr, delta_ptr, dgamma_ptr, N, scale,
-    H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gamma_ptr,
+    phases_ptr,
+    order_ptr,
+    keys_ptr,
+    q_starts_ptr,
+    k_starts_ptr,
+    work_ptr,
+    out_ptr,
+    lse_ptr,
+    grad_ptr,
+    dq_ptr,
+    delta_ptr,
+    dgamma_ptr,
+    N,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PAD_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
-    """A program: dq of tiles of ROWS queries, one head, over the segment's keys; and their delta, for the next kernel."""
+):
+    """A program: dq of tiles of ROWS queries, one head, over the segment's keys; and their delta,
+    for the next kernel.
+    """
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
@@ -236,7 +333,9 @@ def _attention_long_dq(
         at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         live = at < tl.load(q_starts_ptr + segment + 1)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
-        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
+        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(
+            tl.int64
+        )[:, None]
         q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
         g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
         out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
@@ -253,7 +352,9 @@ def _attention_long_dq(
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+            k_row = (
+                k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+            ).to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             if phases_ptr is not None:
@@ -270,7 +371,11 @@ def _attention_long_dq(
             if phases_ptr is not None:
                 q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
             dq, dgamma = _norm_backward(dq, q, gamma_ptr + h * D, D, PAD_D)
-            tl.store(dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D), dgamma, mask=tl.arange(0, PAD_D) < D)
+            tl.store(
+                dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D),
+                dgamma,
+                mask=tl.arange(0, PAD_D) < D,
+            )
         if phases_ptr is not None:
             dq = _rotate(dq, phases_ptr, row, live, -1, D, PAD_D)
         tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
@@ -278,11 +383,33 @@ def _attention_long_dq(
 
 @triton.jit(do_not_specialize=["N"])
 def _attention_long_dkv(
-    q_ptr, k_ptr, v_ptr, gamma_ptr, phases_ptr, order_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, work_ptr, lse_ptr, delta_ptr,
-    grad_ptr, dk_ptr, dv_ptr, dgamma_ptr, N, scale,
-    H: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, BY_POSITION: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gamma_ptr,
+    phases_ptr,
+    order_ptr,
+    keys_ptr,
+    q_starts_ptr,
+    k_starts_ptr,
+    work_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_ptr,
+    dk_ptr,
+    dv_ptr,
+    dgamma_ptr,
+    N,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PAD_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    BY_POSITION: tl.constexpr,
+):
     """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries.
 
     They are stored by position [K, H, D], for `_sum_uses`, where a row may be a key more than once.
@@ -294,7 +421,9 @@ def _attention_long_dkv(
         k_at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         k_live = k_at < tl.load(k_starts_ptr + segment + 1)
         k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-        k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(tl.int64)[:, None]
+        k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(
+            tl.int64
+        )[:, None]
         k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         if phases_ptr is not None:
@@ -308,7 +437,9 @@ def _attention_long_dkv(
             at = m + tl.arange(0, STEP)
             live = at < q_end
             mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
-            row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(tl.int64)[:, None]
+            row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(
+                tl.int64
+            )[:, None]
             q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
             g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
@@ -317,7 +448,9 @@ def _attention_long_dkv(
                 q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
             if gamma_ptr is not None:
                 q = _norm(q, gamma_ptr + h * D, D, PAD_D)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [ROWS, STEP]: keys x queries
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (
+                scale * LOG2E
+            )  # [ROWS, STEP]: keys x queries
             p = tl.exp2(tl.where(k_live[:, None], s, float("-inf")) - lse[None, :])
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
@@ -328,7 +461,11 @@ def _attention_long_dkv(
             if phases_ptr is not None:
                 k = _rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
             dk, dgamma = _norm_backward(dk, k, gamma_ptr + (H + h) * D, D, PAD_D)
-            tl.store(dgamma_ptr + ((i * 2 + 1) * H + h) * D + tl.arange(0, PAD_D), dgamma, mask=tl.arange(0, PAD_D) < D)
+            tl.store(
+                dgamma_ptr + ((i * 2 + 1) * H + h) * D + tl.arange(0, PAD_D),
+                dgamma,
+                mask=tl.arange(0, PAD_D) < D,
+            )
         if phases_ptr is not None:
             dk = _rotate(dk, phases_ptr, k_row, k_live, -1, D, PAD_D)
         to = k_at.to(tl.int64)[:, None] * (H * D) if BY_POSITION else k_row * STRIDE
@@ -338,10 +475,21 @@ def _attention_long_dkv(
 
 @triton.jit(do_not_specialize=["N"])
 def _sum_uses(
-    dk_uses_ptr, dv_uses_ptr, uses_ptr, use_starts_ptr, dk_ptr, dv_ptr, N,
-    C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of each row, C = H D channels: the sum over its uses as a key, in their order. A program: ROWS x BLOCK."""
+    dk_uses_ptr,
+    dv_uses_ptr,
+    uses_ptr,
+    use_starts_ptr,
+    dk_ptr,
+    dv_ptr,
+    N,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dk and dv of each row, C = H D channels: the sum over its uses as a key, in their order. A
+    program: ROWS x BLOCK.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     begin = tl.load(use_starts_ptr + row, mask=row < N, other=0)

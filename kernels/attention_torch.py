@@ -1,8 +1,10 @@
-"""Attention inside segments for CPU tensors: segments of like length are padded to one batch, and a batch is two products
-and a softmax. H heads, D head channels; a slot is one (row, head) of a padded batch.
+"""Attention inside segments for CPU tensors: segments of like length are padded to one batch, and a
+batch is two products and a softmax. H heads, D head channels; a slot is one (row, head) of a padded
+batch.
 
-One gather per operand brings all slots of all batches together, one gather per result takes them apart again, and no row
-is added into, so every result is deterministic. The backward pass recomputes the softmax: cheaper than keeping it.
+One gather per operand brings all slots of all batches together, one gather per result takes them
+apart again, and no row is added into, so every result is deterministic. The backward pass
+recomputes the softmax: cheaper than keeping it.
 """
 
 from collections.abc import Iterator
@@ -11,12 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCORES = 1 << 18  # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
+SCORES = (
+    1 << 18
+)  # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
 WASTE = 1 << 13  # padded scores per head for which another batch is not worth its overhead
 
 
 class Side(NamedTuple):
-    """Where the rows of queries, or of keys, go. Padding repeats the segment's first row: NaN in it stays inside."""
+    """Where the rows of queries, or of keys, go. Padding repeats the segment's first row: NaN in it
+    stays inside.
+    """
 
     take: Tensor  # [S] int64: row * H + head of each slot
     padding: Tensor  # [S, 1] bool
@@ -24,10 +30,16 @@ class Side(NamedTuple):
 
     def gather(self, x: Tensor) -> Tensor:
         """Slots [S, D] of x [N, H, D], in the type that the arithmetic runs in."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.take).to(torch.promote_types(x.dtype, torch.float32))
+        return (
+            x.reshape(-1, x.shape[-1])
+            .index_select(0, self.take)
+            .to(torch.promote_types(x.dtype, torch.float32))
+        )
 
     def empty(self, like: Tensor) -> Tensor:
-        """Slots for a result, [S + 1, D]; the last is that of rows without a segment to attend to: zeros."""
+        """Slots for a result, [S + 1, D]; the last is that of rows without a segment to attend to:
+        zeros.
+        """
         slots = like.new_empty(len(self.take) + 1, like.shape[-1])
         slots[-1] = 0
         return slots
@@ -38,7 +50,9 @@ class Side(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Segments padded to common lengths; slots first : first + count * length in the order [count, length]."""
+    """Segments padded to common lengths; slots first : first + count * length in the order [count,
+    length].
+    """
 
     count: int  # segments x heads
     q_first: int
@@ -56,9 +70,19 @@ class Plan(NamedTuple):
     keys: Side
 
 
-def _side(order: Tensor | None, N: int, heads: int, groups: list[list[list[int]]]) -> tuple[Side, list[tuple[int, int, Tensor]]]:
-    """Slots of one side; and (first slot, length, padding [count, 1, length]) of every group of [rows, begin]."""
-    head, first, take, padding, spans = torch.arange(heads), 0, [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0).bool()], []
+def _side(
+    order: Tensor | None, N: int, heads: int, groups: list[list[list[int]]]
+) -> tuple[Side, list[tuple[int, int, Tensor]]]:
+    """Slots of one side; and (first slot, length, padding [count, 1, length]) of every group of
+    [rows, begin].
+    """
+    head, first, take, padding, spans = (
+        torch.arange(heads),
+        0,
+        [torch.zeros(0, dtype=torch.int64)],
+        [torch.zeros(0).bool()],
+        [],
+    )
     for group in groups:
         n, begin = torch.tensor(group).T[..., None]
         at = torch.arange(max(n for n, _ in group))
@@ -77,10 +101,19 @@ def _side(order: Tensor | None, N: int, heads: int, groups: list[list[list[int]]
     return Side(take, padding[:, None], put), spans
 
 
-def plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: int, order: Tensor | None = None) -> Plan:
-    """Group the segments that q_starts and k_starts [M + 1] cut off: longest first, while a batch wastes little.
+def plan(
+    q_starts: Tensor,
+    k_starts: Tensor,
+    heads: int,
+    q_rows: int,
+    k_rows: int,
+    order: Tensor | None = None,
+) -> Plan:
+    """Group the segments that q_starts and k_starts [M + 1] cut off: longest first, while a batch
+    wastes little.
 
-    `order` [N] names the query at each position, and the key too where k_starts is q_starts; without it, positions are rows.
+    `order` [N] names the query at each position, and the key too where k_starts is q_starts;
+    without it, positions are rows.
     """
     q, k = q_starts.tolist(), k_starts.tolist()
     segments = [(q[m + 1] - q[m], k[m + 1] - k[m], q[m], k[m]) for m in range(len(q) - 1)]
@@ -112,7 +145,9 @@ def plan(q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: in
 
 
 class _Piece(NamedTuple):
-    """Part of a batch with at most SCORES scores, or one segment and head, whose queries then go range by range."""
+    """Part of a batch with at most SCORES scores, or one segment and head, whose queries then go
+    range by range.
+    """
 
     batch: Batch
     q: slice
@@ -158,8 +193,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor
     return plan.queries.scatter(out, like).to(like.dtype)
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in the type of the arithmetic; `grad` [Nq, H, D] is that of the output."""
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in the type of the arithmetic; `grad` [Nq, H, D] is that of the
+    output.
+    """
     like_q, like_k = q, k
     q, g, k, v = *map(plan.queries.gather, (q, grad)), *map(plan.keys.gather, (k, v))
     q *= scale
@@ -176,19 +215,29 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: f
             else:
                 dks.baddbmm_(ds.mT, qs[:, m]), dvs.baddbmm_(p.mT, gs[:, m])
     dq *= scale
-    return plan.queries.scatter(dq, like_q), plan.keys.scatter(dk, like_k), plan.keys.scatter(dv, like_k)
+    return (
+        plan.queries.scatter(dq, like_q),
+        plan.keys.scatter(dk, like_k),
+        plan.keys.scatter(dv, like_k),
+    )
 
 
 def rotate(x: Tensor, phases: Tensor, back: bool = False) -> Tensor:
-    """Pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] turned by phases [N, D / 2, 2], or back, in its type."""
-    even, odd = x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # not view_as_complex, which needs an even storage offset
+    """Pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] turned by phases [N, D / 2, 2], or back,
+    in its type.
+    """
+    even, odd = (
+        x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    )  # not view_as_complex, which needs an even storage offset
     cos, sin = phases[:, None, None].unbind(-1)
     sin = -sin if back else sin
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def norm(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The q/k norm of x [N, 2, H, D] in its type; the unit rows and the inverse norms, negative where a norm is below 1e-12."""
+    """The q/k norm of x [N, 2, H, D] in its type; the unit rows and the inverse norms, negative
+    where a norm is below 1e-12.
+    """
     wide = x.to(gamma.dtype)
     norm = wide.norm(dim=-1, keepdim=True)
     inverse = norm.clamp(min=1e-12).reciprocal()
@@ -206,7 +255,9 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
 
 
 def sum_uses(x: Tensor, uses: Tensor, starts: Tensor) -> Tensor:
-    """[N, ...]: the sum of x [K, ...] over the uses of each row as a key (`Windows.uses`), in their order."""
+    """[N, ...]: the sum of x [K, ...] over the uses of each row as a key (`Windows.uses`), in their
+    order.
+    """
     begin, count = starts[:-1].long(), starts.diff()
     total = x.new_zeros(len(count), *x.shape[1:])
     for t in range(int(count.max()) if len(count) else 0):

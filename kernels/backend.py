@@ -1,8 +1,10 @@
-"""Which implementation of an op runs, and the one door through which every Triton kernel is launched.
+"""Which implementation of an op runs, and the one door through which every Triton kernel is
+launched.
 
-A GPU tensor (NVIDIA or AMD) takes the Triton kernels. A CPU tensor takes the vectorised torch path, unless
-`with backend.use("interpreter")` sends it through the same kernels in Triton's interpreter, which needs
-TRITON_INTERPRET=1 in the environment before Triton is first imported. Nothing falls back silently.
+A GPU tensor (NVIDIA or AMD) takes the Triton kernels. A CPU tensor takes the vectorised torch path,
+unless `with backend.use("interpreter")` sends it through the same kernels in Triton's interpreter,
+which needs TRITON_INTERPRET=1 in the environment before Triton is first imported. Nothing falls
+back silently.
 """
 
 import os
@@ -17,7 +19,9 @@ from torch import Tensor
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
-_observers: list[Callable] = []  # of every thread: on a GPU, backward passes run in threads of autograd's
+_observers: list[
+    Callable
+] = []  # of every thread: on a GPU, backward passes run in threads of autograd's
 
 
 def name(tensor: Tensor) -> str:
@@ -33,12 +37,16 @@ def is_torch(tensor: Tensor) -> bool:
 def use(choice: str) -> Iterator[None]:
     """Choose what CPU tensors run on inside the block: "torch" (the default) or "interpreter".
 
-    Raises ValueError for another name, and where the interpreter was asked for but Triton was imported without it.
+    Raises ValueError for another name, and where the interpreter was asked for but Triton was
+    imported without it.
     """
     if choice not in CHOICES:
         raise ValueError(f"backend {choice!r} is not one of {', '.join(CHOICES)}")
     if choice == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("backend 'interpreter' needs TRITON_INTERPRET=1 in the environment before triton is imported")
+        raise ValueError(
+            "backend 'interpreter' needs TRITON_INTERPRET=1 in the environment before triton is "
+            "imported"
+        )
     token = _cpu_choice.set(choice)
     try:
         yield
@@ -47,7 +55,9 @@ def use(choice: str) -> Iterator[None]:
 
 
 def target(tensor: Tensor) -> str:
-    """What tile sizes are chosen for: the GPU of `tensor` ("sm_90", "gfx942", ...); for a CPU tensor what `assume` says."""
+    """What tile sizes are chosen for: the GPU of `tensor` ("sm_90", "gfx942", ...); for a CPU
+    tensor what `assume` says.
+    """
     if tensor.device.type == "cpu":
         return _assumed.get()
     properties = torch.cuda.get_device_properties(tensor.device)
@@ -58,7 +68,9 @@ def target(tensor: Tensor) -> str:
 
 @contextmanager
 def assume(name: str) -> Iterator[None]:
-    """Inside the block, CPU tensors get the tile sizes of the GPU `name`; outside, those that suit the interpreter."""
+    """Inside the block, CPU tensors get the tile sizes of the GPU `name`; outside, those that suit
+    the interpreter.
+    """
     token = _assumed.set(name)
     try:
         yield
@@ -69,14 +81,17 @@ def assume(name: str) -> Iterator[None]:
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """Launch a Triton kernel: `kernel[grid](*args, **constants)`. An empty grid launches nothing.
 
-    `constants` are the kernel's constexpr arguments and launch options (num_warps, num_stages). Floating-point fusion
-    is chosen here, in one place, because Triton's default for it depends on the version.
+    `constants` are the kernel's constexpr arguments and launch options (num_warps, num_stages).
+    Floating-point fusion is chosen here, in one place, because Triton's default for it depends on
+    the version.
     """
     if 0 in grid:
         return
     if _observers:
         _observers[-1](kernel, grid, args, constants)
-    if hasattr(kernel, "warmup"):  # a JITFunction; the interpreter's functions take no launch options
+    if hasattr(
+        kernel, "warmup"
+    ):  # a JITFunction; the interpreter's functions take no launch options
         constants.setdefault("enable_fp_fusion", True)
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
     if device is not None and device.type == "cuda":
@@ -88,8 +103,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
 
 @contextmanager
 def observe(observer: Callable) -> Iterator[None]:
-    """Call `observer(kernel, grid, args, constants)` before every launch while the block runs, from any thread; the innermost
-    block's alone."""
+    """Call `observer(kernel, grid, args, constants)` before every launch while the block runs, from
+    any thread; the innermost block's alone.
+    """
     _observers.append(observer)
     try:
         yield

@@ -1,16 +1,18 @@
 """python -m kernels.bench [OP ...] [--size small|base] [--dtype fp16,bf16] [--json PATH] [--errors]
 
-Times every op forward and backward against its floor on this device and against every other implementation that can be
-imported, in the same run, after checking that they agree (kernels.measure says how). On a CPU, what is measured is the
-torch path against the naive reference: that says nothing about the kernels.
+Times every op forward and backward against its floor on this device and against every other
+implementation that can be imported, in the same run, after checking that they agree
+(kernels.measure says how). On a CPU, what is measured is the torch path against the naive
+reference: that says nothing about the kernels.
 
 --errors prints instead, as they come, how far each implementation is from the reference in float64,
-by type; on a CPU with TRITON_INTERPRET=1 the kernels too, interpreted. --warm compiles everything and
-times nothing. --json writes {device, driver, torch, triton, python, commit, date, ceilings, cases,
-missing}; PATH may be a folder, in which the file is named
-after the device. Exit status 1: ours failed or two implementations disagree.
+by type; on a CPU with TRITON_INTERPRET=1 the kernels too, interpreted. --warm compiles everything
+and times nothing. --json writes {device, driver, torch, triton, python, commit, date, ceilings,
+cases, missing}; PATH may be a folder, in which the file is named after the device. Exit status 1:
+ours failed or two implementations disagree.
 
-A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields kernels.measure.Case.
+A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields
+kernels.measure.Case.
 """
 
 import argparse
@@ -46,7 +48,8 @@ from kernels.measure import (
 )
 from kernels.peers import KNOWN, optional
 
-# Op -> the module with its cases. Looked up by name, and only when asked for: kernels imports nothing that stands on it
+# Op -> the module with its cases. Looked up by name, and only when asked for: kernels imports
+# nothing that stands on it
 OPS = {
     "window_attention": "kernels.bench_attention",
     "segment_attention": "kernels.bench_attention",
@@ -80,7 +83,20 @@ OPS = {
     "trunk": "train.bench",
     "train_step": "train.bench",
 }
-COLUMNS = ["op", "pass", "size", "dtype", "impl", "median_us", "spread_us", "bytes", "flops", "floor_us", "fraction", "agrees"]
+COLUMNS = [
+    "op",
+    "pass",
+    "size",
+    "dtype",
+    "impl",
+    "median_us",
+    "spread_us",
+    "bytes",
+    "flops",
+    "floor_us",
+    "fraction",
+    "agrees",
+]
 
 
 def cases(op: str, size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
@@ -94,7 +110,10 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return (
+        f"{found[1] if found else platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def file_name(name: str) -> str:
@@ -106,22 +125,31 @@ def _ask(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return "unknown"
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+    return (
+        done.stdout.strip().splitlines()[0]
+        if done.returncode == 0 and done.stdout.strip()
+        else "unknown"
+    )
 
 
 def facts(device: torch.device) -> dict:
     """What the numbers depend on beside the code."""
     driver = "none"
     if device.type == "cuda":
-        driver = torch.version.hip or _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = torch.version.hip or _ask(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
     commit = _ask("git", "rev-parse", "--short=12", "HEAD")
     changed = _ask("git", "status", "--porcelain", "--untracked-files=no") not in ("unknown", "")
     return {
-        "device": device_name(device), "driver": driver, "torch": torch.__version__,
-        "triton": triton.__version__, "python": platform.python_version(),
+        "device": device_name(device),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
         "commit": commit + ("+changes" if changed else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def lines(rows: list[dict]) -> Iterator[str]:
@@ -131,7 +159,10 @@ def lines(rows: list[dict]) -> Iterator[str]:
         key = row["op"], row["pass"], row["size"], row["dtype"]
         if key != head:
             head = key
-            yield f"{row['op']} {row['pass']}  {row['size']}  {row['dtype']}   floor {row['floor_us']:.1f} us"
+            yield (
+                f"{row['op']} {row['pass']}  {row['size']}  {row['dtype']}   floor "
+                f"{row['floor_us']:.1f} us"
+            )
         time = "DISAGREES, not timed" if row["agrees"] is False else "failed, see below"
         if row["median_us"] is not None:
             time = f"{row['median_us']:>12.1f} us +- {row['spread_us']:.1f}"
@@ -165,17 +196,24 @@ def start(device: torch.device, seconds: float = 0.25) -> tuple[Clock, Ceilings]
 
 
 def run(
-    ops: Sequence[str], size: str, dtypes: list[str], device: torch.device, seconds: float = 0.25,
-    report: Callable[[str], object] = print, after: Callable[[dict], object] = lambda result: None,
+    ops: Sequence[str],
+    size: str,
+    dtypes: list[str],
+    device: torch.device,
+    seconds: float = 0.25,
+    report: Callable[[str], object] = print,
+    after: Callable[[dict], object] = lambda result: None,
     keep: Callable[[Case], Case | None] = lambda case: case,
-) -> dict:  # fmt: skip
+) -> dict:
     """Measure ops of OPS on one device: what --json writes, as a dict.
 
     `report` takes each line of text; `after` the result so far after every case, so that a crash
     loses one case, not the run; `keep` what of a case is measured, see `without`.
     """
     clock, ceilings = start(device, seconds)
-    products = ", ".join(f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items())
+    products = ", ".join(
+        f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items()
+    )
     report(f"ceilings measured now: copy {ceilings.copy / 1e9:.3g} GB/s, {products}\n")
     limits = {"copy_bytes_per_s": ceilings.copy, "product_flops_per_s": ceilings.product}
     result = facts(device) | {"ceilings": limits, "cases": [], "missing": []}
@@ -204,26 +242,43 @@ def without(sizes: str | None, impls: str | None) -> Callable[[Case], Case | Non
 
 
 def kept(result: dict, path: Path, ops: Sequence[str]) -> dict:
-    """The result beside what the file already has of other ops, if that is of the same device, versions and commit."""
+    """The result beside what the file already has of other ops, if that is of the same device,
+    versions and commit.
+    """
     before = json.loads(path.read_text()) if path.exists() else {}
-    if any(before.get(key) != result[key] for key in ("device", "driver", "torch", "triton", "commit")):
+    if any(
+        before.get(key) != result[key] for key in ("device", "driver", "torch", "triton", "commit")
+    ):
         return result
-    return result | {key: [r for r in before[key] if r["op"] not in ops] + result[key] for key in ("cases", "missing")}
+    return result | {
+        key: [r for r in before[key] if r["op"] not in ops] + result[key]
+        for key in ("cases", "missing")
+    }
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__.split("\n\n")[1]
+    )
     parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
-    parser.add_argument("--size", choices=("small", "base"), help="default: base on a GPU, small on a CPU")
     parser.add_argument(
-        "--dtype", help=f"of {','.join(DTYPES)}; comma-separated (default: fp16,bf16 on a GPU, fp32 on a CPU; --errors: all)"
+        "--size", choices=("small", "base"), help="default: base on a GPU, small on a CPU"
+    )
+    parser.add_argument(
+        "--dtype",
+        help=f"of {','.join(DTYPES)}; comma-separated (default: fp16,bf16 on a GPU, fp32 on a "
+        "CPU; --errors: all)",
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--seconds", type=float, default=0.25, help="spent on one measurement, warm-up aside")
     parser.add_argument(
-        "--json", type=new_file, help="write the results here, in a folder to a file named after the device; "
+        "--seconds", type=float, default=0.25, help="spent on one measurement, warm-up aside"
+    )
+    parser.add_argument(
+        "--json",
+        type=new_file,
+        help="write the results here, in a folder to a file named after the device; "
         "what that has of other ops on the same device, versions and commit stays",
-    )  # fmt: skip
+    )
     for flag, what in (
         ("--without-sizes", "leave out cases whose size matches"),
         ("--without-impls", "leave out peers, and the naive reference, whose name matches"),
@@ -255,7 +310,10 @@ def _chosen(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def _errors(args: argparse.Namespace) -> int:
-    print("\nLargest difference from float64 over the largest value, of the output and of the worst gradient.\n")
+    print(
+        "\nLargest difference from float64 over the largest value, of the output and of the "
+        "worst gradient.\n"
+    )
     print(ERROR_TABLE, flush=True)
     reasons, failed = {}, False
     for case in _chosen(args):
@@ -289,8 +347,15 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     print(", ".join(f"{key} {value}" for key, value in facts(args.device).items()))
     if args.device.type == "cpu" and not args.errors and not args.warm:
-        print("A CPU: the torch path is measured against the naive reference, not the Triton kernels.")
-    print("peers: " + "; ".join(f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN))
+        print(
+            "A CPU: the torch path is measured against the naive reference, not the Triton kernels."
+        )
+    print(
+        "peers: "
+        + "; ".join(
+            f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN
+        )
+    )
     if args.errors or args.warm:
         return _errors(args) if args.errors else _warm(args)
     if args.json and args.json.is_dir():

@@ -1,7 +1,8 @@
 """Attention in windows and in segments: C = H D channels, n rows in a window.
 
-Forward flops are 4 C sum n^2 (two products), backward 10 C sum n^2 (five). Compulsory bytes of one pass over qkv [N, 3C],
-out [N, C] and the fp32 log-sum-exp [N, H]: forward (3 + 1) N C, backward (3 + 1 + 1 + 3) N C elements, N H numbers each.
+Forward flops are 4 C sum n^2 (two products), backward 10 C sum n^2 (five). Compulsory bytes of one
+pass over qkv [N, 3C], out [N, C] and the fp32 log-sum-exp [N, H]: forward (3 + 1) N C, backward (3
++ 1 + 1 + 3) N C elements, N H numbers each.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention import segment_attention, segment_attention_reference, window_attention, window_attention_reference
+from kernels.attention import (
+    segment_attention,
+    segment_attention_reference,
+    window_attention,
+    window_attention_reference,
+)
 from kernels.measure import DTYPES, Case, Impl, Work
 from kernels.peers import compiled, optional
 from kernels.serialize import serialized_windows
@@ -18,7 +24,9 @@ from kernels.shells import batch, shell
 from kernels.window import Windows, window_partition
 
 WINDOW = 8
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [rows, H, D], starts [M + 1] int32, longest
+Attend = Callable[
+    [Tensor, Tensor, Tensor, Tensor, int], Tensor
+]  # q, k, v [rows, H, D], starts [M + 1] int32, longest
 
 
 @cache
@@ -39,7 +47,9 @@ def sizes(size: str) -> tuple[int, int]:
 def attention_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[Work, Work]:
     """Forward and backward; `squares` = sum n^2 over the windows, `width` bytes an element."""
     C, lse = H * D, 4 * N * H
-    return Work(4 * N * C * width + lse, 4 * C * squares), Work(8 * N * C * width + lse, 10 * C * squares)
+    return Work(4 * N * C * width + lse, 4 * C * squares), Work(
+        8 * N * C * width + lse, 10 * C * squares
+    )
 
 
 def _squares(windows: Windows) -> int:
@@ -47,7 +57,9 @@ def _squares(windows: Windows) -> int:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """torch's own kernel for segments of uneven length (FlashAttention-2); on a CPU it raises NotImplementedError."""
+    """torch's own kernel for segments of uneven length (FlashAttention-2); on a CPU it raises
+    NotImplementedError.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, starts, starts, longest, longest)
@@ -68,22 +80,38 @@ def _flash_attn() -> Attend | str:
     module = optional("flash_attn")
     if isinstance(module, str):
         return module
-    return lambda q, k, v, starts, longest: module.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
+    return lambda q, k, v, starts, longest: module.flash_attn_varlen_func(
+        q, k, v, starts, starts, longest, longest
+    )
 
 
 class Layout:
-    """What peers need to know of the windows, made before anything is timed, empty windows left out."""
+    """What peers need to know of the windows, made before anything is timed, empty windows left
+    out.
+    """
 
-    def __init__(self, order: Tensor, lengths: Tensor):  # rows [N] in window order, rows of each window [M]; int32
+    def __init__(
+        self, order: Tensor, lengths: Tensor
+    ):  # rows [N] in window order, rows of each window [M]; int32
         lengths = lengths[lengths > 0]
         self.order, self.longest = order.long(), int(lengths.max())
         self.starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        self.inverse = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order)).to(self.order))
-        self.segment = torch.repeat_interleave(torch.arange(len(lengths)).to(self.order), lengths.long())
-        self.place = self.segment * self.longest + torch.arange(len(self.order)).to(self.order) - self.starts[self.segment]
+        self.inverse = torch.empty_like(self.order).scatter_(
+            0, self.order, torch.arange(len(self.order)).to(self.order)
+        )
+        self.segment = torch.repeat_interleave(
+            torch.arange(len(lengths)).to(self.order), lengths.long()
+        )
+        self.place = (
+            self.segment * self.longest
+            + torch.arange(len(self.order)).to(self.order)
+            - self.starts[self.segment]
+        )
 
     def gathered(self, attend: Attend | str) -> Impl | str:
-        """The attention alone: its rows are gathered before and scattered after the clock. A string says why it is absent."""
+        """The attention alone: its rows are gathered before and scattered after the clock. A string
+        says why it is absent.
+        """
         if isinstance(attend, str):
             return attend
         return Impl(
@@ -93,10 +121,14 @@ class Layout:
         )
 
     def published(self, attend: Attend | str) -> Impl | str:
-        """What the published model runs: gather, attention, scatter. A string says why it is absent."""
+        """What the published model runs: gather, attention, scatter. A string says why it is
+        absent.
+        """
         if isinstance(attend, str):
             return attend
-        return Impl(lambda qkv: attend(*qkv[self.order].unbind(1), self.starts, self.longest)[self.inverse])
+        return Impl(
+            lambda qkv: attend(*qkv[self.order].unbind(1), self.starts, self.longest)[self.inverse]
+        )
 
     def padded(self) -> Impl:
         """Every window padded to the longest, one scaled_dot_product_attention with a mask."""
@@ -107,7 +139,9 @@ class Layout:
 
         def run(qkv):
             _, _, H, D = qkv.shape
-            padded = qkv.new_zeros(M * self.longest, 3, H, D).index_copy(0, self.place, qkv[self.order])
+            padded = qkv.new_zeros(M * self.longest, 3, H, D).index_copy(
+                0, self.place, qkv[self.order]
+            )
             q, k, v = padded.view(M, self.longest, 3, H, D).permute(2, 0, 3, 1, 4)
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return out.transpose(1, 2).reshape(M * self.longest, H, D)[self.place][self.inverse]
@@ -115,7 +149,9 @@ class Layout:
         return Impl(run)
 
     def block_mask(self, block: int = 128):
-        """FlexAttention's list of key blocks for each query block, from the window bounds: no N^2 evaluation."""
+        """FlexAttention's list of key blocks for each query block, from the window bounds: no N^2
+        evaluation.
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
         N = len(self.order)
@@ -129,11 +165,17 @@ class Layout:
         same = lambda b, h, i, j: segment[i] == segment[j]
         counts = (high - low).int()[None, None]
         return BlockMask.from_kv_blocks(
-            counts, indices[None, None].int().contiguous(), BLOCK_SIZE=block, mask_mod=same, seq_lengths=(N, N)
+            counts,
+            indices[None, None].int().contiguous(),
+            BLOCK_SIZE=block,
+            mask_mod=same,
+            seq_lengths=(N, N),
         )
 
     def flex(self, compile: Callable) -> Impl | str:
-        """FlexAttention over gathered rows; `compile` turns the eager function into the fused one, or says why not."""
+        """FlexAttention over gathered rows; `compile` turns the eager function into the fused one,
+        or says why not.
+        """
         from torch.nn.attention.flex_attention import flex_attention
 
         attend = compile(flex_attention)
@@ -142,7 +184,9 @@ class Layout:
         mask = self.block_mask()
         return Impl(
             lambda q, k, v: attend(q, k, v, block_mask=mask),
-            prepare=lambda qkv: tuple(x.transpose(0, 1)[None].contiguous() for x in qkv[self.order].unbind(1)),
+            prepare=lambda qkv: tuple(
+                x.transpose(0, 1)[None].contiguous() for x in qkv[self.order].unbind(1)
+            ),
             restore=lambda out: out[0].transpose(0, 1)[self.inverse],
         )
 
@@ -153,36 +197,53 @@ def _random(shape: tuple, dtype: str, device: torch.device, seed: int) -> Tensor
 
 
 def attention_case(
-    op: str, name: str, dtype: str, coords: Tensor, H: int, D: int, device: torch.device, window: int = WINDOW
+    op: str,
+    name: str,
+    dtype: str,
+    coords: Tensor,
+    H: int,
+    D: int,
+    device: torch.device,
+    window: int = WINDOW,
 ) -> Case:
     """One coordinate set, one type, with every peer."""
     coords = coords.to(device)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
     layout, N = Layout(windows.order, windows.lengths), len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
-    common = dict(op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward])
+    common = dict(
+        op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward]
+    )
     varlen = _varlen(device)
     if op == "segment_attention":  # q, k, v as three tensors in window order
         starts = windows.starts
         run = lambda q, k, v: varlen(q, k, v, layout.starts, layout.longest)
         peers = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
         return Case(
-            inputs=lambda seed: tuple(_random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)),
-            ours=lambda q, k, v: segment_attention(q, k, v, starts, starts), peers=peers,
-            reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts), **common,
-        )  # fmt: skip
+            inputs=lambda seed: tuple(
+                _random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)
+            ),
+            ours=lambda q, k, v: segment_attention(q, k, v, starts, starts),
+            peers=peers,
+            reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts),
+            **common,
+        )
     peers = {
         "torch varlen_attn, rows gathered before": layout.gathered(varlen),
         "published path: gather + varlen_attn + scatter": layout.published(varlen),
         "flash_attn, rows gathered before": layout.gathered(_flash_attn()),
-        "FlexAttention, block mask, rows gathered before": layout.flex(lambda f: compiled(f, device)),
+        "FlexAttention, block mask, rows gathered before": layout.flex(
+            lambda f: compiled(f, device)
+        ),
         "padded scaled_dot_product_attention": layout.padded(),
     }
     return Case(
         inputs=lambda seed: (_random((N, 3, H, D), dtype, device, seed),),
-        ours=lambda qkv: window_attention(qkv, windows), peers=peers,
-        reference=layout.published(one_by_one).run, **common,
-    )  # fmt: skip
+        ours=lambda qkv: window_attention(qkv, windows),
+        peers=peers,
+        reference=layout.published(one_by_one).run,
+        **common,
+    )
 
 
 def window_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
@@ -199,8 +260,12 @@ def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) 
         yield attention_case("segment_attention", name, dtype, coords, *sizes(size), device)
 
 
-def serialized_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Overlapping runs of 512 voxels (a few on a CPU) along a space-filling curve: keys are an index list, rows repeat."""
+def serialized_attention_cases(
+    size: str, dtypes: list[str], device: torch.device
+) -> Iterator[Case]:
+    """Overlapping runs of 512 voxels (a few on a CPU) along a space-filling curve: keys are an
+    index list, rows repeat.
+    """
     name, coords = next(iter(voxels(size).items()))
     coords, (H, D), run = coords.to(device), sizes(size), 64 if size == "small" else 512
     windows, N = serialized_windows(coords, int(coords[-1, 0]) + 1, run), len(coords)
@@ -208,29 +273,55 @@ def serialized_attention_cases(size: str, dtypes: list[str], device: torch.devic
     for dtype in dtypes:
         forward, backward = attention_work(N, scores, H, D, DTYPES[dtype].itemsize)
         yield Case(
-            op="serialized_attention", size=f"{name}, N = {N}, runs of {run}", dtype=dtype, forward=[forward],
-            backward=[backward], inputs=lambda seed, d=dtype: (_random((N, 3, H, D), d, device, seed),),
-            ours=lambda qkv: window_attention(qkv, windows), reference=lambda qkv: window_attention_reference(qkv, windows),
-        )  # fmt: skip
+            op="serialized_attention",
+            size=f"{name}, N = {N}, runs of {run}",
+            dtype=dtype,
+            forward=[forward],
+            backward=[backward],
+            inputs=lambda seed, d=dtype: (_random((N, 3, H, D), d, device, seed),),
+            ours=lambda qkv: window_attention(qkv, windows),
+            reference=lambda qkv: window_attention_reference(qkv, windows),
+        )
 
 
 def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Windows with queries and keys rotated and RMS-normed in the loads; phases and gammas are too small to count."""
+    """Windows with queries and keys rotated and RMS-normed in the loads; phases and gammas are too
+    small to count.
+    """
     name, coords = next(iter(voxels(size).items()))
     coords, (H, D) = coords.to(device), sizes(size)
     windows, N = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0), len(coords)
-    angle = coords[:, 1:].float() @ torch.ones(3, D // 2, device=device) * 10.0 ** -torch.arange(D // 2, device=device)
+    angle = (
+        coords[:, 1:].float()
+        @ torch.ones(3, D // 2, device=device)
+        * 10.0 ** -torch.arange(D // 2, device=device)
+    )
     phases = torch.polar(torch.ones_like(angle), angle)
     for dtype in dtypes:
         forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
-        treated = lambda attend: lambda qkv, q, k: attend(
-            qkv, windows, q_gamma=q.to(qkv) if qkv.dtype == torch.float64 else q,
-            k_gamma=k.to(qkv) if qkv.dtype == torch.float64 else k, phases=phases,
-        )  # fmt: skip
-        gamma = lambda seed: (1 + 0.1 * torch.randn(H, D, generator=torch.Generator().manual_seed(seed))).to(device)
+        treated = lambda attend: (
+            lambda qkv, q, k: attend(
+                qkv,
+                windows,
+                q_gamma=q.to(qkv) if qkv.dtype == torch.float64 else q,
+                k_gamma=k.to(qkv) if qkv.dtype == torch.float64 else k,
+                phases=phases,
+            )
+        )
+        gamma = lambda seed: (
+            1 + 0.1 * torch.randn(H, D, generator=torch.Generator().manual_seed(seed))
+        ).to(device)
         yield Case(
-            op="rotary_attention", size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward],
+            op="rotary_attention",
+            size=f"{name}, N = {N}",
+            dtype=dtype,
+            forward=[forward],
+            backward=[backward],
             inputs=lambda seed, d=dtype, g=gamma: (
-                _random((N, 3, H, D), d, device, seed), g(seed).requires_grad_(), g(seed + 1).requires_grad_()),
-            ours=treated(window_attention), reference=treated(window_attention_reference),
-        )  # fmt: skip
+                _random((N, 3, H, D), d, device, seed),
+                g(seed).requires_grad_(),
+                g(seed + 1).requires_grad_(),
+            ),
+            ours=treated(window_attention),
+            reference=treated(window_attention_reference),
+        )

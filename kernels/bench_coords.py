@@ -1,7 +1,9 @@
-"""Coordinates: tables, lookups, the 27-neighbour map, windows, and what a hit of the spatial cache costs the host.
+"""Coordinates: tables, lookups, the 27-neighbour map, windows, and what a hit of the spatial cache
+costs the host.
 
-N voxels of one object. Compulsory bytes: coordinates 16 N, an int32 answer 4 bytes each; table entries are counted once
-per row that is found, whatever holds them. Without a backward pass, without floating-point numbers.
+N voxels of one object. Compulsory bytes: coordinates 16 N, an int32 answer 4 bytes each; table
+entries are counted once per row that is found, whatever holds them. Without a backward pass,
+without floating-point numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +19,8 @@ from kernels.shells import batch, shell
 from kernels.window import Windows, window_partition
 
 WINDOW, SHIFT = 8, 4
-NAIVE_ROWS = 5000  # from here on the references, dictionaries in Python, would take longer than everything else
+# from here on the references, dictionaries in Python, would take longer than everything else
+NAIVE_ROWS = 5000
 
 
 def _ball(radius: float) -> Callable:
@@ -30,7 +33,10 @@ def coordinate_sets(size: str) -> dict[str, tuple[Tensor, int]]:
         sets = {"2k in 24^3": (shell("sphere", 24), 24), "9k in 48^3": (shell("sphere", 48), 48)}
         wide = sets["9k in 48^3"]
     else:
-        sets = {"20k in 64^3": (shell("rough sphere"), 64), "60k in 128^3": (shell(_ball(0.44), 128), 128)}
+        sets = {
+            "20k in 64^3": (shell("rough sphere"), 64),
+            "60k in 128^3": (shell(_ball(0.44), 128), 128),
+        }
         sets["200k in 256^3"] = wide = (shell(_ball(0.402), 256), 256)
     factor = 1024 // wide[1]
     sets[f"{len(wide[0]) // 1000}k in 1024^3"] = (wide[0] * factor, 1024)
@@ -72,10 +78,12 @@ def build_table_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
 
     def make(coords: Tensor, cache: SpatialCache, resolution: int, naive: bool) -> dict:
         return dict(
-            inputs=_copies(coords), ours=lambda coords: build_table(cache), forward=[Work(20 * len(coords))],
+            inputs=_copies(coords),
+            ours=lambda coords: build_table(cache),
+            forward=[Work(20 * len(coords))],
             peers={"torch.sort of keys": Impl(Sorted, restore=lambda table: table.find(coords))},
             restore=lambda table: lookup(table, coords),
-        )  # fmt: skip
+        )
 
     return _cases("build_table", size, device, make)
 
@@ -88,16 +96,21 @@ def lookup_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator
         offset = torch.tensor([0, 0, 1, 0], dtype=torch.int32, device=device)
         found = int((keys.find(coords + offset) >= 0).sum())
         return dict(
-            inputs=lambda seed: (coords + offset,), ours=lambda q: lookup(table, q), forward=[Work(20 * N + 4 * found)],
-            peers={"torch.searchsorted": Impl(keys.find)}, naive=naive,
+            inputs=lambda seed: (coords + offset,),
+            ours=lambda q: lookup(table, q),
+            forward=[Work(20 * N + 4 * found)],
+            peers={"torch.searchsorted": Impl(keys.find)},
+            naive=naive,
             reference=lambda q: lookup_reference(coords, q).to(device),
-        )  # fmt: skip
+        )
 
     return _cases("lookup", size, device, make)
 
 
 def _spconv_map(package: str, resolution: int) -> Impl | str:
-    """Pairs of a 3^3 submanifold convolution by spconv, or by spconv_triton, which has the same names."""
+    """Pairs of a 3^3 submanifold convolution by spconv, or by spconv_triton, which has the same
+    names.
+    """
     module, core = optional(f"{package}.pytorch"), optional(f"{package}.core")
     if isinstance(module, str) or isinstance(core, str):
         return module if isinstance(module, str) else core
@@ -123,25 +136,38 @@ def _flex_gemm_map(resolution: int) -> Impl | str:
 
 
 def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: bool) -> Case:
-    """The map of a 3^3 kernel, its table included; compared as sets, because packages number the taps differently."""
+    """The map of a 3^3 kernel, its table included; compared as sets, because packages number the
+    taps differently.
+    """
     ordered, cache = (lambda found: found.sort(1).values), SpatialCache(coords)
     return Case(
-        op=op, size=size, dtype="int32", inputs=_copies(coords), forward=[Work((16 + 27 * 4) * len(coords))],
-        ours=lambda coords: torch.ops.trislat.neighbours(coords, *_build(cache), 3), restore=ordered,
-        naive=naive, reference=lambda coords: ordered(neighbours_reference(coords).to(coords.device)),
+        op=op,
+        size=size,
+        dtype="int32",
+        inputs=_copies(coords),
+        forward=[Work((16 + 27 * 4) * len(coords))],
+        ours=lambda coords: torch.ops.trislat.neighbours(coords, *_build(cache), 3),
+        restore=ordered,
+        naive=naive,
+        reference=lambda coords: ordered(neighbours_reference(coords).to(coords.device)),
         peers={
-            "torch.sort + torch.searchsorted": Impl(lambda coords: Sorted(coords).neighbours(coords), restore=ordered),
-            "spconv": _spconv_map("spconv", resolution), "spconv_triton": _spconv_map("spconv_triton", resolution),
+            "torch.sort + torch.searchsorted": Impl(
+                lambda coords: Sorted(coords).neighbours(coords), restore=ordered
+            ),
+            "spconv": _spconv_map("spconv", resolution),
+            "spconv_triton": _spconv_map("spconv_triton", resolution),
             "flex_gemm": _flex_gemm_map(resolution),
         },
-    )  # fmt: skip
+    )
 
 
 def neighbours_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """Every coordinate set."""
     for name, (coords, resolution) in coordinate_sets(size).items():
         naive = len(coords) < NAIVE_ROWS
-        yield neighbours_case("neighbours", f"{name}, N = {len(coords)}", coords.to(device), resolution, naive)
+        yield neighbours_case(
+            "neighbours", f"{name}, N = {len(coords)}", coords.to(device), resolution, naive
+        )
 
 
 def _build(cache: SpatialCache) -> tuple:
@@ -149,8 +175,12 @@ def _build(cache: SpatialCache) -> tuple:
     return table.keys, table.rows, table.size, table.kind
 
 
-def published_partition(coords: Tensor, window: int = WINDOW, shift: int = SHIFT) -> tuple[Tensor, Tensor]:
-    """Rows sorted by window, and the lengths of the windows that are not empty: argsort and bincount, with their waits."""
+def published_partition(
+    coords: Tensor, window: int = WINDOW, shift: int = SHIFT
+) -> tuple[Tensor, Tensor]:
+    """Rows sorted by window, and the lengths of the windows that are not empty: argsort and
+    bincount, with their waits.
+    """
     moved = coords.clone().long()
     moved[:, 1:] = (moved[:, 1:] + shift) // window
     grid = (moved.amax(0) + 1).tolist()
@@ -166,16 +196,27 @@ def partition_case(op: str, size: str, coords: Tensor, window: int, shift: int) 
     partition = lambda coords: window_partition(cache, 1, window, shift)
     windows = len(partition(coords))
     return Case(
-        op=op, size=size, dtype="int32", inputs=_copies(coords), ours=partition,
-        restore=lambda w: (w.order, w.lengths[w.lengths > 0]), forward=[Work(20 * len(coords) + 4 * windows)],
-        peers={"published path: argsort + bincount": Impl(lambda coords: published_partition(coords, window, shift))},
-    )  # fmt: skip
+        op=op,
+        size=size,
+        dtype="int32",
+        inputs=_copies(coords),
+        ours=partition,
+        restore=lambda w: (w.order, w.lengths[w.lengths > 0]),
+        forward=[Work(20 * len(coords) + 4 * windows)],
+        peers={
+            "published path: argsort + bincount": Impl(
+                lambda coords: published_partition(coords, window, shift)
+            )
+        },
+    )
 
 
 def window_partition_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """Windows of 8^3, shifted by 4."""
     for name, (coords, _) in coordinate_sets(size).items():
-        yield partition_case("window_partition", f"{name}, N = {len(coords)}", coords.to(device), WINDOW, SHIFT)
+        yield partition_case(
+            "window_partition", f"{name}, N = {len(coords)}", coords.to(device), WINDOW, SHIFT
+        )
 
 
 def _windows(cache: SpatialCache, window: int, shift: int) -> Windows:
@@ -183,11 +224,18 @@ def _windows(cache: SpatialCache, window: int, shift: int) -> Windows:
 
 
 def cache_hit_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The host's time for windows that the cache already holds: what every block of a model pays after the first."""
+    """The host's time for windows that the cache already holds: what every block of a model pays
+    after the first.
+    """
     coords, _ = next(iter(coordinate_sets(size).values()))
     cache = SpatialCache(coords.to(device))
     cache.get(_windows, WINDOW, SHIFT)
     yield Case(
-        op="cache_hit", size="windows", dtype="int32", inputs=lambda seed: (), on_host=True, forward=[Work()],
+        op="cache_hit",
+        size="windows",
+        dtype="int32",
+        inputs=lambda seed: (),
+        on_host=True,
+        forward=[Work()],
         ours=lambda: cache.get(_windows, WINDOW, SHIFT),
-    )  # fmt: skip
+    )

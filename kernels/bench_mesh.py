@@ -1,7 +1,9 @@
-"""What the mesh decoder adds: sparse convolutions, group norm, pooling, the surface and its pictures. N voxels, C channels.
+"""What the mesh decoder adds: sparse convolutions, group norm, pooling, the surface and its
+pictures. N voxels, C channels.
 
-Flops of a convolution are those of the neighbours that exist, 2 Ci Co each; the form that reads parents after a subdivision
-needs about a quarter of them and is held against its own, smaller number. Compulsory bytes: rows and weights once.
+Flops of a convolution are those of the neighbours that exist, 2 Ci Co each; the form that reads
+parents after a subdivision needs about a quarter of them and is held against its own, smaller
+number. Compulsory bytes: rows and weights once.
 """
 
 import math
@@ -40,19 +42,27 @@ def _levels(size: str) -> tuple[str, SpatialCache, list[tuple[int, int]]]:
     return "noisy sphere", SpatialCache(batch(shell("noisy sphere"))), [(768, 192), (192, 96)]
 
 
-def _random(shape: tuple, dtype: str, device: torch.device, seed: int, scale: float = 1.0) -> Tensor:
+def _random(
+    shape: tuple, dtype: str, device: torch.device, seed: int, scale: float = 1.0
+) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
     return values.to(device, DTYPES[dtype]).requires_grad_()
 
 
 def conv_work(rows: tuple[int, int], pairs: int, Ci: int, Co: int, width: int) -> tuple[Work, Work]:
-    """Forward and backward from rows[0] input to rows[1] output rows, over `pairs` of an output row and a neighbour."""
+    """Forward and backward from rows[0] input to rows[1] output rows, over `pairs` of an output row
+    and a neighbour.
+    """
     x, y, weight, flops = rows[0] * Ci, rows[1] * Co, 27 * Ci * Co, 2 * pairs * Ci * Co
     return Work(width * (x + y + weight), flops), Work(width * (2 * x + y + 2 * weight), 2 * flops)
 
 
-def _spconv(package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, device: torch.device) -> Impl | str:
-    """The submanifold convolution of spconv, or of spconv_triton, which has the same names; its neighbours are made once."""
+def _spconv(
+    package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, device: torch.device
+) -> Impl | str:
+    """The submanifold convolution of spconv, or of spconv_triton, which has the same names; its
+    neighbours are made once.
+    """
     module = optional(f"{package}.pytorch")
     if isinstance(module, str):
         return module
@@ -60,7 +70,9 @@ def _spconv(package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, dev
     shape, known = [max(cache.extent)] * 3, {}
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        voxels = module.SparseConvTensor(x, cache.coords, shape, cache.batch_size, indice_dict=known)
+        voxels = module.SparseConvTensor(
+            x, cache.coords, shape, cache.batch_size, indice_dict=known
+        )
         out = torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (voxels,))
         known.update(out.indice_dict)  # a layer adds to a copy of its input's
         return out.features
@@ -69,7 +81,9 @@ def _spconv(package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, dev
 
 
 def _flex_gemm(cache: SpatialCache) -> Impl | str:
-    """FlexGEMM's, its neighbours made once too; the order of its arguments differs between versions, their names do not."""
+    """FlexGEMM's, its neighbours made once too; the order of its arguments differs between
+    versions, their names do not.
+    """
     module = optional("flex_gemm.ops.spconv")
     if isinstance(module, str):
         return module
@@ -87,7 +101,11 @@ def _flex_gemm(cache: SpatialCache) -> Impl | str:
 def _inputs(N: int, Ci: int, Co: int, dtype: str, device: torch.device) -> Callable[[int], tuple]:
     def make(seed: int) -> tuple:
         weight = _random((Co, 3, 3, 3, Ci), dtype, device, seed + 1, (27 * Ci) ** -0.5)
-        return _random((N, Ci), dtype, device, seed), weight, _random((Co,), dtype, device, seed + 2)
+        return (
+            _random((N, Ci), dtype, device, seed),
+            weight,
+            _random((Co,), dtype, device, seed + 2),
+        )
 
     return make
 
@@ -103,16 +121,26 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
         for dtype in dtypes:
             forward, backward = conv_work((N, N), pairs, C, C, DTYPES[dtype].itemsize)
             yield Case(
-                op="sparse_conv", size=f"{name}, {N} x {C} -> {C}", dtype=dtype, forward=[forward], backward=[backward],
-                inputs=_inputs(N, C, C, dtype, device), ours=lambda x, w, b, n=near, o=order: sparse_conv(x, w, b, n, order=o),
+                op="sparse_conv",
+                size=f"{name}, {N} x {C} -> {C}",
+                dtype=dtype,
+                forward=[forward],
+                backward=[backward],
+                inputs=_inputs(N, C, C, dtype, device),
+                ours=lambda x, w, b, n=near, o=order: sparse_conv(x, w, b, n, order=o),
                 reference=lambda x, w, b, n=near: sparse_conv_reference(x, w, b, n),
-                peers={name: _spconv(name, cache, C, C, dtype, device) for name in ("spconv", "spconv_triton")}
+                peers={
+                    name: _spconv(name, cache, C, C, dtype, device)
+                    for name in ("spconv", "spconv_triton")
+                }
                 | {"flex_gemm": _flex_gemm(cache)},
-            )  # fmt: skip
+            )
 
 
 def parents_read(below: Tensor) -> int:
-    """Pairs of a child and a parent that it reads, of the children's neighbours [8N, 27]: each counts once, whatever its taps."""
+    """Pairs of a child and a parent that it reads, of the children's neighbours [8N, 27]: each
+    counts once, whatever its taps.
+    """
     total = 0
     for part in torch.where(below >= 0, below // 8, -1).split(1 << 16):
         distinct = (part.sort(1).values.diff(dim=1) != 0).sum() + len(part)
@@ -121,28 +149,43 @@ def parents_read(below: Tensor) -> int:
 
 
 def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The first convolution of each upsampling block, from the parents; the peer makes the copies."""
+    """Each upsampling block's first convolution, from the parents; the peer makes the copies."""
     name, cache, channels = _levels(size)
     cache = SpatialCache(cache.coords.to(device))
     for Ci, Co in channels:
         children = cache.subdivide()
-        near, below, order = cache.get(neighbours, 3), children.get(neighbours, 3), cache.get(octant_order)
+        near, below, order = (
+            cache.get(neighbours, 3),
+            children.get(neighbours, 3),
+            cache.get(octant_order),
+        )
         pairs = parents_read(below)
         for dtype in dtypes:
-            forward, backward = conv_work((len(cache), len(children)), pairs, Ci, Co, DTYPES[dtype].itemsize)
+            forward, backward = conv_work(
+                (len(cache), len(children)), pairs, Ci, Co, DTYPES[dtype].itemsize
+            )
             yield Case(
-                op="subdivide_conv", size=f"{name}, {len(cache)} x {Ci} -> {len(children)} x {Co}", dtype=dtype,
-                forward=[forward], backward=[backward], inputs=_inputs(len(cache), Ci, Co, dtype, device),
+                op="subdivide_conv",
+                size=f"{name}, {len(cache)} x {Ci} -> {len(children)} x {Co}",
+                dtype=dtype,
+                forward=[forward],
+                backward=[backward],
+                inputs=_inputs(len(cache), Ci, Co, dtype, device),
                 ours=lambda x, w, b, n=near, o=order: subdivide_conv(x, w, b, n, order=o),
                 reference=lambda x, w, b, n=below: subdivide_conv_reference(x, w, b, n),
-                peers={"subdivide, then sparse_conv": Impl(
-                    lambda x, w, b, n=below: sparse_conv(x.repeat_interleave(8, 0), w, b, n))},
-            )  # fmt: skip
+                peers={
+                    "subdivide, then sparse_conv": Impl(
+                        lambda x, w, b, n=below: sparse_conv(x.repeat_interleave(8, 0), w, b, n)
+                    )
+                },
+            )
         cache = children
 
 
 def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """With SiLU, before the second convolution of the first block. Forward reads x twice; backward x and dy twice."""
+    """With SiLU, before the second convolution of the first block. Forward reads x twice; backward
+    x and dy twice.
+    """
     name, cache, channels = _levels(size)
     children, C = SpatialCache(cache.coords.to(device)).subdivide(), channels[0][1]
     N, starts = len(children), children.starts
@@ -150,11 +193,17 @@ def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
     for dtype in dtypes:
         row = N * C * DTYPES[dtype].itemsize
         yield Case(
-            op="group_norm", size=f"{name}, {N} x {C}", dtype=dtype, forward=[Work(3 * row)], backward=[Work(5 * row)],
+            op="group_norm",
+            size=f"{name}, {N} x {C}",
+            dtype=dtype,
+            forward=[Work(3 * row)],
+            backward=[Work(5 * row)],
             inputs=lambda seed, d=dtype: (_random((N, C), d, device, seed), *affine(seed)),
             ours=lambda x, w, b: group_norm_silu(x, w, b, starts, GROUPS, EPS),
-            reference=lambda x, w, b: group_norm_reference(x, w.to(x), b.to(x), starts, GROUPS, EPS, True),
-        )  # fmt: skip
+            reference=lambda x, w, b: group_norm_reference(
+                x, w.to(x), b.to(x), starts, GROUPS, EPS, True
+            ),
+        )
 
 
 def pool_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
@@ -166,10 +215,16 @@ def pool_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
     for dtype in dtypes:
         moved = (len(cache) + len(coarse)) * C * DTYPES[dtype].itemsize
         yield Case(
-            op="pool", size=f"{name}, {len(cache)} -> {len(coarse)} x {C}", dtype=dtype, forward=[Work(moved)],
-            backward=[Work(moved)], inputs=lambda seed, d=dtype: (_random((len(cache), C), d, device, seed),),
-            ours=lambda x: pool(x, made), reference=lambda x: pool_reference(x, index, len(coarse)), naive=size == "small",
-        )  # fmt: skip
+            op="pool",
+            size=f"{name}, {len(cache)} -> {len(coarse)} x {C}",
+            dtype=dtype,
+            forward=[Work(moved)],
+            backward=[Work(moved)],
+            inputs=lambda seed, d=dtype: (_random((len(cache), C), d, device, seed),),
+            ours=lambda x: pool(x, made),
+            reference=lambda x: pool_reference(x, index, len(coarse)),
+            naive=size == "small",
+        )
 
 
 def _surface(size: str, device: torch.device) -> tuple[SpatialCache, Tensor, int]:
@@ -184,21 +239,35 @@ def _surface(size: str, device: torch.device) -> tuple[SpatialCache, Tensor, int
 
 
 def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A training surface with colours. Forward reads the fields and writes the surface; backward the other way round."""
+    """A training surface with colours. Forward reads the fields and writes the surface; backward
+    the other way round.
+    """
     cache, fields, resolution = _surface(size, device)
     out = isosurface(cache, fields, resolution, True)
-    surface = 4 * (out.vertices.numel() + out.faces.numel() + out.attributes.numel() + 4 * len(out.tsdf_value))
+    surface = 4 * (
+        out.vertices.numel() + out.faces.numel() + out.attributes.numel() + 4 * len(out.tsdf_value)
+    )
     moved = 4 * fields.numel() + surface
 
     def inputs(seed: int) -> tuple:
-        return ((fields + _random(tuple(fields.shape), "fp32", device, seed, 1e-3).detach()).requires_grad_(),)
+        return (
+            (
+                fields + _random(tuple(fields.shape), "fp32", device, seed, 1e-3).detach()
+            ).requires_grad_(),
+        )
 
     pick = lambda s: (s.vertices, s.attributes, s.regularizer)
     yield Case(
-        op="isosurface", size=f"{len(cache)} cubes of {resolution}^3, {len(out.faces)} faces", dtype="fp32", inputs=inputs,
-        forward=[Work(moved)], backward=[Work(moved)], ours=lambda f: pick(isosurface(cache, f, resolution, True)),
-        reference=lambda f: pick(isosurface_reference(cache.coords, f, resolution, True)), naive=size == "small",
-    )  # fmt: skip
+        op="isosurface",
+        size=f"{len(cache)} cubes of {resolution}^3, {len(out.faces)} faces",
+        dtype="fp32",
+        inputs=inputs,
+        forward=[Work(moved)],
+        backward=[Work(moved)],
+        ours=lambda f: pick(isosurface(cache, f, resolution, True)),
+        reference=lambda f: pick(isosurface_reference(cache.coords, f, resolution, True)),
+        naive=size == "small",
+    )
 
 
 def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
@@ -225,7 +294,9 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
 
 
 def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One view of a training surface. Compulsory: vertices, colours, faces, 11 floats a pixel; backward again, with gradients."""
+    """One view of a training surface. Compulsory: vertices, colours, faces, 11 floats a pixel;
+    backward again, with gradients.
+    """
     cache, fields, resolution = _surface(size, device)
     out, edge = isosurface(cache, fields, resolution, True), 48 if size == "small" else 512
     camera, faces = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), edge).to(device), out.faces
@@ -237,8 +308,17 @@ def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
         return image.color, image.alpha
 
     yield Case(
-        op="render_mesh", size=f"{F} faces, {edge}^2", dtype="fp32", forward=[Work(moved)], backward=[Work(2 * moved)],
-        inputs=lambda seed: (out.vertices.clone().requires_grad_(), out.attributes[:, :3].clone().requires_grad_()),
-        ours=lambda *x: pictures(render_mesh, *x), reference=lambda *x: pictures(render_mesh_reference, *x),
-        naive=size == "small", peers={"nvdiffrast": nvdiffrast(P, faces, camera)},
-    )  # fmt: skip
+        op="render_mesh",
+        size=f"{F} faces, {edge}^2",
+        dtype="fp32",
+        forward=[Work(moved)],
+        backward=[Work(2 * moved)],
+        inputs=lambda seed: (
+            out.vertices.clone().requires_grad_(),
+            out.attributes[:, :3].clone().requires_grad_(),
+        ),
+        ours=lambda *x: pictures(render_mesh, *x),
+        reference=lambda *x: pictures(render_mesh_reference, *x),
+        naive=size == "small",
+        peers={"nvdiffrast": nvdiffrast(P, faces, camera)},
+    )

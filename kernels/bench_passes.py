@@ -1,6 +1,7 @@
 """The memory-bound passes of a block and SSIM: N rows, C channels, `width` bytes an element.
 
-Compulsory bytes: every input read once, every output written once. No matrix products, so no flops are counted.
+Compulsory bytes: every input read once, every output written once. No matrix products, so no flops
+are counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +29,9 @@ EPS = 1e-6
 
 def eager_layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """As published: to fp32 (fp64 stays), norm, back."""
-    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps).to(x.dtype)
+    return F.layer_norm(
+        x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps
+    ).to(x.dtype)
 
 
 def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,29 +52,49 @@ def eager_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 def _peers(eager: Callable, device: torch.device) -> dict[str, Impl | str]:
     fused = compiled(eager, device)
-    return {"torch, eager": Impl(eager), "torch.compile": fused if isinstance(fused, str) else Impl(fused)}
+    return {
+        "torch, eager": Impl(eager),
+        "torch.compile": fused if isinstance(fused, str) else Impl(fused),
+    }
 
 
 def _rows(*shapes: tuple, dtype: str, device: torch.device) -> Callable[[int], tuple]:
     def make(seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randn(s, generator=generator).to(device, DTYPES[dtype]).requires_grad_() for s in shapes)
+        return tuple(
+            torch.randn(s, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+            for s in shapes
+        )
 
     return make
 
 
 def _pass(
-    op: str, ours: Callable, reference: Callable, eager: Callable, shapes: list[tuple], moved: tuple[int, int],
-    size: str, dtypes: list[str], device: torch.device,
-) -> Iterator[Case]:  # fmt: skip
+    op: str,
+    ours: Callable,
+    reference: Callable,
+    eager: Callable,
+    shapes: list[tuple],
+    moved: tuple[int, int],
+    size: str,
+    dtypes: list[str],
+    device: torch.device,
+) -> Iterator[Case]:
     """`moved`: tensors of the first shape that cross the memory bus, forward and backward."""
     elements = torch.Size(shapes[0]).numel()
     for dtype in dtypes:
         work = [Work(count * elements * DTYPES[dtype].itemsize) for count in moved]
         yield Case(
-            op=op, size=f"{size}, {' x '.join(map(str, shapes[0]))}", dtype=dtype, forward=work[:1], backward=work[1:],
-            inputs=_rows(*shapes, dtype=dtype, device=device), ours=ours, reference=reference, peers=_peers(eager, device),
-        )  # fmt: skip
+            op=op,
+            size=f"{size}, {' x '.join(map(str, shapes[0]))}",
+            dtype=dtype,
+            forward=work[:1],
+            backward=work[1:],
+            inputs=_rows(*shapes, dtype=dtype, device=device),
+            ours=ours,
+            reference=reference,
+            peers=_peers(eager, device),
+        )
 
 
 def _row_count(size: str) -> tuple[str, int, int, int]:
@@ -83,29 +106,59 @@ def _row_count(size: str) -> tuple[str, int, int, int]:
 def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """With the bias that a block's stream lacks. Forward x -> y; backward y, dy -> dx."""
     name, N, H, D = _row_count(size)
-    ours, reference = (lambda x, bias: layer_norm(x, EPS, bias)), (lambda x, bias: layer_norm_reference(x, EPS, bias))
+    ours, reference = (
+        (lambda x, bias: layer_norm(x, EPS, bias)),
+        (lambda x, bias: layer_norm_reference(x, EPS, bias)),
+    )
     eager = lambda x, bias: eager_layer_norm(x + bias)
-    yield from _pass("layer_norm", ours, reference, eager, [(N, H * D), (H * D,)], (2, 3), name, dtypes, device)
+    yield from _pass(
+        "layer_norm", ours, reference, eager, [(N, H * D), (H * D,)], (2, 3), name, dtypes, device
+    )
 
 
 def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """Forward x, h -> sum, y; backward y, dsum, dy -> dx, which is dh too."""
     name, N, H, D = _row_count(size)
-    ours, reference = (lambda x, h: add_layer_norm(x, h, EPS)), (lambda x, h: add_layer_norm_reference(x, h, EPS))
-    yield from _pass("add_layer_norm", ours, reference, eager_add_layer_norm, [(N, H * D)] * 2, (4, 4), name, dtypes, device)
+    ours, reference = (
+        (lambda x, h: add_layer_norm(x, h, EPS)),
+        (lambda x, h: add_layer_norm_reference(x, h, EPS)),
+    )
+    yield from _pass(
+        "add_layer_norm",
+        ours,
+        reference,
+        eager_add_layer_norm,
+        [(N, H * D)] * 2,
+        (4, 4),
+        name,
+        dtypes,
+        device,
+    )
 
 
 def rms_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """Forward x -> y; backward x, dy -> dx; gamma is too small to count."""
     name, N, H, D = _row_count(size)
     shapes = [(N, H, D), (H, D)]
-    yield from _pass("rms_norm", rms_norm, rms_norm_reference, eager_rms_norm, shapes, (2, 3), name, dtypes, device)
+    yield from _pass(
+        "rms_norm",
+        rms_norm,
+        rms_norm_reference,
+        eager_rms_norm,
+        shapes,
+        (2, 3),
+        name,
+        dtypes,
+        device,
+    )
 
 
 def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The hidden layer of the MLP, four times the channels, with its bias. Forward x -> y; backward x, dy -> dx.
+    """The hidden layer of the MLP, four times the channels, with its bias. Forward x -> y; backward
+    x, dy -> dx.
 
-    The eager peer adds the bias in a pass of its own; in a block the product before it does, see op `block`.
+    The eager peer adds the bias in a pass of its own; in a block the product before it does, see op
+    `block`.
     """
     name, N, H, D = _row_count(size)
     shapes = [(N, 4 * H * D), (4 * H * D,)]
@@ -113,7 +166,9 @@ def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
 
 
 def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The mean of a micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> 1; backward a, b -> da."""
+    """The mean of a micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> 1;
+    backward a, b -> da.
+    """
     V, edge = 2, 128 if size == "small" else 512
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
@@ -128,6 +183,13 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
     form = compiled(mean, device)
     peers["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
     yield Case(
-        op="ssim", size=f"{V} x 3 x {edge}^2", dtype="fp32", forward=[Work(2 * picture)], backward=[Work(3 * picture)],
-        inputs=inputs, ours=lambda a, b: ssim(a, b).mean(), reference=mean, peers=peers,
-    )  # fmt: skip
+        op="ssim",
+        size=f"{V} x 3 x {edge}^2",
+        dtype="fp32",
+        forward=[Work(2 * picture)],
+        backward=[Work(3 * picture)],
+        inputs=inputs,
+        ours=lambda a, b: ssim(a, b).mean(),
+        reference=mean,
+        peers=peers,
+    )

@@ -1,9 +1,11 @@
-"""Tile rectangles -> each tile's Gaussians, near to far. P pairs, I instances (a pair in one tile), T tiles of all views.
+"""Tile rectangles -> each tile's Gaussians, near to far. P pairs, I instances (a pair in one tile),
+T tiles of all views.
 
-Pairs are sorted by depth first (P keys of 32 bits), emit their instances in that order, and a second stable sort by tile
-(I keys of 32 bits) keeps it: ties in depth stay in the order of the Gaussians. Both are torch.sort, a radix sort on a GPU;
-one sort of I 64-bit keys (tile, depth) would move about four times the bytes of the second. An instance's slot is its
-position before the second sort, where a pair's instances are neighbours: the backward pass writes there and reads once.
+Pairs are sorted by depth first (P keys of 32 bits), emit their instances in that order, and a
+second stable sort by tile (I keys of 32 bits) keeps it: ties in depth stay in the order of the
+Gaussians. Both are torch.sort, a radix sort on a GPU; one sort of I 64-bit keys (tile, depth) would
+move about four times the bytes of the second. An instance's slot is its position before the second
+sort, where a pair's instances are neighbours: the backward pass writes there and reads once.
 """
 
 from dataclasses import dataclass
@@ -28,12 +30,26 @@ class Bins:
 
 
 def _tiles() -> dict:
-    """One pair per thread (not yet measured on a GPU): a program loops as often as its largest rectangle has tiles."""
+    """One pair per thread (not yet measured on a GPU): a program loops as often as its largest
+    rectangle has tiles.
+    """
     return {"BLOCK": 128, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["P", "TX", "TY"])
-def _emit(order_ptr, end_ptr, rect_ptr, view_ptr, first_ptr, tile_ptr, pair_ptr, P, TX, TY, BLOCK: tl.constexpr):
+def _emit(
+    order_ptr,
+    end_ptr,
+    rect_ptr,
+    view_ptr,
+    first_ptr,
+    tile_ptr,
+    pair_ptr,
+    P,
+    TX,
+    TY,
+    BLOCK: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = n < P
     p = tl.load(order_ptr + n, live, 0)
@@ -52,7 +68,8 @@ def _emit(order_ptr, end_ptr, rect_ptr, view_ptr, first_ptr, tile_ptr, pair_ptr,
 
 
 def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins:
-    """Reads one number from the device, the number of instances, and waits for it: the only wait of `splat`.
+    """Reads one number from the device, the number of instances, and waits for it: the only wait of
+    `splat`.
 
     Raises ValueError where that is more than an int32 counts.
     """
@@ -62,12 +79,27 @@ def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins
     end = ((rect[:, 2] - rect[:, 0]) * (rect[:, 3] - rect[:, 1]))[order].cumsum(0)
     total = int(end[-1]) if P else 0
     if total >= 2**31:
-        raise ValueError(f"{total} instances (a Gaussian in a tile) are more than {2**31 - 1}: render fewer views at once")
+        raise ValueError(
+            f"{total} instances (a Gaussian in a tile) are more than {2**31 - 1}: render fewer "
+            "views at once"
+        )
     tile, pair = (torch.empty(total, dtype=torch.int32, device=rect.device) for _ in range(2))
     first = torch.empty_like(order)
     tiles = _tiles()
     backend.launch(
-        _emit, (triton.cdiv(P, tiles["BLOCK"]),), order, end, rect, projected.view, first, tile, pair, P, TX, TY, **tiles
+        _emit,
+        (triton.cdiv(P, tiles["BLOCK"]),),
+        order,
+        end,
+        rect,
+        projected.view,
+        first,
+        tile,
+        pair,
+        P,
+        TX,
+        TY,
+        **tiles,
     )
     tile, slot = torch.sort(tile, stable=True)
     edges = torch.arange(views * TX * TY + 1, dtype=torch.int32, device=rect.device)

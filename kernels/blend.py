@@ -1,16 +1,21 @@
-"""Front-to-back compositing, one program per tile of 16 x 16 pixels, and its backward. I instances, see kernels.binning.
+"""Front-to-back compositing, one program per tile of 16 x 16 pixels, and its backward. I instances,
+see kernels.binning.
 
-    e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy,  alpha = min(0.99, opacity exp(e)), skipped where e > 0 or alpha < 1/255,
-    stop (exclusive) where the transmittance T would fall below 1e-4,  image = sum color alpha T + T_final background.
-(Kerbl et al. 2023.) A chunk is [K Gaussians, 256 pixels] with the K of a pixel in one thread, so the running products and
-sums along K are plain serial ones in registers (products of 1 - alpha, no logarithms: exact to rounding) while the loads
-of K records are in flight together and the reductions over pixels are shared by K Gaussians.
+    e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy,  alpha = min(0.99, opacity exp(e)), skipped where e
+    > 0 or alpha < 1/255, stop (exclusive) where the transmittance T would fall below 1e-4,  image =
+    sum color alpha T + T_final background.
+(Kerbl et al. 2023.) A chunk is [K Gaussians, 256 pixels] with the K of a pixel in one thread, so
+the running products and sums along K are plain serial ones in registers (products of 1 - alpha, no
+logarithms: exact to rounding) while the loads of K records are in flight together and the
+reductions over pixels are shared by K Gaussians.
 
-Backward, with a = <color, g>, w = alpha T, and B what arrives from behind (the sum of w a there, and of the background):
-gradient of e = o exp(e) (T a - B / (1 - alpha)), also where alpha was clamped to 0.99. B needs no second walk from the
-back: it is <image, g> less the running sum. The nine sums over a tile's pixels that the projection's backward needs, of
+Backward, with a = <color, g>, w = alpha T, and B what arrives from behind (the sum of w a there,
+and of the background): gradient of e = o exp(e) (T a - B / (1 - alpha)), also where alpha was
+clamped to 0.99. B needs no second walk from the back: it is <image, g> less the running sum. The
+nine sums over a tile's pixels that the projection's backward needs, of
     ge, ge dx, ge dy, ge dx^2, ge dx dy, ge dy^2, w g_r, w g_g, w g_b,
-go to the instance's own slot: no atomics, and everything is linear in g, to the bit for powers of two.
+go to the instance's own slot: no atomics, and everything is linear in g, to the bit for powers of
+two.
 """
 
 import torch
@@ -27,14 +32,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _tiles(target: str) -> dict:
-    """Gaussians per chunk (not yet measured on a GPU): 4 pixels per thread, so that few threads load the same record; with
-    K = 8 the instructions per Gaussian are the same, but the registers of the backward are used up."""
+    """Gaussians per chunk (not yet measured on a GPU): 4 pixels per thread, so that few threads
+    load the same record; with K = 8 the instructions per Gaussian are the same, but the registers
+    of the backward are used up.
+    """
     return {"K": 32 if target == "interpreter" else 4, "num_warps": 2}
 
 
 @triton.jit
 def _pixels(tile, W, H, TX, TY):
-    """Of this tile: its view, its pixels x, y [256], where they lie in a plane, and which are inside the picture."""
+    """Of this tile: its view, its pixels x, y [256], where they lie in a plane, and which are
+    inside the picture.
+    """
     lane = tl.arange(0, 256)
     x, y = tile % TX * 16 + lane % 16, tile // TX % TY * 16 + lane // 16
     return (tile // TX // TY).to(tl.int64), x, y, y * W + x, (x < W) & (y < H)
@@ -45,17 +54,27 @@ def _records(record_ptr, pair_ptr, n, live):
     """Nine numbers of K Gaussians; opacity 0 for those past the end."""
     r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 9
     return (
-        tl.load(r, live, 0.0), tl.load(r + 1, live, 0.0), tl.load(r + 2, live, 0.0), tl.load(r + 3, live, 0.0),
-        tl.load(r + 4, live, 0.0), tl.load(r + 5, live, 0.0), tl.load(r + 6, live, 0.0), tl.load(r + 7, live, 0.0),
+        tl.load(r, live, 0.0),
+        tl.load(r + 1, live, 0.0),
+        tl.load(r + 2, live, 0.0),
+        tl.load(r + 3, live, 0.0),
+        tl.load(r + 4, live, 0.0),
+        tl.load(r + 5, live, 0.0),
+        tl.load(r + 6, live, 0.0),
+        tl.load(r + 7, live, 0.0),
         tl.load(r + 8, live, 0.0),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 def _alpha(mx, my, c11, c12, c22, opacity, x, y):
     """[K, 256]: offsets, opacity exp(e), and the alpha that is blended (0 where skipped)."""
     dx, dy = mx[:, None] - x.to(tl.float32)[None, :], my[:, None] - y.to(tl.float32)[None, :]
-    h11, h12, h22 = c11 * (-0.5 * LOG2E), c12 * LOG2E, c22 * (-0.5 * LOG2E)  # [K]: cheaper here than per pixel
+    h11, h12, h22 = (
+        c11 * (-0.5 * LOG2E),
+        c12 * LOG2E,
+        c22 * (-0.5 * LOG2E),
+    )  # [K]: cheaper here than per pixel
     e = dx * (h11[:, None] * dx - h12[:, None] * dy) + h22[:, None] * dy * dy  # exponent of 2
     raw = opacity[:, None] * tl.exp2(e)
     alpha = tl.minimum(raw, OPAQUE)
@@ -64,15 +83,32 @@ def _alpha(mx, my, c11, c12, c22, opacity, x, y):
 
 @triton.jit(do_not_specialize=["H", "TX", "TY"])
 def _blend(
-    record_ptr, pair_ptr, bounds_ptr, background_ptr, image_ptr, final_ptr, reach_ptr, W, H, TX, TY, K: tl.constexpr
-):  # fmt: skip
+    record_ptr,
+    pair_ptr,
+    bounds_ptr,
+    background_ptr,
+    image_ptr,
+    final_ptr,
+    reach_ptr,
+    W,
+    H,
+    TX,
+    TY,
+    K: tl.constexpr,
+):
     tile = tl.program_id(0)
     v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
     begin, end = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
-    light = tl.where(inside, 1.0, 0.0)  # (256,) transmittance; below STOP for good once the pixel has stopped
+    light = tl.where(
+        inside, 1.0, 0.0
+    )  # (256,) transmittance; below STOP for good once the pixel has stopped
     final = tl.full([256], 1.0, tl.float32)
     reach = tl.zeros([256], tl.int32)  # instances before the stop
-    red, green, blue = tl.zeros([256], tl.float32), tl.zeros([256], tl.float32), tl.zeros([256], tl.float32)
+    red, green, blue = (
+        tl.zeros([256], tl.float32),
+        tl.zeros([256], tl.float32),
+        tl.zeros([256], tl.float32),
+    )
     i = begin
     while i < end:
         n = i + tl.arange(0, K)
@@ -100,9 +136,22 @@ def _blend(
 
 @triton.jit(do_not_specialize=["H", "TX", "TY"])
 def _blend_backward(
-    record_ptr, pair_ptr, slot_ptr, bounds_ptr, image_ptr, final_ptr, reach_ptr, grad_image_ptr, grad_final_ptr,
-    moments_ptr, W, H, TX, TY, K: tl.constexpr,
-):  # fmt: skip
+    record_ptr,
+    pair_ptr,
+    slot_ptr,
+    bounds_ptr,
+    image_ptr,
+    final_ptr,
+    reach_ptr,
+    grad_image_ptr,
+    grad_final_ptr,
+    moments_ptr,
+    W,
+    H,
+    TX,
+    TY,
+    K: tl.constexpr,
+):
     tile = tl.program_id(0)
     v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
     begin, end = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
@@ -110,9 +159,13 @@ def _blend_backward(
     image, grad = image_ptr + v * 3 * size, grad_image_ptr + v * 3 * size
     gr, gg = tl.load(grad + at, inside, 0.0), tl.load(grad + size + at, inside, 0.0)
     gb = tl.load(grad + 2 * size + at, inside, 0.0)
-    behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(image + size + at, inside, 0.0)  # (256,)
+    behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(
+        image + size + at, inside, 0.0
+    )  # (256,)
     behind += gb * tl.load(image + 2 * size + at, inside, 0.0)
-    behind += tl.load(grad_final_ptr + v * size + at, inside, 0.0) * tl.load(final_ptr + v * size + at, inside, 0.0)
+    behind += tl.load(grad_final_ptr + v * size + at, inside, 0.0) * tl.load(
+        final_ptr + v * size + at, inside, 0.0
+    )
     reach = begin + tl.load(reach_ptr + v * size + at, inside, 0)
     light = tl.full([256], 1.0, tl.float32)
     seen = tl.max(reach, 0)
@@ -121,7 +174,9 @@ def _blend_backward(
         live = n < seen
         mx, my, c11, c12, c22, opacity, r, g, b = _records(record_ptr, pair_ptr, n, live)
         dx, dy, raw, alpha = _alpha(mx, my, c11, c12, c22, opacity, x, y)
-        alpha = tl.where(n[:, None] < reach[None, :], alpha, 0.0)  # the stop of the forward pass, whatever rounds
+        alpha = tl.where(
+            n[:, None] < reach[None, :], alpha, 0.0
+        )  # the stop of the forward pass, whatever rounds
         inverse = 1 / (1 - alpha)
         through = light[None, :] * tl.cumprod(1 - alpha, 0)
         before = through * inverse
@@ -151,15 +206,31 @@ def _blend_backward(
             tl.store(m + j, zero, n < end)
 
 
-def blend(record: Tensor, bins: Bins, background: Tensor, width: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image [V, 3, H, W], final transmittance [V, H, W] and, for the backward, how far each pixel came [V, H, W] int32."""
+def blend(
+    record: Tensor, bins: Bins, background: Tensor, width: int, height: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image [V, 3, H, W], final transmittance [V, H, W] and, for the backward, how far each pixel
+    came [V, H, W] int32.
+    """
     V, TX, TY = len(background), triton.cdiv(width, TILE), triton.cdiv(height, TILE)
     image, final = background.new_empty(V, 3, height, width), background.new_empty(V, height, width)
     reach = torch.empty_like(final, dtype=torch.int32)
     backend.launch(
-        _blend, (V * TX * TY,), record, bins.pair, bins.bounds, background, image, final, reach, width, height, TX, TY,
+        _blend,
+        (V * TX * TY,),
+        record,
+        bins.pair,
+        bins.bounds,
+        background,
+        image,
+        final,
+        reach,
+        width,
+        height,
+        TX,
+        TY,
         **_tiles(backend.target(record)),
-    )  # fmt: skip
+    )
     return image, final, reach
 
 
@@ -177,7 +248,22 @@ def blend_backward(
     TX, TY = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
     moments = record.new_empty(len(bins.pair), 9)
     backend.launch(
-        _blend_backward, (V * TX * TY,), record, bins.pair, bins.slot, bins.bounds, image, final, reach, grad_image,
-        grad_final, moments, width, height, TX, TY, **_tiles(backend.target(record)),
-    )  # fmt: skip
+        _blend_backward,
+        (V * TX * TY,),
+        record,
+        bins.pair,
+        bins.slot,
+        bins.bounds,
+        image,
+        final,
+        reach,
+        grad_image,
+        grad_final,
+        moments,
+        width,
+        height,
+        TX,
+        TY,
+        **_tiles(backend.target(record)),
+    )
     return moments

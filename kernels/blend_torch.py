@@ -1,18 +1,21 @@
-"""Compositing of projected Gaussians on a CPU: the sums over pixels of kernels.blend, in vectorised torch.
+"""Compositing of projected Gaussians on a CPU: the sums over pixels of kernels.blend, in vectorised
+torch.
 
-P pairs (a Gaussian seen by a view), V views of H x W pixels; N instances (a pair in a 4 x 4 tile that it may touch) and S
-tiles, from kernels.binning_torch. Every tile has a list of instances, near to far. All lists are walked together, SEGMENT
-instances at a time; a tile leaves when all its pixels are finished. Tiles with lists of like length form chunks
-[T, 16 pixels, L instances] of about COLUMNS instances, few enough for a cache, in buffers that are
-reused: beyond the lists memory does not grow with N. Numbers of instances are planes [., T, L],
-gathered from planes [., P] of pairs, and the backward pass adds planes back to those of pairs: sums
-of rows, or of columns sorted by pair, take several times as long.
+P pairs (a Gaussian seen by a view), V views of H x W pixels; N instances (a pair in a 4 x 4 tile
+that it may touch) and S tiles, from kernels.binning_torch. Every tile has a list of instances, near
+to far. All lists are walked together, SEGMENT instances at a time; a tile leaves when all its
+pixels are finished. Tiles with lists of like length form chunks [T, 16 pixels, L instances] of
+about COLUMNS instances, few enough for a cache, in buffers that are reused: beyond the lists memory
+does not grow with N. Numbers of instances are planes [., T, L], gathered from planes [., P] of
+pairs, and the backward pass adds planes back to those of pairs: sums of rows, or of columns sorted
+by pair, take several times as long.
 
-With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind an instance, w = r T is its
-weight. For an upstream gradient g let a = <color, g>: the gradient of e is w a - r B, where B, the light that arrives from
-behind, is the sum of w a over the instances behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative
-sum and three small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT
-numbers at most (it computes those of the others again): a gain where the allocator keeps freed memory,
+With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind
+an instance, w = r T is its weight. For an upstream gradient g let a = <color, g>: the gradient of e
+is w a - r B, where B, the light that arrives from behind, is the sum of w a over the instances
+behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative sum and three
+small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT numbers
+at most (it computes those of the others again): a gain where the allocator keeps freed memory,
 otherwise none.
 """
 
@@ -45,11 +48,13 @@ def composite_torch(
     background: Tensor,  # [V, 3]
     keep: bool = False,  # whether a backward pass follows: it is right without, but slower
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Blend front to back: image [V, 3, H, W], final transmittance [V, H, W] and what the backward pass needs.
+    """Blend front to back: image [V, 3, H, W], final transmittance [V, H, W] and what the backward
+    pass needs.
 
-    Pixel (i, j) takes pair p if its 16 x 16 tile is inside rect[p], with d = mean - (i, j),
-    e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0 or alpha < 1/255. Order
-    is by depth, then by index. A pixel is finished, without blending the pair, when its transmittance would fall below 1e-4.
+    Pixel (i, j) takes pair p if its 16 x 16 tile is inside rect[p], with d = mean - (i, j), e =
+    -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0
+    or alpha < 1/255. Order is by depth, then by index. A pixel is finished, without blending the
+    pair, when its transmittance would fall below 1e-4.
     """
     lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W, SEGMENT)
     shade = _Shader(mean, conic, opacity, color, rect, lists.tile, H, W)
@@ -77,9 +82,11 @@ def composite_torch(
     image.addcmul_(final_T[:, None], background[:, :, None, None])
     count = torch.minimum(count, lists.count)
     passed = torch.cat(passed)
-    return image, final_T, (
-        lists.pair, lists.tile, lists.start, count, passed, final, kept.memory[: kept.used]
-    )  # fmt: skip
+    return (
+        image,
+        final_T,
+        (lists.pair, lists.tile, lists.start, count, passed, final, kept.memory[: kept.used]),
+    )
 
 
 def composite_torch_backward(
@@ -100,7 +107,8 @@ def composite_torch_backward(
     grad_image: Tensor,  # [V, 3, H, W]
     grad_final_T: Tensor,  # [V, H, W]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of mean [P, 2], conic [P, 3], opacity [P] and color [P, 3]; the arguments are those of `composite_torch`.
+    """Gradients of mean [P, 2], conic [P, 3], opacity [P] and color [P, 3]; the arguments are those
+    of `composite_torch`.
 
     The clamp at 0.99 passes the gradient; nothing flows through thresholds, order or rectangles.
     """
@@ -113,14 +121,23 @@ def composite_torch_backward(
     upstream, arriving = upstream[:3].transpose(0, 1).contiguous(), final * upstream[3]
     x = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
     x, y = x.repeat(TILE), x.repeat_interleave(TILE)
-    powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])  # about the middle of a tile: nothing cancels
-    walks = [_Walk(start, count, segment) for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)]
+    powers = torch.stack(
+        [torch.ones_like(x), x, y, x * x, y * y, x * y]
+    )  # about the middle of a tile: nothing cancels
+    walks = [
+        _Walk(start, count, segment)
+        for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)
+    ]
     kept = _Kept(memory)
     places = [[kept.take(part.stop - part.start, L) for part, L in walk.parts] for walk in walks]
-    # of every pair: sums of slope times 1, d and d^2 (d = mean - pixel), then of its color's gradient
+    # of every pair: sums of slope times 1, d and d^2 (d = mean - pixel), then of its color's
+    # gradient
     sums = mean.new_zeros(9, len(mean) + 1)
     for walk, rooms in zip(reversed(walks), reversed(places), strict=True):
-        entering, passed = passed[len(passed) - len(walk.live) :], passed[: len(passed) - len(walk.live)]
+        entering, passed = (
+            passed[len(passed) - len(walk.live) :],
+            passed[: len(passed) - len(walk.live)],
+        )
         behind, gradient = arriving[walk.live], upstream[walk.live]
         for (part, L), room in zip(walk.parts, rooms, strict=True):
             pair, g = walk.pairs(pairs, part, L), gradient[part]
@@ -133,7 +150,9 @@ def composite_torch_backward(
             torch.bmm(g.transpose(1, 2), piece.color, out=slope).mul_(piece.weight)
             total = torch.cumsum(slope, 2, out=light)[..., -1:] + behind[part, :, None]
             behind[part] = total[..., 0]
-            if shade.bright:  # past the clamp alpha is 0.99, and its derivative is that of opacity exp(e)
+            if (
+                shade.bright
+            ):  # past the clamp alpha is 0.99, and its derivative is that of opacity exp(e)
                 slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
             slope.addcmul_(piece.ratio, torch.sub(total, light, out=light), value=-1)
             moments = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope).transpose(0, 1)
@@ -151,7 +170,9 @@ def composite_torch_backward(
 
 
 class _Piece(NamedTuple):
-    """One chunk, T tiles of L instances; the next one overwrites weight and ratio unless they are kept."""
+    """One chunk, T tiles of L instances; the next one overwrites weight and ratio unless they are
+    kept.
+    """
 
     weight: Tensor  # [T, 16, L] what a pixel takes of an instance's color
     ratio: Tensor  # [T, 16, L] opacity exp(e) / (1 - alpha), 0 where the instance is skipped
@@ -195,11 +216,17 @@ class _Shader:
         self.middle = corner.to(mean.dtype) + (TILE - 1) / 2  # [2, S, 1]
         steps = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
         self.steps = steps[:, None]  # [4, 1]
-        # e > 0 comes from rounding only, and only where the quadratic form is nearly or not positive definite
+        # e > 0 comes from rounding only, and only where the quadratic form is nearly or not
+        # positive definite
         c11, c12, c22 = conic.unbind(1)
-        plain = (c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * torch.finfo(mean.dtype).eps) * c11 * c22)
+        plain = (
+            (c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * torch.finfo(mean.dtype).eps) * c11 * c22)
+        )
         drawn = (rect[:, 2] > rect[:, 0]) & (rect[:, 3] > rect[:, 1])
-        self.steep, self.bright = bool((drawn & ~plain).any()), bool((drawn & (opacity > ALPHA_MAX)).any())
+        self.steep, self.bright = (
+            bool((drawn & ~plain).any()),
+            bool((drawn & (opacity > ALPHA_MAX)).any()),
+        )
         self.ratio_max = (mean.new_tensor(ALPHA_MAX) / (1 - mean.new_tensor(ALPHA_MAX))).item()
         below = torch.nextafter(mean.new_tensor([ALPHA_MIN, T_MIN]), mean.new_zeros(()))
         self.alpha_skip, self.light_skip = below.tolist()  # the largest values that are skipped
@@ -212,10 +239,12 @@ class _Shader:
     def __call__(
         self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
     ) -> tuple[_Piece, Tensor, Tensor]:
-        """pair [T, L] int32, tile [T] its index, entering [T, 16] transmittance in front of the chunk.
+        """pair [T, L] int32, tile [T] its index, entering [T, 16] transmittance in front of the
+        chunk.
 
         With the piece, whose numbers stand in `room` if it is given, comes the transmittance behind
-        the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was blended.
+        the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was
+        blended.
         """
         T, L = pair.shape
         if room is None:
@@ -257,7 +286,9 @@ class _Walk:
 
     def __init__(self, start: Tensor, count: Tensor, segment: int):
         live = (count > segment * SEGMENT).nonzero().squeeze(1)
-        self.length, order = (count[live] - segment * SEGMENT).clamp_(max=SEGMENT).sort(descending=True, stable=True)
+        self.length, order = (
+            (count[live] - segment * SEGMENT).clamp_(max=SEGMENT).sort(descending=True, stable=True)
+        )
         self.live = live[order]
         self.start = start[self.live] + segment * SEGMENT
         lengths, a = self.length.tolist(), 0
@@ -279,10 +310,11 @@ class _Walk:
 def _add_to_pairs(
     sums: Tensor, pair: Tensor, moments: Tensor, offset: Tensor, color: Tensor
 ) -> None:
-    """Add a chunk's sums over pixels to those of its pairs [9, P + 1], one instance after the other.
+    """Add a chunk's sums over pixels to those of its pairs [9, P + 1], one instance after the
+    other.
 
-    pair [T L]; moments [6, T, L] of 1, x, y, x^2, y^2, xy about a tile's middle; offset [2, T, L], the
-    mean less that middle; color [3, T, L].
+    pair [T L]; moments [6, T, L] of 1, x, y, x^2, y^2, xy about a tile's middle; offset [2, T, L],
+    the mean less that middle; color [3, T, L].
     """
     once, linear = moments[0], moments[1:3]
     planes = moments.new_empty(9, *once.shape)
@@ -308,7 +340,9 @@ def _tiled(image: Tensor, tile: Tensor) -> Tensor:
     return planes.reshape(C, -1).index_select(1, pixels.view(-1)).view(C, -1, PIXELS)
 
 
-def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int) -> tuple[Tensor, Tensor]:
+def _untile(
+    blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int
+) -> tuple[Tensor, Tensor]:
     """Tiles -> image [V, 3, H, W] and transmittance [V, H, W]: 0 and 1 where there is no tile."""
     rows, columns = -(-H // TILE), -(-W // TILE)
     planes = []
@@ -316,5 +350,7 @@ def _untile(blended: Tensor, final: Tensor, tile: Tensor, V: int, H: int, W: int
         whole = values.new_full((V * rows * columns, values.shape[1], PIXELS), empty)
         whole[tile] = values
         whole = whole.view(V, rows, columns, values.shape[1], TILE, TILE).permute(0, 3, 1, 4, 2, 5)
-        planes.append(whole.reshape(V, values.shape[1], rows * TILE, columns * TILE)[..., :H, :W].contiguous())
+        planes.append(
+            whole.reshape(V, values.shape[1], rows * TILE, columns * TILE)[..., :H, :W].contiguous()
+        )
     return planes[0], planes[1][:, 0]

@@ -1,4 +1,6 @@
-"""What the doors of ops and commands check alike. None of it reads a tensor: nothing waits for a GPU, host lists apart."""
+"""What the doors of ops and commands check alike. None of it reads a tensor: nothing waits for a
+GPU, host lists apart.
+"""
 
 import argparse
 import math
@@ -8,7 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-Host = list[int] | Tensor  # numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
+Host = (
+    list[int] | Tensor
+)  # numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
 
 
 def check_tensors(**values: object) -> None:
@@ -31,7 +35,9 @@ def check_eps(eps: float) -> None:
 
 
 def host_list(name: str, values: Host) -> list[int]:
-    """The values as a list. A tensor is read; TypeError for what has no values, ValueError for one that is not whole."""
+    """The values as a list. A tensor is read; TypeError for what has no values, ValueError for one
+    that is not whole.
+    """
     values = values.tolist() if isinstance(values, Tensor) else values
     if not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of whole numbers or such a tensor, not {values!r}")
@@ -43,7 +49,9 @@ def host_list(name: str, values: Host) -> list[int]:
 
 
 def new_file(text: str) -> Path:
-    """A command's argument that names a file to write, or a folder; the argparse error names the folder that is not there."""
+    """A command's argument that names a file to write, or a folder; the argparse error names the
+    folder that is not there.
+    """
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} for {path.name}")

@@ -3,17 +3,20 @@
 
 Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory.
 
-Two steps, each in processes of its own because Triton decides at import whether it interprets or compiles:
+Two steps, each in processes of its own because Triton decides at import whether it interprets or
+compiles:
 
-1. record: the public ops run at the full models' channel counts on a few rows in Triton's interpreter, with the tile
-   sizes of each target, and every launch is noted with its argument types, constants and options. So what is built is
-   what is launched, never a copy of it.
+1. record: the public ops run at the full models' channel counts on a few rows in Triton's
+   interpreter, with the tile sizes of each target, and every launch is noted with its argument
+   types, constants and options. So what is built is what is launched, never a copy of it.
 2. build: each distinct launch is compiled for its targets, disassembled and counted.
 
-What comes out depends on the version of Triton. `--also PYTHON` builds the same launches, recorded once, with another
-interpreter's Triton too, and `--markdown` writes one table of both, from fresh builds: its seconds are of compilations.
+What comes out depends on the version of Triton. `--also PYTHON` builds the same launches, recorded
+once, with another interpreter's Triton too, and `--markdown` writes one table of both, from fresh
+builds: its seconds are of compilations.
 
-Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a kernel marked hot.
+Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a
+kernel marked hot.
 """
 
 import argparse
@@ -40,9 +43,17 @@ from kernels.compile_report import describe, document, merged
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POINTEES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
-    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,10 @@ TARGETS = {
 }
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 # The names in kernels.workloads, whose import would load Triton
-OPS = "attention,norms,coordinates,gaussians,similarity,rotary,serialized,convolution,surfaces,meshes,radiance,scales"
+OPS = (
+    "attention,norms,coordinates,gaussians,similarity,rotary,serialized,"
+    "convolution,surfaces,meshes,radiance,scales"
+)
 
 # Kernels that a training step spends its time in: a spill there is a defect
 HOT = re.compile(
@@ -104,7 +118,9 @@ class Build:
 
 
 def launched(kernel, args: tuple, constants: dict) -> Build:
-    """What Triton specialises an interpreted kernel for when it is launched with these arguments and constants."""
+    """What Triton specialises an interpreted kernel for when it is launched with these arguments
+    and constants.
+    """
     generic = kernel.kwargs["do_not_specialize"] or ()
     types, aligned, ones = [], [], []
     for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
@@ -115,17 +131,26 @@ def launched(kernel, args: tuple, constants: dict) -> Build:
             types.append((name, "constexpr"))
             divisible = False
         else:
-            types.append((name, "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"))
+            types.append(
+                (
+                    name,
+                    "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64",
+                )
+            )
             divisible = isinstance(value, int) and value % 16 == 0
             ones += [name] if isinstance(value, int) and value == 1 and name not in generic else []
         if divisible and name not in generic:
             aligned.append(position)
     where = kernel.fn.__module__, kernel.fn.__name__
-    return Build(*where, tuple(types), tuple(aligned), tuple(ones), tuple(sorted(constants.items())))
+    return Build(
+        *where, tuple(types), tuple(aligned), tuple(ones), tuple(sorted(constants.items()))
+    )
 
 
 def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
-    """Run the ops of kernels.workloads in the interpreter; every distinct launch and the targets that make it."""
+    """Run the ops of kernels.workloads in the interpreter; every distinct launch and the targets
+    that make it.
+    """
     from kernels.workloads import WORKLOADS  # defines the kernels, here in their interpreted form
 
     builds: dict[Build, list[str]] = {}
@@ -157,8 +182,15 @@ def _read_nvidia(compiled) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-        sass = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        sass = subprocess.run(
+            [_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     return {
         "registers": int(found[1]),
@@ -188,7 +220,9 @@ def _read_amd(compiled) -> dict:
 def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
     """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
-    reserved = 1024 if target.backend == "cuda" else 0  # NVIDIA keeps this much of every block's for itself
+    reserved = (
+        1024 if target.backend == "cuda" else 0
+    )  # NVIDIA keeps this much of every block's for itself
     by_shared = target.shared_unit // (shared + reserved) if shared else 32
     return max(0, min(by_registers, by_shared, target.warps // warps, 32))
 
@@ -196,7 +230,9 @@ def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) ->
 def _verdict(row: dict, target: Target, target_name: str) -> str | None:
     """Why a finished build is unacceptable, if it is."""
     if row["shared"] > target.shared_block:
-        return f"shared memory {row['shared']} B exceeds the {target.shared_block} B of {target_name}"
+        return (
+            f"shared memory {row['shared']} B exceeds the {target.shared_block} B of {target_name}"
+        )
     if row["hot"] and row["spills"]:
         return f"{row['spills']} spills in a hot kernel"
     return None
@@ -213,7 +249,9 @@ def source(build: Build, target: Target) -> tuple:
     types = dict(build.types)
     constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
     constants |= {name: 1 for name in build.ones}  # Triton makes an argument of 1 a constant
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
+    }
     if target.backend == "hip":
         options.pop("maxnreg", None)
     attributes = {(i,): [["tt.divisibility", 16]] for i in build.aligned}
@@ -234,7 +272,13 @@ def _build(build: Build, target_name: str) -> dict:
     began = time.perf_counter()
     try:
         compiled = compile(made, target=gpu, options=options)
-    except (CompilationError, CompileTimeAssertionFailure, PTXASError, RuntimeError, ValueError) as error:
+    except (
+        CompilationError,
+        CompileTimeAssertionFailure,
+        PTXASError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         return row | {"failure": f"{type(error).__name__}: {str(error)[-400:]}"}
     row["seconds"] = round(time.perf_counter() - began, 2)
     row |= (_read_nvidia if target.backend == "cuda" else _read_amd)(compiled)
@@ -249,7 +293,9 @@ def _recorded(args: argparse.Namespace) -> str:
     """The launches as JSON text, made by another process whose Triton interprets."""
     command = [sys.executable, "-m", "kernels.compile", "--record"]
     command += ["--op", args.op, "--dtype", args.dtype, "--target", args.target]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{done.stderr}\nrecording the launches failed")
     return done.stdout.splitlines()[-1]
@@ -277,39 +323,85 @@ def _build_all(builds: dict[Build, list[str]], workers: int) -> list[dict]:
     rows = []
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_build, build, target) for build, found in builds.items() for target in found]
+        jobs = [
+            pool.submit(_build, build, target)
+            for build, found in builds.items()
+            for target in found
+        ]
         for job in as_completed(jobs):
             rows.append(job.result())
             if "failure" in rows[-1]:
-                print(f"FAILED {describe(rows[-1])} for {rows[-1]['target']}: {rows[-1]['failure']}", flush=True)
+                print(
+                    f"FAILED {describe(rows[-1])} for {rows[-1]['target']}: {rows[-1]['failure']}",
+                    flush=True,
+                )
     return rows
 
 
 def _build_with(python: str, launches: str, args: argparse.Namespace, folder: Path) -> dict:
     """The report of another interpreter's Triton on the same launches."""
     (folder / "launches.json").write_text(launches)
-    command = [python, "-m", "kernels.compile", "--launches", str(folder / "launches.json"), "--kernel", args.kernel]
-    command += ["--json", str(folder / "rows.json"), "--workers", str(args.workers)] + ["--hot"] * args.hot
+    command = [
+        python,
+        "-m",
+        "kernels.compile",
+        "--launches",
+        str(folder / "launches.json"),
+        "--kernel",
+        args.kernel,
+    ]
+    command += ["--json", str(folder / "rows.json"), "--workers", str(args.workers)] + [
+        "--hot"
+    ] * args.hot
     command += ["--without", args.without] if args.without else []
     done = subprocess.run(command, capture_output=True, text=True)
     if not (folder / "rows.json").exists():
         raise SystemExit(f"{done.stdout}{done.stderr}\n{python} built nothing")
-    print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("triton", "FAILED"))), flush=True)
+    print(
+        "\n".join(
+            line for line in done.stdout.splitlines() if line.startswith(("triton", "FAILED"))
+        ),
+        flush=True,
+    )
     return json.loads((folder / "rows.json").read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}")
-    parser.add_argument("--dtype", default="fp16,bf16,fp32", help=f"of {','.join(DTYPES)}, the ops' tensors; comma-separated")
-    parser.add_argument("--op", default=OPS, help=f"of {OPS.replace(',', ', ')}; comma-separated (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.compile", description=__doc__.split("\n\n")[1]
+    )
+    parser.add_argument(
+        "--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="fp16,bf16,fp32",
+        help=f"of {','.join(DTYPES)}, the ops' tensors; comma-separated",
+    )
+    parser.add_argument(
+        "--op", default=OPS, help=f"of {OPS.replace(',', ', ')}; comma-separated (default: all)"
+    )
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    parser.add_argument("--without", help="leave out launches whose line in the table matches this regular expression")
-    parser.add_argument("--hot", action="store_true", help="only the kernels that a training step spends its time in")
+    parser.add_argument(
+        "--without",
+        help="leave out launches whose line in the table matches this regular expression",
+    )
+    parser.add_argument(
+        "--hot",
+        action="store_true",
+        help="only the kernels that a training step spends its time in",
+    )
     parser.add_argument("--json", type=new_file, help="also write the rows here")
-    parser.add_argument("--markdown", type=new_file, help="also write the table here, from fresh builds")
+    parser.add_argument(
+        "--markdown", type=new_file, help="also write the table here, from fresh builds"
+    )
     parser.add_argument("--also", help="a Python with another Triton that builds the same launches")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="builds at a time (default: one a CPU core)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="builds at a time (default: one a CPU core)",
+    )
     parser.add_argument("--record", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--launches", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -332,35 +424,54 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     if args.record:
         found = _record(args.op.split(","), args.dtype.split(","), args.target.split(","))
-        print(json.dumps([asdict(build) | {"targets": targets} for build, targets in found.items()]))
+        print(
+            json.dumps([asdict(build) | {"targets": targets} for build, targets in found.items()])
+        )
         return 0
     launches = args.launches.read_text() if args.launches else _recorded(args)
     recorded = _read(launches)
     chosen = {build: targets for build, targets in recorded.items() if _wanted(build, args)}
     if not chosen:
         known = ", ".join(sorted({build.kernel for build in recorded}))
-        print(f"no launch matches --kernel {args.kernel!r}, --hot and --without; the kernels are {known}", file=sys.stderr)
+        print(
+            f"no launch matches --kernel {args.kernel!r}, --hot and --without; the kernels are "
+            f"{known}",
+            file=sys.stderr,
+        )
         return 1
     with tempfile.TemporaryDirectory() as folder:
         if args.markdown:
             os.environ["TRITON_CACHE_DIR"] = folder
         import triton
 
-        print(f"triton {triton.__version__}, torch {torch.__version__}: {len(chosen)} launches", flush=True)
+        print(
+            f"triton {triton.__version__}, torch {torch.__version__}: {len(chosen)} launches",
+            flush=True,
+        )
         began, rows = time.perf_counter(), _build_all(chosen, args.workers)
-        rows = json.loads(json.dumps(rows))  # as another version's rows come: lists where there were tuples
+        rows = json.loads(
+            json.dumps(rows)
+        )  # as another version's rows come: lists where there were tuples
         reports = [{"triton": triton.__version__, "torch": torch.__version__, "rows": rows}]
         if args.also:
-            reports = sorted([*reports, _build_with(args.also, launches, args, Path(folder))], key=lambda r: r["triton"])
+            reports = sorted(
+                [*reports, _build_with(args.also, launches, args, Path(folder))],
+                key=lambda r: r["triton"],
+            )
     print(merged(reports))
     failures = sum("failure" in row for report in reports for row in report["rows"])
     kernels = len({(row["module"], row["kernel"]) for row in rows})
     builds = sum(len(report["rows"]) for report in reports)
-    print(f"\n{kernels} kernels, {builds} builds, {failures} failures, {time.perf_counter() - began:.0f} s")
+    print(
+        f"\n{kernels} kernels, {builds} builds, {failures} failures, "
+        f"{time.perf_counter() - began:.0f} s"
+    )
     if args.json:
         args.json.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1))
     if args.markdown:
-        args.markdown.write_text(document(reports, {name: target.shared_block for name, target in TARGETS.items()}))
+        args.markdown.write_text(
+            document(reports, {name: target.shared_block for name, target in TARGETS.items()})
+        )
     return int(failures > 0)
 
 

@@ -1,8 +1,10 @@
-"""Sparse convolution on CPU tensors: tap after tap, the rows that have it are gathered, multiplied and added.
+"""Sparse convolution on CPU tensors: tap after tap, the rows that have it are gathered, multiplied
+and added.
 
-R rows, G groups of T taps (M = G * T matrices of the weight), A channels in, C channels out. Rows go in chunks, so memory
-beside inputs and outputs is bounded and a chunk's sums stay in a cache; no row is added into twice by one tap, so results
-are deterministic. 16-bit operands are widened: products and sums are fp32 (fp64 stays fp64).
+R rows, G groups of T taps (M = G * T matrices of the weight), A channels in, C channels out. Rows
+go in chunks, so memory beside inputs and outputs is bounded and a chunk's sums stay in a cache; no
+row is added into twice by one tap, so results are deterministic. 16-bit operands are widened:
+products and sums are fp32 (fp64 stays fp64).
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ from torch import Tensor
 
 CHUNK = 2048  # rows of one product
 
-Live = list[tuple[int, Tensor, Tensor | None]]  # (matrix, rows of x, which of the chunk's rows they go to; None: all)
+Live = list[
+    tuple[int, Tensor, Tensor | None]
+]  # (matrix, rows of x, which of the chunk's rows they go to; None: all)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -36,7 +40,9 @@ def _chunks(taps: Tensor) -> Iterator[tuple[slice, int, Live]]:
 
 
 def product(x: Tensor, matrices: Tensor, bias: Tensor | None, taps: Tensor) -> Tensor:
-    """Sum over taps of x [S, A] @ matrices [M, A, C], and bias [C]: [R * G, C] in x's dtype; row r of group g at r * G + g."""
+    """Sum over taps of x [S, A] @ matrices [M, A, C], and bias [C]: [R * G, C] in x's dtype; row r
+    of group g at r * G + g.
+    """
     (R, G, _), C = taps.shape, matrices.shape[2]
     matrices, out = _wide(matrices), x.new_empty(R, G, C)
     for span, g, live in _chunks(taps):
@@ -52,7 +58,9 @@ def product(x: Tensor, matrices: Tensor, bias: Tensor | None, taps: Tensor) -> T
 
 
 def weight_gradient(x: Tensor, grad: Tensor, taps: Tensor) -> Tensor:
-    """Sum over rows r, g of grad [R * G, C] times the row of x [S, A] under each tap: [C, M, A], in fp32 or fp64."""
+    """Sum over rows r, g of grad [R * G, C] times the row of x [S, A] under each tap: [C, M, A], in
+    fp32 or fp64.
+    """
     (R, G, T), A, C = taps.shape, x.shape[1], grad.shape[1]
     sums, grad = _wide(x[:0]).new_zeros(G * T, C, A), grad.view(R, G, C)
     for span, g, live in _chunks(taps):

@@ -1,8 +1,10 @@
-"""Corner values of voxels <-> values of vertices. N voxels of `channels` (53 or 101), T vertices, K = 4 (or 10) values each.
+"""Corner values of voxels <-> values of vertices. N voxels of `channels` (53 or 101), T vertices, K
+= 4 (or 10) values each.
 
-A voxel's channels are sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corner by corner with x fastest; a vertex's values are
-sdf | deform 3 | color 6. A vertex takes the mean over the voxels that share it; their spread around it is a penalty. Forward
-gathers per vertex, backward per voxel: neither needs an atomic.
+A voxel's channels are sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corner by corner with x
+fastest; a vertex's values are sdf | deform 3 | color 6. A vertex takes the mean over the voxels
+that share it; their spread around it is a penalty. Forward gathers per vertex, backward per voxel:
+neither needs an atomic.
 """
 
 import torch
@@ -19,13 +21,23 @@ CHUNK = 1 << 16  # voxels at a time on the torch path's way back: bounds the mem
 
 
 def _tiles(target: str) -> dict[str, int]:
-    """Vertices (of 16 values) and voxels (of 128 channels) per program; not yet measured on a GPU."""
+    """Vertices (of 16 values) and voxels (of 128 channels) a program; not yet measured on a GPU."""
     large = target == "interpreter"  # which pays per program
     return {"VERTICES": 1024 if large else 32, "VOXELS": 256 if large else 8}
 
 
 @triton.jit(do_not_specialize=["T"])
-def _average(fields_ptr, voxel_ptr, mean_ptr, spread_ptr, T, bias, CHANNELS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+def _average(
+    fields_ptr,
+    voxel_ptr,
+    mean_ptr,
+    spread_ptr,
+    T,
+    bias,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, 16)[None, :]
     total, count = tl.zeros([TILE, 16], tl.float32), tl.zeros([TILE], tl.float32)
@@ -51,9 +63,22 @@ def _average(fields_ptr, voxel_ptr, mean_ptr, spread_ptr, T, bias, CHANNELS: tl.
 
 @triton.jit(do_not_specialize=["N"])
 def _fields_bwd(
-    fields_ptr, coords_ptr, rows_ptr, mean_ptr, surface_ptr, grad_mean_ptr, grad_weights_ptr, pull_ptr, shrink_ptr, out_ptr,
-    N, bias, CHANNELS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    fields_ptr,
+    coords_ptr,
+    rows_ptr,
+    mean_ptr,
+    surface_ptr,
+    grad_mean_ptr,
+    grad_weights_ptr,
+    pull_ptr,
+    shrink_ptr,
+    out_ptr,
+    N,
+    bias,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)[None] * TILE + tl.arange(0, TILE)
     n = n[:, None]  # [TILE, 1]
     c = tl.arange(0, 128)[None, :]
@@ -83,7 +108,7 @@ def _channels(i: int, K: int) -> list[int]:
 
 
 def average(fields: Tensor, cubes: Cubes, bias: float) -> tuple[Tensor, Tensor]:
-    """Means [T, K], the bias added to the signed distance, and the sum of squares around them, [T]."""
+    """Means [T, K], bias added to the signed distance, and the sum of squares around them [T]."""
     N, T, K = len(fields), len(cubes.vertex), 10 if fields.shape[1] > 53 else 4
     mean = fields.new_zeros(T, K)
     if backend.is_torch(fields):
@@ -93,7 +118,9 @@ def average(fields: Tensor, cubes: Cubes, bias: float) -> tuple[Tensor, Tensor]:
         mean /= cubes.count[:, None]
         mean[:, 0] = cubes.sdf
         for i in range(8):
-            spread.index_add_(0, cubes.rows[:, i], _away(fields, cubes.rows, mean, bias, i).square_().sum(1))
+            spread.index_add_(
+                0, cubes.rows[:, i], _away(fields, cubes.rows, mean, bias, i).square_().sum(1)
+            )
         return mean, spread
     voxel, spread = cubes.rows.new_full((T, 8), -1), fields.new_empty(T)
     row = torch.arange(N, dtype=torch.int32, device=fields.device)
@@ -101,7 +128,15 @@ def average(fields: Tensor, cubes: Cubes, bias: float) -> tuple[Tensor, Tensor]:
         voxel[:, i].index_copy_(0, cubes.rows[:, i].long(), row)
     TILE = _tiles(backend.target(fields))["VERTICES"]
     args = (fields, voxel, mean, spread, T, bias)
-    backend.launch(_average, (triton.cdiv(T, TILE),), *args, CHANNELS=fields.shape[1], K=K, TILE=TILE, num_warps=4)
+    backend.launch(
+        _average,
+        (triton.cdiv(T, TILE),),
+        *args,
+        CHANNELS=fields.shape[1],
+        K=K,
+        TILE=TILE,
+        num_warps=4,
+    )
     mean[:, 0] = cubes.sdf  # the very numbers whose signs made the topology
     return mean, spread
 
@@ -134,18 +169,47 @@ def fields_backward(
             _part_backward(*mine, mean, grad_mean, grad_weights, pull, shrink, bias)
         return out
     TILE = _tiles(backend.target(fields))["VOXELS"]
-    args = (fields, coords, rows, mean, surface, grad_mean, grad_weights, pull, shrink, out, N, bias)
-    backend.launch(_fields_bwd, (triton.cdiv(N, TILE),), *args, CHANNELS=fields.shape[1], K=K, TILE=TILE, num_warps=4)
+    args = (
+        fields,
+        coords,
+        rows,
+        mean,
+        surface,
+        grad_mean,
+        grad_weights,
+        pull,
+        shrink,
+        out,
+        N,
+        bias,
+    )
+    backend.launch(
+        _fields_bwd,
+        (triton.cdiv(N, TILE),),
+        *args,
+        CHANNELS=fields.shape[1],
+        K=K,
+        TILE=TILE,
+        num_warps=4,
+    )
     return out
 
 
-def _part_backward(fields, rows, surface, scene, out, mean, grad_mean, grad_weights, pull, shrink, bias) -> None:
+def _part_backward(
+    fields, rows, surface, scene, out, mean, grad_mean, grad_weights, pull, shrink, bias
+) -> None:
     """`fields_backward` of some voxels on the torch path, into `out`."""
-    pulls, first, last = pull.index_select(0, scene)[:, None], WEIGHTS.start, WEIGHTS.start + PENALISED
+    pulls, first, last = (
+        pull.index_select(0, scene)[:, None],
+        WEIGHTS.start,
+        WEIGHTS.start + PENALISED,
+    )
     for i in range(8):
         grad = _away(fields, rows, mean, bias, i).mul_(pulls)
         out[:, _channels(i, mean.shape[1])] = grad.add_(grad_mean.index_select(0, rows[:, i]))
     out[:, WEIGHTS] = 0
     there = (surface >= 0).nonzero()[:, 0]
     out[there, WEIGHTS] = grad_weights.index_select(0, surface[there])
-    out[:, first:last].add_(fields[:, first:last].sign().mul_(shrink.index_select(0, scene)[:, None]))
+    out[:, first:last].add_(
+        fields[:, first:last].sign().mul_(shrink.index_select(0, scene)[:, None])
+    )

@@ -1,9 +1,11 @@
-"""Which cubes carry the surface, and how its quads join them. B scenes, N voxels, R cubes along a side, S = R + 1 vertices.
+"""Which cubes carry the surface, and how its quads join them. B scenes, N voxels, R cubes along a
+side, S = R + 1 vertices.
 
-Out of voxels come T vertices (corners of a voxel), C surface cubes (with corners of both signs), P dual vertices, Q quads.
-A vertex that no voxel touches is outside, so a surface cube touches a negative vertex, but it need not be a voxel. Signs
-are one byte a vertex and cases one byte a cube of the whole grid: every cube is looked at, and nothing has to be searched
-or sorted; what has a value is kept for the T vertices and C cubes alone. Two reads tell the host their numbers.
+Out of voxels come T vertices (corners of a voxel), C surface cubes (with corners of both signs), P
+dual vertices, Q quads. A vertex that no voxel touches is outside, so a surface cube touches a
+negative vertex, but it need not be a voxel. Signs are one byte a vertex and cases one byte a cube
+of the whole grid: every cube is looked at, and nothing has to be searched or sorted; what has a
+value is kept for the T vertices and C cubes alone. Two reads tell the host their numbers.
 """
 
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ class Cubes:
     first: Tensor  # [C] int64: the cube's first dual vertex
     dual: Tensor  # [P] int32: the cube of each dual vertex
     kind: Tensor  # [P] int32: 4 * case + number in the cube
-    around: Tensor  # [Q, 4] int32: 12 * cube + edge of the four around each quad, counter-clockwise seen from outside
+    # [Q, 4] int32: 12 * cube + edge of the four around each quad, counter-clockwise seen from
+    # outside
+    around: Tensor
     tsdf_starts: list[int]  # [B + 1] vertices of each scene
     dual_starts: list[int]  # [B + 1]
     quad_starts: list[int]  # [B + 1]
@@ -41,7 +45,8 @@ class Cubes:
 class Geometry:
     """What dual vertices are made from; fields of one name as in Cubes."""
 
-    values: Tensor  # [T + 1, 1 + M]: signed distance | displacement 3 | color; the last row is that of T, outside
+    # [T + 1, 1 + M]: signed distance | displacement 3 | color; the last row is that of T, outside
+    values: Tensor
     weights: Tensor  # [C, 21]: beta 12 | alpha 8 | gamma, activated
     place: Tensor  # [C, 3] int32
     corner: Tensor
@@ -58,7 +63,9 @@ def find_cubes(
     samples: int,
     resolution: int,
 ) -> Cubes:
-    """Reads the device twice: for the numbers of vertices and cubes, then of dual vertices and quads."""
+    """Reads the device twice: for the numbers of vertices and cubes, then of dual vertices and
+    quads.
+    """
     B, N, R, S = samples, len(coords), resolution, resolution + 1
     device, tables = coords.device, cube_tables(coords.device)
     b, x, y, z = coords.long().unbind(1)
@@ -93,7 +100,9 @@ def find_cubes(
     mixed = (case > 0) & (case < 255)
 
     cubes = mixed.view(B, R**3).sum(1).cumsum(0)
-    tsdf_starts, (*_, C) = ([0, *e] for e in torch.stack([vertices.long(), cubes]).tolist())  # the first wait for the device
+    tsdf_starts, (*_, C) = (
+        [0, *e] for e in torch.stack([vertices.long(), cubes]).tolist()
+    )  # the first wait for the device
     T = tsdf_starts[-1]
     vertex = base.new_empty(T)
     for i, o in enumerate(offset):
@@ -114,11 +123,17 @@ def find_cubes(
     duals = tables.duals[resolved]
     order = (4 * b + duals).sort(stable=True).indices  # cubes with fewer dual vertices come first
     first = torch.empty_like(cube).index_copy_(0, order, duals[order].cumsum(0) - duals[order])
-    negative = torch.stack([original & 1, original & 1, original >> 2 & 1], 1)  # where the edges along x, z, y begin
+    negative = torch.stack(
+        [original & 1, original & 1, original >> 2 & 1], 1
+    )  # where the edges along x, z, y begin
     begin = torch.stack([base, base, base + S], 1) - (b * S**3)[:, None]
     crosses = tables.component[resolved][:, tables.quad_edge[:, 3]] >= 0
-    interior = torch.stack([(y > 0) & (z > 0), (x > 0) & (y > 0), (x > 0) & (z > 0)], 1)  # four cubes around the edge
-    towards = torch.arange(2, -1, -1, device=device)  # edges of one beginning in order of their ends: along y, z, x
+    interior = torch.stack(
+        [(y > 0) & (z > 0), (x > 0) & (y > 0), (x > 0) & (z > 0)], 1
+    )  # four cubes around the edge
+    towards = torch.arange(
+        2, -1, -1, device=device
+    )  # edges of one beginning in order of their ends: along y, z, x
     key = ((2 * b[:, None] + negative) * S**3 + begin) * 3 + towards
     key = torch.where(crosses & interior, key, NONE)
     totals = torch.nn.functional.pad(torch.stack([duals, (key < NONE).sum(1)]).cumsum(1), (1, 0))
@@ -130,14 +145,29 @@ def find_cubes(
     kind = 4 * resolved[dual] + torch.arange(P, device=device) - first[dual]
     owned = key.view(-1).sort().indices[:Q]
     owner, axis = owned // 3, owned % 3
-    step = (tables.quad_offset[..., 0] * R + tables.quad_offset[..., 1]) * R + tables.quad_offset[..., 2]
+    step = (tables.quad_offset[..., 0] * R + tables.quad_offset[..., 1]) * R + tables.quad_offset[
+        ..., 2
+    ]
     link = torch.searchsorted(cube, cube[owner][:, None] + step[axis]) * 12 + tables.quad_edge[axis]
     around = _wind(link.int(), negative.view(-1)[owned] > 0)
     surface = _find(cube, coords, R)
     return Cubes(
-        rows, vertex, sdf[:T].clone(), count[:T].clone(), cube, resolved, corner, surface, first, dual.int(), kind.int(),
-        around, tsdf_starts, dual_starts, quad_starts,
-    )  # fmt: skip
+        rows,
+        vertex,
+        sdf[:T].clone(),
+        count[:T].clone(),
+        cube,
+        resolved,
+        corner,
+        surface,
+        first,
+        dual.int(),
+        kind.int(),
+        around,
+        tsdf_starts,
+        dual_starts,
+        quad_starts,
+    )
 
 
 def unravel(index: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +176,9 @@ def unravel(index: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _resolve(cases: Tensor, case: Tensor, cube: Tensor, R: int, tables: CubeTables) -> Tensor:
-    """The case of each cube: turned inside out where it and the cube that its ambiguous face looks at are both ambiguous."""
+    """The case of each cube: turned inside out where it and the cube that its ambiguous face looks
+    at are both ambiguous.
+    """
     look = tables.direction[case].long()
     axis, step = look // 2, 2 * (look & 1) - 1
     _, *place = unravel(cube, R)

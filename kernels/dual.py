@@ -1,13 +1,17 @@
-"""Dual vertices of surface cubes, forward and backward. T vertices, C cubes, P dual vertices, M = 3 (or 9) coordinates.
+"""Dual vertices of surface cubes, forward and backward. T vertices, C cubes, P dual vertices, M = 3
+(or 9) coordinates.
 
-values [T + 1, 1 + M]: signed distance | displacement 3 | color; the last row is that of every corner without a voxel. weights
-[C, 21]: beta 12 | alpha 8 | gamma, activated. A cube's edge with ends i, j of opposite sign is crossed at
+values [T + 1, 1 + M]: signed distance | displacement 3 | color; the last row is that of every
+corner without a voxel. weights [C, 21]: beta 12 | alpha 8 | gamma, activated. A cube's edge with
+ends i, j of opposite sign is crossed at
 
-    u = (x_i s_j a_j - x_j s_i a_i) / (s_j a_j - s_i a_i),  a dual vertex is v = sum beta u / sum beta over its edges
+    u = (x_i s_j a_j - x_j s_i a_i) / (s_j a_j - s_i a_i),  a dual vertex is v = sum beta u / sum
+    beta over its edges
 
-(FlexiCubes, Shen et al. 2023, eqs. 4 and 5), colors alike. With z the plain crossing (a = 1) and d = |z - v|, the deviation of
-a dual vertex is the sum of |d - mean d| over its edges (eq. 8). Backward: one pass per dual vertex for what is behind v, one per
-vertex that gathers from its eight cubes and the three edges that meet there. No atomics.
+(FlexiCubes, Shen et al. 2023, eqs. 4 and 5), colors alike. With z the plain crossing (a = 1) and d
+= |z - v|, the deviation of a dual vertex is the sum of |d - mean d| over its edges (eq. 8).
+Backward: one pass per dual vertex for what is behind v, one per vertex that gathers from its eight
+cubes and the three edges that meet there. No atomics.
 """
 
 import torch
@@ -35,9 +39,22 @@ def _at(place_ptr, cube, corner, AXIS: tl.constexpr, R, on):
 
 
 @triton.jit
-def _edges(p, live, values_ptr, weights_ptr, corner_ptr, dual_ptr, kind_ptr, edges_ptr, ends_ptr, M: tl.constexpr):
-    """The edges of dual vertices, [TILE, 8]: cube, edge, whether there is one, corners i and j, their vertices and signed
-    distances, and the shares of i and of j in the weighted and in the plain crossing."""
+def _edges(
+    p,
+    live,
+    values_ptr,
+    weights_ptr,
+    corner_ptr,
+    dual_ptr,
+    kind_ptr,
+    edges_ptr,
+    ends_ptr,
+    M: tl.constexpr,
+):
+    """The edges of dual vertices, [TILE, 8]: cube, edge, whether there is one, corners i and j,
+    their vertices and signed distances, and the shares of i and of j in the weighted and in the
+    plain crossing.
+    """
     cube = tl.load(dual_ptr + p, mask=live, other=0).to(tl.int64)[:, None]
     kind = tl.load(kind_ptr + p, mask=live, other=0)[:, None]
     edge = tl.load(edges_ptr + kind * 8 + tl.arange(0, 8)[None, :]).to(tl.int32)
@@ -46,17 +63,44 @@ def _edges(p, live, values_ptr, weights_ptr, corner_ptr, dual_ptr, kind_ptr, edg
     i, j = tl.load(ends_ptr + 2 * edge), tl.load(ends_ptr + 2 * edge + 1)
     vi = tl.load(corner_ptr + cube * 8 + i, mask=on, other=0).to(tl.int64)
     vj = tl.load(corner_ptr + cube * 8 + j, mask=on, other=0).to(tl.int64)
-    si, sj = tl.load(values_ptr + vi * (1 + M), mask=on, other=-1.0), tl.load(values_ptr + vj * (1 + M), mask=on, other=1.0)
+    si, sj = (
+        tl.load(values_ptr + vi * (1 + M), mask=on, other=-1.0),
+        tl.load(values_ptr + vj * (1 + M), mask=on, other=1.0),
+    )
     ai = si * tl.load(weights_ptr + cube * 21 + 12 + i, mask=on, other=1.0)
     aj = sj * tl.load(weights_ptr + cube * 21 + 12 + j, mask=on, other=1.0)
-    return cube, edge, on, i, j, vi, vj, aj / (aj - ai), -ai / (aj - ai), sj / (sj - si), -si / (sj - si)
+    return (
+        cube,
+        edge,
+        on,
+        i,
+        j,
+        vi,
+        vj,
+        aj / (aj - ai),
+        -ai / (aj - ai),
+        sj / (sj - si),
+        -si / (sj - si),
+    )
 
 
 @triton.jit(do_not_specialize=["P", "R"])
 def _dual_fwd(
-    values_ptr, weights_ptr, place_ptr, corner_ptr, dual_ptr, kind_ptr, edges_ptr, ends_ptr, out_ptr, deviation_ptr, P, R,
-    M: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    weights_ptr,
+    place_ptr,
+    corner_ptr,
+    dual_ptr,
+    kind_ptr,
+    edges_ptr,
+    ends_ptr,
+    out_ptr,
+    deviation_ptr,
+    P,
+    R,
+    M: tl.constexpr,
+    TILE: tl.constexpr,
+):
     p = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = p < P
     cube, edge, on, i, j, vi, vj, ti, tj, zi, zj = _edges(
@@ -84,10 +128,28 @@ def _dual_fwd(
 
 @triton.jit(do_not_specialize=["P", "R"])
 def _dual_bwd(
-    values_ptr, weights_ptr, place_ptr, corner_ptr, dual_ptr, kind_ptr, edges_ptr, ends_ptr, out_ptr, grad_ptr,
-    grad_deviation_ptr, pull_ptr, slope_ptr, grad_beta_ptr, P, R, M: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """pull [P, M]: the gradient of v, its deviation included, over sum beta; slope [C, 12]: the gradient of d, over d."""
+    values_ptr,
+    weights_ptr,
+    place_ptr,
+    corner_ptr,
+    dual_ptr,
+    kind_ptr,
+    edges_ptr,
+    ends_ptr,
+    out_ptr,
+    grad_ptr,
+    grad_deviation_ptr,
+    pull_ptr,
+    slope_ptr,
+    grad_beta_ptr,
+    P,
+    R,
+    M: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """pull [P, M]: the gradient of v, its deviation included, over sum beta; slope [C, 12]: the
+    gradient of d, over d.
+    """
     p = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = p < P
     cube, edge, on, i, j, vi, vj, ti, tj, zi, zj = _edges(
@@ -95,15 +157,21 @@ def _dual_bwd(
     )
     square = tl.zeros([TILE, 8], tl.float32)
     for m in tl.static_range(3):
-        xi = tl.load(values_ptr + vi * (1 + M) + 1 + m, mask=on, other=0.0) + _at(place_ptr, cube, i, m, R, on)
-        xj = tl.load(values_ptr + vj * (1 + M) + 1 + m, mask=on, other=0.0) + _at(place_ptr, cube, j, m, R, on)
+        xi = tl.load(values_ptr + vi * (1 + M) + 1 + m, mask=on, other=0.0) + _at(
+            place_ptr, cube, i, m, R, on
+        )
+        xj = tl.load(values_ptr + vj * (1 + M) + 1 + m, mask=on, other=0.0) + _at(
+            place_ptr, cube, j, m, R, on
+        )
         away = zi * xi + zj * xj - tl.load(out_ptr + p * M + m, mask=live, other=0.0)[:, None]
         square += away * away
     distance = tl.where(on, tl.sqrt(square), 0.0)
     count = tl.maximum(tl.sum(on.to(tl.float32), 1), 1.0)[:, None]
     beyond = distance - tl.sum(distance, 1)[:, None] / count
     sign = tl.where(on, tl.where(beyond > 0, 1.0, tl.where(beyond < 0, -1.0, 0.0)), 0.0)
-    slope = (sign - tl.sum(sign, 1)[:, None] / count) * tl.load(grad_deviation_ptr + p, mask=live, other=0.0)[:, None]
+    slope = (sign - tl.sum(sign, 1)[:, None] / count) * tl.load(
+        grad_deviation_ptr + p, mask=live, other=0.0
+    )[:, None]
     slope = tl.where(on & (distance > 0), slope / tl.where(distance > 0, distance, 1.0), 0.0)
     tl.store(slope_ptr + cube * 12 + edge, slope, mask=on)
     divisor = tl.sum(tl.load(weights_ptr + cube * 21 + edge, mask=on, other=0.0), 1)
@@ -125,26 +193,52 @@ def _dual_bwd(
 
 @triton.jit(do_not_specialize=["T", "R"])
 def _vertex_bwd(
-    values_ptr, weights_ptr, place_ptr, corner_ptr, case_ptr, first_ptr, cube_ptr, component_ptr, ends_ptr, meeting_ptr,
-    out_ptr, pull_ptr, slope_ptr, grad_values_ptr, grad_alpha_ptr, T, R, M: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """A lane is one of the three edges that meet at one of eight cubes' corners: cube 4 q + n, n < 3."""
+    values_ptr,
+    weights_ptr,
+    place_ptr,
+    corner_ptr,
+    case_ptr,
+    first_ptr,
+    cube_ptr,
+    component_ptr,
+    ends_ptr,
+    meeting_ptr,
+    out_ptr,
+    pull_ptr,
+    slope_ptr,
+    grad_values_ptr,
+    grad_alpha_ptr,
+    T,
+    R,
+    M: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A lane is one of the three edges that meet at one of eight cubes' corners: cube 4 q + n, n <
+    3.
+    """
     t = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
     q, n = tl.arange(0, 32)[None, :] // 4, tl.arange(0, 32)[None, :] % 4
-    cube = tl.load(cube_ptr + t * 8 + q, mask=(t < T) & (n < 3), other=-1).to(tl.int64)  # [TILE, 32]
+    cube = tl.load(cube_ptr + t * 8 + q, mask=(t < T) & (n < 3), other=-1).to(
+        tl.int64
+    )  # [TILE, 32]
     case = tl.load(case_ptr + cube, mask=cube >= 0, other=0)
     edge = tl.load(meeting_ptr + q * 3 + n, mask=n < 3, other=0).to(tl.int32)  # [1, 32]
     part = tl.load(component_ptr + case * 12 + edge).to(tl.int32)
     on = (cube >= 0) & (part >= 0)
     p = tl.load(first_ptr + cube, mask=on, other=0) + tl.where(on, part, 0)
-    other = tl.load(ends_ptr + 2 * edge) + tl.load(ends_ptr + 2 * edge + 1) - q  # the edge's far corner
+    other = (
+        tl.load(ends_ptr + 2 * edge) + tl.load(ends_ptr + 2 * edge + 1) - q
+    )  # the edge's far corner
     v = tl.load(corner_ptr + cube * 8 + other, mask=on, other=0).to(tl.int64)
     alpha = tl.load(weights_ptr + cube * 21 + 12 + q, mask=on, other=1.0)
     s = tl.load(values_ptr + t * (1 + M), mask=t < T, other=0.0)  # [TILE, 1]
     so = tl.load(values_ptr + v * (1 + M), mask=on, other=0.0)
     a, ao = s * alpha, so * tl.load(weights_ptr + cube * 21 + 12 + other, mask=on, other=1.0)
     gap, plain_gap = tl.where(on, ao - a, 1.0), tl.where(on, so - s, 1.0)
-    share, plain = ao / gap, so / plain_gap  # of this vertex in the weighted and in the plain crossing
+    share, plain = (
+        ao / gap,
+        so / plain_gap,
+    )  # of this vertex in the weighted and in the plain crossing
     beta = tl.load(weights_ptr + cube * 21 + edge, mask=on, other=0.0)
     slope = tl.load(slope_ptr + cube * 12 + edge, mask=on, other=0.0)
     along, plain_along = tl.zeros([TILE, 32], tl.float32), tl.zeros([TILE, 32], tl.float32)
@@ -156,7 +250,9 @@ def _vertex_bwd(
         if m < 3:
             x += _at(place_ptr, cube, q, m, R, on)
             xo += _at(place_ptr, cube, other, m, R, on)
-            g_plain = slope * (plain * x + (1.0 - plain) * xo - tl.load(out_ptr + p * M + m, mask=on, other=0.0))
+            g_plain = slope * (
+                plain * x + (1.0 - plain) * xo - tl.load(out_ptr + p * M + m, mask=on, other=0.0)
+            )
             plain_along += g_plain * (x - xo)
             grad += g_plain * plain
         along += g * (x - xo)
@@ -164,10 +260,16 @@ def _vertex_bwd(
         tl.store(at, tl.sum(tl.where(on, grad, 0.0), 1)[:, None], mask=t < T)
     product = tl.where(on, along * share / gap, 0.0)  # the gradient of s alpha
     direct = tl.where(on, plain_along * plain / plain_gap, 0.0)
-    tl.store(grad_values_ptr + t * (1 + M), tl.sum(direct + product * alpha, 1)[:, None], mask=t < T)
+    tl.store(
+        grad_values_ptr + t * (1 + M), tl.sum(direct + product * alpha, 1)[:, None], mask=t < T
+    )
     corner = tl.arange(0, 8)[None, :]
     cube = tl.load(cube_ptr + t * 8 + corner, mask=t < T, other=-1).to(tl.int64)  # [TILE, 8]
-    tl.store(grad_alpha_ptr + cube * 8 + corner, tl.sum(tl.reshape(product * s, [TILE, 8, 4]), 2), mask=cube >= 0)
+    tl.store(
+        grad_alpha_ptr + cube * 8 + corner,
+        tl.sum(tl.reshape(product * s, [TILE, 8, 4]), 2),
+        mask=cube >= 0,
+    )
 
 
 def dual_vertices(g: Geometry) -> tuple[Tensor, Tensor]:
@@ -186,20 +288,50 @@ def dual_vertices_backward(
     grad: Tensor,  # [P, M]
     grad_deviation: Tensor,  # [P]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of values [T + 1, 1 + M] (the last row is not one), beta [C, 12] and alpha [C, 8]."""
+    """Gradients of values [T + 1, 1 + M] (the last row is none), beta [C, 12] and alpha [C, 8]."""
     if backend.is_torch(g.values):
         return dual_torch_backward(g, grad, grad_deviation)
     C, T, tables = len(g.corner), len(g.values) - 1, cube_tables(g.values.device)
     pull, slope, grad_beta = torch.empty_like(out), out.new_zeros(C, 12), out.new_zeros(C, 12)
-    _launch(_dual_bwd, "DUALS", len(out), g, *_duals(g), out, grad, grad_deviation, pull, slope, grad_beta)
-    cubes, row = g.corner.new_full((T + 1, 8), -1), torch.arange(C, dtype=torch.int32, device=out.device)
-    for q in range(8):  # q-th corners of different cubes are different vertices, but for those without a voxel
+    _launch(
+        _dual_bwd,
+        "DUALS",
+        len(out),
+        g,
+        *_duals(g),
+        out,
+        grad,
+        grad_deviation,
+        pull,
+        slope,
+        grad_beta,
+    )
+    cubes, row = (
+        g.corner.new_full((T + 1, 8), -1),
+        torch.arange(C, dtype=torch.int32, device=out.device),
+    )
+    for q in range(
+        8
+    ):  # q-th corners of different cubes are different vertices, but for those without a voxel
         cubes[:, q].index_copy_(0, g.corner[:, q].long(), row)
     grad_values, grad_alpha = torch.zeros_like(g.values), out.new_zeros(C, 8)
     _launch(
-        _vertex_bwd, "VERTICES", T, g, g.case, g.first, cubes, tables.component, tables.ends, tables.meeting,
-        out, pull, slope, grad_values, grad_alpha,
-    )  # fmt: skip
+        _vertex_bwd,
+        "VERTICES",
+        T,
+        g,
+        g.case,
+        g.first,
+        cubes,
+        tables.component,
+        tables.ends,
+        tables.meeting,
+        out,
+        pull,
+        slope,
+        grad_values,
+        grad_alpha,
+    )
     return grad_values, grad_beta, grad_alpha
 
 
@@ -211,4 +343,6 @@ def _duals(g: Geometry) -> tuple[Tensor, ...]:
 def _launch(kernel, rows: str, count: int, g: Geometry, *tensors: Tensor) -> None:
     TILE = _tiles(backend.target(g.values))[rows]
     args = (g.values, g.weights, g.place, g.corner, *tensors, count, g.resolution)
-    backend.launch(kernel, (triton.cdiv(count, TILE),), *args, M=g.values.shape[1] - 1, TILE=TILE, num_warps=4)
+    backend.launch(
+        kernel, (triton.cdiv(count, TILE),), *args, M=g.values.shape[1] - 1, TILE=TILE, num_warps=4
+    )

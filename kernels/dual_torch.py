@@ -1,6 +1,8 @@
-"""Dual vertices on a CPU: the formulas of kernels.dual, one row per (dual vertex, edge) pair, a chunk of dual vertices at a time.
+"""Dual vertices on a CPU: the formulas of kernels.dual, one row per (dual vertex, edge) pair, a
+chunk of dual vertices at a time.
 
-Positions and colors are interpolated alike, so they travel together as rows of M = 3 (or 9) numbers.
+Positions and colors are interpolated alike, so they travel together as rows of M = 3 (or 9)
+numbers.
 """
 
 from collections.abc import Iterator
@@ -50,11 +52,19 @@ def _end(g: Geometry, cube: Tensor, corner: Tensor) -> _End:
     value = g.values.index_select(0, row)
     offset = torch.stack([corner & 1, corner >> 1 & 1, corner >> 2], 1)
     grid = (g.place.index_select(0, cube) + offset).to(value.dtype) / g.resolution - 0.5
-    return _End(row, flat, torch.cat([value[:, 1:4] + grid, value[:, 4:]], 1), value[:, :1], g.weights[cube, 12 + corner, None])
+    return _End(
+        row,
+        flat,
+        torch.cat([value[:, 1:4] + grid, value[:, 4:]], 1),
+        value[:, :1],
+        g.weights[cube, 12 + corner, None],
+    )
 
 
 def _total(value: Tensor, pairs: _Pairs) -> Tensor:
-    return value.new_zeros(pairs.span.stop - pairs.span.start, value.shape[1]).index_add_(0, pairs.p, value)
+    return value.new_zeros(pairs.span.stop - pairs.span.start, value.shape[1]).index_add_(
+        0, pairs.p, value
+    )
 
 
 class _Shape(NamedTuple):
@@ -94,7 +104,9 @@ def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
     return out, deviation
 
 
-def dual_torch_backward(g: Geometry, grad: Tensor, grad_deviation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dual_torch_backward(
+    g: Geometry, grad: Tensor, grad_deviation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """As kernels.dual.dual_vertices_backward."""
     C = len(g.weights)
     grad_values = torch.zeros_like(g.values)
@@ -102,7 +114,9 @@ def dual_torch_backward(g: Geometry, grad: Tensor, grad_deviation: Tensor) -> tu
     for pairs in _pairs(g):
         s, up = _shape(pairs), grad[pairs.span].clone()
         sign = s.beyond.sign()
-        slope = (sign - (_total(sign, pairs) / s.edges)[pairs.p]) * grad_deviation[pairs.span][pairs.p, None]
+        slope = (sign - (_total(sign, pairs) / s.edges)[pairs.p]) * grad_deviation[pairs.span][
+            pairs.p, None
+        ]
         g_plain = torch.where(s.distance > 0, slope / s.distance, 0) * s.away
         up[:, :3] -= _total(g_plain, pairs)
         g_point = (up / s.divisor).index_select(0, pairs.p)

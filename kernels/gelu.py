@@ -1,4 +1,6 @@
-"""GELU in its tanh form, fused with the bias before it: one pass over memory a direction; arithmetic in fp32."""
+"""GELU in its tanh form, fused with the bias before it: one pass over memory a direction;
+arithmetic in fp32.
+"""
 
 import torch
 import triton
@@ -15,14 +17,22 @@ PROGRAMS = 512  # that share the gradient of a bias; not yet measured on a GPU
 
 @triton.jit
 def _gelu_parts(x):
-    """gelu(x) = x s, s = sigmoid(v), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). Returns s, ds/dv and dv/dx."""
+    """gelu(x) = x s, s = sigmoid(v), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). Returns s, ds/dv and
+    dv/dx.
+    """
     v = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
     e = tl.exp(-tl.abs(v))  # never overflows
-    return tl.where(v >= 0, 1.0, e) / (1.0 + e), e / ((1.0 + e) * (1.0 + e)), 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return (
+        tl.where(v >= 0, 1.0, e) / (1.0 + e),
+        e / ((1.0 + e) * (1.0 + e)),
+        1.5957691216057308 * (1.0 + 0.134145 * x * x),
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
-def _gelu_fwd(x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr):
+def _gelu_fwd(
+    x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr
+):
     chunks = tl.cdiv(C, TILE_C)
     m = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
@@ -36,9 +46,17 @@ def _gelu_fwd(x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constex
 
 @triton.jit(do_not_specialize=["M"])
 def _gelu_bwd(
-    x_ptr, bias_ptr, dy_ptr, dx_ptr, partial_ptr, M, C,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    bias_ptr,
+    dy_ptr,
+    dx_ptr,
+    partial_ptr,
+    M,
+    C,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
     chunks = tl.cdiv(C, TILE_C)
     program, programs = tl.program_id(0) // chunks, tl.num_programs(0) // chunks
     c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
@@ -48,7 +66,10 @@ def _gelu_bwd(
     dbias = tl.zeros([TILE_C], tl.float32)
     for tile in range(program, tl.cdiv(M, ROWS), programs):
         m = tile * ROWS + tl.arange(0, ROWS)
-        live, at = (m < M)[:, None] & (c < C)[None, :], m.to(tl.int64)[:, None] * C + c[None, :]  # [ROWS, TILE_C]
+        live, at = (
+            (m < M)[:, None] & (c < C)[None, :],
+            m.to(tl.int64)[:, None] * C + c[None, :],
+        )  # [ROWS, TILE_C]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         s, ds, dv = _gelu_parts(x)
@@ -60,7 +81,9 @@ def _gelu_bwd(
 
 
 def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int]]:
-    """M rows of C channels, and a program's tile of them; without a bias x is one row, whatever its shape."""
+    """M rows of C channels, and a program's tile of them; without a bias x is one row, whatever its
+    shape.
+    """
     if bias is None:
         return 1, x.numel(), {"ROWS": 1, "TILE_C": TILE}
     TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(x.shape[-1]))
@@ -97,13 +120,18 @@ def _gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, 
     programs = programs if bias is None else min(programs, max(1, PROGRAMS // chunks))
     partial = x.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
     args = (x, bias, dy, dx, partial, M, C)
-    backend.launch(_gelu_bwd, (programs * chunks,), *args, BIAS=bias is not None, **tiles, num_warps=8)
+    backend.launch(
+        _gelu_bwd, (programs * chunks,), *args, BIAS=bias is not None, **tiles, num_warps=8
+    )
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 
 _gelu.register_fake(lambda x, bias: torch.empty_like(x))
 _gelu_backward.register_fake(
-    lambda x, bias, dy: (torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias))
+    lambda x, bias, dy: (
+        torch.empty_like(x),
+        x.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
 )
 
 
@@ -126,14 +154,17 @@ def gelu(
 ) -> Tensor:  # as x
     """0.5 u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))), u = x + bias, computed in fp32.
 
-    The bias is that of the linear layer before: added here, its gradient is summed in the pass that makes x's, in a fixed
-    order, where a linear layer of its own reads [..., C] once more. Raises ValueError for another dtype or shape.
+    The bias is that of the linear layer before: added here, its gradient is summed in the pass that
+    makes x's, in a fixed order, where a linear layer of its own reads [..., C] once more. Raises
+    ValueError for another dtype or shape.
     """
     check_dtype(x)
     if bias is not None:
         check_dtype(bias)
         if bias.ndim != 1 or x.ndim < 1 or bias.shape != x.shape[-1:] or not len(bias):
-            raise ValueError(f"bias {list(bias.shape)} must be [C] with the C >= 1 channels of x {list(x.shape)}")
+            raise ValueError(
+                f"bias {list(bias.shape)} must be [C] with the C >= 1 channels of x {list(x.shape)}"
+            )
         bias = bias.contiguous()
     return torch.ops.trislat.gelu(x.contiguous(), bias)
 

@@ -1,8 +1,9 @@
 """Group norm over each sample's voxels, with SiLU fused: N voxels, C channels in groups, B samples.
 
-A group's statistics are those of its channels over all voxels of one sample. A sample's rows are shared by a fixed number
-of programs, whatever their number: one launch a pass for the whole batch, nothing waits for the device. Partial means and
-squares are merged in a fixed order (Chan et al., Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
+A group's statistics are those of its channels over all voxels of one sample. A sample's rows are
+shared by a fixed number of programs, whatever their number: one launch a pass for the whole batch,
+nothing waits for the device. Partial means and squares are merged in a fixed order (Chan et al.,
+Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
 1979), so means far from zero cost no digits. Inputs are fp16, bf16 or fp32; arithmetic is fp32.
 """
 
@@ -23,13 +24,27 @@ MOST_CHANNELS = 4096  # a row must fit in a program
 
 
 @triton.jit
-def _partial_statistics(x_ptr, starts_ptr, part_ptr, C: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr):
-    """part [B, P, 2, C]: mean and squared deviations of each channel over the program's rows: tiles p, p + P, ... of sample b."""
+def _partial_statistics(
+    x_ptr,
+    starts_ptr,
+    part_ptr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+    P: tl.constexpr,
+):
+    """part [B, P, 2, C]: mean and squared deviations of each channel over the program's rows: tiles
+    p, p + P, ... of sample b.
+    """
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
-    own = begin + p * ROWS  # the program's first row: means start from it, so those of equal values stay what they are
-    mean = tl.load(x_ptr + own * C + c, mask=c < tl.where(own < end, C, 0), other=0.0).to(tl.float32)
+    own = (
+        begin + p * ROWS
+    )  # the program's first row: means start from it, so those of equal values stay what they are
+    mean = tl.load(x_ptr + own * C + c, mask=c < tl.where(own < end, C, 0), other=0.0).to(
+        tl.float32
+    )
     squares = tl.zeros([TILE_C], tl.float32)
     seen = 0.0
     for first in range(begin + p * ROWS, end, P * ROWS):
@@ -38,7 +53,9 @@ def _partial_statistics(x_ptr, starts_ptr, part_ptr, C: tl.constexpr, ROWS: tl.c
         x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=live, other=0.0).to(tl.float32)
         count = tl.minimum(end - first, ROWS).to(tl.float32)
         deviation = tl.where(live, x - mean[None, :], 0.0)
-        step = tl.sum(deviation, 0) * (1.0 / count)  # from the mean so far to that of these rows, [TILE_C]
+        step = tl.sum(deviation, 0) * (
+            1.0 / count
+        )  # from the mean so far to that of these rows, [TILE_C]
         deviation = tl.where(live, deviation - step[None, :], 0.0)
         total = seen + count
         squares += tl.sum(deviation * deviation, 0) + step * step * (seen * count / total)
@@ -51,22 +68,37 @@ def _partial_statistics(x_ptr, starts_ptr, part_ptr, C: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def _merge_statistics(
-    part_ptr, starts_ptr, mean_ptr, rstd_ptr, eps,
-    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TILE_W: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    starts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    eps,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_W: tl.constexpr,
+    P: tl.constexpr,
+):
     """A program: mean and reciprocal deviation [B, GROUPS] of one group of one sample."""
     g, b = tl.program_id(0), tl.program_id(1)
     W: tl.constexpr = C // GROUPS
     rows = tl.load(starts_ptr + b + 1) - tl.load(starts_ptr + b)
     p, w = tl.arange(0, P), tl.arange(0, TILE_W)
-    full, rest = rows // (P * ROWS), rows % (P * ROWS)  # rows of program p: its turns, and its share of the last turn
-    count = (full * ROWS + tl.minimum(tl.maximum(rest - p * ROWS, 0), ROWS)).to(tl.float32)[:, None]  # [P, 1]
+    full, rest = (
+        rows // (P * ROWS),
+        rows % (P * ROWS),
+    )  # rows of program p: its turns, and its share of the last turn
+    count = (full * ROWS + tl.minimum(tl.maximum(rest - p * ROWS, 0), ROWS)).to(tl.float32)[
+        :, None
+    ]  # [P, 1]
     part = part_ptr + (b * P + p)[:, None] * 2 * C + g * W + w[None, :]
     live = (p >= 0)[:, None] & (w < W)[None, :]
     means = tl.load(part, mask=live, other=0.0)  # [P, TILE_W]
     squares = tl.load(part + C, mask=live, other=0.0)
     elements = tl.maximum(rows, 1).to(tl.float32) * W
-    some = tl.load(part_ptr + b * P * 2 * C + g * W)  # one of the means; from it that of equal values is exact
+    some = tl.load(
+        part_ptr + b * P * 2 * C + g * W
+    )  # one of the means; from it that of equal values is exact
     offsets = tl.where(live, count * (means - some), 0.0)
     mean = some + tl.div_rn(tl.sum(tl.sum(offsets, 1), 0), elements)
     squares += tl.where(live, count * (means - mean) * (means - mean), 0.0)
@@ -83,14 +115,28 @@ def _sigmoid(x):
 
 @triton.jit
 def _group_norm_fwd(
-    x_ptr, weight_ptr, bias_ptr, starts_ptr, mean_ptr, rstd_ptr, y_ptr,
-    C: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    starts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    y_ptr,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+    P: tl.constexpr,
+):
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
     group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = tl.load(mean_ptr + group, mask=c < C, other=0.0), tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    mean, rstd = (
+        tl.load(mean_ptr + group, mask=c < C, other=0.0),
+        tl.load(rstd_ptr + group, mask=c < C, other=0.0),
+    )
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)  # [TILE_C]
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     for first in range(begin + p * ROWS, end, P * ROWS):
@@ -106,7 +152,9 @@ def _group_norm_fwd(
 @triton.jit
 def _inner_gradient(x_ptr, dy_ptr, at, live, weight, bias, mean, rstd, SILU: tl.constexpr):
     """The normed rows, and the gradient of the affine result before the SiLU."""
-    normed = (tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    normed = (tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) - mean[None, :]) * rstd[
+        None, :
+    ]
     dz = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)  # zero where not live
     if SILU:
         z = normed * weight[None, :] + bias[None, :]
@@ -117,22 +165,39 @@ def _inner_gradient(x_ptr, dy_ptr, at, live, weight, bias, mean, rstd, SILU: tl.
 
 @triton.jit
 def _partial_gradients(
-    x_ptr, weight_ptr, bias_ptr, starts_ptr, mean_ptr, rstd_ptr, dy_ptr, part_ptr,
-    C: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    starts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dy_ptr,
+    part_ptr,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+    P: tl.constexpr,
+):
     """part [B, P, 2, C]: the program's share of the sums over rows of dz * normed and dz."""
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
     group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = tl.load(mean_ptr + group, mask=c < C, other=0.0), tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    mean, rstd = (
+        tl.load(mean_ptr + group, mask=c < C, other=0.0),
+        tl.load(rstd_ptr + group, mask=c < C, other=0.0),
+    )
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros([TILE_C], tl.float32), tl.zeros([TILE_C], tl.float32)
     for first in range(begin + p * ROWS, end, P * ROWS):
         n = first + tl.arange(0, ROWS)
         live = (n < end)[:, None] & (c < C)[None, :]
-        normed, dz = _inner_gradient(x_ptr, dy_ptr, n[:, None] * C + c[None, :], live, weight, bias, mean, rstd, SILU)
+        normed, dz = _inner_gradient(
+            x_ptr, dy_ptr, n[:, None] * C + c[None, :], live, weight, bias, mean, rstd, SILU
+        )
         dweight += tl.sum(dz * normed, 0)
         dbias += tl.sum(dz, 0)
     part = part_ptr + (b * P + p) * 2 * C + c
@@ -142,9 +207,22 @@ def _partial_gradients(
 
 @triton.jit
 def _group_norm_bwd(
-    x_ptr, weight_ptr, bias_ptr, starts_ptr, mean_ptr, rstd_ptr, dy_ptr, along_ptr, dx_ptr,
-    C: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    starts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dy_ptr,
+    along_ptr,
+    dx_ptr,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+    P: tl.constexpr,
+):
     """along [B, 2, GROUPS]: the group's means of weight * dz * normed and of weight * dz."""
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
@@ -200,18 +278,48 @@ def _group_norm(
         return y, mean, rstd
     tiles, TILE_C = _tiles(x), triton.next_power_of_2(C)
     part = x.new_empty(B, tiles["P"], 2, C, dtype=torch.float32)
-    backend.launch(_partial_statistics, (tiles["P"], B), x, starts, part, C=C, TILE_C=TILE_C, **tiles, num_warps=4)
+    backend.launch(
+        _partial_statistics,
+        (tiles["P"], B),
+        x,
+        starts,
+        part,
+        C=C,
+        TILE_C=TILE_C,
+        **tiles,
+        num_warps=4,
+    )
     pad = triton.next_power_of_2(C // groups)
     args = (part, starts, mean, rstd, eps)
-    backend.launch(_merge_statistics, (groups, B), *args, C=C, GROUPS=groups, TILE_W=pad, **tiles, num_warps=4)
+    backend.launch(
+        _merge_statistics, (groups, B), *args, C=C, GROUPS=groups, TILE_W=pad, **tiles, num_warps=4
+    )
     args = (x, weight, bias, starts, mean, rstd, y)
-    backend.launch(_group_norm_fwd, (tiles["P"], B), *args, C=C, GROUPS=groups, SILU=silu, TILE_C=TILE_C, **tiles, num_warps=4)
+    backend.launch(
+        _group_norm_fwd,
+        (tiles["P"], B),
+        *args,
+        C=C,
+        GROUPS=groups,
+        SILU=silu,
+        TILE_C=TILE_C,
+        **tiles,
+        num_warps=4,
+    )
     return y, mean, rstd
 
 
 @torch.library.custom_op("trislat::group_norm_backward", mutates_args=())
 def _group_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    starts: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, each in its input's dtype."""
     C, B = x.shape[1], len(starts) - 1
@@ -219,7 +327,9 @@ def _group_norm_backward(
     if backend.is_torch(x):
         dweight, dbias = mean.new_zeros(C), mean.new_zeros(C)
         for b, rows, up, out in _samples(starts, x, dy, dx):
-            normed = ((_wide(rows).view(len(rows), groups, -1) - mean[b, :, None]) * rstd[b, :, None]).view(-1, C)
+            normed = (
+                (_wide(rows).view(len(rows), groups, -1) - mean[b, :, None]) * rstd[b, :, None]
+            ).view(-1, C)
             dz = _wide(up)
             if silu:
                 dz = torch.ops.aten.silu_backward(dz, normed * weight + bias)
@@ -228,10 +338,16 @@ def _group_norm_backward(
             dbias += dz.sum(0)
             g = (dz * weight).view(len(rows), groups, -1)
             along = (product * weight).view(g.shape).mean((0, 2))[:, None]
-            out.copy_(((g - normed.view(g.shape) * along - g.mean((0, 2))[:, None]) * rstd[b, :, None]).view(-1, C))
+            out.copy_(
+                (
+                    (g - normed.view(g.shape) * along - g.mean((0, 2))[:, None]) * rstd[b, :, None]
+                ).view(-1, C)
+            )
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
     tiles, TILE_C = _tiles(x), triton.next_power_of_2(C)
-    warps = 8 if TILE_C > 512 else 4  # four warps of a wide row's six vectors spill in fp32 on sm_80
+    warps = (
+        8 if TILE_C > 512 else 4
+    )  # four warps of a wide row's six vectors spill in fp32 on sm_80
     constants = dict(C=C, GROUPS=groups, SILU=silu, TILE_C=TILE_C, num_warps=warps, **tiles)
     part = x.new_empty(B, tiles["P"], 2, C, dtype=torch.float32)
     args = (x, weight, bias, starts, mean, rstd, dy)
@@ -282,11 +398,13 @@ def group_norm(
     *,
     silu: bool = False,
 ) -> Tensor:  # [N, C], as x
-    """Group norm (Wu and He, arXiv 1803.08494) with statistics over all voxels of each sample, affine, in fp32; then SiLU.
+    """Group norm (Wu and He, arXiv 1803.08494) with statistics over all voxels of each sample,
+    affine, in fp32; then SiLU.
 
-    Samples may be empty. Gradients of weight and bias are summed in a fixed order. Raises ValueError, naming both sizes, for
-    channels that are no multiple of the groups or more than 4096, weights of another size, another rank or dtype, and an eps
-    that is negative or not finite; TypeError for what is no tensor.
+    Samples may be empty. Gradients of weight and bias are summed in a fixed order. Raises
+    ValueError, naming both sizes, for channels that are no multiple of the groups or more than
+    4096, weights of another size, another rank or dtype, and an eps that is negative or not finite;
+    TypeError for what is no tensor.
     """
     check_tensors(x=x, weight=weight, bias=bias, starts=starts)
     check_eps(eps)
@@ -294,21 +412,37 @@ def group_norm(
         raise ValueError(f"x must be [N, C], got {list(x.shape)}")
     kernels = (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in kernels and not (x.dtype == torch.float64 and backend.is_torch(x)):
-        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on {backend.name(x)}")
+        raise ValueError(
+            f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on "
+            f"{backend.name(x)}"
+        )
     C = x.shape[1]
     if groups < 1 or C < 1 or C % groups:
         raise ValueError(f"{C} channels are not a multiple of {groups} groups")
     if C > MOST_CHANNELS:
         raise ValueError(f"{C} channels: at most {MOST_CHANNELS} fit in a program")
     if weight.shape != (C,) or bias.shape != (C,):
-        raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)} must be [{C}], the channels of x")
+        raise ValueError(
+            f"weight {list(weight.shape)} and bias {list(bias.shape)} must be [{C}], the "
+            "channels of x"
+        )
     if starts.ndim != 1 or len(starts) < 1 or starts.dtype != torch.int32:
         raise ValueError(f"starts must be [B + 1] int32, got {list(starts.shape)} {starts.dtype}")
-    args = (x.contiguous(), weight.contiguous(), bias.contiguous(), starts.contiguous(), groups, eps, silu)
+    args = (
+        x.contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
+        starts.contiguous(),
+        groups,
+        eps,
+        silu,
+    )
     return torch.ops.trislat.group_norm(*args)[0]
 
 
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, groups: int = 32, eps: float = 1e-5) -> Tensor:
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, groups: int = 32, eps: float = 1e-5
+) -> Tensor:
     """silu(group_norm(...)) in one pass."""
     return group_norm(x, weight, bias, starts, groups, eps, silu=True)
 

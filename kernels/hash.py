@@ -1,9 +1,11 @@
-"""Integer coordinates -> row: N rows (batch, x, y, z), M queries, K = k^3 taps of a convolution kernel.
+"""Integer coordinates -> row: N rows (batch, x, y, z), M queries, K = k^3 taps of a convolution
+kernel.
 
-Two tables behind one interface, chosen by arithmetic. Where the extent allows, a dense volume holds the row of every
-cell: one load per query, no probing. Otherwise an open-addressing hash table: the 64-bit packed key, mixed by splitmix64,
-linear probing, at most half full; inserted with compare-and-swap, so slots depend on timing but answers do not.
-On the torch path the second one is a sorted list of the same keys, searched by bisection.
+Two tables behind one interface, chosen by arithmetic. Where the extent allows, a dense volume holds
+the row of every cell: one load per query, no probing. Otherwise an open-addressing hash table: the
+64-bit packed key, mixed by splitmix64, linear probing, at most half full; inserted with
+compare-and-swap, so slots depend on timing but answers do not. On the torch path the second one is
+a sorted list of the same keys, searched by bisection.
 """
 
 from collections.abc import Sequence
@@ -42,23 +44,28 @@ class Table:
 
     kind: str  # "dense", "hash" or "sorted"
     rows: Tensor  # int32: the row of each cell, slot or sorted key; -1 for none
-    keys: Tensor  # int64: the key of each slot (-1: free) or the sorted keys; empty for a dense volume
+    # int64: the key of each slot (-1: free) or the sorted keys; empty for a dense volume
+    keys: Tensor
     size: list[int]  # samples and extent: x, y, z
 
 
 def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent, Tensor]:
-    """Check a coordinate set [N, 4] int32 and learn what the host must know of it, in exactly one read of the device.
+    """Check a coordinate set [N, 4] int32 and learn what the host must know of it, in exactly one
+    read of the device.
 
-    Returns the extent and `starts` [B + 1] int32, on the device: sample b owns rows starts[b] : starts[b + 1].
-    Raises ValueError, with the row that is wrong, for a missing batch column, another dtype, negative or too large
-    coordinates, samples that are not in order or beyond batch_size, and duplicates. Without `batch_size` there are as
-    many samples as the last row says. Raises TypeError for what is no tensor.
+    Returns the extent and `starts` [B + 1] int32, on the device: sample b owns rows starts[b] :
+    starts[b + 1]. Raises ValueError, with the row that is wrong, for a missing batch column,
+    another dtype, negative or too large coordinates, samples that are not in order or beyond
+    batch_size, and duplicates. Without `batch_size` there are as many samples as the last row says.
+    Raises TypeError for what is no tensor.
     """
     check_tensors(coords=coords)
     if coords.ndim == 2 and coords.shape[1] == 3:
         raise ValueError(
-            f"The batch column is missing: coords are {list(coords.shape)}, (batch, x, y, z) is [N, 4]. Put the sample's "
-            "index in front: torch.nn.functional.pad(coords, (1, 0), value=index), then torch.cat the samples"
+            f"The batch column is missing: coords are {list(coords.shape)}, (batch, x, y, z) is "
+            "[N, 4]. Put the sample's "
+            "index in front: torch.nn.functional.pad(coords, (1, 0), value=index), then "
+            "torch.cat the samples"
         )
     if coords.ndim != 2 or coords.shape[1] != 4:
         raise ValueError(f"coords must be [N, 4] (batch, x, y, z), got {list(coords.shape)}")
@@ -78,13 +85,25 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
 
     row = torch.arange(N, device=coords.device)
     batch = coords[:, 0].contiguous()
-    starts = torch.searchsorted(batch, torch.arange(samples + 1, dtype=torch.int32, device=coords.device), out_int32=True)
-    keys, order = pack(coords).sort(stable=True)  # nonsense for coordinates out of range, which are reported first
+    starts = torch.searchsorted(
+        batch, torch.arange(samples + 1, dtype=torch.int32, device=coords.device), out_int32=True
+    )
+    keys, order = pack(coords).sort(
+        stable=True
+    )  # nonsense for coordinates out of range, which are reported first
     second = torch.where((keys == shifted(keys)) & (row > 0), order, N)
-    twin = shifted(order).index_select(0, second.argmin()[None])  # an index without a dimension would be read
-    facts = [first((coords < 0).any(1)), first((coords[:, 1:] >= LIMIT).any(1)), first(batch < shifted(batch))]
+    twin = shifted(order).index_select(
+        0, second.argmin()[None]
+    )  # an index without a dimension would be read
+    facts = [
+        first((coords < 0).any(1)),
+        first((coords[:, 1:] >= LIMIT).any(1)),
+        first(batch < shifted(batch)),
+    ]
     facts += [first(batch >= samples), second.amin(), twin[0], batch[-1], *coords[:, 1:].amax(0)]
-    read = torch.cat([torch.stack([f.long() for f in facts]), starts.long()]).tolist()  # the one wait for the device
+    read = torch.cat(
+        [torch.stack([f.long() for f in facts]), starts.long()]
+    ).tolist()  # the one wait for the device
     negative, large, unsorted, beyond, second, twin, last, *largest = read[: len(facts)]
 
     def at(i: int) -> str:
@@ -95,26 +114,39 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     if large < N:
         raise ValueError(f"{at(large)}: above {LIMIT - 1}, the largest coordinate")
     if unsorted < N:
-        raise ValueError(f"{at(unsorted)} after {coords[unsorted - 1].tolist()}: samples must be in order of their batch index")
+        raise ValueError(
+            f"{at(unsorted)} after {coords[unsorted - 1].tolist()}: samples must be in order of "
+            "their batch index"
+        )
     if beyond < N:
-        what = f"batch_size is {samples}" if batch_size is not None else f"give batch_size for more than {MOST_SAMPLES} samples"
+        what = (
+            f"batch_size is {samples}"
+            if batch_size is not None
+            else f"give batch_size for more than {MOST_SAMPLES} samples"
+        )
         raise ValueError(f"{at(beyond)}: {what}")
     if second < N:
-        raise ValueError(f"rows {twin} and {second} of coords are the same voxel {coords[second].tolist()}")
+        raise ValueError(
+            f"rows {twin} and {second} of coords are the same voxel {coords[second].tolist()}"
+        )
     samples = last + 1 if batch_size is None else batch_size
     counts = [b - a for a, b in pairwise(read[len(facts) :][: samples + 1])]
     return Extent(counts, tuple(c + 1 for c in largest)), starts[: samples + 1].contiguous()
 
 
 def pack(coords: Tensor) -> Tensor:
-    """The 64-bit key of each row of [..., 4]: batch | x | y | z, 10 bits an axis. Keys sort as (b, x, y, z) does."""
+    """The 64-bit key of each row of [..., 4]: batch | x | y | z, 10 bits an axis. Keys sort as (b,
+    x, y, z) does.
+    """
     b, x, y, z = coords.long().unbind(-1)
     return ((b * LIMIT + x) * LIMIT + y) * LIMIT + z
 
 
 def unpack(keys: Tensor) -> Tensor:
     """The rows [..., 4] int32 that `pack` made keys of."""
-    return torch.stack([keys // LIMIT**3, keys // LIMIT**2 % LIMIT, keys // LIMIT % LIMIT, keys % LIMIT], -1).int()
+    return torch.stack(
+        [keys // LIMIT**3, keys // LIMIT**2 % LIMIT, keys // LIMIT % LIMIT, keys % LIMIT], -1
+    ).int()
 
 
 @triton.jit
@@ -132,10 +164,15 @@ def _insert(coords_ptr, keys_ptr, rows_ptr, N, slots, TILE: tl.constexpr):
     live = row < N
     c = coords_ptr + row.to(tl.int64) * 4
     b = tl.load(c, mask=live, other=0).to(tl.int64)  # [TILE]
-    x, y, z = tl.load(c + 1, mask=live, other=0), tl.load(c + 2, mask=live, other=0), tl.load(c + 3, mask=live, other=0)
+    x, y, z = (
+        tl.load(c + 1, mask=live, other=0),
+        tl.load(c + 2, mask=live, other=0),
+        tl.load(c + 3, mask=live, other=0),
+    )
     key = ((b * 1024 + x) * 1024 + y) * 1024 + z
     slot = _slot(key, slots - 1)
-    # compare-and-swap takes no mask: a finished lane swaps its key for itself, a dead one asks for a key that is never there
+    # compare-and-swap takes no mask: a finished lane swaps its key for itself, a dead one asks for
+    # a key that is never there
     free = tl.where(live, tl.full([TILE], -1, tl.int64), tl.full([TILE], -2, tl.int64))
     pending = live.to(tl.int32)
     while tl.max(pending, 0) > 0:
@@ -148,7 +185,9 @@ def _insert(coords_ptr, keys_ptr, rows_ptr, N, slots, TILE: tl.constexpr):
 
 
 @triton.jit
-def _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE: tl.constexpr, TILE: tl.constexpr):
+def _find(
+    b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE: tl.constexpr, TILE: tl.constexpr
+):
     """The row of each coordinate, -1 where there is none or where it is outside."""
     live = live & (b >= 0) & (b < B) & (x >= 0) & (x < X) & (y >= 0) & (y < Y) & (z >= 0) & (z < Z)
     if DENSE:
@@ -170,20 +209,55 @@ SIZES = ["M", "N", "B", "X", "Y", "Z", "slots"]  # vary with the data: no specia
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _lookup(q_ptr, keys_ptr, rows_ptr, out_ptr, M, B, X, Y, Z, slots, DENSE: tl.constexpr, TILE: tl.constexpr):
+def _lookup(
+    q_ptr,
+    keys_ptr,
+    rows_ptr,
+    out_ptr,
+    M,
+    B,
+    X,
+    Y,
+    Z,
+    slots,
+    DENSE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     m = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = m < M
     q = q_ptr + m.to(tl.int64) * 4
     b = tl.load(q, mask=live, other=0)
-    x, y, z = tl.load(q + 1, mask=live, other=0), tl.load(q + 2, mask=live, other=0), tl.load(q + 3, mask=live, other=0)
-    tl.store(out_ptr + m, _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE), mask=live)
+    x, y, z = (
+        tl.load(q + 1, mask=live, other=0),
+        tl.load(q + 2, mask=live, other=0),
+        tl.load(q + 3, mask=live, other=0),
+    )
+    tl.store(
+        out_ptr + m,
+        _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE),
+        mask=live,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _neighbours(
-    coords_ptr, keys_ptr, rows_ptr, out_ptr, N, B, X, Y, Z, slots, k: tl.constexpr, DENSE: tl.constexpr, TILE: tl.constexpr
+    coords_ptr,
+    keys_ptr,
+    rows_ptr,
+    out_ptr,
+    N,
+    B,
+    X,
+    Y,
+    Z,
+    slots,
+    k: tl.constexpr,
+    DENSE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # one (row, tap) a lane: stores are contiguous
+    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(
+        0, TILE
+    )  # one (row, tap) a lane: stores are contiguous
     row, tap = entry // (k * k * k), (entry % (k * k * k)).to(tl.int32)
     live = row < N
     c = coords_ptr + row * 4
@@ -191,11 +265,17 @@ def _neighbours(
     x = tl.load(c + 1, mask=live, other=0) + tap // (k * k) - k // 2
     y = tl.load(c + 2, mask=live, other=0) + tap // k % k - k // 2
     z = tl.load(c + 3, mask=live, other=0) + tap % k - k // 2
-    tl.store(out_ptr + entry, _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE), mask=live)
+    tl.store(
+        out_ptr + entry,
+        _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE),
+        mask=live,
+    )
 
 
 def _insert_tiles(target: str) -> dict[str, int]:
-    """One key a thread: Triton 3.6 for AMD compiles no wider compare-and-swap. In the interpreter, few large programs."""
+    """One key a thread: Triton 3.6 for AMD compiles no wider compare-and-swap. In the interpreter,
+    few large programs.
+    """
     if target == "interpreter":
         return {"TILE": TILE, "num_warps": 4}
     return {"TILE": 256, "num_warps": 4 if target.startswith("gfx9") else 8}
@@ -203,7 +283,11 @@ def _insert_tiles(target: str) -> dict[str, int]:
 
 def _is_dense(N: int, size: Sequence[int]) -> bool:
     cells = size[0] * size[1] * size[2] * size[3]
-    return max(size[1:]) <= DENSE_EXTENT and cells <= DENSE_CELLS and cells <= max(DENSE_SMALL, DENSE_PER_ROW * N)
+    return (
+        max(size[1:]) <= DENSE_EXTENT
+        and cells <= DENSE_CELLS
+        and cells <= max(DENSE_SMALL, DENSE_PER_ROW * N)
+    )
 
 
 def _slots(N: int) -> int:
@@ -230,7 +314,9 @@ def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tens
         slots = _slots(N)
         keys, rows = keys.new_full((slots,), -1), coords.new_full((slots,), -1)
         tiles = _insert_tiles(backend.target(coords))
-        backend.launch(_insert, (triton.cdiv(N, tiles["TILE"]),), coords, keys, rows, N, slots, **tiles)
+        backend.launch(
+            _insert, (triton.cdiv(N, tiles["TILE"]),), coords, keys, rows, N, slots, **tiles
+        )
     return rows, keys
 
 
@@ -238,7 +324,9 @@ def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tens
 def _(coords, size, kind):
     entries = size[0] * size[1] * size[2] * size[3] if kind == "dense" else coords.shape[0]
     entries = _slots(entries) if kind == "hash" else entries
-    return coords.new_empty(entries), coords.new_empty(0 if kind == "dense" else entries, dtype=torch.int64)
+    return coords.new_empty(entries), coords.new_empty(
+        0 if kind == "dense" else entries, dtype=torch.int64
+    )
 
 
 def build_table(
@@ -246,7 +334,8 @@ def build_table(
 ) -> Table:
     """Build the table that `lookup` and `neighbours` read; memoised by `cache.get(build_table)`.
 
-    Given coords, they are checked in one read (`check_coords`); given a cache, nothing waits for the device.
+    Given coords, they are checked in one read (`check_coords`); given a cache, nothing waits for
+    the device.
     """
     if isinstance(voxels, Tensor):
         coords, extent = voxels, check_coords(voxels)[0]
@@ -272,7 +361,9 @@ def _search(q: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: st
 
 def _check_kind(kind: str, where: Tensor) -> None:
     if kind == "hash" and backend.is_torch(where):
-        raise ValueError("a hash table made by the kernels cannot be read on the torch path: build it there")
+        raise ValueError(
+            "a hash table made by the kernels cannot be read on the torch path: build it there"
+        )
 
 
 @torch.library.custom_op("trislat::lookup", mutates_args=())
@@ -288,7 +379,9 @@ def _lookup_op(q: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind:
 
 
 @torch.library.custom_op("trislat::neighbours", mutates_args=())
-def _neighbours_op(coords: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: str, k: int) -> Tensor:
+def _neighbours_op(
+    coords: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: str, k: int
+) -> Tensor:
     _check_kind(kind, coords)
     N, r = len(coords), k // 2
     if backend.is_torch(coords) or kind == "sorted":
@@ -316,31 +409,41 @@ def lookup(
     table: Table,
     coords: Tensor,  # [M, 4] int32: any values
 ) -> Tensor:  # [M] int32
-    """The row of each queried voxel, -1 where the table has none; a coordinate outside every range is simply absent."""
+    """The row of each queried voxel, -1 where the table has none; a coordinate outside every range
+    is simply absent.
+    """
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"queries must be [M, 4] int32, got {list(coords.shape)} {coords.dtype}")
-    return torch.ops.trislat.lookup(coords.contiguous(), table.keys, table.rows, table.size, table.kind)
+    return torch.ops.trislat.lookup(
+        coords.contiguous(), table.keys, table.rows, table.size, table.kind
+    )
 
 
 def neighbours(
     voxels,  # coords [N, 4] int32, or a SpatialCache over them
     kernel_size: int = 3,
 ) -> Tensor:  # [N, K] int32
-    """The row under each tap of a kernel centred on each voxel, -1 where empty; never a row of another sample.
+    """The row under each tap of a kernel centred on each voxel, -1 where empty; never a row of
+    another sample.
 
-    Taps (i, j, k) count along x, y, z, x slowest; tap (i, j, k) reads coord + (i - r, j - r, k - r) with r = kernel_size // 2.
-    Raises ValueError for an even or non-positive kernel size; `cache.get(neighbours, 3)` memoises the map and its table.
-    Voxels that `cache.subdivide()` made need no table: their map follows from their parents'.
+    Taps (i, j, k) count along x, y, z, x slowest; tap (i, j, k) reads coord + (i - r, j - r, k - r)
+    with r = kernel_size // 2. Raises ValueError for an even or non-positive kernel size;
+    `cache.get(neighbours, 3)` memoises the map and its table. Voxels that `cache.subdivide()` made
+    need no table: their map follows from their parents'.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
     if isinstance(voxels, Tensor):
         coords, table = voxels.contiguous(), build_table(voxels)
     elif voxels.parent is not None:
-        return child_neighbours(voxels.parent.get(neighbours, parent_size(kernel_size)), kernel_size)
+        return child_neighbours(
+            voxels.parent.get(neighbours, parent_size(kernel_size)), kernel_size
+        )
     else:
         coords, table = voxels.coords, voxels.get(build_table)
-    return torch.ops.trislat.neighbours(coords, table.keys, table.rows, table.size, table.kind, kernel_size)
+    return torch.ops.trislat.neighbours(
+        coords, table.keys, table.rows, table.size, table.kind, kernel_size
+    )
 
 
 def lookup_reference(coords: Tensor, queries: Tensor) -> Tensor:
@@ -355,4 +458,6 @@ def neighbours_reference(coords: Tensor, kernel_size: int = 3) -> Tensor:
     span = range(-r, r + 1)
     taps = [(i, j, k) for i in span for j in span for k in span]
     queries = [[b, x + i, y + j, z + k] for b, x, y, z in coords.tolist() for i, j, k in taps]
-    return lookup_reference(coords, torch.tensor(queries, dtype=torch.int32).reshape(-1, 4)).reshape(len(coords), len(taps))
+    return lookup_reference(
+        coords, torch.tensor(queries, dtype=torch.int32).reshape(-1, 4)
+    ).reshape(len(coords), len(taps))

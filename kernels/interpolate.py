@@ -1,8 +1,9 @@
 """Values of vertices at pixels: V views, N rows, C channels, M = V H W pixels.
 
-out = u a_0 + v a_1 + (1 - u - v) a_2 with the barycentrics of kernels.rasterize and the values a_k of the face's corners, 0
-where there is no face. Backward: each corner gets its weight times the gradient, added up row by row in a fixed order
-(kernels.reduce), and (u, v) get the gradient's products with a_0 - a_2 and a_1 - a_2.
+out = u a_0 + v a_1 + (1 - u - v) a_2 with the barycentrics of kernels.rasterize and the values a_k
+of the face's corners, 0 where there is no face. Backward: each corner gets its weight times the
+gradient, added up row by row in a fixed order (kernels.reduce), and (u, v) get the gradient's
+products with a_0 - a_2 and a_1 - a_2.
 """
 
 import torch
@@ -32,20 +33,36 @@ def _face_rows(rast_ptr, faces_ptr, table_ptr, n, size, inside):
 
 
 @triton.jit(do_not_specialize=["M", "C", "size"])
-def _interpolate(attributes_ptr, rast_ptr, faces_ptr, table_ptr, out_ptr, M, C, size, BLOCK: tl.constexpr):
+def _interpolate(
+    attributes_ptr, rast_ptr, faces_ptr, table_ptr, out_ptr, M, C, size, BLOCK: tl.constexpr
+):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u, v, a, b, c, live, named = _face_rows(rast_ptr, faces_ptr, table_ptr, n, size, n < M)
     for k in range(0, C):
-        value = u * tl.load(attributes_ptr + a * C + k, named, 0.0) + v * tl.load(attributes_ptr + b * C + k, named, 0.0)
+        value = u * tl.load(attributes_ptr + a * C + k, named, 0.0) + v * tl.load(
+            attributes_ptr + b * C + k, named, 0.0
+        )
         value += (1 - u - v) * tl.load(attributes_ptr + c * C + k, named, 0.0)
-        tl.store(out_ptr + n * C + k, tl.where(live, tl.where(named, value, float("nan")), 0.0), n < M)
+        tl.store(
+            out_ptr + n * C + k, tl.where(live, tl.where(named, value, float("nan")), 0.0), n < M
+        )
 
 
 @triton.jit(do_not_specialize=["M", "C", "size"])
 def _interpolate_backward(
-    grad_ptr, attributes_ptr, rast_ptr, faces_ptr, table_ptr, grad_rast_ptr, weight_ptr, key_ptr, M, C, size,
+    grad_ptr,
+    attributes_ptr,
+    rast_ptr,
+    faces_ptr,
+    table_ptr,
+    grad_rast_ptr,
+    weight_ptr,
+    key_ptr,
+    M,
+    C,
+    size,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < M
     u, v, a, b, c, _, named = _face_rows(rast_ptr, faces_ptr, table_ptr, n, size, inside)
@@ -76,14 +93,18 @@ def _weights(rast: Tensor, at: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("trislat::interpolate", mutates_args=())
-def _interpolate_op(attributes: Tensor, rast: Tensor, faces: Tensor, table: Tensor, order: Tensor) -> Tensor:
+def _interpolate_op(
+    attributes: Tensor, rast: Tensor, faces: Tensor, table: Tensor, order: Tensor
+) -> Tensor:
     """[V, H, W, C]."""
     V, H, W, _ = rast.shape
     M, C = V * H * W, attributes.shape[1]
     if backend.is_torch(attributes):
         s = shown(rast, faces, table)
         if len(s.rows) and not 0 <= int(s.rows.min()) <= int(s.rows.max()) < len(attributes):
-            raise ValueError(f"faces name row {int(s.rows.max())} of {len(attributes)} rows of attributes")
+            raise ValueError(
+                f"faces name row {int(s.rows.max())} of {len(attributes)} rows of attributes"
+            )
         out = attributes.new_zeros(M, C)
         weights = _weights(rast, s.at)
         value = weights[:, :1] * attributes[s.rows[:, 0]]
@@ -93,7 +114,9 @@ def _interpolate_op(attributes: Tensor, rast: Tensor, faces: Tensor, table: Tens
     else:
         out, block = attributes.new_empty(M, C), pixel_block(backend.target(rast))
         grid = (triton.cdiv(M, block["BLOCK"]),)
-        backend.launch(_interpolate, grid, attributes, rast, faces, table, out, M, C, H * W, **block)
+        backend.launch(
+            _interpolate, grid, attributes, rast, faces, table, out, M, C, H * W, **block
+        )
     return out.view(V, H, W, C)
 
 
@@ -124,8 +147,12 @@ def _interpolate_backward_op(
     block = pixel_block(backend.target(rast))
     inputs = (grad, attributes, rast, faces, table)
     grid = (triton.cdiv(M, block["BLOCK"]),)
-    backend.launch(_interpolate_backward, grid, *inputs, grad_rast, weight, key, M, C, H * W, **block)
-    return sum_rows(grad.view(M, C), key, known_order(order, rast, faces, table), N, weight, 3), grad_rast
+    backend.launch(
+        _interpolate_backward, grid, *inputs, grad_rast, weight, key, M, C, H * W, **block
+    )
+    return sum_rows(
+        grad.view(M, C), key, known_order(order, rast, faces, table), N, weight, 3
+    ), grad_rast
 
 
 @_interpolate_backward_op.register_fake
@@ -147,24 +174,36 @@ _interpolate_op.register_autograd(_backward, setup_context=_setup_context)
 def interpolate(
     attributes: Tensor,  # [N, C] of vertices
     rast: Tensor,  # [V, H, W, 4] of `rasterize`
-    faces: Tensor,  # [F, 3]; as `rasterize` had them, or others of as many rows, such as three corners of each face's own
-    table: Tensor | None = None,  # [V, 4]: vertex_table of a MeshLayout for values of vertices, clip_table for those of clip rows
-    order: Tensor | None = None,  # of `kernels.raster.corner_order`, where one is at hand; else the backward sorts
+    # [F, 3]; as `rasterize` had them, or others of as many rows, such as three corners of each
+    # face's own
+    faces: Tensor,
+    table: Tensor
+    # [V, 4]: vertex_table of a MeshLayout for values of vertices, clip_table for those of clip rows
+    | None = None,
+    order: Tensor
+    # of `kernels.raster.corner_order`, where one is at hand; else the backward sorts
+    | None = None,
 ) -> Tensor:  # [V, H, W, C]
     """The attributes at every pixel, 0 where there is no face.
 
-    Differentiable, to first order, in the attributes and in (u, v) of `rast`. Computes in fp32 (float64 only on the torch
-    path). Same inputs, same bits.
+    Differentiable, to first order, in the attributes and in (u, v) of `rast`. Computes in fp32
+    (float64 only on the torch path). Same inputs, same bits.
 
-    Raises ValueError: wrong shapes, dtypes or devices; on the torch path a face that names a row that is not there, which the
-    kernels, where a check would wait for the device, show as NaN.
+    Raises ValueError: wrong shapes, dtypes or devices; on the torch path a face that names a row
+    that is not there, which the kernels, where a check would wait for the device, show as NaN.
     """
     if attributes.ndim != 2:
         raise ValueError(f"attributes must be [N, C], not {list(attributes.shape)}")
     attributes, faces = check_floats("attributes", attributes), check_faces(faces)
     table = check_table(table, faces, len(attributes))
     rast = check_rast(rast, attributes, faces, table)
-    return _interpolate_op(attributes, rast, faces, table, faces.new_empty(0, dtype=torch.int64) if order is None else order)
+    return _interpolate_op(
+        attributes,
+        rast,
+        faces,
+        table,
+        faces.new_empty(0, dtype=torch.int64) if order is None else order,
+    )
 
 
 def interpolate_reference(attributes: Tensor, rast: Tensor, faces: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
-"""FlexiCubes on sparse voxels: B scenes, N voxels of a grid of resolution^3 cubes, P vertices, F faces, T voxel corners.
+"""FlexiCubes on sparse voxels: B scenes, N voxels of a grid of resolution^3 cubes, P vertices, F
+faces, T voxel corners.
 
-Stages, each for all scenes at once: `find_cubes` (topology: T corners, C surface cubes, Q quads), `average` (corner values ->
-vertex values), `dual_vertices` (one to four vertices in a surface cube), and here the quads: split in two by gamma, or, for
-training, in four around a centre that gamma moves. What is computed is what TRELLIS trains with (FlexiCubes, Shen et al. 2023,
-as a dense grid whose vertices without a voxel are outside); what is held is of the size of the voxels and of the surface.
+Stages, each for all scenes at once: `find_cubes` (topology: T corners, C surface cubes, Q quads),
+`average` (corner values -> vertex values), `dual_vertices` (one to four vertices in a surface
+cube), and here the quads: split in two by gamma, or, for training, in four around a centre that
+gamma moves. What is computed is what TRELLIS trains with (FlexiCubes, Shen et al. 2023, as a dense
+grid whose vertices without a voxel are outside); what is held is of the size of the voxels and of
+the surface.
 """
 
 from itertools import accumulate
@@ -35,7 +38,8 @@ class Surfaces(NamedTuple):
     regularizer: Tensor  # [B]
     tsdf_position: Tensor  # [T, 3] the voxels' corners, by x, y, z
     tsdf_value: Tensor  # [T] their signed distance, negative inside
-    vertex_starts: Tensor  # [B + 1] int64, on the host: scene b owns the vertices vertex_starts[b] : vertex_starts[b + 1]
+    # [B + 1] int64, on the host: scene b owns the vertices vertex_starts[b] : vertex_starts[b + 1]
+    vertex_starts: Tensor
     face_starts: Tensor  # [B + 1]
     tsdf_starts: Tensor  # [B + 1]
 
@@ -47,36 +51,84 @@ def _forward(
     resolution: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Vertices, faces, attributes, the three terms of the regularizer [3, B], corners, their values, starts (of vertices,
-    faces, corners, dual vertices and quads, [5, B + 1] on the host), and what the backward needs."""
+    """Vertices, faces, attributes, the three terms of the regularizer [3, B], corners, their
+    values, starts (of vertices, faces, corners, dual vertices and quads, [5, B + 1] on the host),
+    and what the backward needs.
+    """
     B, R = len(counts), resolution
     cubes = find_cubes(coords, fields, B, R)
     mean, spread = average(fields, cubes, -1 / R)
-    g = _geometry(mean, fields, cubes.surface, cubes.cube, cubes.corner, cubes.case, cubes.first, cubes.dual, cubes.kind, R)
+    g = _geometry(
+        mean,
+        fields,
+        cubes.surface,
+        cubes.cube,
+        cubes.corner,
+        cubes.case,
+        cubes.first,
+        cubes.dual,
+        cubes.kind,
+        R,
+    )
     dual, deviation = dual_vertices(g)
     row, quad = quad_duals(cubes.around, g)
     gamma = g.weights[:, 20][row]
     D, Q, V, N = cubes.dual_starts, cubes.quad_starts, cubes.tsdf_starts, [0, *accumulate(counts)]
     if training:
         centre = centres(dual, quad, gamma)
-        vertices = torch.cat([dual[:0]] + [part for b in range(B) for part in (dual[D[b] : D[b + 1]], centre[Q[b] : Q[b + 1]])])
+        vertices = torch.cat(
+            [dual[:0]]
+            + [part for b in range(B) for part in (dual[D[b] : D[b + 1]], centre[Q[b] : Q[b + 1]])]
+        )
     else:
         vertices = dual
     faces = split_quads(quad, gamma, D, Q, training)
     edges = (cube_tables(fields.device).edges >= 0).sum(1)[cubes.kind]  # of each dual vertex
-    fewest = [[max(8 * n * mean.shape[1], 1) for n in counts], [max(PENALISED * n, 1) for n in counts]]
+    fewest = [
+        [max(8 * n * mean.shape[1], 1) for n in counts],
+        [max(PENALISED * n, 1) for n in counts],
+    ]
     corners, weights = to_device(torch.tensor(fewest, dtype=fields.dtype), fields.device)
     pairs = sum_segments(edges[:, None].to(fields.dtype), D).clamp(min=1)
     share = 1 / torch.stack([corners, pairs, weights])  # a term is a sum times its share
     penalised = fields[:, WEIGHTS.start : WEIGHTS.start + PENALISED]
     sums = [sum_segments(spread[:, None], V), sum_segments(deviation[:, None], D)]
     terms = torch.stack([*sums, sum_segments(penalised, N, magnitudes=True)])
-    position = torch.stack(unravel(cubes.vertex, R + 1)[1:], 1).to(fields.dtype) / R - 0.5 + g.values[:-1, 1:4]
+    position = (
+        torch.stack(unravel(cubes.vertex, R + 1)[1:], 1).to(fields.dtype) / R
+        - 0.5
+        + g.values[:-1, 1:4]
+    )
     shift = Q if training else [0] * len(Q)
-    starts = torch.tensor([[d + s for d, s in zip(D, shift, strict=True)], [(4 if training else 2) * q for q in Q], V, D, Q])
-    saved = [cubes.rows, cubes.count, cubes.surface, cubes.cube, cubes.corner, cubes.case, cubes.first, cubes.dual, cubes.kind]
+    starts = torch.tensor(
+        [
+            [d + s for d, s in zip(D, shift, strict=True)],
+            [(4 if training else 2) * q for q in Q],
+            V,
+            D,
+            Q,
+        ]
+    )
+    saved = [
+        cubes.rows,
+        cubes.count,
+        cubes.surface,
+        cubes.cube,
+        cubes.corner,
+        cubes.case,
+        cubes.first,
+        cubes.dual,
+        cubes.kind,
+    ]
     saved += [cubes.around, mean, dual, share]
-    outputs = vertices[:, :3].clone(), faces, vertices[:, 3:].clone(), terms * share, position, mean[:, 0].clone()
+    outputs = (
+        vertices[:, :3].clone(),
+        faces,
+        vertices[:, 3:].clone(),
+        terms * share,
+        position,
+        mean[:, 0].clone(),
+    )
     return *outputs, starts, saved
 
 
@@ -91,21 +143,42 @@ def _(fields, coords, counts, resolution, training):
     empty = lambda *size, dtype=fields.dtype: fields.new_empty(size, dtype=dtype)
     i32, i64 = torch.int32, torch.int64
     outputs = empty(P, 3), empty(F, 3, dtype=i32), empty(P, A), empty(3, B), empty(T, 3), empty(T)
-    saved = [empty(N, 8, dtype=i32), empty(T), empty(N, dtype=i32), empty(C, dtype=i64), empty(C, 8, dtype=i32)]
-    saved += [empty(C, dtype=i64), empty(C, dtype=i64), empty(D, dtype=i32), empty(D, dtype=i32), empty(Q, 4, dtype=i32)]
+    saved = [
+        empty(N, 8, dtype=i32),
+        empty(T),
+        empty(N, dtype=i32),
+        empty(C, dtype=i64),
+        empty(C, 8, dtype=i32),
+    ]
+    saved += [
+        empty(C, dtype=i64),
+        empty(C, dtype=i64),
+        empty(D, dtype=i32),
+        empty(D, dtype=i32),
+        empty(Q, 4, dtype=i32),
+    ]
     saved += [empty(T, 4 + A), empty(D, 3 + A), empty(3, B)]
     return *outputs, torch.empty(5, B + 1, dtype=i64), saved
 
 
 def _geometry(mean: Tensor, fields: Tensor, surface: Tensor, cube: Tensor, *rest) -> Geometry:
-    """From vertex means [T, K] and surface cubes to what dual vertices are made from; rest: as in Geometry."""
+    """From vertex means [T, K] and surface cubes to what dual vertices are made from; rest: as in
+    Geometry.
+    """
     R = rest[-1]
-    values = mean.new_full((len(mean) + 1, mean.shape[1]), 0.5)  # the color of a vertex without a voxel
-    values[:-1, 0], values[-1:, 0] = mean[:, 0], 1  # one element alone would be copied to the device, which waits
+    values = mean.new_full(
+        (len(mean) + 1, mean.shape[1]), 0.5
+    )  # the color of a vertex without a voxel
+    values[:-1, 0], values[-1:, 0] = (
+        mean[:, 0],
+        1,
+    )  # one element alone would be copied to the device, which waits
     values[:-1, 1:4], values[-1:, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R)), 0
     values[:-1, 4:] = torch.sigmoid(mean[:, 4:])
     raw = _raw_weights(fields, surface, len(cube))
-    weights = torch.cat([torch.tanh(raw[:, :20]) * 0.99 + 1, torch.sigmoid(raw[:, 20:]) * 0.99 + 0.005], 1)
+    weights = torch.cat(
+        [torch.tanh(raw[:, :20]) * 0.99 + 1, torch.sigmoid(raw[:, 20:]) * 0.99 + 0.005], 1
+    )
     return Geometry(values, weights, torch.stack(unravel(cube, R)[1:], 1).int(), *rest)
 
 
@@ -114,13 +187,24 @@ def _raw_weights(fields: Tensor, surface: Tensor, C: int) -> Tensor:
     voxel = surface.new_full((C + 1,), -1)
     row = torch.arange(len(fields), dtype=torch.int32, device=fields.device)
     voxel = voxel.index_copy_(0, torch.where(surface < 0, C, surface).long(), row)[:C]
-    return fields[:, WEIGHTS].index_select(0, voxel.clamp(min=0)).masked_fill_((voxel < 0)[:, None], 0)
+    return (
+        fields[:, WEIGHTS].index_select(0, voxel.clamp(min=0)).masked_fill_((voxel < 0)[:, None], 0)
+    )
 
 
 def _reverse(
-    grad_vertices: Tensor, grad_attributes: Tensor, grad_terms: Tensor, grad_position: Tensor, grad_value: Tensor,
-    fields: Tensor, coords: Tensor, starts: Tensor, saved: list[Tensor], resolution: int, training: bool,
-) -> Tensor:  # fmt: skip
+    grad_vertices: Tensor,
+    grad_attributes: Tensor,
+    grad_terms: Tensor,
+    grad_position: Tensor,
+    grad_value: Tensor,
+    fields: Tensor,
+    coords: Tensor,
+    starts: Tensor,
+    saved: list[Tensor],
+    resolution: int,
+    training: bool,
+) -> Tensor:
     """The gradient of the fields."""
     rows, count, surface, cube, *cubes, around, mean, dual, share = saved
     g = _geometry(mean, fields, surface, cube, *cubes, resolution)
@@ -128,14 +212,20 @@ def _reverse(
     B, R = len(D) - 1, resolution
     up, grad_gamma = torch.cat([grad_vertices, grad_attributes], 1), None
     if training:
-        sizes = [end - begin for b in range(B) for begin, end in ((D[b], D[b + 1]), (Q[b], Q[b + 1]))]
+        sizes = [
+            end - begin for b in range(B) for begin, end in ((D[b], D[b + 1]), (Q[b], Q[b + 1]))
+        ]
         parts = up.split_with_sizes(sizes)
         up, grad_centre = torch.cat([up[:0], *parts[::2]]), torch.cat([up[:0], *parts[1::2]])
         row, quad = quad_duals(around, g)
         up, grad_gamma = centres_backward(g, dual, quad, row, around, up, grad_centre)
     scale = grad_terms * share
-    grad_deviation = torch.cat([up[:0, 0], *(scale[1, b].expand(D[b + 1] - D[b]) for b in range(B))])
-    grad_values, grad_beta, grad_alpha = dual_vertices_backward(g, dual, up.contiguous(), grad_deviation)
+    grad_deviation = torch.cat(
+        [up[:0, 0], *(scale[1, b].expand(D[b + 1] - D[b]) for b in range(B))]
+    )
+    grad_values, grad_beta, grad_alpha = dual_vertices_backward(
+        g, dual, up.contiguous(), grad_deviation
+    )
     del up, grad_deviation
     grad_values = grad_values[:-1]
     grad_values[:, 0] += grad_value
@@ -152,11 +242,18 @@ def _reverse(
     grad_weights[:, :20] *= 0.99 * (1 - torch.tanh(raw[:, :20]).square_())
     gate = torch.sigmoid(raw[:, 20])
     grad_weights[:, 20] *= 0.99 * gate * (1 - gate)
-    pull, shrink = 2 * scale[0], scale[2].clone()  # else its alignment, and so the compiled kernel, would depend on B
-    return fields_backward(fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R)
+    pull, shrink = (
+        2 * scale[0],
+        scale[2].clone(),
+    )  # else its alignment, and so the compiled kernel, would depend on B
+    return fields_backward(
+        fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R
+    )
 
 
-_isosurface_backward = torch.library.custom_op("trislat::isosurface_backward", _reverse, mutates_args=())
+_isosurface_backward = torch.library.custom_op(
+    "trislat::isosurface_backward", _reverse, mutates_args=()
+)
 
 
 @_isosurface_backward.register_fake
@@ -175,7 +272,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, vertices, faces, attributes, terms, position, value, starts, saved):
     fields, coords, starts, *saved = ctx.saved_tensors
     grads = (t.contiguous() for t in (vertices, attributes, terms, position, value))
-    grad = torch.ops.trislat.isosurface_backward(*grads, fields, coords, starts, saved, ctx.resolution, ctx.training)
+    grad = torch.ops.trislat.isosurface_backward(
+        *grads, fields, coords, starts, saved, ctx.resolution, ctx.training
+    )
     return grad, None, ctx.empty, None, None
 
 
@@ -183,32 +282,45 @@ _isosurface.register_autograd(_backward, setup_context=_setup_context)
 
 
 def isosurface(
-    voxels: Tensor | SpatialCache,  # coords [N, 4] int32 (batch, x, y, z), each below `resolution`, or a cache over them
-    fields: Tensor,  # [N, 53 or 101]: sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corners with x fastest
+    voxels: Tensor
+    # coords [N, 4] int32 (batch, x, y, z), each below `resolution`, or a cache over them
+    | SpatialCache,
+    # [N, 53 or 101]: sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corners with x fastest
+    fields: Tensor,
     resolution: int,  # cubes along a side of the grid
-    training: bool,  # quads get a centre and four triangles, which is how gamma learns; else they are split in two
+    # quads get a centre and four triangles, which is how gamma learns; else they are split in two
+    training: bool,
 ) -> Surfaces:
-    """Extract the surface where the signed distance, 1 / resolution less than `sdf` says, changes its sign.
+    """Extract the surface where the signed distance, 1 / resolution less than `sdf` says, changes
+    its sign.
 
-    Vertices, faces and their order are those of the dense grid in which vertices without a voxel are outside (signed distance
-    1, no displacement, color 0.5) and cubes without a voxel have neutral weights. Faces exist around grid edges that four
-    cubes share, so a surface is open where it leaves the grid. The regularizer is, per scene, the mean squared distance of
-    corner values to their mean, half the mean deviation (kernels.dual) and 0.2 times the mean size of the first 20 weights.
+    Vertices, faces and their order are those of the dense grid in which vertices without a voxel
+    are outside (signed distance 1, no displacement, color 0.5) and cubes without a voxel have
+    neutral weights. Faces exist around grid edges that four cubes share, so a surface is open where
+    it leaves the grid. The regularizer is, per scene, the mean squared distance of corner values to
+    their mean, half the mean deviation (kernels.dual) and 0.2 times the mean size of the first 20
+    weights.
 
-    Differentiable, to first order, in the fields. Computes in fp32 (16-bit fields are converted; float64 only on the torch
-    path). Same inputs, same bits. No surface: no vertices, no faces, and a regularizer without a deviation. NaN: a vertex
-    whose distance is not a number is outside; what is computed from it is NaN. Unlike the published code, an edge that
-    begins at a distance of exactly 0 counts as beginning outside when its quad is wound. On a GPU the host waits twice: for
-    the numbers of corners and surface cubes, and of dual vertices and quads (and once before, given coords, to check them).
+    Differentiable, to first order, in the fields. Computes in fp32 (16-bit fields are converted;
+    float64 only on the torch path). Same inputs, same bits. No surface: no vertices, no faces, and
+    a regularizer without a deviation. NaN: a vertex whose distance is not a number is outside; what
+    is computed from it is NaN. Unlike the published code, an edge that begins at a distance of
+    exactly 0 counts as beginning outside when its quad is wound. On a GPU the host waits twice: for
+    the numbers of corners and surface cubes, and of dual vertices and quads (and once before, given
+    coords, to check them).
 
-    Raises ValueError: coords that `SpatialCache` refuses, or beyond the resolution, naming the row; other channels than 53 or
-    101; a number of rows that differs; a resolution below 1; another dtype or device.
+    Raises ValueError: coords that `SpatialCache` refuses, or beyond the resolution, naming the row;
+    other channels than 53 or 101; a number of rows that differs; a resolution below 1; another
+    dtype or device.
     """
     cache = SpatialCache(voxels) if isinstance(voxels, Tensor) else voxels
     if resolution < 1:
         raise ValueError(f"resolution {resolution} must be at least 1")
     if fields.ndim != 2 or fields.shape[1] not in CHANNELS:
-        raise ValueError(f"fields must be [N, {CHANNELS[0]}] (no color) or [N, {CHANNELS[1]}], not {list(fields.shape)}")
+        raise ValueError(
+            f"fields must be [N, {CHANNELS[0]}] (no color) or [N, {CHANNELS[1]}], not "
+            f"{list(fields.shape)}"
+        )
     if len(fields) != len(cache):
         raise ValueError(f"fields have {len(fields)} rows for {len(cache)} coords")
     if not fields.is_floating_point():
@@ -220,7 +332,10 @@ def isosurface(
         raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
     if len(cache) and max(cache.extent) > resolution:
         row = int((cache.coords[:, 1:] >= resolution).any(1).byte().argmax())
-        raise ValueError(f"row {row} of coords is {cache.coords[row].tolist()}: beyond the resolution {resolution}")
+        raise ValueError(
+            f"row {row} of coords is {cache.coords[row].tolist()}: beyond the resolution "
+            f"{resolution}"
+        )
     fields = fields.to(torch.float64 if exact else torch.float32).contiguous()
     *outputs, terms, position, value, starts, _ = torch.ops.trislat.isosurface(
         fields, cache.coords, cache.counts, resolution, training
@@ -239,32 +354,59 @@ def isosurface_reference(coords, fields, resolution, training, batch_size=None) 
         n, A = len(voxel), 6 if fields.shape[1] == 101 else 0
         offset = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)])
         corner = (voxel[:, None] + offset).flatten(0, 1)  # [8 n, 3]
-        sdf, deform, color = field[:, :8].flatten() + bias, field[:, 8:32].reshape(-1, 3), field[:, 53:].reshape(8 * n, A)
+        sdf, deform, color = (
+            field[:, :8].flatten() + bias,
+            field[:, 8:32].reshape(-1, 3),
+            field[:, 53:].reshape(8 * n, A),
+        )
         value = torch.cat([sdf[:, None], deform, color], 1)
-        vertex, row = torch.unique((corner[:, 0] * S + corner[:, 1]) * S + corner[:, 2], return_inverse=True)
+        vertex, row = torch.unique(
+            (corner[:, 0] * S + corner[:, 1]) * S + corner[:, 2], return_inverse=True
+        )
         count = torch.bincount(row, minlength=len(vertex))
-        mean = torch.zeros(len(vertex), 4 + A, dtype=fields.dtype).index_add(0, row, value) / count[:, None]
+        mean = (
+            torch.zeros(len(vertex), 4 + A, dtype=fields.dtype).index_add(0, row, value)
+            / count[:, None]
+        )
         consistency = (value - mean[row]).square().mean() if n else value.sum()
         size = field[:, 32:52].abs().mean() if n else field.sum()
 
         axis = torch.arange(S, dtype=fields.dtype)
-        grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3) / R - 0.5
+        grid = (
+            torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3) / R - 0.5
+        )
         outside = torch.tensor([1.0] + [0.0] * (3 + A), dtype=fields.dtype)
         dense = outside.repeat(S**3, 1).index_put((vertex,), mean)
         x = grid + (1 - 1e-8) / (2 * R) * torch.tanh(dense[:, 1:4])
         cube = (voxel[:, 0] * R + voxel[:, 1]) * R + voxel[:, 2]
         weights = torch.zeros(R**3, 21, dtype=fields.dtype).index_put((cube,), field[:, 32:53])
-        surface = flexicubes_reference(x, dense[:, 0], torch.sigmoid(dense[:, 4:]), weights, R, training)
+        surface = flexicubes_reference(
+            x, dense[:, 0], torch.sigmoid(dense[:, 4:]), weights, R, training
+        )
         vertices, faces, attributes, deviation = surface
         spread = deviation.mean() if len(deviation) else deviation.sum()
-        parts.append((vertices, faces, attributes, consistency + 0.5 * spread + 0.2 * size, x[vertex], mean[:, 0]))
+        parts.append(
+            (
+                vertices,
+                faces,
+                attributes,
+                consistency + 0.5 * spread + 0.2 * size,
+                x[vertex],
+                mean[:, 0],
+            )
+        )
     vertices, faces, attributes, regularizer, position, value = zip(*parts, strict=True)
     starts = [torch.tensor([0, *map(len, part)]).cumsum(0) for part in (vertices, faces, position)]
     faces = [f + first for f, first in zip(faces, starts[0], strict=False)]
     return Surfaces(
-        torch.cat(vertices), torch.cat(faces).int(), torch.cat(attributes), torch.stack(regularizer), torch.cat(position),
-        torch.cat(value), *starts,
-    )  # fmt: skip
+        torch.cat(vertices),
+        torch.cat(faces).int(),
+        torch.cat(attributes),
+        torch.stack(regularizer),
+        torch.cat(position),
+        torch.cat(value),
+        *starts,
+    )
 
 
 def flexicubes_reference(
@@ -275,11 +417,15 @@ def flexicubes_reference(
     resolution: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vertices, faces, attributes of one dense grid, and the deviation of every (dual vertex, edge) pair."""
+    """Vertices, faces, attributes of one dense grid, and the deviation of every (dual vertex, edge)
+    pair.
+    """
     R, S = resolution, resolution + 1
     axis = torch.arange(R)
     cx, cy, cz = (t.flatten() for t in torch.meshgrid(axis, axis, axis, indexing="ij"))
-    corner = torch.stack([((cx + (i & 1)) * S + cy + (i >> 1 & 1)) * S + cz + (i >> 2) for i in range(8)], 1)
+    corner = torch.stack(
+        [((cx + (i & 1)) * S + cy + (i >> 1 & 1)) * S + cz + (i >> 2) for i in range(8)], 1
+    )
     beta, alpha = torch.tanh(weights[:, :12]) * 0.99 + 1, torch.tanh(weights[:, 12:20]) * 0.99 + 1
     gamma = torch.sigmoid(weights[:, 20]) * 0.99 + 0.005
     negative = sdf < 0
@@ -287,7 +433,10 @@ def flexicubes_reference(
     mixed = ((cases > 0) & (cases < 255)).nonzero()[:, 0]
     original = dict(zip(mixed.tolist(), cases[mixed].tolist(), strict=True))
     parts = [dual_parts(case) for case in range(256)]
-    looks = [f[0] if len(f := ambiguous_faces(case)) == 1 and len(parts[case]) == 1 else None for case in range(256)]
+    looks = [
+        f[0] if len(f := ambiguous_faces(case)) == 1 and len(parts[case]) == 1 else None
+        for case in range(256)
+    ]
     kind = {}
     for c, case in original.items():
         kind[c] = case
@@ -299,7 +448,9 @@ def flexicubes_reference(
             if 0 <= place[along] < R and other in original and looks[original[other]] is not None:
                 kind[c] = 255 - case
 
-    duals = sorted((len(parts[kind[c]]), c, k) for c in original for k in range(len(parts[kind[c]])))
+    duals = sorted(
+        (len(parts[kind[c]]), c, k) for c in original for k in range(len(parts[kind[c]]))
+    )
     dual_of, incidences = {}, []
     for p, (_, c, k) in enumerate(duals):
         dual_of.update({(c, e): p for e in parts[kind[c]][k]})
@@ -335,7 +486,9 @@ def flexicubes_reference(
     quad, owner = torch.tensor(quads, dtype=torch.long).view(-1, 4, 2).unbind(2)
     g02, g13 = gamma[owner[:, 0]] * gamma[owner[:, 2]], gamma[owner[:, 1]] * gamma[owner[:, 3]]
     if not training:
-        split = torch.where((g02 > g13)[:, None], quad[:, [0, 1, 2, 0, 2, 3]], quad[:, [0, 1, 3, 3, 1, 2]])
+        split = torch.where(
+            (g02 > g13)[:, None], quad[:, [0, 1, 2, 0, 2, 3]], quad[:, [0, 1, 3, 3, 1, 2]]
+        )
         return vertices, split.view(-1, 3), attributes, deviation
 
     def centre(value: Tensor) -> Tensor:
@@ -344,5 +497,7 @@ def flexicubes_reference(
         return torch.cat([value, sides / (g02 + g13 + 1e-8)[:, None]])
 
     middle = P + torch.arange(len(quads))
-    faces = torch.stack([torch.stack([quad[:, n], quad[:, (n + 1) % 4], middle], 1) for n in range(4)], 1)
+    faces = torch.stack(
+        [torch.stack([quad[:, n], quad[:, (n + 1) % 4], middle], 1) for n in range(4)], 1
+    )
     return centre(vertices), faces.view(-1, 3), centre(attributes), deviation

@@ -1,21 +1,29 @@
-"""March and composite, one program per tile of pixels, and its backward, one program per voxel. See kernels.march_segments.
+"""March and composite, one program per tile of pixels, and its backward, one program per voxel. See
+kernels.march_segments.
 
-With taps V [rank, axis, n] of a voxel, q = (x - low) * resolution * n - 1/2 at a sample, i = clip(trunc(q), 0, n - 2), w = q - i:
-    f_a = (1 - w) V_a[i] + w V_a[i + 1]  (w reaches -1/2 and 3/2 in the outer half-cells: a linear extrapolation),
-    e = f_x f_y f_z  [rank],  s = <density, e>,  color = sigmoid(<k, e>),  alpha = min(1 - exp(-softplus(s) step), 0.999),
-    image = sum alpha T color + T_final background,  depth likewise of the distance, stop where T < 1e-3 (inclusive).
+With taps V [rank, axis, n] of a voxel, q = (x - low) * resolution * n - 1/2 at a sample, i =
+clip(trunc(q), 0, n - 2), w = q - i:
+    f_a = (1 - w) V_a[i] + w V_a[i + 1]  (w reaches -1/2 and 3/2 in the outer half-cells: a linear
+    extrapolation), e = f_x f_y f_z  [rank],  s = <density, e>,  color = sigmoid(<k, e>),  alpha =
+    min(1 - exp(-softplus(s) step), 0.999), image = sum alpha T color + T_final background,  depth
+    likewise of the distance, stop where T < 1e-3 (inclusive).
 (Trivec radiance field of TRELLIS, Xiang et al. 2024, after Gao et al. 2023 and Chen et al. 2022.)
 
-Backward, per sample, with a = <color, g_image> + distance g_depth, T behind the sample and B what arrives from further behind:
-    gradient of softplus(s) = step (T a - B), also where alpha was clamped (the published rule: step * 0.001 passes).
-B needs no walk from the back: it is <image, g> less what came before, stored per segment by the forward pass as (T, color,
-depth) at its entry. So segments do not depend on each other: a program owns a voxel, replays its segments of all views,
-contracts with the interpolation weights [samples, n]^T @ [samples, rank] in fp32, and writes the gradient once. No atomics.
+Backward, per sample, with a = <color, g_image> + distance g_depth, T behind the sample and B what
+arrives from further behind:
+    gradient of softplus(s) = step (T a - B), also where alpha was clamped (the published rule: step
+    * 0.001 passes).
+B needs no walk from the back: it is <image, g> less what came before, stored per segment by the
+forward pass as (T, color, depth) at its entry. So segments do not depend on each other: a program
+owns a voxel, replays its segments of all views, contracts with the interpolation weights [samples,
+n]^T @ [samples, rank] in fp32, and writes the gradient once. No atomics.
 
-`used` is how many samples of a segment the forward pass took: the stop of the backward pass, whatever rounds.
+`used` is how many samples of a segment the forward pass took: the stop of the backward pass,
+whatever rounds.
 
-Several lanes hold copies of a ray's state, made by sums across lanes, and each decides by its own copy. A product fused into
-such a sum is exact in its own lane and rounded in the others, which then differ: both kernels are compiled without fusion.
+Several lanes hold copies of a ray's state, made by sums across lanes, and each decides by its own
+copy. A product fused into such a sum is exact in its own lane and rounded in the others, which then
+differ: both kernels are compiled without fusion.
 """
 
 import torch
@@ -31,17 +39,21 @@ STOP, CLAMP = tl.constexpr(1e-3), tl.constexpr(0.999)
 
 
 def _tiles(target: str) -> dict:
-    """Forward: tiles of SIDE^2 pixels, K samples of each at a time (not yet measured on a GPU). The rays of a tile have lists
-    of unequal length: of its lanes 81 % are at work (SIDE 8: 70 %) on a transparent sphere at resolution 64 and 512 x 512
-    pixels, 77 % on an opaque one; K 4 would leave 73 and 58 %. Lists per tile of 8 x 8 pixels would leave 10 %."""
+    """Forward: tiles of SIDE^2 pixels, K samples of each at a time (not yet measured on a GPU). The
+    rays of a tile have lists of unequal length: of its lanes 81 % are at work (SIDE 8: 70 %) on a
+    transparent sphere at resolution 64 and 512 x 512 pixels, 77 % on an opaque one; K 4 would leave
+    73 and 58 %. Lists per tile of 8 x 8 pixels would leave 10 %.
+    """
     if target == "interpreter":
         return {"SIDE": 32, "K": 32}
     return {"SIDE": 4, "K": 2, "num_warps": 4, "num_stages": 1}
 
 
 def _backward_tiles(target: str) -> dict:
-    """Backward: L segments of a voxel, K samples of each at a time (not yet measured on a GPU). 47 % of the lanes are at work
-    on that sphere, 36 % if opaque; more samples at a time would spill, as a thread holds all that it contracts."""
+    """Backward: L segments of a voxel, K samples of each at a time (not yet measured on a GPU). 47
+    % of the lanes are at work on that sphere, 36 % if opaque; more samples at a time would spill,
+    as a thread holds all that it contracts.
+    """
     if target == "interpreter":
         return {"L": 64, "K": 32}
     return {"L": 16, "K": 2, "num_warps": 4, "num_stages": 1}
@@ -49,7 +61,9 @@ def _backward_tiles(target: str) -> dict:
 
 @triton.jit
 def _taps(axis_ptr, q, rank, valid, R, DIM: tl.constexpr):
-    """One axis: index and weight [L, K] of the upper tap, and the interpolated values [L, K, RANKS]."""
+    """One axis: index and weight [L, K] of the upper tap, and the interpolated values [L, K,
+    RANKS].
+    """
     i = tl.minimum(tl.maximum(q, 0.0), DIM - 2.0).to(tl.int32)
     w = q - i
     at = (axis_ptr + i * R)[:, :, None] + rank[None, None, :]
@@ -59,7 +73,9 @@ def _taps(axis_ptr, q, rank, valid, R, DIM: tl.constexpr):
 
 @triton.jit
 def _along(path_ptr, k, live):
-    """One coordinate of sample k [L, K] of segments [L]; the increments stand 4 places behind the first sample's."""
+    """One coordinate of sample k [L, K] of segments [L]; the increments stand 4 places behind the
+    first sample's.
+    """
     return tl.load(path_ptr, live, 0.0)[:, None] + tl.load(path_ptr + 4, live, 0.0)[:, None] * k
 
 
@@ -69,7 +85,9 @@ def _density(s):
     decayed = tl.exp(-tl.abs(s))
     inverse = 1 / (1 + decayed)
     smooth = tl.maximum(s, 0.0) + tl.log(1 + decayed)
-    return tl.where(s < 10, smooth, s), tl.where(s < 10, tl.where(s < 0, decayed * inverse, inverse), 1.0)
+    return tl.where(s < 10, smooth, s), tl.where(
+        s < 10, tl.where(s < 0, decayed * inverse, inverse), 1.0
+    )
 
 
 @triton.jit
@@ -86,10 +104,29 @@ def _sigmoid(x):
 
 @triton.jit(do_not_specialize=["W", "H", "TX", "TY"])
 def _march(
-    voxels_ptr, background_ptr, samples_ptr, voxel_ptr, path_ptr, order_ptr, bounds_ptr, image_ptr, final_ptr, depth_ptr,
-    used_ptr, state_ptr, W, H, TX, TY, step, R, DIM: tl.constexpr, RANKS: tl.constexpr,
-    SIDE: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    voxels_ptr,
+    background_ptr,
+    samples_ptr,
+    voxel_ptr,
+    path_ptr,
+    order_ptr,
+    bounds_ptr,
+    image_ptr,
+    final_ptr,
+    depth_ptr,
+    used_ptr,
+    state_ptr,
+    W,
+    H,
+    TX,
+    TY,
+    step,
+    R,
+    DIM: tl.constexpr,
+    RANKS: tl.constexpr,
+    SIDE: tl.constexpr,
+    K: tl.constexpr,
+):
     tile, lane = tl.program_id(0), tl.arange(0, SIDE * SIDE)
     v = (tile // TX // TY).to(tl.int64)
     x, y = tile % TX * SIDE + lane % SIDE, tile // TX % TY * SIDE + lane // SIDE
@@ -116,7 +153,10 @@ def _march(
         at = k[:, None] + tl.arange(0, K)[None, :]
         live = alive[:, None] & (at < samples[:, None])
         base, path = voxels_ptr + row * (taps + 4 * R), path_ptr + slot * 8
-        axis, valid = base[:, None] + tl.zeros_like(at), live[:, :, None] & (rank < R)[None, None, :]
+        axis, valid = (
+            base[:, None] + tl.zeros_like(at),
+            live[:, :, None] & (rank < R)[None, None, :],
+        )
         _, _, e = _taps(axis, _along(path, at, alive), rank, valid, R, DIM)
         _, _, f = _taps(axis + DIM * R, _along(path + 1, at, alive), rank, valid, R, DIM)
         e *= f
@@ -172,12 +212,35 @@ def _contract(a, b, total, L: tl.constexpr, K: tl.constexpr, M: tl.constexpr, RA
 
 @triton.jit(do_not_specialize=["plane"])
 def _march_backward(
-    voxels_ptr, views_ptr, scenes_ptr, by_scene_ptr, ray_ptr, used_ptr, path_ptr, start_ptr, state_ptr, grad_image_ptr,
-    grad_depth_ptr, arriving_ptr, grad_ptr, plane, step, R, DIM: tl.constexpr, DIM_P: tl.constexpr, RANKS: tl.constexpr,
-    L: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+    voxels_ptr,
+    views_ptr,
+    scenes_ptr,
+    by_scene_ptr,
+    ray_ptr,
+    used_ptr,
+    path_ptr,
+    start_ptr,
+    state_ptr,
+    grad_image_ptr,
+    grad_depth_ptr,
+    arriving_ptr,
+    grad_ptr,
+    plane,
+    step,
+    R,
+    DIM: tl.constexpr,
+    DIM_P: tl.constexpr,
+    RANKS: tl.constexpr,
+    L: tl.constexpr,
+    K: tl.constexpr,
+):
     scene = scenes_ptr + tl.program_id(1) * 4
-    n, count, mine, views = tl.program_id(0), tl.load(scene + 1), tl.load(scene + 2), tl.load(scene + 3)
+    n, count, mine, views = (
+        tl.program_id(0),
+        tl.load(scene + 1),
+        tl.load(scene + 2),
+        tl.load(scene + 3),
+    )
     if n >= count:
         return
     row = tl.load(scene) + n
@@ -185,8 +248,14 @@ def _march_backward(
     some = rank < R
     taps = 3 * DIM * R
     base = voxels_ptr + row * (taps + 4 * R)
-    density, k_red = tl.load(base + taps + rank, some, 0.0), tl.load(base + taps + R + rank, some, 0.0)
-    k_green, k_blue = tl.load(base + taps + 2 * R + rank, some, 0.0), tl.load(base + taps + 3 * R + rank, some, 0.0)
+    density, k_red = (
+        tl.load(base + taps + rank, some, 0.0),
+        tl.load(base + taps + R + rank, some, 0.0),
+    )
+    k_green, k_blue = (
+        tl.load(base + taps + 2 * R + rank, some, 0.0),
+        tl.load(base + taps + 3 * R + rank, some, 0.0),
+    )
     total_x, total_y = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([DIM_P, RANKS], tl.float32)
     total_z, total_w = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([4, RANKS], tl.float32)
     for j in range(0, views):
@@ -213,12 +282,17 @@ def _march_backward(
                 valid = taken[:, :, None] & some[None, None, :]
                 ix, wx, fx = _taps(base, _along(path, at, live), rank, valid, R, DIM)
                 iy, wy, fy = _taps(base + DIM * R, _along(path + 1, at, live), rank, valid, R, DIM)
-                iz, wz, fz = _taps(base + 2 * DIM * R, _along(path + 2, at, live), rank, valid, R, DIM)
+                iz, wz, fz = _taps(
+                    base + 2 * DIM * R, _along(path + 2, at, live), rank, valid, R, DIM
+                )
                 z = _along(path + 3, at, live)
                 xy = fx * fy
                 e = xy * fz
                 s = tl.sum(e * density[None, None, :], 2)
-                r, g = _sigmoid(tl.sum(e * k_red[None, None, :], 2)), _sigmoid(tl.sum(e * k_green[None, None, :], 2))
+                r, g = (
+                    _sigmoid(tl.sum(e * k_red[None, None, :], 2)),
+                    _sigmoid(tl.sum(e * k_green[None, None, :], 2)),
+                )
                 b = _sigmoid(tl.sum(e * k_blue[None, None, :], 2))
                 rho, slope = _density(s)
                 alpha = tl.where(taken, _opacity(rho * step), 0.0)
@@ -230,11 +304,17 @@ def _march_backward(
                 behind -= tl.sum(part, 1)
                 light = tl.min(through, 1)
                 gs = tl.where(taken, step * (through * a - rest) * slope, 0.0)
-                r, g = weight * gr[:, None] * r * (1 - r), weight * gg[:, None] * g * (1 - g)  # of the logits from here on
+                r, g = (
+                    weight * gr[:, None] * r * (1 - r),
+                    weight * gg[:, None] * g * (1 - g),
+                )  # of the logits from here on
                 b = weight * gb[:, None] * b * (1 - b)
                 which = tl.arange(0, 4)[None, None, :]
-                heads = tl.where(which < 2, tl.where(which == 0, gs[:, :, None], r[:, :, None]),
-                                 tl.where(which == 2, g[:, :, None], b[:, :, None]))  # fmt: skip
+                heads = tl.where(
+                    which < 2,
+                    tl.where(which == 0, gs[:, :, None], r[:, :, None]),
+                    tl.where(which == 2, g[:, :, None], b[:, :, None]),
+                )
                 total_w = _contract(heads, e, total_w, L, K, 4, RANKS)
                 ge = gs[:, :, None] * density[None, None, :] + r[:, :, None] * k_red[None, None, :]
                 ge += g[:, :, None] * k_green[None, None, :] + b[:, :, None] * k_blue[None, None, :]
@@ -261,8 +341,10 @@ def march(
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Image [V, 3, H, W], final transmittance and depth [V, H, W]; per segment, for the backward, the samples used [S] and
-    (transmittance, colour, depth) at its entry [S, 5], written where some are used."""
+    """Image [V, 3, H, W], final transmittance and depth [V, H, W]; per segment, for the backward,
+    the samples used [S] and (transmittance, colour, depth) at its entry [S, 5], written where some
+    are used.
+    """
     V = len(background)
     image, final = background.new_empty(V, 3, height, width), background.new_empty(V, height, width)
     depth = torch.empty_like(final)
@@ -270,10 +352,31 @@ def march(
     tiles = _tiles(backend.target(voxels))
     TX, TY = triton.cdiv(width, tiles["SIDE"]), triton.cdiv(height, tiles["SIDE"])
     backend.launch(
-        _march, (V * TX * TY,), voxels, background, segments.samples, segments.voxel, segments.path, segments.order,
-        segments.bounds, image, final, depth, used, state, width, height, TX, TY, step, rank,
-        DIM=dim, RANKS=triton.next_power_of_2(rank), **tiles, enable_fp_fusion=False,
-    )  # fmt: skip
+        _march,
+        (V * TX * TY,),
+        voxels,
+        background,
+        segments.samples,
+        segments.voxel,
+        segments.path,
+        segments.order,
+        segments.bounds,
+        image,
+        final,
+        depth,
+        used,
+        state,
+        width,
+        height,
+        TX,
+        TY,
+        step,
+        rank,
+        DIM=dim,
+        RANKS=triton.next_power_of_2(rank),
+        **tiles,
+        enable_fp_fusion=False,
+    )
     return image, final, depth, used, state
 
 
@@ -296,9 +399,28 @@ def march_backward(
     grad, pad = torch.empty_like(voxels), triton.next_power_of_2
     _, height, width = grad_depth.shape
     backend.launch(
-        _march_backward, (layout.most, len(layout.scenes)), voxels, layout.views, layout.scenes, layout.by_scene, ray, used,
-        path, start, state, grad_image, grad_depth, arriving, grad, height * width, step, rank,
-        DIM=dim, DIM_P=pad(dim), RANKS=pad(rank), **_backward_tiles(backend.target(voxels)),
+        _march_backward,
+        (layout.most, len(layout.scenes)),
+        voxels,
+        layout.views,
+        layout.scenes,
+        layout.by_scene,
+        ray,
+        used,
+        path,
+        start,
+        state,
+        grad_image,
+        grad_depth,
+        arriving,
+        grad,
+        height * width,
+        step,
+        rank,
+        DIM=dim,
+        DIM_P=pad(dim),
+        RANKS=pad(rank),
+        **_backward_tiles(backend.target(voxels)),
         enable_fp_fusion=False,
-    )  # fmt: skip
+    )
     return grad

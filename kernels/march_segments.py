@@ -1,21 +1,25 @@
-"""Voxels -> the pieces of rays inside them. V views, B scenes, N voxels, P pairs of a view and a voxel, S segments.
+"""Voxels -> the pieces of rays inside them. V views, B scenes, N voxels, P pairs of a view and a
+voxel, S segments.
 
-A segment is one pixel's ray inside one voxel, with the samples that fall there: sample t of a ray lies at the distance
-(t + offset) * step from the camera, and belongs to the voxel if ceil(t_in / step - offset) <= t <= floor(t_out / step - offset)
-for the ray's entry and exit of the box. Membership is decided here, once, by these integers; faces are computed from the
-voxel's cell, so neighbours agree on them to the bit. 1/d of a direction that is exactly 0 is 1e10: a ray inside a face
-belongs to the voxel on its + side. A voxel whose centre is nearer than 0.2 is not seen. (As diffoctreerast does it.)
+A segment is one pixel's ray inside one voxel, with the samples that fall there: sample t of a ray
+lies at the distance (t + offset) * step from the camera, and belongs to the voxel if ceil(t_in /
+step - offset) <= t <= floor(t_out / step - offset) for the ray's entry and exit of the box.
+Membership is decided here, once, by these integers; faces are computed from the voxel's cell, so
+neighbours agree on them to the bit. 1/d of a direction that is exactly 0 is 1e10: a ray inside a
+face belongs to the voxel on its + side. A voxel whose centre is nearer than 0.2 is not seen. (As
+diffoctreerast does it.)
 
-A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to write. So segments
-are in the order of the pairs, a voxel's segments of one view side by side, which the voxel-parallel backward reads without
-a search; one sort gives every ray its list, near to far. Both passes are compiled without fusion,
-so that a hit rounds alike in both; and whatever they find, a pair writes all its slots and no others:
-hits without a slot are left out, a slot without a hit has no samples and is in no ray's list.
+A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to
+write. So segments are in the order of the pairs, a voxel's segments of one view side by side, which
+the voxel-parallel backward reads without a search; one sort gives every ray its list, near to far.
+Both passes are compiled without fusion, so that a hit rounds alike in both; and whatever they find,
+a pair writes all its slots and no others: hits without a slot are left out, a slot without a hit
+has no samples and is in no ray's list.
 
-Of a sphere of 19e3 voxels at resolution 64 and 512 x 512 pixels a
-voxel's box covers 70 pixels and 52 of their rays cross it: two times 1.3e6 independent box tests. A lookup volume would cost
-two walks of 10^2 dependent loads per ray and a second sort for the backward; lists per tile of 8 x 8 pixels (69e3 pairs of a
-tile and a voxel) would make 98e6 lanes step through 9.9e6 samples.
+Of a sphere of 19e3 voxels at resolution 64 and 512 x 512 pixels a voxel's box covers 70 pixels and
+52 of their rays cross it: two times 1.3e6 independent box tests. A lookup volume would cost two
+walks of 10^2 dependent loads per ray and a second sort for the backward; lists per tile of 8 x 8
+pixels (69e3 pairs of a tile and a voxel) would make 98e6 lanes step through 9.9e6 samples.
 """
 
 from dataclasses import dataclass
@@ -40,15 +44,18 @@ class Segments:
     ray: Tensor  # [S] int32: pixel (view * H + y) * W + x
     samples: Tensor  # [S] int32: how many
     voxel: Tensor  # [S] int32
-    path: Tensor  # [S, 8]: the first sample's place in taps (3) and camera depth, and their increments per sample
+    # [S, 8]: the first sample's place in taps (3) and camera depth, and their increments per sample
+    path: Tensor
     start: Tensor  # [P + 1] int64: pair p owns the segments start[p] : start[p + 1]
     order: Tensor  # [S] int64: segments, ray after ray, near to far
     bounds: Tensor  # [rays + 1] int32: ray i has order[bounds[i] : bounds[i + 1]]
 
 
 def _tiles(target: str) -> dict:
-    """Pairs and pixels per step (not yet measured on a GPU): most boxes of the published views fit in 64 pixels or two
-    steps; four pairs a program, because a program takes as many steps as its largest box."""
+    """Pairs and pixels per step (not yet measured on a GPU): most boxes of the published views fit
+    in 64 pixels or two steps; four pairs a program, because a program takes as many steps as its
+    largest box.
+    """
     if target == "interpreter":
         return {"PAIRS": 128, "PIXELS": 256}
     return {"PAIRS": 4, "PIXELS": 64, "num_warps": 2}
@@ -62,22 +69,38 @@ def _camera(cameras_ptr, v):
     r1 = tl.load(c + 3), tl.load(c + 4), tl.load(c + 5)
     r2 = tl.load(c + 6), tl.load(c + 7), tl.load(c + 8)
     center = tl.load(c + 9), tl.load(c + 10), tl.load(c + 11)
-    return (r0, r1, r2), center, (tl.load(c + 12), tl.load(c + 13)), (tl.load(c + 14), tl.load(c + 15))
+    return (
+        (r0, r1, r2),
+        center,
+        (tl.load(c + 12), tl.load(c + 13)),
+        (tl.load(c + 14), tl.load(c + 15)),
+    )
 
 
 @triton.jit
 def _direction(rotation, focal, middle, x, y):
-    """World direction of unit length through the centre of pixel (x, y), and the camera depth of one unit along it."""
-    u, v = (x.to(tl.float32) + 0.5 - middle[0]) / focal[0], (y.to(tl.float32) + 0.5 - middle[1]) / focal[1]
+    """World direction of unit length through the centre of pixel (x, y), and the camera depth of
+    one unit along it.
+    """
+    u, v = (
+        (x.to(tl.float32) + 0.5 - middle[0]) / focal[0],
+        (y.to(tl.float32) + 0.5 - middle[1]) / focal[1],
+    )
     r0, r1, r2 = rotation
-    d0, d1, d2 = u * r0[0] + v * r1[0] + r2[0], u * r0[1] + v * r1[1] + r2[1], u * r0[2] + v * r1[2] + r2[2]
+    d0, d1, d2 = (
+        u * r0[0] + v * r1[0] + r2[0],
+        u * r0[1] + v * r1[1] + r2[1],
+        u * r0[2] + v * r1[2] + r2[2],
+    )
     shrink = 1 / tl.sqrt(d0 * d0 + d1 * d1 + d2 * d2)
     return (d0 * shrink, d1 * shrink, d2 * shrink), shrink
 
 
 @triton.jit
 def _rectangle(rotation, center, focal, middle, low, high, W, H):
-    """Pixels x0, y0, x1, y1 (end exclusive) whose rays may meet the box, and the depth of its centre."""
+    """Pixels x0, y0, x1, y1 (end exclusive) whose rays may meet the box, and the depth of its
+    centre.
+    """
     r0, r1, r2 = rotation
     left, right = low[0] * 0 + 1e9, low[0] * 0 - 1e9
     top, bottom, nearest = left, right, left
@@ -93,11 +116,23 @@ def _rectangle(rotation, center, focal, middle, low, high, W, H):
         left, right = tl.minimum(left, u), tl.maximum(right, u)
         top, bottom = tl.minimum(top, v), tl.maximum(bottom, v)
     whole = nearest <= CLIP
-    x0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(left - 0.5 - MARGIN), 0.0), W)).to(tl.int32)
-    y0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(top - 0.5 - MARGIN), 0.0), H)).to(tl.int32)
-    x1 = tl.where(whole, W, tl.minimum(tl.maximum(tl.floor(right + 0.5 + MARGIN), 0.0), W)).to(tl.int32)
-    y1 = tl.where(whole, H, tl.minimum(tl.maximum(tl.floor(bottom + 0.5 + MARGIN), 0.0), H)).to(tl.int32)
-    a, b, c = (low[0] + high[0]) * 0.5 - center[0], (low[1] + high[1]) * 0.5 - center[1], (low[2] + high[2]) * 0.5 - center[2]
+    x0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(left - 0.5 - MARGIN), 0.0), W)).to(
+        tl.int32
+    )
+    y0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(top - 0.5 - MARGIN), 0.0), H)).to(
+        tl.int32
+    )
+    x1 = tl.where(whole, W, tl.minimum(tl.maximum(tl.floor(right + 0.5 + MARGIN), 0.0), W)).to(
+        tl.int32
+    )
+    y1 = tl.where(whole, H, tl.minimum(tl.maximum(tl.floor(bottom + 0.5 + MARGIN), 0.0), H)).to(
+        tl.int32
+    )
+    a, b, c = (
+        (low[0] + high[0]) * 0.5 - center[0],
+        (low[1] + high[1]) * 0.5 - center[1],
+        (low[2] + high[2]) * 0.5 - center[2],
+    )
     return x0, y0, x1, y1, r2[0] * a + r2[1] * b + r2[2] * c
 
 
@@ -111,16 +146,40 @@ def _slab(low, high, o, d):
 
 @triton.jit(do_not_specialize=["W", "H", "resolution"])
 def _segments(
-    position_ptr, cameras_ptr, views_ptr, offset_ptr, count_ptr, start_ptr, key_ptr, samples_ptr, voxel_ptr, path_ptr,
-    W, H, resolution, size, per_unit, scale, WRITE: tl.constexpr, PAIRS: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    position_ptr,
+    cameras_ptr,
+    views_ptr,
+    offset_ptr,
+    count_ptr,
+    start_ptr,
+    key_ptr,
+    samples_ptr,
+    voxel_ptr,
+    path_ptr,
+    W,
+    H,
+    resolution,
+    size,
+    per_unit,
+    scale,
+    WRITE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     v = tl.program_id(1)
-    begin, count, pair = tl.load(views_ptr + v * 3), tl.load(views_ptr + v * 3 + 1), tl.load(views_ptr + v * 3 + 2)
+    begin, count, pair = (
+        tl.load(views_ptr + v * 3),
+        tl.load(views_ptr + v * 3 + 1),
+        tl.load(views_ptr + v * 3 + 2),
+    )
     n = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = n < count
     rotation, o, focal, middle = _camera(cameras_ptr, v)
     p = position_ptr + (begin + n) * 3
-    c0, c1 = tl.floor(tl.load(p, live, 0.0) * resolution), tl.floor(tl.load(p + 1, live, 0.0) * resolution)
+    c0, c1 = (
+        tl.floor(tl.load(p, live, 0.0) * resolution),
+        tl.floor(tl.load(p + 1, live, 0.0) * resolution),
+    )
     c2 = tl.floor(tl.load(p + 2, live, 0.0) * resolution)
     low = c0 * size - 0.5, c1 * size - 0.5, c2 * size - 0.5
     high = (c0 + 1) * size - 0.5, (c1 + 1) * size - 0.5, (c2 + 1) * size - 0.5
@@ -140,7 +199,10 @@ def _segments(
         in0, out0 = _slab(low[0], high[0], o[0], d[0])
         in1, out1 = _slab(low[1], high[1], o[1], d[1])
         in2, out2 = _slab(low[2], high[2], o[2], d[2])
-        t_in, t_out = tl.maximum(tl.maximum(in0, in1), in2), tl.minimum(tl.minimum(out0, out1), out2)
+        t_in, t_out = (
+            tl.maximum(tl.maximum(in0, in1), in2),
+            tl.minimum(tl.minimum(out0, out1), out2),
+        )
         offset = tl.load(offset_ptr + ray, inside, 0.0)
         first, last = tl.ceil(t_in * per_unit - offset), tl.floor(t_out * per_unit - offset)
         hit = inside & (t_in < t_out) & (first <= last)
@@ -172,7 +234,8 @@ def _segments(
 
 def find_segments(
     position: Tensor,  # [N, 3] fp32 in [0, 1]
-    cameras: Tensor,  # [V, 16] fp32: rotation 9, centre 3, focal lengths 2 (px), principal point 2 (px)
+    # [V, 16] fp32: rotation 9, centre 3, focal lengths 2 (px), principal point 2 (px)
+    cameras: Tensor,
     offset: Tensor,  # [V, H, W] fp32
     layout: Layout,
     resolution: int,
@@ -181,8 +244,8 @@ def find_segments(
 ) -> tuple[Segments, list[int]]:
     """The segments of all views in two launches, and the two numbers of `mistakes`.
 
-    Reads three numbers from the device in one copy, and waits for them: the only wait of `raymarch`. Raises ValueError
-    where the segments are more than an int32 counts.
+    Reads three numbers from the device in one copy, and waits for them: the only wait of
+    `raymarch`. Raises ValueError where the segments are more than an int32 counts.
     """
     V, height, width = offset.shape
     device = position.device
@@ -190,24 +253,41 @@ def find_segments(
     tiles = _tiles(backend.target(position))
     grid = triton.cdiv(layout.most, tiles["PAIRS"]), V
     fixed = position, cameras, layout.views, offset
-    sizes = width, height, resolution, 1 / resolution, 2.0 * dim * resolution, float(dim * resolution)
+    sizes = (
+        width,
+        height,
+        resolution,
+        1 / resolution,
+        2.0 * dim * resolution,
+        float(dim * resolution),
+    )
     # the arguments that only the second pass uses stand in as `count` in the first
-    backend.launch(_segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles, enable_fp_fusion=False)
+    backend.launch(
+        _segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles, enable_fp_fusion=False
+    )
     start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     S, *wrong = torch.cat([start[-1:], mistakes]).tolist()
     if S >= 2**31:
-        raise ValueError(f"{S} segments (a ray in a voxel) are more than {2**31 - 1}: render fewer views at once")
+        raise ValueError(
+            f"{S} segments (a ray in a voxel) are more than {2**31 - 1}: render fewer views at once"
+        )
     key, path = torch.empty(S, dtype=torch.int64, device=device), torch.empty(S, 8, device=device)
     samples, voxel = (torch.empty(S, dtype=torch.int32, device=device) for _ in range(2))
     arrays = count, start, key, samples, voxel, path
-    backend.launch(_segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False)
-    return Segments(((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)), wrong
+    backend.launch(
+        _segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False
+    )
+    return Segments(
+        ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)
+    ), wrong
 
 
 def by_ray(key: Tensor, rays: int) -> tuple[Tensor, Tensor]:
-    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each ray's bounds in it.
+    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each
+    ray's bounds in it.
 
-    A first sample is negative only for a voxel behind the eye but not near it, which takes a resolution below 8.
+    A first sample is negative only for a voxel behind the eye but not near it, which takes a
+    resolution below 8.
     """
     key, order = torch.sort(key, stable=True)
     edges = (torch.arange(rays + 1, device=key.device) << 32) - 2**31

@@ -1,10 +1,13 @@
-"""The radiance field on a CPU, any float dtype: the formulas of kernels.march in matrix products, and their backward.
+"""The radiance field on a CPU, any float dtype: the formulas of kernels.march in matrix products,
+and their backward.
 
-Samples are evaluated voxel by voxel: at the samples of one voxel the interpolation is a product of the weights [samples, n]
-with its taps [n, rank], and the backward is the transposed product. Segments are taken in groups of one voxel, and groups
-with about as many samples form a part, a batch of matrices of one size that stays in the cache (glibc gives large temporaries
-back to the system and faults them in again). Voxels come in round after round: round j is the j-th segment of every ray
-that is still alive, so what is hidden is never evaluated. Sums along a segment are differences of float64 running sums.
+Samples are evaluated voxel by voxel: at the samples of one voxel the interpolation is a product of
+the weights [samples, n] with its taps [n, rank], and the backward is the transposed product.
+Segments are taken in groups of one voxel, and groups with about as many samples form a part, a
+batch of matrices of one size that stays in the cache (glibc gives large temporaries back to the
+system and faults them in again). Voxels come in round after round: round j is the j-th segment of
+every ray that is still alive, so what is hidden is never evaluated. Sums along a segment are
+differences of float64 running sums.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,8 @@ from torch import Tensor
 from kernels.march_segments import Segments
 
 STOP = 1e-3
-CLAMP = 6.907768153668287  # optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP
+# optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP
+CLAMP = 6.907768153668287
 SAMPLES = 16384  # samples evaluated at once
 PIECE = 64  # at most this many segments of a voxel in one group
 
@@ -31,11 +35,17 @@ class _Field(NamedTuple):
 
 
 def _weights(q: Tensor, dim: int) -> Tensor:
-    """The weight of every tap at places q [..., 1, L] -> [..., n, L]: hats around each tap, but the first two and the last
-    two go on outwards in straight lines, which extrapolates."""
+    """The weight of every tap at places q [..., 1, L] -> [..., n, L]: hats around each tap, but the
+    first two and the last two go on outwards in straight lines, which extrapolates.
+    """
     tap, infinite = torch.arange(dim, dtype=q.dtype)[:, None], torch.inf
     least_rise, least_fall = torch.zeros_like(tap), torch.zeros_like(tap)
-    least_rise[0], least_rise[1], least_fall[-1], least_fall[-2] = infinite, -infinite, infinite, -infinite
+    least_rise[0], least_rise[1], least_fall[-1], least_fall[-2] = (
+        infinite,
+        -infinite,
+        infinite,
+        -infinite,
+    )
     rise = torch.sub(q, tap - 1)
     torch.maximum(rise, least_rise, out=rise)
     fall = torch.sub(tap + 1, q)
@@ -44,9 +54,13 @@ def _weights(q: Tensor, dim: int) -> Tensor:
 
 
 class _Part:
-    """G groups of L samples each, from T segments; m = G L samples, those that fill up a group are not `live`."""
+    """G groups of L samples each, from T segments; m = G L samples, those that fill up a group are
+    not `live`.
+    """
 
-    def __init__(self, field: _Field, voxel: Tensor, path: Tensor, samples: Tensor, length: Tensor, G: int):
+    def __init__(
+        self, field: _Field, voxel: Tensor, path: Tensor, samples: Tensor, length: Tensor, G: int
+    ):
         R, dim = field.rank, field.dim
         m = int(length.sum())
         self.field, self.voxel, self.G, self.L = field, voxel, G, m // G
@@ -58,7 +72,9 @@ class _Part:
         self.live = k <= last
         k = torch.minimum(k, last).to(path.dtype)
         first, further = self.of(path).view(2, 4, m)
-        q, self.z = torch.addcmul(first, further, k).split([3, 1])  # in taps [3, m], camera depth [1, m]
+        q, self.z = torch.addcmul(first, further, k).split(
+            [3, 1]
+        )  # in taps [3, m], camera depth [1, m]
         self.weights = _weights(q.view(3, G, 1, self.L), dim).view(3 * G, dim, self.L)
         rows = field.voxels.index_select(0, voxel)
         taps, self.heads = rows[:, : 3 * dim * R], rows[:, 3 * dim * R :].reshape(G, 4, R)
@@ -77,12 +93,16 @@ class _Part:
         return values.index_select(-1, self.owner)
 
     def along(self, values: Tensor) -> Tensor:
-        """Sums over the samples of the same segment up to each one, itself included: [..., m] -> [..., m] float64."""
+        """Sums over the samples of the same segment up to each one, itself included: [..., m] ->
+        [..., m] float64.
+        """
         total = values.double().cumsum(-1)
         return total - self.of(torch.nn.functional.pad(total, (1, 0)).index_select(-1, self.start))
 
     def light(self, entering: Tensor) -> tuple[Tensor, Tensor]:
-        """Transmittance in front of and behind every sample [m], of that at the segments' entry [T]; float64."""
+        """Transmittance in front of and behind every sample [m], of that at the segments' entry
+        [T]; float64.
+        """
         passed = self.along(self.depth)
         behind, entering = passed.neg().exp_(), self.of(entering)
         return torch.exp_(self.depth - passed).mul_(entering), behind.mul_(entering)
@@ -90,10 +110,14 @@ class _Part:
     def total(self, values: Tensor) -> Tensor:
         """Sums over the samples of every segment: [..., m] -> [..., T] float64."""
         total = torch.nn.functional.pad(values.double().cumsum(-1), (1, 0))
-        return total.index_select(-1, self.start + self.samples) - total.index_select(-1, self.start)
+        return total.index_select(-1, self.start + self.samples) - total.index_select(
+            -1, self.start
+        )
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The gradient of the groups' voxels [G, (3 n + 4) R], of that of s and the colour logits [4, m]."""
+        """The gradient of the groups' voxels [G, (3 n + 4) R], of that of s and the colour logits
+        [4, m].
+        """
         G, L, R = self.G, self.L, self.field.rank
         grad = grad.view(4, G, L).transpose(0, 1)  # [G, 4, L]
         g_heads = torch.bmm(grad, self.e)
@@ -104,10 +128,14 @@ class _Part:
         torch.mul(ge, self.f[1], out=g[0])
         torch.mul(ge, self.f[0], out=g[1])
         g_taps = torch.bmm(self.weights, g.view(3 * G, L, R))
-        return torch.cat([g_taps.view(3, G, -1).transpose(0, 1).reshape(G, -1), g_heads.view(G, -1)], 1)
+        return torch.cat(
+            [g_taps.view(3, G, -1).transpose(0, 1).reshape(G, -1), g_heads.view(G, -1)], 1
+        )
 
 
-def _parts(field: _Field, voxel: Tensor, path: Tensor, samples: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+def _parts(
+    field: _Field, voxel: Tensor, path: Tensor, samples: Tensor
+) -> Iterator[tuple[_Part, Tensor]]:
     """Every part of some segments, and which of them it holds [T]."""
     if not len(voxel):
         return
@@ -129,7 +157,10 @@ def _parts(field: _Field, voxel: Tensor, path: Tensor, samples: Tensor) -> Itera
     size, of_group = size[by_total], owner[begins[by_total]]
     ends = size.cumsum(0)
 
-    path, samples = path.index_select(0, order).t().contiguous(), samples.index_select(0, order).long()
+    path, samples = (
+        path.index_select(0, order).t().contiguous(),
+        samples.index_select(0, order).long(),
+    )
     length, lengths, at, a, done = samples.clone(), total.tolist(), ends.tolist(), 0, 0
     while a < len(lengths):
         b = min(len(lengths), a + max(1, SAMPLES // lengths[a]))
@@ -161,7 +192,10 @@ def march_torch(
         entry = seen.index_select(1, alive)
         state[slot] = entry.t()
         taken, leaving = used.new_empty(len(slot)), torch.empty_like(entry)
-        for part, which in _parts(field, *(t.index_select(0, slot) for t in (segments.voxel, segments.path, segments.samples))):
+        for part, which in _parts(
+            field,
+            *(t.index_select(0, slot) for t in (segments.voxel, segments.path, segments.samples)),
+        ):
             entering = entry.index_select(1, which)
             before, behind = part.light(entering[0])
             kept = (before >= STOP) & part.live
@@ -196,8 +230,12 @@ def march_torch_backward(
 ) -> Tensor:
     """As kernels.march.march_backward."""
     visited = used.nonzero()[:, 0]
-    ray, voxel, path, used, state = (t.index_select(0, visited) for t in (ray, voxel, path, used, state))
-    upstream = torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)  # [4, segments]
+    ray, voxel, path, used, state = (
+        t.index_select(0, visited) for t in (ray, voxel, path, used, state)
+    )
+    upstream = (
+        torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)
+    )  # [4, segments]
     behind = arriving.view(-1)[ray] - (upstream * state[:, 1:].t()).sum(0)
     grad, entering = torch.zeros_like(voxels), state[:, 0].contiguous()
     for part, which in _parts(_Field(voxels, step, rank, dim), voxel, path, used):

@@ -1,13 +1,15 @@
 """How one case is measured: inputs, implementations that must agree, the floor, the clock.
 
-The floor of a pass is what its compulsory traffic and its matrix products would take at this device's own ceilings,
-measured in the same run: per stage the larger of bytes / copy bandwidth and flops / product rate, summed over stages that
-follow each other. `bytes` are every input read once and every output written once, nothing an implementation chooses to
-keep; `flops` are those of matrix products alone. So a fraction of 1 cannot be passed, except where inputs stay in a cache.
+The floor of a pass is what its compulsory traffic and its matrix products would take at this
+device's own ceilings, measured in the same run: per stage the larger of bytes / copy bandwidth and
+flops / product rate, summed over stages that follow each other. `bytes` are every input read once
+and every output written once, nothing an implementation chooses to keep; `flops` are those of
+matrix products alone. So a fraction of 1 cannot be passed, except where inputs stay in a cache.
 
-On a GPU the clock is that of events on the stream. A wait is queued first, so the host is ahead of the device and the
-gaps between calls are the device's own; an op that waits for the device itself shows that in its time, as its user sees it.
-Input sets are rotated until their bytes are several times the L2 cache.
+On a GPU the clock is that of events on the stream. A wait is queued first, so the host is ahead of
+the device and the gaps between calls are the device's own; an op that waits for the device itself
+shows that in its time, as its user sees it. Input sets are rotated until their bytes are several
+times the L2 cache.
 """
 
 import os
@@ -25,12 +27,22 @@ from triton.errors import TritonError
 from kernels import backend
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Two implementations of one function: largest difference over largest value, of outputs and of gradients
+# Two implementations of one function: largest difference over largest value, of outputs and of
+# gradients
 AGREEMENT = {torch.float16: 8e-3, torch.bfloat16: 6e-2, torch.float32: 1e-4, torch.float64: 1e-9}
-# What an implementation may raise and be reported with, by name. torch's out-of-memory and compiler errors are RuntimeErrors
+# What an implementation may raise and be reported with, by name. torch's out-of-memory and compiler
+# errors are RuntimeErrors
 FAILURES = (
-    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError, LookupError, TritonError,
-)  # fmt: skip
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    OSError,
+    LookupError,
+    TritonError,
+)
 OURS = "trislat"
 NAIVE = "naive reference"
 INTERPRETED = "trislat, kernels interpreted"
@@ -46,7 +58,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation. What `prepare` does is not timed; `restore` brings its output into ours' form."""
+    """One implementation. What `prepare` does is not timed; `restore` brings its output into ours'
+    form.
+    """
 
     run: Callable  # (*prepared) -> tensor or tensors
     prepare: Callable = lambda *args: args  # (*inputs) -> prepared; differentiable
@@ -62,7 +76,9 @@ class Case:
     op: str
     size: str
     dtype: str
-    inputs: Callable[[int], tuple]  # seed -> arguments on the device; those that require a gradient get one
+    inputs: Callable[
+        [int], tuple
+    ]  # seed -> arguments on the device; those that require a gradient get one
     ours: Callable
     forward: Sequence[Work]
     backward: Sequence[Work] = ()  # empty: no backward pass
@@ -77,7 +93,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches: bytes per second of a copy (read + write), flops per second of a product by type."""
+    """What the device reaches: bytes per second of a copy (read + write), flops per second of a
+    product by type.
+    """
 
     copy: float
     product: dict[str, float]
@@ -118,7 +136,9 @@ class Clock:
 
     def _events(self, call: Callable[[int], object], host_seconds: float) -> list[float]:
         samples, numbers = [], count()
-        while len(samples) < self.most and (len(samples) < self.least or sum(samples) < 1e6 * self.seconds):
+        while len(samples) < self.most and (
+            len(samples) < self.least or sum(samples) < 1e6 * self.seconds
+        ):
             events = [self.cuda.Event(enable_timing=True) for _ in range(21)]
             self.cuda.synchronize(self.device)
             self.cuda._sleep(int(2e9 * 1.5 * min(20 * host_seconds, 0.2)))  # cycles, at about 2 GHz
@@ -131,7 +151,7 @@ class Clock:
         return samples
 
     def time(self, call: Callable[[int], object], on_host: bool = False) -> list[float]:
-        """Microseconds of each call(i), i = 0, 1, ...; after a warm-up, on a CPU if there is time."""
+        """Time each call(i) in microseconds, after a warm-up (on a CPU if there is time)."""
         gpu = self.device.type == "cuda"
         for i in range(5 if gpu else int(self.seconds > 0)):
             call(i)
@@ -170,12 +190,16 @@ def _wrt(case: Case, args: tuple) -> list[Tensor]:
 
 
 def evaluate(case: Case, impl: Impl, args: tuple) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of inputs and parameters for a fixed upstream gradient; in ours' form."""
+    """Outputs, and the gradients of inputs and parameters for a fixed upstream gradient; in ours'
+    form.
+    """
     out = tensors(impl.restore(impl.run(*impl.prepare(*args))))
     if not case.backward:
         return [t.detach() for t in out], []
     differentiable = [t for t in out if t.requires_grad]
-    grads = torch.autograd.grad(differentiable, _wrt(case, args), upstream(differentiable), allow_unused=True)
+    grads = torch.autograd.grad(
+        differentiable, _wrt(case, args), upstream(differentiable), allow_unused=True
+    )
     return [t.detach() for t in out], [g for g in grads if g is not None]
 
 
@@ -186,7 +210,8 @@ def upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference over the largest expected value, worst of all tensors; inf for shapes or NaN that differ.
+    """The largest difference over the largest expected value, worst of all tensors; inf for shapes
+    or NaN that differ.
 
     Integers either equal (0) or do not (inf).
     """
@@ -199,7 +224,9 @@ def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         if not b.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(a.cpu().long(), b.cpu().long()) else float("inf"))
         elif b.numel():
-            off = (a.double().cpu() - b.double().cpu()).abs().max().item() / max(b.double().abs().max().item(), 1e-30)
+            off = (a.double().cpu() - b.double().cpu()).abs().max().item() / max(
+                b.double().abs().max().item(), 1e-30
+            )
             worst = max(worst, off if off == off else float("inf"))
     return worst
 
@@ -222,7 +249,8 @@ def _backward_call(case: Case, impl: Impl, sets: list[tuple]) -> Callable[[int],
     jobs = []
     for args in sets:
         prepared = tuple(  # leaves, so that what prepares them is not differentiated
-            a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in impl.prepare(*args)
+            a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+            for a in impl.prepare(*args)
         )
         out = [t for t in tensors(impl.run(*prepared)) if t.requires_grad]
         jobs.append((out, _wrt(case, prepared), upstream(out)))
@@ -253,7 +281,9 @@ class _Missing:
 
     def note(self, impl: str, why: str) -> None:
         case = self.case
-        self.rows.append({"op": case.op, "size": case.size, "dtype": case.dtype, "impl": impl, "why": why})
+        self.rows.append(
+            {"op": case.op, "size": case.size, "dtype": case.dtype, "impl": impl, "why": why}
+        )
 
 
 def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dict]]:
@@ -280,7 +310,10 @@ def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dic
             off = max(difference(got[0], ours[0]), difference(*grads))
             agrees[name] = off <= limit
             if not agrees[name]:
-                missing.note(name, f"disagrees with {OURS} by {off:.2e} of the largest value, allowed {limit:.2e}")
+                missing.note(
+                    name,
+                    f"disagrees with {OURS} by {off:.2e} of the largest value, allowed {limit:.2e}",
+                )
     compared = [verdict for name, verdict in agrees.items() if verdict is not None]
     if ours is not None and compared:
         agrees[OURS] = any(compared)
@@ -290,27 +323,45 @@ def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dic
 def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], list[dict]]:
     """Rows of the results, and what was not measured with the reason.
 
-    Implementations are compared before they are timed; one that disagrees is a row without a time. Only FAILURES are
-    caught, and reported by name.
+    Implementations are compared before they are timed; one that disagrees is a row without a time.
+    Only FAILURES are caught, and reported by name.
     """
-    torch.compiler.reset()  # so that no case runs into the limit of recompilations and falls back to eager unseen
+    # so that no case runs into the limit of recompilations and falls back to eager unseen
+    torch.compiler.reset()
     rows, first = [], case.inputs(0)
     agrees, known = verdicts(case, first)
     missing = _Missing(case, known)
     sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, clock.device)))]
-    passes = {case.forward_name: case.forward} | ({"backward": case.backward} if case.backward else {})
+    passes = {case.forward_name: case.forward} | (
+        {"backward": case.backward} if case.backward else {}
+    )
     for which, stages in passes.items():
         floor = ceilings.floor_us(stages, case.dtype)
         for name, verdict in agrees.items():
             impl = implementations(case)[name]
-            row = {"op": case.op, "pass": which, "size": case.size, "dtype": case.dtype, "impl": name}
+            row = {
+                "op": case.op,
+                "pass": which,
+                "size": case.size,
+                "dtype": case.dtype,
+                "impl": name,
+            }
             row |= {"median_us": None, "spread_us": None, "bytes": sum(w.bytes for w in stages)}
-            row |= {"flops": sum(w.flops for w in stages), "floor_us": floor, "fraction": None, "agrees": verdict}
+            row |= {
+                "flops": sum(w.flops for w in stages),
+                "floor_us": floor,
+                "fraction": None,
+                "agrees": verdict,
+            }
             rows.append(row)
             if verdict is False:
                 continue
             try:
-                call = _backward_call(case, impl, sets) if which == "backward" else _forward_call(impl, sets)
+                call = (
+                    _backward_call(case, impl, sets)
+                    if which == "backward"
+                    else _forward_call(impl, sets)
+                )
                 row["median_us"], row["spread_us"] = spread(clock.time(call, case.on_host))
             except FAILURES as error:
                 missing.note(name, f"{which} failed: {_why(error)}")
@@ -320,18 +371,33 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
 
 
 def errors(case: Case) -> list[dict]:
-    """How far each implementation is from the reference in float64: largest difference over largest value.
+    """How far each implementation is from the reference in float64: largest difference over largest
+    value.
 
-    On a CPU whose Triton interprets (TRITON_INTERPRET=1), ours is there twice: the torch path and the kernels.
+    On a CPU whose Triton interprets (TRITON_INTERPRET=1), ours is there twice: the torch path and
+    the kernels.
     """
     args = case.inputs(0)
-    double = lambda x: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-    exact = evaluate(case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args))
+    double = lambda x: (
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+    )
+    exact = evaluate(
+        case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args)
+    )
     rows, impls = [], implementations(case)
-    if os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16":  # the interpreter's bf16 arithmetic is wrong
+    if (
+        os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16"
+    ):  # the interpreter's bf16 arithmetic is wrong
         impls = {OURS: impls.pop(OURS), INTERPRETED: Impl(case.ours, restore=case.restore)} | impls
     for name, impl in impls.items():
-        row = {"op": case.op, "size": case.size, "dtype": case.dtype, "impl": name, "output": None, "gradient": None}
+        row = {
+            "op": case.op,
+            "size": case.size,
+            "dtype": case.dtype,
+            "impl": name,
+            "output": None,
+            "gradient": None,
+        }
         if isinstance(impl, str):
             row["why"] = impl
         else:

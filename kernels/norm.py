@@ -1,9 +1,11 @@
-"""The norms of a transformer block, each one pass over memory: N rows, C channels, H heads, D head channels.
+"""The norms of a transformer block, each one pass over memory: N rows, C channels, H heads, D head
+channels.
 
-Layer norm without affine, fused with the residual sum or the bias before it, and RMS norm over heads. Inputs are fp16, bf16
-or fp32; arithmetic is fp32. A program holds whole rows, so statistics need no second read; gradients of shared parameters are
-per-program partial sums, added in a fixed order. The gradient of a layer norm is made from its output, which the product
-after it keeps anyway: the residual stream need not be kept, and products may add to it in place.
+Layer norm without affine, fused with the residual sum or the bias before it, and RMS norm over
+heads. Inputs are fp16, bf16 or fp32; arithmetic is fp32. A program holds whole rows, so statistics
+need no second read; gradients of shared parameters are per-program partial sums, added in a fixed
+order. The gradient of a layer norm is made from its output, which the product after it keeps
+anyway: the residual stream need not be kept, and products may add to it in place.
 """
 
 import torch
@@ -32,8 +34,9 @@ def _tiles(C: int) -> dict[str, int]:
 def _centred(x, live, C: tl.constexpr):
     """Rows [ROWS, TILE_C] less their means, exactly 0 for a row of equal values; 0 where not live.
 
-    The mean of what a first mean leaves is subtracted too: of equal values that is the rounding of the first, the same
-    few units in the last place everywhere, whose sum is exact. A quotient of div_rn fuses with no sum, on any GPU.
+    The mean of what a first mean leaves is subtracted too: of equal values that is the rounding of
+    the first, the same few units in the last place everywhere, whose sum is exact. A quotient of
+    div_rn fuses with no sum, on any GPU.
     """
     x = tl.where(live, x - tl.div_rn(tl.sum(x, 1), C * 1.0)[:, None], 0.0)
     return tl.where(live, x - tl.div_rn(tl.sum(x, 1), C * 1.0)[:, None], 0.0)
@@ -41,9 +44,20 @@ def _centred(x, live, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_fwd(
-    x_ptr, h_ptr, bias_ptr, sum_ptr, y_ptr, rstd_ptr, N, eps,
-    C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    h_ptr,
+    bias_ptr,
+    sum_ptr,
+    y_ptr,
+    rstd_ptr,
+    N,
+    eps,
+    C: tl.constexpr,
+    ADD: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, TILE_C)
     live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
@@ -64,10 +78,22 @@ def _layer_norm_fwd(
 
 @triton.jit(do_not_specialize=["N"])
 def _layer_norm_bwd(
-    y_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, partial_ptr, N,
-    C: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr,
-):  # fmt: skip
-    """The bias is added before the norm alone: its gradient is the sum over the rows of what the norm passes on, without dsum."""
+    y_ptr,
+    rstd_ptr,
+    dy_ptr,
+    dsum_ptr,
+    dx_ptr,
+    partial_ptr,
+    N,
+    C: tl.constexpr,
+    ADD: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """The bias is added before the norm alone: its gradient is the sum over the rows of what the
+    norm passes on, without dsum.
+    """
     c = tl.arange(0, TILE_C)
     dbias = tl.zeros([ROWS, TILE_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
@@ -91,23 +117,47 @@ def _layer_norm_bwd(
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_fwd(
-    x_ptr, gamma_ptr, y_ptr, M, root, tiny,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,
+    x_ptr,
+    gamma_ptr,
+    y_ptr,
+    M,
+    root,
+    tiny,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_D: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # row m is head m % H of voxel m // H
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(
+        0, ROWS
+    )  # row m is head m % H of voxel m // H
     d = tl.arange(0, TILE_D)
     live = (m < M)[:, None] & (d < D)[None, :]  # [ROWS, TILE_D]
     at = m[:, None] * D + d[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + (m % H)[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + (m % H)[:, None] * D + d[None, :], mask=live, other=0.0).to(
+        tl.float32
+    )
     inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), tiny)  # [ROWS]
-    tl.store(y_ptr + at, (x * inverse[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(
+        y_ptr + at, (x * inverse[:, None] * gamma * root).to(y_ptr.dtype.element_ty), mask=live
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
 def _rms_norm_bwd(
-    x_ptr, gamma_ptr, dy_ptr, dx_ptr, partial_ptr, N, root, tiny,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE_D: tl.constexpr,
+    x_ptr,
+    gamma_ptr,
+    dy_ptr,
+    dx_ptr,
+    partial_ptr,
+    N,
+    root,
+    tiny,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_D: tl.constexpr,
 ):
     h, d = tl.program_id(1), tl.arange(0, TILE_D)
     gamma = tl.load(gamma_ptr + h * D + d, mask=d < D, other=0.0).to(tl.float32)  # [TILE_D]
@@ -123,8 +173,14 @@ def _rms_norm_bwd(
         y = x * inverse[:, None]
         dgamma += tl.sum(dy * y, 0) * root
         g = dy * gamma[None, :] * root
-        along = tl.where(length >= tiny, tl.sum(g * y, 1), 0.0)  # below it the divisor is a constant
-        tl.store(dx_ptr + at, ((g - y * along[:, None]) * inverse[:, None]).to(dx_ptr.dtype.element_ty), mask=live)
+        along = tl.where(
+            length >= tiny, tl.sum(g * y, 1), 0.0
+        )  # below it the divisor is a constant
+        tl.store(
+            dx_ptr + at,
+            ((g - y * along[:, None]) * inverse[:, None]).to(dx_ptr.dtype.element_ty),
+            mask=live,
+        )
     tl.store(partial_ptr + (tl.program_id(0) * H + h) * D + d, dgamma, mask=d < D)
 
 
@@ -135,18 +191,29 @@ def wide(x: Tensor) -> Tensor:
 
 def _deviations(x: Tensor) -> Tensor:
     """For a number per row: [N] fp32, fp64 for fp64."""
-    return x.new_empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(
+        x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    )
 
 
-def _forward(x: Tensor, h: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
+def _forward(
+    x: Tensor, h: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Sum (None without h), norm and reciprocal deviation of each row."""
     N, C = x.shape
     if backend.is_torch(x):
         total = None if h is None else (wide(x) + wide(h)).to(x.dtype)
         rows = wide(x if h is None else total)
-        y, _, rstd = torch.native_layer_norm(rows if bias is None else rows + wide(bias), [C], None, None, eps)
+        y, _, rstd = torch.native_layer_norm(
+            rows if bias is None else rows + wide(bias), [C], None, None, eps
+        )
         return total, y.to(x.dtype), rstd.view(N)
-    total, y, rstd, tiles = None if h is None else torch.empty_like(x), torch.empty_like(x), _deviations(x), _tiles(C)
+    total, y, rstd, tiles = (
+        None if h is None else torch.empty_like(x),
+        torch.empty_like(x),
+        _deviations(x),
+        _tiles(C),
+    )
     args = (x, h, bias, total, y, rstd, N, eps)
     constants = dict(C=C, ADD=h is not None, BIAS=bias is not None, **tiles, num_warps=4)
     backend.launch(_layer_norm_fwd, (triton.cdiv(N, tiles["ROWS"]),), *args, **constants)
@@ -170,8 +237,13 @@ def _layer_norm_backward(
     """The gradient of x, `dsum` added to it, and that of the bias (empty without one)."""
     N, C = y.shape
     if backend.is_torch(y):
-        still, keep = (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1)), [True, False, False]
-        dx = torch.ops.aten.native_layer_norm_backward(wide(dy), wide(y), [C], *still, None, None, keep)[0]  # y is its own norm
+        still, keep = (
+            (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1)),
+            [True, False, False],
+        )
+        dx = torch.ops.aten.native_layer_norm_backward(
+            wide(dy), wide(y), [C], *still, None, None, keep
+        )[0]  # y is its own norm
         dx.mul_(rstd.view(N, 1))
         dbias = y.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)
         return (dx if dsum is None else dx.add_(dsum)).to(y.dtype), dbias
@@ -179,7 +251,13 @@ def _layer_norm_backward(
     programs = triton.cdiv(N, tiles["ROWS"])
     programs = programs if bias is None else min(programs, PROGRAMS)
     partial = y.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
-    constants = dict(C=C, ADD=dsum is not None, BIAS=bias is not None, **tiles, num_warps=4 if bias is None else 8)
+    constants = dict(
+        C=C,
+        ADD=dsum is not None,
+        BIAS=bias is not None,
+        **tiles,
+        num_warps=4 if bias is None else 8,
+    )
     backend.launch(_layer_norm_bwd, (programs,), y, rstd, dy, dsum, dx, partial, N, **constants)
     return dx, y.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
@@ -192,7 +270,16 @@ def _rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     y, TILE_D = torch.empty_like(x), triton.next_power_of_2(D)
     ROWS = max(1, TILE // TILE_D)
     args = (x, gamma, y, N * H, D**0.5, TINY)
-    backend.launch(_rms_norm_fwd, (triton.cdiv(N * H, ROWS),), *args, H=H, D=D, ROWS=ROWS, TILE_D=TILE_D, num_warps=4)
+    backend.launch(
+        _rms_norm_fwd,
+        (triton.cdiv(N * H, ROWS),),
+        *args,
+        H=H,
+        D=D,
+        ROWS=ROWS,
+        TILE_D=TILE_D,
+        num_warps=4,
+    )
     return y
 
 
@@ -211,17 +298,26 @@ def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Te
     programs = min(PARTIALS, triton.cdiv(N, ROWS))
     dx, partial = torch.empty_like(x), x.new_empty(programs, H, D, dtype=torch.float32)
     args = (x, gamma, dy, dx, partial, N, D**0.5, TINY)
-    backend.launch(_rms_norm_bwd, (programs, H), *args, H=H, D=D, ROWS=ROWS, TILE_D=TILE_D, num_warps=4)
+    backend.launch(
+        _rms_norm_bwd, (programs, H), *args, H=H, D=D, ROWS=ROWS, TILE_D=TILE_D, num_warps=4
+    )
     return dx, partial.sum(0).to(gamma.dtype)
 
 
 _layer_norm.register_fake(lambda x, bias, eps: (torch.empty_like(x), _deviations(x)))
-_add_layer_norm.register_fake(lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), _deviations(x)))
+_add_layer_norm.register_fake(
+    lambda x, h, eps: (torch.empty_like(x), torch.empty_like(x), _deviations(x))
+)
 _layer_norm_backward.register_fake(
-    lambda y, rstd, dy, dsum, bias: (torch.empty_like(y), y.new_empty(0) if bias is None else torch.empty_like(bias))
+    lambda y, rstd, dy, dsum, bias: (
+        torch.empty_like(y),
+        y.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
 )
 _rms_norm.register_fake(lambda x, gamma: torch.empty_like(x))
-_rms_norm_backward.register_fake(lambda x, gamma, dy: (torch.empty_like(x), torch.empty_like(gamma)))
+_rms_norm_backward.register_fake(
+    lambda x, gamma, dy: (torch.empty_like(x), torch.empty_like(gamma))
+)
 
 
 def _save_layer_norm(ctx, inputs, output):
@@ -240,12 +336,16 @@ def _grad_layer_norm(ctx, dy, _):
 
 
 def _grad_add_layer_norm(ctx, dsum, dy, *_):
-    dx, _ = torch.ops.trislat.layer_norm_backward(*ctx.saved_tensors, dy.contiguous(), dsum.contiguous(), None)
+    dx, _ = torch.ops.trislat.layer_norm_backward(
+        *ctx.saved_tensors, dy.contiguous(), dsum.contiguous(), None
+    )
     return dx, dx.to(ctx.dtype), None
 
 
 class _StreamNorm(torch.autograd.Function):
-    """x goes through, so that its gradient and the norm's arrive together, and are summed in the pass of the norm's."""
+    """x goes through, so that its gradient and the norm's arrive together, and are summed in the
+    pass of the norm's.
+    """
 
     @staticmethod
     def forward(ctx, x, bias, eps):
@@ -258,7 +358,9 @@ class _StreamNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx, dy):
         y, rstd, bias = ctx.saved_tensors
-        dx, dbias = torch.ops.trislat.layer_norm_backward(y, rstd, dy.contiguous(), dx.contiguous(), bias)
+        dx, dbias = torch.ops.trislat.layer_norm_backward(
+            y, rstd, dy.contiguous(), dx.contiguous(), bias
+        )
         return dx, None if bias is None else dbias, None
 
 
@@ -269,7 +371,8 @@ def _save_inputs(ctx, inputs, output):
 _layer_norm.register_autograd(_grad_layer_norm, setup_context=_save_layer_norm)
 _add_layer_norm.register_autograd(_grad_add_layer_norm, setup_context=_save_add_layer_norm)
 _rms_norm.register_autograd(
-    lambda ctx, dy: torch.ops.trislat.rms_norm_backward(*ctx.saved_tensors, dy.contiguous()), setup_context=_save_inputs
+    lambda ctx, dy: torch.ops.trislat.rms_norm_backward(*ctx.saved_tensors, dy.contiguous()),
+    setup_context=_save_inputs,
 )
 
 
@@ -279,13 +382,18 @@ def _check(x: Tensor, rank: int, shape: str) -> None:
         raise ValueError(f"x must be {shape}, got {list(x.shape)}")
     check_dtype(x)
     if not 1 <= x.shape[-1] <= MOST_CHANNELS:
-        raise ValueError(f"{x.shape[-1]} channels: at least 1 and at most {MOST_CHANNELS} fit in a program")
+        raise ValueError(
+            f"{x.shape[-1]} channels: at least 1 and at most {MOST_CHANNELS} fit in a program"
+        )
 
 
 def check_dtype(x: Tensor) -> None:
     kernels = (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in kernels and not (x.dtype == torch.float64 and backend.is_torch(x)):
-        raise ValueError(f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on {backend.name(x)}")
+        raise ValueError(
+            f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on "
+            f"{backend.name(x)}"
+        )
 
 
 def _check_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -294,7 +402,9 @@ def _check_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     check_tensors(bias=bias)
     check_dtype(bias)
     if bias.shape != x.shape[1:]:
-        raise ValueError(f"bias {list(bias.shape)} must be [C] with the channels of x {list(x.shape)}")
+        raise ValueError(
+            f"bias {list(bias.shape)} must be [C] with the channels of x {list(x.shape)}"
+        )
     return bias.contiguous()
 
 
@@ -303,10 +413,11 @@ def layer_norm(
     eps: float = 1e-6,
     bias: Tensor | None = None,  # [C] fp16, bf16 or fp32
 ) -> Tensor:  # [N, C], as x
-    """Layer norm of each row of x + bias, without affine, computed in fp32. The bias's gradient is summed in a fixed order.
+    """Layer norm of each row of x + bias, without affine, computed in fp32. The bias's gradient is
+    summed in a fixed order.
 
-    Raises ValueError for another rank, shape or dtype, more than 4096 channels and an eps that is negative or not finite;
-    TypeError for what is no tensor.
+    Raises ValueError for another rank, shape or dtype, more than 4096 channels and an eps that is
+    negative or not finite; TypeError for what is no tensor.
     """
     _check(x, 2, "[N, C]")
     check_eps(eps)
@@ -325,15 +436,19 @@ def stream_norm(
     eps: float = 1e-6,
     bias: Tensor | None = None,  # [C]: what was not added to the stream
 ) -> tuple[Tensor, Tensor]:  # both [N, C], as x
-    """(x itself, layer_norm(x + bias)); what follows may add to x in place, for neither keeps it for a backward pass.
+    """(x itself, layer_norm(x + bias)); what follows may add to x in place, for neither keeps it
+    for a backward pass.
 
-    The gradients of both are summed in one pass where x is `alterable`, in two otherwise. Errors as layer_norm, and ValueError
-    for an x that is not contiguous.
+    The gradients of both are summed in one pass where x is `alterable`, in two otherwise. Errors as
+    layer_norm, and ValueError for an x that is not contiguous.
     """
     _check(x, 2, "[N, C]")
     check_eps(eps)
     if not x.is_contiguous():
-        raise ValueError(f"the stream is added to in place and must be contiguous: x {list(x.shape)} has strides {x.stride()}")
+        raise ValueError(
+            f"the stream is added to in place and must be contiguous: x {list(x.shape)} has "
+            f"strides {x.stride()}"
+        )
     if not alterable(x):  # nor may it be marked so; torch 2.11 cannot compile the mark
         return x, layer_norm(x, eps, bias)
     return _StreamNorm.apply(x, _check_bias(bias, x), eps)
@@ -344,7 +459,9 @@ def add_layer_norm(
     h: Tensor,  # [N, C]: what a branch adds to it
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # both [N, C], as x
-    """(x + h, layer_norm(x + h)): the sum in x's dtype, and the norm of the sum as stored. Errors as layer_norm."""
+    """(x + h, layer_norm(x + h)): the sum in x's dtype, and the norm of the sum as stored. Errors
+    as layer_norm.
+    """
     _check(x, 2, "[N, C]")
     check_eps(eps)
     check_tensors(h=h)
@@ -359,13 +476,17 @@ def rms_norm(
     x: Tensor,  # [N, H, D] fp16, bf16 or fp32
     gamma: Tensor,  # [H, D]
 ) -> Tensor:  # [N, H, D], as x
-    """F.normalize(x, dim=-1) * gamma * sqrt(D) of every head, in fp32. The gradient of gamma is summed in a fixed order.
+    """F.normalize(x, dim=-1) * gamma * sqrt(D) of every head, in fp32. The gradient of gamma is
+    summed in a fixed order.
 
-    Raises ValueError for another rank or dtype, a gamma of another shape and more than 4096 channels a head.
+    Raises ValueError for another rank or dtype, a gamma of another shape and more than 4096
+    channels a head.
     """
     _check(x, 3, "[N, H, D]")
     if gamma.shape != x.shape[1:]:
-        raise ValueError(f"gamma {list(gamma.shape)} must be {list(x.shape[1:])}, the heads and channels of x")
+        raise ValueError(
+            f"gamma {list(gamma.shape)} must be {list(x.shape[1:])}, the heads and channels of x"
+        )
     return torch.ops.trislat.rms_norm(x.contiguous(), gamma.contiguous())
 
 

@@ -1,8 +1,9 @@
 """Gradients of the mesh's outline by pixels instead of by triangle edges.
 
-Antialiasing moves a silhouette through the edge of the very triangle that a pixel shows, so of triangles smaller than a
-pixel almost no silhouette has a gradient. Here the border between a covered and an empty pixel moves as the surface in the
-covered one does, whatever its triangles are (the border rule of Rasterized Edge Gradients, Pidhorskyi et al., arXiv
+Antialiasing moves a silhouette through the edge of the very triangle that a pixel shows, so of
+triangles smaller than a pixel almost no silhouette has a gradient. Here the border between a
+covered and an empty pixel moves as the surface in the covered one does, whatever its triangles are
+(the border rule of Rasterized Edge Gradients, Pidhorskyi et al., arXiv
 2405.02508, where coverage ends; where one surface hides another, nothing moves).
 """
 
@@ -20,10 +21,11 @@ def move_outlines(
     table: Tensor | None = None,  # [V, 4]: clip_table of a MeshLayout
     order: Tensor | None = None,  # of `kernels.raster.corner_order`
 ) -> Tensor:  # [V, H, W, C]
-    """Zeros, whose gradient in `clip` is that of the picture when the outlines of its covered pixels move.
+    """Zeros, whose gradient in `clip` is that of the picture when the outlines of its covered
+    pixels move.
 
-    A border that moves by s pixels outwards changes both of its pixels by s / 2 (covered - empty), so their sum by one
-    pixel's worth. Same inputs, same bits. Errors as `interpolate`.
+    A border that moves by s pixels outwards changes both of its pixels by s / 2 (covered - empty),
+    so their sum by one pixel's worth. Same inputs, same bits. Errors as `interpolate`.
     """
     covered, picture = rast[..., 3] > 0, picture.detach()
     place = interpolate(clip, rast.detach(), faces, table, order)
@@ -35,7 +37,9 @@ def move_outlines(
         screen = place[..., axis] / w * (length / 2)  # pixels
         ahead, behind = ((screen - screen.detach()).narrow(dim, at, length - 1) for at in (0, 1))
         first, second = (covered.narrow(dim, at, length - 1) for at in (0, 1))
-        outwards = torch.where(first & ~second, ahead, 0.0) + torch.where(second & ~first, behind, 0.0)
+        outwards = torch.where(first & ~second, ahead, 0.0) + torch.where(
+            second & ~first, behind, 0.0
+        )
         # as (covered - empty) s outwards: where the second is the covered one, both signs turn
         jump = picture.narrow(dim, 0, length - 1) - picture.narrow(dim, 1, length - 1)
         change = change + _both(0.5 * outwards[..., None] * jump, dim)
@@ -64,7 +68,12 @@ def move_outlines_reference(picture: Tensor, rast: Tensor, clip: Tensor, faces: 
                 point = torch.stack([u, v, 1 - u - v]) @ clip[faces[number[inside] - 1].long()]
                 place = point[int(down)] / point[3] * (H if down else W) / 2
                 sign = 1 if inside == pair[0] else -1
-                step = 0.5 * sign * (place - place.detach()) * (picture[0][inside] - picture[0][outside]).detach()
+                step = (
+                    0.5
+                    * sign
+                    * (place - place.detach())
+                    * (picture[0][inside] - picture[0][outside]).detach()
+                )
                 for y, x in pair:
                     image[y][x] = image[y][x] + step
     return torch.stack([torch.stack(row) for row in image])[None]

@@ -1,7 +1,8 @@
-"""Which view sees which Gaussians. V views, B scenes, G Gaussians, P pairs of a view and a Gaussian of its scene.
+"""Which view sees which Gaussians. V views, B scenes, G Gaussians, P pairs of a view and a Gaussian
+of its scene.
 
-A pair's index is pair_start[view] + (Gaussian - first Gaussian of the scene), so a view never sees another scene, P is
-known on the host, and no [V, G] array exists.
+A pair's index is pair_start[view] + (Gaussian - first Gaussian of the scene), so a view never sees
+another scene, P is known on the host, and no [V, G] array exists.
 """
 
 from dataclasses import dataclass
@@ -9,20 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GAUSSIAN = 14  # floats of a packed Gaussian: center 3, scale 3, rotation wxyz 4, opacity 1, colour coefficients 3
-RECORD = 9  # floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
+# floats of a packed Gaussian: center 3, scale 3, rotation wxyz 4, opacity 1, colour coefficients 3
+GAUSSIAN = 14
+RECORD = (
+    9  # floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
+)
 TILE = 16  # pixels along a side of a tile
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which view sees which Gaussians: the host's lists, and the same as tables beside the Gaussians (one copy)."""
+    """Which view sees which Gaussians: the host's lists, and the same as tables beside the
+    Gaussians (one copy).
+    """
 
     starts: list[int]  # [B + 1]
     view_scene: list[int]  # [V]
     pair_start: list[int]  # [V + 1]
     views: Tensor  # [V, 3] int64: first Gaussian, number of Gaussians, first pair
-    scenes: Tensor  # [B, 4] int64: first Gaussian, number of Gaussians, first entry of `by_scene`, number of views
+    # [B, 4] int64: first Gaussian, number of Gaussians, first entry of `by_scene`, number of views
+    scenes: Tensor
     by_scene: Tensor  # [V] int64: views, grouped by scene
 
     @property
@@ -50,14 +57,16 @@ def _(numbers, columns, device):
 
 
 def make_table(numbers: list[int], columns: int, device: torch.device) -> Tensor:
-    """The host's numbers, `columns` to a row, as int64 on a device, which is not waited for. torch.compile keeps it whole:
-    pinned memory cannot be traced.
+    """The host's numbers, `columns` to a row, as int64 on a device, which is not waited for.
+    torch.compile keeps it whole: pinned memory cannot be traced.
     """
     return torch.ops.trislat.table(numbers, columns, device)
 
 
 def make_index(rows: list[int], device: torch.device) -> Tensor:
-    """The host's numbers [n] int64 on a device, which is not waited for; a list as an index would be copied, which waits."""
+    """The host's numbers [n] int64 on a device, which is not waited for; a list as an index would
+    be copied, which waits.
+    """
     return make_table(rows, 1, device).view(-1)
 
 

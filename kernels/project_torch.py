@@ -1,7 +1,8 @@
-"""The projection of kernels.project for a CPU: the same forms over all P pairs at once, any float dtype, and its backward.
+"""The projection of kernels.project for a CPU: the same forms over all P pairs at once, any float
+dtype, and its backward.
 
-Pairs are the last dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of planes. Batches of P small
-matrices, or sums over a last dimension of 3, take five times as long.
+Pairs are the last dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of
+planes. Batches of P small matrices, or sums over a last dimension of 3, take five times as long.
 """
 
 import torch
@@ -13,18 +14,39 @@ NEAR, SH0, EPS, VISIBLE = 0.2, 0.28209479177387814, 1e-6, 1 / 255
 
 
 class _Pairs:
-    """What forward and backward share: every quantity of the docstring of kernels.project, per pair."""
+    """What forward and backward share: every quantity of the docstring of kernels.project, per
+    pair.
+    """
 
     def __init__(
-        self, gaussians: Tensor, cameras: Tensor, layout: Layout, width: int, height: int, kernel_size: float
+        self,
+        gaussians: Tensor,
+        cameras: Tensor,
+        layout: Layout,
+        width: int,
+        height: int,
+        kernel_size: float,
     ) -> None:
         size = cameras.new_tensor([[width], [height]])
-        self.view = torch.arange(len(cameras)).repeat_interleave(layout.views[:, 1], output_size=layout.pair_start[-1])
+        self.view = torch.arange(len(cameras)).repeat_interleave(
+            layout.views[:, 1], output_size=layout.pair_start[-1]
+        )
         camera = cameras.t().contiguous().index_select(1, self.view)
         planes = gaussians.t().contiguous()
-        planes = torch.cat([planes[:, :0], *(planes[:, layout.starts[s] : layout.starts[s + 1]] for s in layout.view_scene)], 1)
+        planes = torch.cat(
+            [
+                planes[:, :0],
+                *(planes[:, layout.starts[s] : layout.starts[s + 1]] for s in layout.view_scene),
+            ],
+            1,
+        )
         m, self.scale, self.quaternion, (self.opacity,), self.sh = planes.split([3, 3, 4, 1, 3])
-        self.r, translation, self.focal, centre = camera[:9].view(3, 3, -1), camera[9:12], camera[12:14], camera[14:]
+        self.r, translation, self.focal, centre = (
+            camera[:9].view(3, 3, -1),
+            camera[9:12],
+            camera[12:14],
+            camera[14:],
+        )
         self.p = _product(self.r, m[:, None])[:, 0] + translation
         in_front = self.p[2] > NEAR
         self.z = torch.where(in_front, self.p[2], 1)
@@ -32,7 +54,9 @@ class _Pairs:
         low, high = -(centre + 0.15 * size) / self.focal, (size - centre + 0.15 * size) / self.focal
         self.ratio, self.free = ratio.clamp(low, high), (ratio >= low) & (ratio <= high)
         self.rotated = _product(self.r, _rotation(self.quaternion))  # rows o0, o1, o2
-        self.rows = (self.focal / self.z)[:, None] * (self.rotated[:2] - self.ratio[:, None] * self.rotated[2])  # J R Q
+        self.rows = (self.focal / self.z)[:, None] * (
+            self.rotated[:2] - self.ratio[:, None] * self.rotated[2]
+        )  # J R Q
         self.n = self.rows * self.scale  # [2, 3, P]
         n0, n1 = self.n
         self.cross = _cross(n0, n1)
@@ -69,10 +93,16 @@ def _rotation(q: Tensor) -> Tensor:
     """[4, P] (w, x, y, z), not normalised -> [3, 3, P]."""
     w, x, y, z = q
     entries = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
+        1 - 2 * (y * y + z * z),
+        2 * (x * y - w * z),
+        2 * (x * z + w * y),
+        2 * (x * y + w * z),
+        1 - 2 * (x * x + z * z),
+        2 * (y * z - w * x),
+        2 * (x * z - w * y),
+        2 * (y * z + w * x),
+        1 - 2 * (x * x + y * y),
+    ]
     return torch.stack(entries).view(3, 3, -1)
 
 
@@ -98,14 +128,20 @@ def project_torch(
     pairs = _Pairs(gaussians, cameras, layout, width, height, kernel_size)
     opacity = pairs.opacity * pairs.rho
     half = 0.5 * (pairs.A - pairs.C)
-    largest = 0.5 * (pairs.A + pairs.C) + torch.sqrt((half * half + pairs.b * pairs.b).clamp(min=0.1))
+    largest = 0.5 * (pairs.A + pairs.C) + torch.sqrt(
+        (half * half + pairs.b * pairs.b).clamp(min=0.1)
+    )
     radius = torch.ceil(3 * torch.sqrt(largest))
     # no pixel farther than `reach` has alpha >= 1/255
     fading = 2 * torch.log((opacity * 255).clamp(min=1))
     reach = 1.001 * torch.sqrt(fading * torch.stack([pairs.A, pairs.C])) + 0.01
     most = torch.tensor([[-(-width // TILE)], [-(-height // TILE)]])
-    low = torch.maximum((pairs.mean - radius) / TILE, torch.floor((pairs.mean - reach) / TILE)).clamp(min=0)
-    high = torch.minimum((pairs.mean + radius + TILE - 1) / TILE, torch.floor((pairs.mean + reach) / TILE) + 1).clamp(min=0)
+    low = torch.maximum(
+        (pairs.mean - radius) / TILE, torch.floor((pairs.mean - reach) / TILE)
+    ).clamp(min=0)
+    high = torch.minimum(
+        (pairs.mean + radius + TILE - 1) / TILE, torch.floor((pairs.mean + reach) / TILE) + 1
+    ).clamp(min=0)
     rect = torch.cat([torch.minimum(low, most), torch.minimum(high, most)])
     rect = torch.where(pairs.seen & (opacity >= VISIBLE), rect, 0).int()
     rect = torch.where((rect[2:] > rect[:2]).all(0), rect, 0).t().contiguous()
@@ -115,13 +151,18 @@ def project_torch(
 
 
 def project_torch_backward(
-    gaussians: Tensor, cameras: Tensor, layout: Layout, width: int, height: int, kernel_size: float,
+    gaussians: Tensor,
+    cameras: Tensor,
+    layout: Layout,
+    width: int,
+    height: int,
+    kernel_size: float,
     rect: Tensor,  # [P, 4]
     g_mean: Tensor,  # [P, 2]
     g_conic: Tensor,  # [P, 3]
     g_opacity: Tensor,  # [P], of the blended one
     g_color: Tensor,  # [P, 3]
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The gradient of the Gaussians [G, 14]."""
     t = _Pairs(gaussians, cameras, layout, width, height, kernel_size)
     g_mean, g_conic, g_color = (g.t().contiguous() for g in (g_mean, g_conic, g_color))
@@ -138,7 +179,9 @@ def project_torch_backward(
     g = g * t.scale  # of the rows of J R Q
     f = t.focal / t.z
     g_ratio = -f * (g * t.rotated[2]).sum(1)
-    g_z = -((g * t.rows).sum((0, 1)) + (g_ratio * t.ratio).sum(0)) / t.z  # the published rule: clamped or not
+    g_z = (
+        -((g * t.rows).sum((0, 1)) + (g_ratio * t.ratio).sum(0)) / t.z
+    )  # the published rule: clamped or not
     g_rows = f[:, None] * g
     g_rotated = torch.cat([g_rows, -(t.ratio[:, None] * g_rows).sum(0, keepdim=True)])
     back = t.r.transpose(0, 1)
@@ -152,5 +195,7 @@ def project_torch_backward(
     per_pair = torch.where(rect[:, 2] > rect[:, 0], per_pair, 0)
     grad = gaussians.new_zeros(gaussians.shape[::-1])
     for v, s in enumerate(layout.view_scene):
-        grad[:, layout.starts[s] : layout.starts[s + 1]] += per_pair[:, layout.pair_start[v] : layout.pair_start[v + 1]]
+        grad[:, layout.starts[s] : layout.starts[s + 1]] += per_pair[
+            :, layout.pair_start[v] : layout.pair_start[v + 1]
+        ]
     return grad.t().contiguous()

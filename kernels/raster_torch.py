@@ -1,7 +1,9 @@
-"""Rasterisation on a CPU: faces -> rows of pixels -> pixels, and the frustum clip that the kernels share.
+"""Rasterisation on a CPU: faces -> rows of pixels -> pixels, and the frustum clip that the kernels
+share.
 
-Every covered pixel is found without a test of its own: on a row of pixels, an edge is a bound on the column. Edge functions
-are integers below 2^53 (vertices stand on a grid of 1/16 px), which float64 holds exactly.
+Every covered pixel is found without a test of its own: on a row of pixels, an edge is a bound on
+the column. Edge functions are integers below 2^53 (vertices stand on a grid of 1/16 px), which
+float64 holds exactly.
 """
 
 from typing import NamedTuple
@@ -35,28 +37,45 @@ class Pieces(NamedTuple):
 def snap(clip: Tensor, height: int, width: int) -> Snapped:
     """Positions [..., 4] -> the grid of 1/16 px, rounded to even; 0 where not in the frustum."""
     x, y, z, w = clip.unbind(-1)
-    code = (x > w).int() + 2 * (x < -w).int() + 4 * (y > w).int() + 8 * (y < -w).int() + 16 * (z > w).int() + 32 * (z < -w).int()
+    code = (
+        (x > w).int()
+        + 2 * (x < -w).int()
+        + 4 * (y > w).int()
+        + 8 * (y < -w).int()
+        + 16 * (z > w).int()
+        + 32 * (z < -w).int()
+    )
     finite = (x.abs() + y.abs() + z.abs() + w.abs()) < torch.inf
     code = torch.where(finite & ~((w == 0) & (code == 0)), code, NOWHERE)
     inside = code == 0
     scale = 1 / torch.where(inside, w, 1)
     xy = _on_grid(clip[..., :2] * scale[..., None], height, width)
-    return Snapped(torch.where(inside[..., None], xy, 0).int(), torch.where(inside, z * scale, 0), code)
+    return Snapped(
+        torch.where(inside[..., None], xy, 0).int(), torch.where(inside, z * scale, 0), code
+    )
 
 
 def _on_grid(ndc: Tensor, height: int, width: int) -> Tensor:
-    """Positions [..., 2] in 1/16 px from the middle of the picture, whole and rounded to even; overwrites its argument."""
+    """Positions [..., 2] in 1/16 px from the middle of the picture, whole and rounded to even;
+    overwrites its argument.
+    """
     ndc[..., 0] *= STEPS // 2 * width
-    ndc[..., 1] *= STEPS // 2 * height  # one after the other: a tensor of both would be copied to the device, which waits
+    ndc[..., 1] *= (
+        STEPS // 2 * height
+    )  # one after the other: a tensor of both would be copied to the device, which waits
     return ndc.round_()
 
 
-def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int) -> Pieces:
-    """Faces [n, 3, 4] that reach out of the frustum -> up to 7 pieces each (Sutherland and Hodgman 1974).
+def clip_faces(
+    corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int
+) -> Pieces:
+    """Faces [n, 3, 4] that reach out of the frustum -> up to 7 pieces each (Sutherland and Hodgman
+    1974).
 
-    `xy` [n, 3, 2] and `depth` [n, 3] are the snapped corners: those inside stay what they are for their other faces, and a
-    new vertex is computed from the inner end of its edge, so that both faces of an edge get the same one. Pieces that are
-    not there have no area. Without host reads: 7 n rows come back.
+    `xy` [n, 3, 2] and `depth` [n, 3] are the snapped corners: those inside stay what they are for
+    their other faces, and a new vertex is computed from the inner end of its edge, so that both
+    faces of an edge get the same one. Pieces that are not there have no area. Without host reads: 7
+    n rows come back.
     """
     n = len(corners)
     polygon = corners.new_zeros(n, 9, 4)
@@ -68,19 +87,29 @@ def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: T
     for axis in range(3):
         for sign in (1, -1):
             distance = polygon[..., 3] + sign * polygon[..., axis]
-            before = torch.where(slot == 0, count - 1, slot - 1).clamp_(min=0)  # the neighbour that comes first
+            before = torch.where(slot == 0, count - 1, slot - 1).clamp_(
+                min=0
+            )  # the neighbour that comes first
             last = distance.gather(1, before)
             previous = polygon.gather(1, before[..., None].expand(-1, -1, 4))
             live = slot < count
             crosses, stays = live & (distance * last < 0), live & (distance >= 0)
             inner, outer = torch.maximum(distance, last), torch.minimum(distance, last)
             entering = (distance > last)[..., None]
-            start, end = torch.where(entering, polygon, previous), torch.where(entering, previous, polygon)
-            share = torch.where(crosses, inner / torch.where(crosses, inner - outer, 1), 0)[..., None]
+            start, end = (
+                torch.where(entering, polygon, previous),
+                torch.where(entering, previous, polygon),
+            )
+            share = torch.where(crosses, inner / torch.where(crosses, inner - outer, 1), 0)[
+                ..., None
+            ]
             cut = start + share * (end - start)
             emitted = crosses.int() + stays.int()
             at = emitted.cumsum(1) - emitted
-            new, old = polygon.new_zeros(n, 10, 4), origin.new_full((n, 10), -1)  # the last entry takes what is dropped
+            new, old = (
+                polygon.new_zeros(n, 10, 4),
+                origin.new_full((n, 10), -1),
+            )  # the last entry takes what is dropped
             for take, place, vertex, name in (
                 (crosses, at, cut, torch.full_like(origin, -1)),
                 (stays, at + crosses, polygon, origin),
@@ -88,7 +117,11 @@ def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: T
                 place = torch.where(take, place, 9).clamp_(max=9)
                 new.scatter_(1, place[..., None].expand(-1, -1, 4), vertex)
                 old.scatter_(1, place, name)
-            polygon, origin, count = new[:, :9], old[:, :9], emitted.sum(1, keepdim=True).clamp_(max=9)
+            polygon, origin, count = (
+                new[:, :9],
+                old[:, :9],
+                emitted.sum(1, keepdim=True).clamp_(max=9),
+            )
 
     scale = 1 / torch.where(polygon[..., 3] > 0, polygon[..., 3], 1)
     cut = _on_grid(polygon[..., :2] * scale[..., None], height, width).int()
@@ -99,16 +132,22 @@ def clip_faces(corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: T
     z = torch.where(known, depth.gather(1, corner), polygon[..., 2] * scale)
     fan = [torch.zeros(7, dtype=torch.int64, device=z.device), slot[1:8], slot[2:9]]
     there = slot[2:9] < count
-    pieces = torch.stack([torch.where(there[..., None], cut[:, f], 0) for f in fan], 2)  # [n, 7, 3, 2]
+    pieces = torch.stack(
+        [torch.where(there[..., None], cut[:, f], 0) for f in fan], 2
+    )  # [n, 7, 3, 2]
     z = torch.stack([z[:, f] for f in fan], 2)
     return Pieces(
-        pieces.reshape(-1, 6), z.reshape(-1, 3), view.repeat_interleave(7, output_size=7 * n),
+        pieces.reshape(-1, 6),
+        z.reshape(-1, 3),
+        view.repeat_interleave(7, output_size=7 * n),
         face.repeat_interleave(7, output_size=7 * n),
-    )  # fmt: skip
+    )
 
 
 def _all_faces(faces: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every pair of a view and a face of it: view, face, rows [Q, 3]; and which rows are in range."""
+    """Of every pair of a view and a face of it: view, face, rows [Q, 3]; and which rows are in
+    range.
+    """
     count = table[:, 1]
     total = int(count.sum())
     view = torch.repeat_interleave(count, output_size=total)
@@ -118,8 +157,12 @@ def _all_faces(faces: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     return view, face, local + table[view, 2, None], good
 
 
-def rasterize_torch(clip: Tensor, faces: Tensor, table: Tensor, height: int, width: int) -> tuple[Tensor, int]:
-    """The picture [V, H, W, 4] (u, v, z / w, face + 1), and how many faces name a row that is not there."""
+def rasterize_torch(
+    clip: Tensor, faces: Tensor, table: Tensor, height: int, width: int
+) -> tuple[Tensor, int]:
+    """The picture [V, H, W, 4] (u, v, z / w, face + 1), and how many faces name a row that is not
+    there.
+    """
     V = len(table)
     view, face, rows, good = _all_faces(faces, table)
     bad = int((~good).sum())
@@ -131,10 +174,14 @@ def rasterize_torch(clip: Tensor, faces: Tensor, table: Tensor, height: int, wid
     a, b, c = code.unbind(1)
     partly = (~whole & ((a & b & c) == 0) & ((a | b | c) < NOWHERE)).nonzero()[:, 0]
     whole = whole.nonzero()[:, 0]
-    pieces = Pieces(snapped.xy[rows[whole]].view(-1, 6), snapped.depth[rows[whole]], view[whole], face[whole])
+    pieces = Pieces(
+        snapped.xy[rows[whole]].view(-1, 6), snapped.depth[rows[whole]], view[whole], face[whole]
+    )
     if len(partly):
         r = rows[partly]
-        cut = clip_faces(clip[r], snapped.xy[r], snapped.depth[r], view[partly], face[partly], height, width)
+        cut = clip_faces(
+            clip[r], snapped.xy[r], snapped.depth[r], view[partly], face[partly], height, width
+        )
         pieces = Pieces(*(torch.cat(pair) for pair in zip(pieces, cut, strict=True)))
     keys = torch.full((V * height * width,), EMPTY, device=clip.device)
     _cover(keys, pieces, height, width)
@@ -146,7 +193,9 @@ def _cover(keys: Tensor, pieces: Pieces, height: int, width: int) -> None:
     xy = pieces.xy.double().view(-1, 3, 2)
     area = _cross(xy[:, 1] - xy[:, 0], xy[:, 2] - xy[:, 0])
     low, high = xy.amin(1), xy.amax(1)
-    half = xy.new_tensor([width, height]) * (STEPS // 2) - STEPS // 2  # of pixel centre (0, 0), negated
+    half = (
+        xy.new_tensor([width, height]) * (STEPS // 2) - STEPS // 2
+    )  # of pixel centre (0, 0), negated
     first = ((low + half) / STEPS).ceil().clamp_(min=0)
     last = torch.minimum(((high + half) / STEPS).floor(), xy.new_tensor([width - 1, height - 1]))
     size = (last - first + 1).clamp_(min=0)
@@ -162,8 +211,12 @@ def _cover(keys: Tensor, pieces: Pieces, height: int, width: int) -> None:
         begin = end
 
 
-def _cover_part(keys, xy, area, top, rows, left, right, depth, view, face, height: int, width: int) -> None:
-    sign = torch.where(area > 0, 1.0, -1.0).double()  # instead of swapping two vertices: edges turn around
+def _cover_part(
+    keys, xy, area, top, rows, left, right, depth, view, face, height: int, width: int
+) -> None:
+    sign = torch.where(
+        area > 0, 1.0, -1.0
+    ).double()  # instead of swapping two vertices: edges turn around
     run = torch.repeat_interleave(rows.long())
     step = torch.arange(len(run), device=run.device) - (rows.cumsum(0) - rows).long()[run]
     y = top[run] + step
@@ -173,9 +226,13 @@ def _cover_part(keys, xy, area, top, rows, left, right, depth, view, face, heigh
         a, b = xy[:, (k + 1) % 3], xy[:, (k + 2) % 3]
         dx, dy = (b - a).unbind(1)
         dx, dy = dx * sign, dy * sign
-        bias = torch.where((dy < 0) | ((dy == 0) & (dx > 0)), 0.0, 1.0).double()  # left and smallest-row edges are inside
+        bias = torch.where(
+            (dy < 0) | ((dy == 0) & (dx > 0)), 0.0, 1.0
+        ).double()  # left and smallest-row edges are inside
         # E at the centre of column 0 of row y: (a - s) x d, s = 16 pixel + 8 - 8 size
-        origin = (a[:, 0] + (STEPS // 2 * width - STEPS // 2)) * dy - (a[:, 1] + (STEPS // 2 * height - STEPS // 2)) * dx
+        origin = (a[:, 0] + (STEPS // 2 * width - STEPS // 2)) * dy - (
+            a[:, 1] + (STEPS // 2 * height - STEPS // 2)
+        ) * dx
         slope = -STEPS * dy
         e = origin[run] + (STEPS * dx)[run] * y
         room, m = e - bias[run], slope[run]
@@ -186,7 +243,9 @@ def _cover_part(keys, xy, area, top, rows, left, right, depth, view, face, heigh
         edges.append((e, slope))
     count = (upper - lower + 1).clamp_(min=0).long()
     pixel = torch.repeat_interleave(count)
-    x = lower[pixel] + (torch.arange(len(pixel), device=run.device) - (count.cumsum(0) - count)[pixel])
+    x = lower[pixel] + (
+        torch.arange(len(pixel), device=run.device) - (count.cumsum(0) - count)[pixel]
+    )
     piece = run[pixel]
     z = 0
     for k, (e, slope) in enumerate(edges):
@@ -223,21 +282,32 @@ def _shown(face: Tensor, faces: Tensor, table: Tensor, size: int) -> Shown:
 
 
 def _edges(clip: Tensor, s: Shown, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Corner k as seen from the pixel, x_k - f_x w_k and y_k - f_y w_k: [3, 2, M]; f [2, M]; clip [M, 3, 4]. In float64:
-    these differences lose digits where faces are small, and the cross products of them more."""
+    """Corner k as seen from the pixel, x_k - f_x w_k and y_k - f_y w_k: [3, 2, M]; f [2, M]; clip
+    [M, 3, 4]. In float64: these differences lose digits where faces are small, and the cross
+    products of them more.
+    """
     corner = clip[s.rows].double()
     x, y = s.at % width, torch.div(s.at, width, rounding_mode="floor") % height
     f = torch.stack([(2 * x + 1).double() / width - 1, (2 * y + 1).double() / height - 1])
     return (corner[..., :2].permute(1, 2, 0) - f * corner[..., 3].mT[:, None]), f, corner
 
 
-def resolve(keys: Tensor, clip: Tensor, faces: Tensor, table: Tensor, height: int, width: int) -> Tensor:
+def resolve(
+    keys: Tensor, clip: Tensor, faces: Tensor, table: Tensor, height: int, width: int
+) -> Tensor:
     """Barycentrics and depth of the nearest face, from the clip positions that were not snapped."""
     face = torch.where(keys == EMPTY, -1, 0xFFFFFFFF - (keys & 0xFFFFFFFF))
     s = _shown(face, faces, table, height * width)
     e, _, corner = _edges(clip, s, height, width)
-    a = torch.stack([e[(k + 1) % 3, 0] * e[(k + 2) % 3, 1] - e[(k + 1) % 3, 1] * e[(k + 2) % 3, 0] for k in range(3)])
-    nonzero = lambda value: torch.where(value != 0, value, 1)  # 0: a face without area that covers a pixel as snapped
+    a = torch.stack(
+        [
+            e[(k + 1) % 3, 0] * e[(k + 2) % 3, 1] - e[(k + 1) % 3, 1] * e[(k + 2) % 3, 0]
+            for k in range(3)
+        ]
+    )
+    nonzero = lambda value: torch.where(
+        value != 0, value, 1
+    )  # 0: a face without area that covers a pixel as snapped
     u, v = (a[:2] / nonzero(a.sum(0))).clamp_(0, 1)
     over = (u + v).clamp_(min=1)
     z = ((corner[..., 2].mT * a).sum(0) / nonzero((corner[..., 3].mT * a).sum(0))).clamp_(-1, 1)
@@ -246,7 +316,9 @@ def resolve(keys: Tensor, clip: Tensor, faces: Tensor, table: Tensor, height: in
     return rast.view(len(table), height, width, 4)
 
 
-def rasterize_torch_backward(grad: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor) -> Tensor:
+def rasterize_torch_backward(
+    grad: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor
+) -> Tensor:
     """Of the clip positions [P, 4], from that of (u, v)."""
     _, H, W, _ = rast.shape
     s = shown(rast, faces, table)
@@ -258,8 +330,24 @@ def rasterize_torch_backward(grad: Tensor, rast: Tensor, clip: Tensor, faces: Te
     inverse = 1 / (total + torch.copysign(torch.full_like(total, 1e-6), total))
     g0, g1 = g[:, 0] * inverse, g[:, 1] * inverse
     mean = (g0 * a0 + g1 * a1) * inverse
-    gx = torch.stack([mean * (y2 - y1) - g1 * y2, mean * (y0 - y2) + g0 * y2, mean * (y1 - y0) - g0 * y1 + g1 * y0], 1)
-    gy = torch.stack([mean * (x1 - x2) + g1 * x2, mean * (x2 - x0) - g0 * x2, mean * (x0 - x1) + g0 * x1 - g1 * x0], 1)
+    gx = torch.stack(
+        [
+            mean * (y2 - y1) - g1 * y2,
+            mean * (y0 - y2) + g0 * y2,
+            mean * (y1 - y0) - g0 * y1 + g1 * y0,
+        ],
+        1,
+    )
+    gy = torch.stack(
+        [
+            mean * (x1 - x2) + g1 * x2,
+            mean * (x2 - x0) - g0 * x2,
+            mean * (x0 - x1) + g0 * x1 - g1 * x0,
+        ],
+        1,
+    )
     gw = -f[0, :, None] * gx - f[1, :, None] * gy
     gradient = torch.stack([gx, gy, torch.zeros_like(gx), gw], 2)
-    return torch.zeros_like(clip).index_add_(0, s.rows.flatten(), gradient.view(-1, 4).to(clip.dtype))
+    return torch.zeros_like(clip).index_add_(
+        0, s.rows.flatten(), gradient.view(-1, 4).to(clip.dtype)
+    )

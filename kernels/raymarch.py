@@ -1,10 +1,13 @@
-"""A radiance field in sparse voxels, ray-marched and differentiable: B scenes of N voxels in all, V views, S segments.
+"""A radiance field in sparse voxels, ray-marched and differentiable: B scenes of N voxels in all, V
+views, S segments.
 
-Each voxel holds R products of three vectors of n taps (a trivec), which weight R densities and R colours; a ray samples it at
-fixed steps of half a tap, counted from the camera and shifted by an offset per pixel. Stages, each one launch for all
-scenes and views: segments (which rays cross which voxels, S), march (tiles of pixels); backward: march (N). What is computed
-is what TRELLIS (Xiang et al. 2024) trains its radiance field with; formulas stand in kernels.march, membership of samples in
-kernels.march_segments. Deliberate differences: a view without voxels shows the background; depth has its true gradient.
+Each voxel holds R products of three vectors of n taps (a trivec), which weight R densities and R
+colours; a ray samples it at fixed steps of half a tap, counted from the camera and shifted by an
+offset per pixel. Stages, each one launch for all scenes and views: segments (which rays cross which
+voxels, S), march (tiles of pixels); backward: march (N). What is computed is what TRELLIS (Xiang et
+al. 2024) trains its radiance field with; formulas stand in kernels.march, membership of samples in
+kernels.march_segments. Deliberate differences: a view without voxels shows the background; depth
+has its true gradient.
 """
 
 import torch
@@ -35,7 +38,9 @@ def _raymarch(
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Image [V, 3, H, W], final transmittance and depth [V, H, W], and what the backward needs of every segment."""
+    """Image [V, 3, H, W], final transmittance and depth [V, H, W], and what the backward needs of
+    every segment.
+    """
     layout = make_layout(starts, view_scene, voxels.device)
     _, height, width = offset.shape
     scene = position, cameras, offset, layout, resolution, dim
@@ -54,8 +59,12 @@ def _raymarch(
 
 
 def _mistakes(position: Tensor, offset: Tensor, resolution: int) -> Tensor:
-    """How many positions are not the centre of a voxel and how many offsets are out of range: [2] int64, on the device."""
-    return torch.stack([_misplaced(position, resolution).sum(), (~((offset >= 0) & (offset < 1))).sum()])
+    """How many positions are not the centre of a voxel and how many offsets are out of range: [2]
+    int64, on the device.
+    """
+    return torch.stack(
+        [_misplaced(position, resolution).sum(), (~((offset >= 0) & (offset < 1))).sum()]
+    )
 
 
 def _misplaced(position: Tensor, resolution: int) -> Tensor:
@@ -70,10 +79,16 @@ def _refuse(mistakes: list[int], position: Tensor, offset: Tensor, resolution: i
         where = [round(p, 6) for p in position[row].tolist()]
         if not all(0 <= p <= 1 for p in where):
             raise ValueError(f"position {row} of {len(position)} is {where}, outside [0, 1]")
-        raise ValueError(f"position {row} of {len(position)} is {where}, not (whole number + 0.5) / resolution {resolution}")
+        raise ValueError(
+            f"position {row} of {len(position)} is {where}, not (whole number + 0.5) / "
+            f"resolution {resolution}"
+        )
     if mistakes[1]:
         view, y, x = (~((offset >= 0) & (offset < 1))).nonzero()[0].tolist()
-        raise ValueError(f"offset must lie in [0, 1), not be {offset[view, y, x].item()} at view {view}, row {y}, column {x}")
+        raise ValueError(
+            f"offset must lie in [0, 1), not be {offset[view, y, x].item()} at view {view}, row "
+            f"{y}, column {x}"
+        )
 
 
 @_raymarch.register_fake
@@ -89,9 +104,20 @@ def _(voxels, position, cameras, offset, background, starts, view_scene, resolut
 
 @torch.library.custom_op("trislat::raymarch_backward", mutates_args=())
 def _raymarch_backward(
-    grad_image: Tensor, grad_final: Tensor, grad_depth: Tensor, image: Tensor, final: Tensor, depth: Tensor, voxels: Tensor,
-    saved: list[Tensor], starts: list[int], view_scene: list[int], resolution: int, rank: int, dim: int,
-) -> Tensor:  # fmt: skip
+    grad_image: Tensor,
+    grad_final: Tensor,
+    grad_depth: Tensor,
+    image: Tensor,
+    final: Tensor,
+    depth: Tensor,
+    voxels: Tensor,
+    saved: list[Tensor],
+    starts: list[int],
+    view_scene: list[int],
+    resolution: int,
+    rank: int,
+    dim: int,
+) -> Tensor:
     """The gradient of the voxels [N, (3 n + 4) R]."""
     ray, voxel, path, start, used, state = saved
     grad_image, grad_depth = grad_image.contiguous(), grad_depth.contiguous()
@@ -100,7 +126,9 @@ def _raymarch_backward(
     if backend.is_torch(voxels):
         with torch.autocast(voxels.device.type, enabled=False):
             return march_torch_backward(voxels, ray, voxel, path, *rest)
-    return march_backward(voxels, make_layout(starts, view_scene, voxels.device), ray, path, start, *rest)
+    return march_backward(
+        voxels, make_layout(starts, view_scene, voxels.device), ray, path, start, *rest
+    )
 
 
 @_raymarch_backward.register_fake
@@ -116,7 +144,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_image, grad_final, grad_depth, grad_saved):
     image, final, depth, voxels, *saved = ctx.saved_tensors
-    grad = torch.ops.trislat.raymarch_backward(grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest)
+    grad = torch.ops.trislat.raymarch_backward(
+        grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest
+    )
     views = None if ctx.rest[1] else []  # torch wants an empty list's structure
     return grad, None, None, None, None, None, views, None, None, None
 
@@ -134,22 +164,25 @@ def raymarch(
     view_scene: Host,  # [V]: the scene that each view shows
     background: Tensor,  # [V, 3]
     resolution: int,  # voxels along an edge of the world cube [-0.5, 0.5]^3
-    offset: Tensor | None = None,  # [V, H, W] in [0, 1), of the first sample in steps; None: drawn anew
+    offset: Tensor
+    | None = None,  # [V, H, W] in [0, 1), of the first sample in steps; None: drawn anew
 ) -> Image:
-    """Render every view of its scene in one launch per stage: colour, alpha (1 - final transmittance), and depth.
+    """Render every view of its scene in one launch per stage: colour, alpha (1 - final
+    transmittance), and depth.
 
-    The step is 0.5 / (n resolution) world units along the ray; the march ends behind the sample at which the transmittance
-    falls below 1e-3. Depth is the sum of the samples' camera depths with the weights of the colour, not divided by alpha.
-    An offset that is drawn comes from torch's generator of the device and is saved for the backward.
-    Differentiable, to first order, in trivec, density and sh; positions, camera and background get no gradient. Computes
-    in fp32 (16-bit inputs are converted; float64 only on the torch path). Same inputs and offset, same bits. On a GPU the
-    host waits once, for the number of segments. Voxels are not searched for NaN: one that is not finite makes pixels NaN, on
-    the torch path others than its own too.
+    The step is 0.5 / (n resolution) world units along the ray; the march ends behind the sample at
+    which the transmittance falls below 1e-3. Depth is the sum of the samples' camera depths with
+    the weights of the colour, not divided by alpha. An offset that is drawn comes from torch's
+    generator of the device and is saved for the backward. Differentiable, to first order, in
+    trivec, density and sh; positions, camera and background get no gradient. Computes in fp32
+    (16-bit inputs are converted; float64 only on the torch path). Same inputs and offset, same
+    bits. On a GPU the host waits once, for the number of segments. Voxels are not searched for NaN:
+    one that is not finite makes pixels NaN, on the torch path others than its own too.
 
-    Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to N; a view_scene of another length
-    than the camera or naming no scene; colour coefficients above degree 0; fewer than 2 taps; a position outside [0, 1] or
-    not at the centre of a voxel; an offset outside [0, 1); 2^31 pixels or segments or more. TypeError: no tensor
-    where one belongs.
+    Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to N; a
+    view_scene of another length than the camera or naming no scene; colour coefficients above
+    degree 0; fewer than 2 taps; a position outside [0, 1] or not at the centre of a voxel; an
+    offset outside [0, 1); 2^31 pixels or segments or more. TypeError: no tensor where one belongs.
     """
     check_tensors(position=position, trivec=trivec, density=density, sh=sh, background=background)
     starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
@@ -160,16 +193,26 @@ def raymarch(
         raise ValueError(f"trivec must be [{N}, R, 3, n], not {list(trivec.shape)}")
     rank, dim = trivec.shape[1], trivec.shape[3]
     if rank < 1 or dim < 2:
-        raise ValueError(f"trivec needs a rank of at least 1 and at least 2 taps, not {rank} and {dim}")
+        raise ValueError(
+            f"trivec needs a rank of at least 1 and at least 2 taps, not {rank} and {dim}"
+        )
     if tuple(density.shape) != (N, rank):
         raise ValueError(f"density must be [{N}, {rank}], not {list(density.shape)}")
     if sh.ndim != 4 or tuple(sh.shape[:2]) != (N, rank) or sh.shape[3] != 3:
         raise ValueError(f"sh must be [{N}, {rank}, 1, 3], not {list(sh.shape)}")
     if sh.shape[2] != 1:
-        raise ValueError(f"sh has {sh.shape[2]} coefficients per channel: only degree 0, 1 coefficient, is implemented")
+        raise ValueError(
+            f"sh has {sh.shape[2]} coefficients per channel: only degree 0, 1 coefficient, is "
+            "implemented"
+        )
     if tuple(background.shape) != (V, 3):
         raise ValueError(f"background must be [{V}, 3], not {list(background.shape)}")
-    if not starts or starts[0] != 0 or starts[-1] != N or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
+    if (
+        not starts
+        or starts[0] != 0
+        or starts[-1] != N
+        or any(b < a for a, b in zip(starts, starts[1:], strict=False))
+    ):
         raise ValueError(f"starts must rise from 0 to the {N} voxels, not be {starts}")
     if len(view_scene) != V:
         raise ValueError(f"view_scene names {len(view_scene)} scenes for {V} views")
@@ -179,7 +222,10 @@ def raymarch(
     check_whole("resolution", resolution)
     size = (V, camera.height, camera.width)
     if V * camera.height * camera.width >= 2**31:
-        raise ValueError(f"{V * camera.height * camera.width} pixels are more than {2**31 - 1}: render fewer views at once")
+        raise ValueError(
+            f"{V * camera.height * camera.width} pixels are more than {2**31 - 1}: render fewer "
+            "views at once"
+        )
     if offset is None:
         offset = torch.rand(size, device=position.device)
     if tuple(offset.shape) != size:
@@ -187,7 +233,9 @@ def raymarch(
     tensors = (trivec, density, sh)
     for value in (*tensors, position, background, offset, camera.extrinsics, camera.intrinsics):
         if value.device != position.device:
-            raise ValueError(f"all tensors must be on one device, not on {position.device} and {value.device}")
+            raise ValueError(
+                f"all tensors must be on one device, not on {position.device} and {value.device}"
+            )
         if not value.is_floating_point():
             raise ValueError(f"all tensors must be floating point, not {value.dtype}")
     exact = trivec.dtype == torch.float64
@@ -197,8 +245,12 @@ def raymarch(
     trivec, density, sh = (t.to(dtype) for t in tensors)
     colour = SH0 * sh[:, :, 0].transpose(1, 2)
     voxels = torch.cat([trivec.permute(0, 2, 3, 1).flatten(1), density, colour.flatten(1)], 1)
-    fixed = (t.detach().to(dtype).contiguous() for t in (position, _pack(camera), offset, background))
-    image, final, depth, _ = torch.ops.trislat.raymarch(voxels, *fixed, starts, view_scene, resolution, rank, dim)
+    fixed = (
+        t.detach().to(dtype).contiguous() for t in (position, _pack(camera), offset, background)
+    )
+    image, final, depth, _ = torch.ops.trislat.raymarch(
+        voxels, *fixed, starts, view_scene, resolution, rank, dim
+    )
     return Image(color=image, alpha=1 - final[:, None], depth=depth[:, None])
 
 
@@ -211,8 +263,12 @@ def _pack(camera: Camera) -> Tensor:
     return torch.cat([camera.extrinsics[:, :3, :3].flatten(1), camera.center, pixels], 1)
 
 
-def raymarch_reference(position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset) -> Image:
-    """`raymarch` by the book: one view after another, every ray with every voxel, textbook formulas, autograd."""
+def raymarch_reference(
+    position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset
+) -> Image:
+    """`raymarch` by the book: one view after another, every ray with every voxel, textbook
+    formulas, autograd.
+    """
     starts, images = host_list("starts", starts), []
     for v, s in enumerate(host_list("view_scene", view_scene)):
         mine = slice(starts[s], starts[s + 1])
@@ -235,9 +291,14 @@ def _view_reference(position, trivec, density, sh, camera, background, resolutio
     low = torch.floor(position.to(exact) * resolution) / resolution - 0.5
     keep = ((low + 0.5 / resolution) @ extrinsics[2, :3] + extrinsics[2, 3]) > 0.2
     inverse = torch.where(d == 0, 1e10, 1 / d)
-    a, b = ((low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution))  # [rays, N, 3]
+    a, b = (
+        (low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution)
+    )  # [rays, N, 3]
     t_in, t_out = torch.minimum(a, b).amax(2), torch.maximum(a, b).amin(2)
-    first, last = torch.ceil(t_in / step - offset[:, None]), torch.floor(t_out / step - offset[:, None])
+    first, last = (
+        torch.ceil(t_in / step - offset[:, None]),
+        torch.floor(t_out / step - offset[:, None]),
+    )
     ray, voxel = ((t_in < t_out) & (first <= last) & keep).nonzero(as_tuple=True)
     first, count = first[ray, voxel], (last - first + 1)[ray, voxel].long()
     ray, voxel, first = (t.repeat_interleave(count) for t in (ray, voxel, first))
@@ -257,16 +318,22 @@ def _view_reference(position, trivec, density, sh, camera, background, resolutio
     color = torch.sigmoid((SH0 * sh[voxel] * e[..., None]).sum(1))
     alpha = 1 - torch.exp(-rho * step)
     # published rule: past the clamp, the gradient is that of rho with the factor step * (1 - clamp)
-    clamp = torch.tensor(0.999).item()  # in fp32, as published: one such sample leaves less than 1e-3
+    clamp = torch.tensor(
+        0.999
+    ).item()  # in fp32, as published: one such sample leaves less than 1e-3
     alpha = torch.where(alpha > clamp, clamp + (1 - clamp) * step * (rho - rho.detach()), alpha)
     rays = len(d)
     count = torch.bincount(ray, minlength=rays)
     column = torch.arange(len(ray)) - (count.cumsum(0) - count)[ray]
-    table = alpha.new_zeros(rays, int(count.max()) + 1 if rays else 1).index_put((ray, column), alpha)
+    table = alpha.new_zeros(rays, int(count.max()) + 1 if rays else 1).index_put(
+        (ray, column), alpha
+    )
     through = torch.cumprod(1 - table, 1)
     before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1)
     kept = before >= 1e-3
     weight = (table * before * kept)[ray, column]
     final = torch.where(kept, 1 - table, 1).prod(1)
-    image = background.to(exact) * final[:, None] + torch.zeros_like(d).index_add(0, ray, weight[:, None] * color)
+    image = background.to(exact) * final[:, None] + torch.zeros_like(d).index_add(
+        0, ray, weight[:, None] * color
+    )
     return image.T, 1 - final, shrink * torch.zeros_like(offset).index_add(0, ray, weight * z)

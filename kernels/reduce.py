@@ -1,14 +1,16 @@
-"""Sums in a fixed order, without atomics: of the rows that share a key, and of segments of neighbouring rows.
+"""Sums in a fixed order, without atomics: of the rows that share a key, and of segments of
+neighbouring rows.
 
-`sum_rows`, the gradient of a gather: M rows, C channels, N sums. The rows are read in an order that puts equal keys side by
-side (a stable sort, so each sum has one fixed order). A program adds up the runs among its B rows, all at once: the [B, B]
-matrix of equal keys times the rows. A run that lies inside the program is finished; one that reaches across its ends leaves
-a partial sum, and the 2 partial sums of every program are the rows of the next launch, B / 2 times fewer each time, until one
-program holds them all.
+`sum_rows`, the gradient of a gather: M rows, C channels, N sums. The rows are read in an order that
+puts equal keys side by side (a stable sort, so each sum has one fixed order). A program adds up the
+runs among its B rows, all at once: the [B, B] matrix of equal keys times the rows. A run that lies
+inside the program is finished; one that reaches across its ends leaves a partial sum, and the 2
+partial sums of every program are the rows of the next launch, B / 2 times fewer each time, until
+one program holds them all.
 
-`sum_segments`: a million numbers added one after the other in fp32 are off by percents, so programs add up pieces of a
-segment, and the next launch the pieces. Pieces are counted from the segment's own start, so what stands before and after
-it in the memory changes no bit of its sum.
+`sum_segments`: a million numbers added one after the other in fp32 are off by percents, so programs
+add up pieces of a segment, and the next launch the pieces. Pieces are counted from the segment's
+own start, so what stands before and after it in the memory changes no bit of its sum.
 """
 
 import torch
@@ -21,8 +23,9 @@ from kernels.pairs import to_device
 
 
 def _tiles(target: str) -> dict:
-    """Rows per program (not yet measured on a GPU): B additions per row and channel, few of them beside the traffic. On AMD
-    the matrix of equal keys lies in scalar registers, which are few."""
+    """Rows per program (not yet measured on a GPU): B additions per row and channel, few of them
+    beside the traffic. On AMD the matrix of equal keys lies in scalar registers, which are few.
+    """
     if target == "interpreter":
         return {"B": 512, "num_warps": 2}
     return {"B": 32, "num_warps": 4} if target.startswith("gfx") else {"B": 64, "num_warps": 2}
@@ -38,9 +41,19 @@ def _key(key_ptr, order_ptr, i, live, SORTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "C"])
 def _sum_runs(
-    rows_ptr, weight_ptr, order_ptr, key_ptr, out_ptr, part_ptr, part_key_ptr, M, C, SHARE: tl.constexpr,
-    SORTED: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    weight_ptr,
+    order_ptr,
+    key_ptr,
+    out_ptr,
+    part_ptr,
+    part_key_ptr,
+    M,
+    C,
+    SHARE: tl.constexpr,
+    SORTED: tl.constexpr,
+    B: tl.constexpr,
+):
     b = tl.program_id(0)
     lane = tl.arange(0, B)
     i = b * B + lane
@@ -63,8 +76,11 @@ def _sum_runs(
         total = tl.sum(tl.where(same, value[:, None], 0.0), 0)  # (B,)
         tl.store(out_ptr + to + c, total, last & (key != left) & (key != right))
         tl.store(part_ptr + part * C + c + tl.zeros_like(lane), total, head)
-        tl.store(part_ptr + (part + 1) * C + c + tl.zeros_like(lane), tl.where(head, 0.0, total), tail)
-    # a run through the whole program is its head, and a tail of zero: runs of partial sums have no gaps
+        tl.store(
+            part_ptr + (part + 1) * C + c + tl.zeros_like(lane), tl.where(head, 0.0, total), tail
+        )
+    # a run through the whole program is its head, and a tail of zero: runs of partial sums have no
+    # gaps
     tl.store(part_key_ptr + part, tl.where(starts, left, -1))
     tl.store(part_key_ptr + part + 1, tl.where(continues, right, -1))
 
@@ -77,7 +93,9 @@ def sum_rows(
     weight: Tensor | None = None,  # [M] fp32: row m counts weight[m] times
     share: int = 1,  # row m is rows[m // share]
 ) -> Tensor:  # [N, C]
-    """The sum of the rows of each key 0 .. N - 1, 0 for a key without rows. The same bits each time."""
+    """The sum of the rows of each key 0 .. N - 1, 0 for a key without rows. The same bits each
+    time.
+    """
     M, C = len(key), rows.shape[1]
     out = rows.new_zeros(N, C)
     rows, weight = rows.contiguous(), None if weight is None else weight.contiguous()
@@ -86,7 +104,20 @@ def sum_rows(
         blocks = triton.cdiv(M, tiles["B"])
         part, part_key = rows.new_empty(2 * blocks, C), key.new_empty(2 * blocks)
         backend.launch(
-            _sum_runs, (blocks,), rows, weight, order, key, out, part, part_key, M, C, SHARE=share, SORTED=ordered, **tiles
+            _sum_runs,
+            (blocks,),
+            rows,
+            weight,
+            order,
+            key,
+            out,
+            part,
+            part_key,
+            M,
+            C,
+            SHARE=share,
+            SORTED=ordered,
+            **tiles,
         )
         if blocks == 1:
             break
@@ -103,9 +134,15 @@ def _piece(target: str, K: int) -> dict[str, int]:
 
 @triton.jit
 def _sum_pieces(
-    values_ptr, starts_ptr, out_ptr, stride,
-    K: tl.constexpr, MAGNITUDES: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    starts_ptr,
+    out_ptr,
+    stride,
+    K: tl.constexpr,
+    MAGNITUDES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
     piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
     n = begin + piece * ROWS + tl.arange(0, ROWS)

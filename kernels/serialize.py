@@ -1,13 +1,15 @@
-"""Coordinates -> windows along a space-filling curve: N rows (batch, x, y, z), M windows, K attended rows, no host wait.
+"""Coordinates -> windows along a space-filling curve: N rows (batch, x, y, z), M windows, K
+attended rows, no host wait.
 
-A sample's voxels are put in the order of their code on the curve (Morton's z-order, or Hilbert's in Skilling's form, AIP
-Conf. Proc. 707, 381, 2004) and cut into ceil(n / window) runs of nearly equal length, whose rows are the queries. The keys
-of a run are `window` consecutive rows around its middle, counted around the end: windows overlap, so the keys are an index
-list in which rows repeat, not a permutation (the serialised attention of microsoft/TRELLIS, after Point Transformer V3,
-arXiv 2312.10035). A sample of up to `window` voxels is one window.
+A sample's voxels are put in the order of their code on the curve (Morton's z-order, or Hilbert's in
+Skilling's form, AIP Conf. Proc. 707, 381, 2004) and cut into ceil(n / window) runs of nearly equal
+length, whose rows are the queries. The keys of a run are `window` consecutive rows around its
+middle, counted around the end: windows overlap, so the keys are an index list in which rows repeat,
+not a permutation (the serialised attention of microsoft/TRELLIS, after Point Transformer V3, arXiv
+2312.10035). A sample of up to `window` voxels is one window.
 
-Where a run ends is computed in integers. The published code multiplies by n / windows in floating point, which can leave
-out a sample's last row where that product comes out below an integer.
+Where a run ends is computed in integers. The published code multiplies by n / windows in floating
+point, which can leave out a sample's last row where that product comes out below an integer.
 """
 
 import torch
@@ -22,7 +24,12 @@ from kernels.window import Windows, per_axis
 
 BITS = 10  # of a coordinate in a code
 TILE = 512  # rows per program; not yet measured on a GPU (the kernel is launch-bound)
-MODES = ("z_order", "z_order_transposed", "hilbert", "hilbert_transposed")  # transposed: x and y change places
+MODES = (
+    "z_order",
+    "z_order_transposed",
+    "hilbert",
+    "hilbert_transposed",
+)  # transposed: x and y change places
 
 
 @triton.jit
@@ -35,8 +42,18 @@ def _spread(x):
 
 
 @triton.jit(do_not_specialize=["N", "sx", "sy", "sz"])
-def _codes(coords_ptr, codes_ptr, N, sx, sy, sz, HILBERT: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
-           TILE: tl.constexpr):  # fmt: skip
+def _codes(
+    coords_ptr,
+    codes_ptr,
+    N,
+    sx,
+    sy,
+    sz,
+    HILBERT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = row < N
     c = coords_ptr + row.to(tl.int64) * 4
@@ -106,16 +123,21 @@ def curve_codes(
     mode: str,  # one of MODES
     shift: int | tuple[int, int, int] = 0,  # voxels per axis, added to the coordinates
 ) -> Tensor:  # [N] int32
-    """The position of each voxel along a space-filling curve through 1024^3 voxels, x most significant: 30 bits.
+    """The position of each voxel along a space-filling curve through 1024^3 voxels, x most
+    significant: 30 bits.
 
-    Raises ValueError for an unknown mode, a negative shift, and one that takes a coordinate beyond 1023.
+    Raises ValueError for an unknown mode, a negative shift, and one that takes a coordinate beyond
+    1023.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     shift = per_axis(shift, "shift_window", 0)
     for extent, s in zip(voxels.extent, shift, strict=True):
         if extent + s > 1 << BITS and len(voxels):
-            raise ValueError(f"coordinate {extent - 1} shifted by {s} is beyond {(1 << BITS) - 1}, the last on the curve")
+            raise ValueError(
+                f"coordinate {extent - 1} shifted by {s} is beyond {(1 << BITS) - 1}, the last "
+                "on the curve"
+            )
     args = mode.startswith("hilbert"), mode.endswith("transposed")
     return torch.ops.trislat.curve_codes(voxels.coords, shift, *args)
 
@@ -126,24 +148,30 @@ def serialized_windows(
     window: int,  # rows that a query attends to
     mode: str = "z_order",  # one of MODES
     shift_sequence: int = 0,  # rows along the curve by which the windows of a sample move, any sign
-    shift_window: int | tuple[int, int, int] = 0,  # voxels per axis by which the curve moves, none negative
+    shift_window: int
+    | tuple[int, int, int] = 0,  # voxels per axis by which the curve moves, none negative
 ) -> Windows:
-    """Group voxels along a space-filling curve into overlapping windows; `Windows.keys` lists the rows of each.
+    """Group voxels along a space-filling curve into overlapping windows; `Windows.keys` lists the
+    rows of each.
 
-    Given a cache nothing waits for the device; given coords they are checked in one read. Raises ValueError for a window
-    below 1, a wrong batch size, and where SpatialCache and `curve_codes` do.
+    Given a cache nothing waits for the device; given coords they are checked in one read. Raises
+    ValueError for a window below 1, a wrong batch size, and where SpatialCache and `curve_codes`
+    do.
     """
     check_whole("window", window)
     cache = SpatialCache(voxels, batch_size) if isinstance(voxels, Tensor) else voxels
     if batch_size != cache.batch_size:
         raise ValueError(f"batch_size {batch_size} of a cache over {cache.batch_size} samples")
     codes = curve_codes(cache, mode, shift_window)
-    line = ((cache.coords[:, 0].long() << 3 * BITS) | codes).argsort(stable=True)  # [N]: samples in order, along the curve
+    line = ((cache.coords[:, 0].long() << 3 * BITS) | codes).argsort(
+        stable=True
+    )  # [N]: samples in order, along the curve
     runs = [-(-n // window) for n in cache.counts]
     M, K = sum(runs), sum(min(n, window) * r for n, r in zip(cache.counts, runs, strict=True))
     arange = {"dtype": torch.int64, "device": line.device}
     starts = cache.starts.long()
-    # of each window: its sample's number of rows and of windows, its sample's first row, its number in the sample
+    # of each window: its sample's number of rows and of windows, its sample's first row, its number
+    # in the sample
     n, r = starts.diff(), (starts.diff() + window - 1) // window
     sample = torch.arange(batch_size, **arange).repeat_interleave(r, output_size=M)
     i = torch.arange(M, **arange) - (r.cumsum(0) - r)[sample]
@@ -184,7 +212,9 @@ def curve_code_reference(x: int, y: int, z: int, hilbert: bool) -> int:
     return sum((c[axis] >> i & 1) << (3 * i + 2 - axis) for i in range(BITS) for axis in range(3))
 
 
-def serialized_windows_reference(coords, batch_size, window, mode="z_order", shift_sequence=0, shift_window=0):
+def serialized_windows_reference(
+    coords, batch_size, window, mode="z_order", shift_sequence=0, shift_window=0
+):
     """[(query rows, key rows)] of every window in order, sample by sample."""
     shift, found = per_axis(shift_window, "shift_window", 0), []
     for b in range(batch_size):
@@ -202,5 +232,10 @@ def serialized_windows_reference(coords, batch_size, window, mode="z_order", shi
                 continue
             queries = range(i * n // runs + shift_sequence, (i + 1) * n // runs + shift_sequence)
             begin = ((2 * i + 1) * n - window * runs) // (2 * runs) + shift_sequence
-            found.append(([line[p % n] for p in queries], [line[p % n] for p in range(begin, begin + window)]))
+            found.append(
+                (
+                    [line[p % n] for p in queries],
+                    [line[p % n] for p in range(begin, begin + window)],
+                )
+            )
     return found

@@ -1,8 +1,10 @@
-"""Voxel shells with the window statistics of real surfaces, for measurements: N voxels on a grid of `resolution`^3.
+"""Voxel shells with the window statistics of real surfaces, for measurements: N voxels on a grid of
+`resolution`^3.
 
-A voxel is active where the surface f = 0 crosses it: f changes sign among its eight corners. At 64^3 and windows of 8^3
-a plain surface fills a window with 50 to 80 of its 512 voxels and nearly always less than 128; noise, interiors and thin
-layers bring windows above 256. Seeds are fixed: the same name gives the same voxels.
+A voxel is active where the surface f = 0 crosses it: f changes sign among its eight corners. At
+64^3 and windows of 8^3 a plain surface fills a window with 50 to 80 of its 512 voxels and nearly
+always less than 128; noise, interiors and thin layers bring windows above 256. Seeds are fixed: the
+same name gives the same voxels.
 """
 
 import math
@@ -22,14 +24,19 @@ def _waves(seed: int, frequency: float) -> Field:
     phase, amplitude = generator.uniform(0, 2 * np.pi, 24), generator.normal(size=24) / np.sqrt(24)
 
     def field(x, y, z):
-        return sum(a * np.cos(d[0] * x + d[1] * y + d[2] * z + p) for d, p, a in zip(direction, phase, amplitude, strict=True))
+        return sum(
+            a * np.cos(d[0] * x + d[1] * y + d[2] * z + p)
+            for d, p, a in zip(direction, phase, amplitude, strict=True)
+        )
 
     return field
 
 
 def _sphere(radius: float, noise: float = 0.0, seed: int = 0, frequency: float = 3.0) -> Field:
     waves = _waves(seed, frequency)
-    return lambda x, y, z: np.sqrt(x * x + y * y + z * z) - radius + (noise * waves(x, y, z) if noise else 0.0)
+    return lambda x, y, z: (
+        np.sqrt(x * x + y * y + z * z) - radius + (noise * waves(x, y, z) if noise else 0.0)
+    )
 
 
 def _rotated_box(x, y, z):
@@ -38,7 +45,11 @@ def _rotated_box(x, y, z):
 
 
 def _gyroid(x, y, z):
-    sheet = np.sin(14 * x) * np.cos(14 * y) + np.sin(14 * y) * np.cos(14 * z) + np.sin(14 * z) * np.cos(14 * x)
+    sheet = (
+        np.sin(14 * x) * np.cos(14 * y)
+        + np.sin(14 * y) * np.cos(14 * z)
+        + np.sin(14 * z) * np.cos(14 * x)
+    )
     return np.maximum(np.sqrt(x * x + y * y + z * z) - 0.48, abs(sheet) - 0.35)
 
 
@@ -58,7 +69,9 @@ FIELDS: dict[str, Field] = {
 
 
 def shell(field: str | Field, resolution: int = 64) -> Tensor:  # [N, 3] int32, sorted by x, y, z
-    """The active voxels of one of FIELDS (or of a function of x, y, z in [-0.5, 0.5]). ValueError for an unknown name."""
+    """The active voxels of one of FIELDS (or of a function of x, y, z in [-0.5, 0.5]). ValueError
+    for an unknown name.
+    """
     if isinstance(field, str):
         if field not in FIELDS:
             raise ValueError(f"shell {field!r} is not one of {', '.join(FIELDS)}")
@@ -67,14 +80,25 @@ def shell(field: str | Field, resolution: int = 64) -> Tensor:  # [N, 3] int32, 
     active = []
     for x in range(resolution):  # slab by slab: a grid of 256^3 corners would take gigabytes
         inside = field(*np.meshgrid(edge[x : x + 2], edge, edge, indexing="ij")) > 0
-        corners = np.stack([inside[i, j : j + resolution, k : k + resolution] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+        corners = np.stack(
+            [
+                inside[i, j : j + resolution, k : k + resolution]
+                for i in (0, 1)
+                for j in (0, 1)
+                for k in (0, 1)
+            ]
+        )
         yz = np.argwhere(corners.any(0) & ~corners.all(0))
         active.append(np.concatenate([np.full((len(yz), 1), x), yz], 1))
     return torch.from_numpy(np.concatenate(active)).int()
 
 
-def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:  # [windows * rows, 3] int32, sorted by x, y, z
-    """`rows` voxels at random in each of `windows` cubes. ValueError for more rows than a cube has cells."""
+def occupied(
+    windows: int, rows: int, window: int = 8, seed: int = 0
+) -> Tensor:  # [windows * rows, 3] int32, sorted by x, y, z
+    """`rows` voxels at random in each of `windows` cubes. ValueError for more rows than a cube has
+    cells.
+    """
     cells = window**3
     if rows > cells:
         raise ValueError(f"{rows} rows do not fit a window of {window}^3 = {cells} voxels")
@@ -89,4 +113,6 @@ def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:
 
 def batch(*samples: Tensor) -> Tensor:  # [N, 4] int32: batch, x, y, z
     """Samples [n, 3] below each other, the sample's index in front."""
-    return torch.cat([torch.nn.functional.pad(xyz, (1, 0), value=b) for b, xyz in enumerate(samples)])
+    return torch.cat(
+        [torch.nn.functional.pad(xyz, (1, 0), value=b) for b, xyz in enumerate(samples)]
+    )

@@ -1,4 +1,6 @@
-"""Antialiasing of silhouettes on a CPU (what and why: kernels.antialias): only the pairs of pixels whose faces differ."""
+"""Antialiasing of silhouettes on a CPU (what and why: kernels.antialias): only the pairs of pixels
+whose faces differ.
+"""
 
 import torch
 from torch import Tensor
@@ -24,19 +26,30 @@ def _origin(at: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([x.to(dtype) + 0.5 - width / 2, y.to(dtype) + 0.5 - height / 2])
 
 
-def find_pairs(rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor) -> tuple[Tensor, Tensor]:
+def find_pairs(
+    rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor
+) -> tuple[Tensor, Tensor]:
     """alpha and code, [2, V, H, W] each, as kernels.silhouettes has them."""
     V, H, W, _ = rast.shape
     number, depth = rast[..., 3].reshape(-1), rast[..., 2].reshape(-1)
-    alphas, codes = clip.new_zeros(2, V * H * W), torch.zeros(2, V * H * W, dtype=torch.int8, device=clip.device)
+    alphas, codes = (
+        clip.new_zeros(2, V * H * W),
+        torch.zeros(2, V * H * W, dtype=torch.int8, device=clip.device),
+    )
     half = clip.new_tensor([W / 2, H / 2])
     for d in (0, 1):
         grid = rast[..., 3]
         differs = grid[:, :, 1:] != grid[:, :, :-1] if d == 0 else grid[:, 1:] != grid[:, :-1]
-        first = torch.nn.functional.pad(differs, (0, 1) if d == 0 else (0, 0, 0, 1)).reshape(-1).nonzero()[:, 0]
+        first = (
+            torch.nn.functional.pad(differs, (0, 1) if d == 0 else (0, 0, 0, 1))
+            .reshape(-1)
+            .nonzero()[:, 0]
+        )
         other = first + (W if d else 1)
         f0, f1 = number[first], number[other]
-        second = (f0 == 0) | ((f1 != 0) & (depth[other] <= depth[first]))  # whose face is the nearer one
+        second = (f0 == 0) | (
+            (f1 != 0) & (depth[other] <= depth[first])
+        )  # whose face is the nearer one
         ds = torch.where(second, -1.0, 1.0).to(clip.dtype)
         view = table[torch.div(first, H * W, rounding_mode="floor")]
         face = view[:, 0] + torch.where(second, f1, f0).long() - 1
@@ -48,7 +61,9 @@ def find_pairs(rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposit
         folds = []
         for k in range(3):
             replaced = [[o[k] if k == c else p[c] for c in range(3)] for p, o in ((x, ox), (y, oy))]
-            folds.append((across[k] < 0) | (_area(*replaced).signbit() == turn))  # open, or both faces on one side
+            folds.append(
+                (across[k] < 0) | (_area(*replaced).signbit() == turn)
+            )  # open, or both faces on one side
         if d:
             x, y = y, x  # along and across the line to the neighbour
         dx, dy = x[[2, 0, 1]] - x[[1, 2, 0]], y[[2, 0, 1]] - y[[1, 2, 0]]
@@ -59,7 +74,13 @@ def find_pairs(rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposit
         pick = lambda value, m=m: value.gather(0, m)[0]
         r, dx, dy, fold = pick(r), pick(dx), pick(dy), pick(torch.stack(folds))
         alpha = ds * (0.5 - r.clamp(0, 1))
-        hit = fold & (dy.abs() >= dx.abs()) & (r > -MARGIN) & (r < 1 + MARGIN) & ((alpha != 0) | alpha.signbit())
+        hit = (
+            fold
+            & (dy.abs() >= dx.abs())
+            & (r > -MARGIN)
+            & (r < 1 + MARGIN)
+            & ((alpha != 0) | alpha.signbit())
+        )
         alphas[d, first[hit]] = alpha[hit]
         codes[d, first[hit]] = (1 + m[0] + 3 * second)[hit].to(torch.int8)
     return alphas.view(2, V, H, W), codes.view(2, V, H, W)
@@ -81,7 +102,14 @@ def antialias_torch(
 
 
 def antialias_torch_backward(
-    grad: Tensor, image: Tensor, alpha: Tensor, code: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor
+    grad: Tensor,
+    image: Tensor,
+    alpha: Tensor,
+    code: Tensor,
+    rast: Tensor,
+    clip: Tensor,
+    faces: Tensor,
+    table: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Of the image [V, H, W, C] and of the clip positions [P, 4]."""
     V, H, W, C = image.shape

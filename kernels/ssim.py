@@ -1,16 +1,21 @@
 """Structural similarity of two image batches: V views, C channels, H rows, W columns.
 
-An 11 x 11 Gaussian window (sigma 1.5) slides over each plane with zero padding (no renormalisation at the border):
-    SSIM = (2 ma mb + C1) (2 cov + C2) / ((ma^2 + mb^2 + C1) (va + vb + C2)),   C1 = 0.01^2, C2 = 0.03^2,
-with variances as E[x^2] - m^2 (Wang et al. 2004). Only va + vb enters, so four filtered maps are enough: ma, mb,
-E[a^2] + E[b^2], E[ab].
+An 11 x 11 Gaussian window (sigma 1.5) slides over each plane with zero padding (no renormalisation
+at the border):
+    SSIM = (2 ma mb + C1) (2 cov + C2) / ((ma^2 + mb^2 + C1) (va + vb + C2)),   C1 = 0.01^2, C2 =
+    0.03^2,
+with variances as E[x^2] - m^2 (Wang et al. 2004). Only va + vb enters, so four filtered maps are
+enough: ma, mb, E[a^2] + E[b^2], E[ab].
 
-A lane is one column of a strip of ROWS rows; it walks down. A row is filtered horizontally from eleven shifted loads (the first
-misses the cache, ten hit it) and added to the eleven output rows that it reaches, whose sums live in registers until they are
-complete. So the filter is separable, with no shared memory and no second pass; a strip pays for ten extra rows.
+A lane is one column of a strip of ROWS rows; it walks down. A row is filtered horizontally from
+eleven shifted loads (the first misses the cache, ten hit it) and added to the eleven output rows
+that it reaches, whose sums live in registers until they are complete. So the filter is separable,
+with no shared memory and no second pass; a strip pays for ten extra rows.
 
-The gradient is the same filter over three maps that the forward saves (d ssim / d ma, d E[a^2], d E[ab]):
-    grad a = filter(dma) + 2 a filter(dsq) + b filter(dab);   b's shares the last two and adds a fourth, d ssim / d mb.
+The gradient is the same filter over three maps that the forward saves (d ssim / d ma, d E[a^2], d
+E[ab]):
+    grad a = filter(dma) + 2 a filter(dsq) + b filter(dab);   b's shares the last two and adds a
+    fourth, d ssim / d mb.
 """
 
 import math
@@ -35,7 +40,10 @@ def _taps() -> list[float]:
 
 TAPS = _taps()
 T0, T1, T2, T3, T4, T5 = (tl.constexpr(w) for w in TAPS)
-C1, C2 = tl.constexpr(0.01**2), tl.constexpr(0.03**2)  # in kernels a constant stands to the right: the interpreter needs it
+C1, C2 = (
+    tl.constexpr(0.01**2),
+    tl.constexpr(0.03**2),
+)  # in kernels a constant stands to the right: the interpreter needs it
 
 
 def _tiles() -> dict:
@@ -44,25 +52,33 @@ def _tiles() -> dict:
 
 
 def _programs(C: int, H: int, W: int, tiles: dict) -> int:
-    """Programs of one image: a program's lanes never cross into another, so its partial sum belongs to one."""
+    """Programs of one image: a program's lanes never cross into another, so its partial sum belongs
+    to one.
+    """
     return triton.cdiv(C * triton.cdiv(H, tiles["ROWS"]) * W, tiles["LANES"])
 
 
 @triton.jit
 def _place(programs, C, H, W, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """Of every lane [LANES]: its column, its strip's first row (an idle lane's are all below the image), its plane's start."""
+    """Of every lane [LANES]: its column, its strip's first row (an idle lane's are all below the
+    image), its plane's start.
+    """
     strips = tl.cdiv(H, ROWS)
     lane = tl.program_id(0) % programs * LANES + tl.arange(0, LANES)
     image = (tl.program_id(0) // programs).to(tl.int64)
     channel = lane // W // strips
     first = tl.where(channel < C, lane // W % strips * ROWS, H + 5)
-    size = (tl.num_programs(0) // programs).to(tl.int64) * C * H * W  # elements of the batch: the stride of the saved maps
+    size = (
+        (tl.num_programs(0) // programs).to(tl.int64) * C * H * W
+    )  # elements of the batch: the stride of the saved maps
     return lane % W, first, (image * C + channel) * H * W, size
 
 
 @triton.jit
 def _add_images(ha, hb, hsq, hab, a_ptr, b_ptr, x, end, D: tl.constexpr, TAP: tl.constexpr):
-    """Add the pixels D columns to the left and right of x to a row's four sums; outside 0 <= column < end they are zero."""
+    """Add the pixels D columns to the left and right of x to a row's four sums; outside 0 <= column
+    < end they are zero.
+    """
     left, right = (x >= D) & (end > 0), x < end - D
     a0 = tl.load(a_ptr - D, mask=left, other=0.0).to(tl.float32)
     a1 = tl.load(a_ptr + D, mask=right, other=0.0).to(tl.float32)
@@ -76,7 +92,9 @@ def _add_images(ha, hb, hsq, hab, a_ptr, b_ptr, x, end, D: tl.constexpr, TAP: tl
 
 
 @triton.jit
-def _add_maps(ha, hb, hsq, hab, ptr, size, x, end, D: tl.constexpr, TAP: tl.constexpr, BOTH: tl.constexpr):
+def _add_maps(
+    ha, hb, hsq, hab, ptr, size, x, end, D: tl.constexpr, TAP: tl.constexpr, BOTH: tl.constexpr
+):
     """As `_add_images`, of the saved maps."""
     left, right = (x >= D) & (end > 0), x < end - D
     ha += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
@@ -86,7 +104,9 @@ def _add_maps(ha, hb, hsq, hab, ptr, size, x, end, D: tl.constexpr, TAP: tl.cons
     hab += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
     if BOTH:
         ptr += size
-        hb += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
+        hb += (
+            tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)
+        ) * TAP
     return ha, hb, hsq, hab
 
 
@@ -99,16 +119,38 @@ def _ring(LANES: tl.constexpr):
 
 @triton.jit
 def _push(r, h):
-    """Add row h to the eleven output rows that it reaches: (the one it completes, the ten under way)."""
+    """Add row h to the eleven output rows that it reaches: (the one it completes, the ten under
+    way).
+    """
     h0, h1, h2, h3, h4, h5 = h * T0, h * T1, h * T2, h * T3, h * T4, h * T5
-    return r[0] + h5, (r[1] + h4, r[2] + h3, r[3] + h2, r[4] + h1, r[5] + h0, r[6] + h1, r[7] + h2, r[8] + h3, r[9] + h4, h5)
+    return r[0] + h5, (
+        r[1] + h4,
+        r[2] + h3,
+        r[3] + h2,
+        r[4] + h1,
+        r[5] + h0,
+        r[6] + h1,
+        r[7] + h2,
+        r[8] + h3,
+        r[9] + h4,
+        h5,
+    )
 
 
 @triton.jit(do_not_specialize=["programs", "C", "H", "W"])
 def _ssim_fwd(
-    a_ptr, b_ptr, partial_ptr, maps_ptr, programs, C, H, W,
-    LANES: tl.constexpr, ROWS: tl.constexpr, MAPS: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    partial_ptr,
+    maps_ptr,
+    programs,
+    C,
+    H,
+    W,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    MAPS: tl.constexpr,
+):
     x, first, plane, size = _place(programs, C, H, W, LANES, ROWS)
     ring_a, ring_b, ring_sq, ring_ab = _ring(LANES), _ring(LANES), _ring(LANES), _ring(LANES)
     total = tl.zeros([LANES], tl.float32)
@@ -128,7 +170,9 @@ def _ssim_fwd(
         mb, ring_b = _push(ring_b, hb)
         sq, ring_sq = _push(ring_sq, hsq)
         ab, ring_ab = _push(ring_ab, hab)
-        live = (y - 5 >= first) & (y - 5 < H)  # the completed row; before `first` it is the strip above's
+        live = (y - 5 >= first) & (
+            y - 5 < H
+        )  # the completed row; before `first` it is the strip above's
         square, cross = ma * ma + mb * mb, 2 * ma * mb
         A1, A2, B1, B2 = cross + C1, 2 * ab - cross + C2, square + C1, sq - square + C2
         value = A1 * A2 / (B1 * B2)
@@ -146,9 +190,20 @@ def _ssim_fwd(
 
 @triton.jit(do_not_specialize=["programs", "C", "H", "W"])
 def _ssim_bwd(
-    a_ptr, b_ptr, maps_ptr, grad_ptr, da_ptr, db_ptr, programs, C, H, W,
-    LANES: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    maps_ptr,
+    grad_ptr,
+    da_ptr,
+    db_ptr,
+    programs,
+    C,
+    H,
+    W,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BOTH: tl.constexpr,
+):
     x, first, plane, size = _place(programs, C, H, W, LANES, ROWS)
     scale = tl.load(grad_ptr + tl.program_id(0) // programs).to(tl.float32)
     ring_a, ring_b, ring_sq, ring_ab = _ring(LANES), _ring(LANES), _ring(LANES), _ring(LANES)
@@ -189,7 +244,9 @@ def _blur(x: Tensor) -> Tensor:
         padded = F.pad(x, (RADIUS, RADIUS) if axis == -1 else (0, 0, RADIUS, RADIUS))
         x = padded.narrow(axis, RADIUS, n) * TAPS[0]
         for d in range(1, RADIUS + 1):
-            x.add_(padded.narrow(axis, RADIUS - d, n), alpha=TAPS[d]).add_(padded.narrow(axis, RADIUS + d, n), alpha=TAPS[d])
+            x.add_(padded.narrow(axis, RADIUS - d, n), alpha=TAPS[d]).add_(
+                padded.narrow(axis, RADIUS + d, n), alpha=TAPS[d]
+            )
     return x
 
 
@@ -215,7 +272,12 @@ def _similarity(a: Tensor, b: Tensor, saved: Tensor) -> Tensor:
     """SSIM of every pixel; writes the maps [0, 3 or 4, V, C, H, W]."""
     ma, mb, sq, ab = _blur(torch.stack([a, b, a * a + b * b, a * b]))
     square, cross = ma * ma + mb * mb, 2 * ma * mb
-    A1, A2, B1, B2 = cross + C1.value, 2 * ab - cross + C2.value, square + C1.value, sq - square + C2.value
+    A1, A2, B1, B2 = (
+        cross + C1.value,
+        2 * ab - cross + C2.value,
+        square + C1.value,
+        sq - square + C2.value,
+    )
     value = A1 * A2 / (B1 * B2)
     if len(saved):
         u, v = 2 * (A2 - A1) / (B1 * B2), 2 * value * (1 / B2 - 1 / B1)
@@ -241,13 +303,17 @@ def _ssim(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
     if backend.is_torch(a):
         return _forward_torch(a, b, maps)
     if a.dtype == torch.float64:
-        raise ValueError(f"the kernels of ssim compute in float32: {a.dtype} images run on a CPU only")
+        raise ValueError(
+            f"the kernels of ssim compute in float32: {a.dtype} images run on a CPU only"
+        )
     V, C, H, W = a.shape
     tiles = _tiles()
     programs = _programs(C, H, W, tiles)
     partial = a.new_empty(V, programs, dtype=torch.float32)
     saved = a.new_empty(maps, V, C, H, W, dtype=torch.float32)
-    backend.launch(_ssim_fwd, (V * programs,), a, b, partial, saved, programs, C, H, W, **tiles, MAPS=maps)
+    backend.launch(
+        _ssim_fwd, (V * programs,), a, b, partial, saved, programs, C, H, W, **tiles, MAPS=maps
+    )
     return partial.sum(1) / (C * H * W), saved
 
 
@@ -297,17 +363,25 @@ def ssim(
     a: Tensor,  # [V, C, H, W] float, in [0, 1]
     b: Tensor,  # [V, C, H, W]
 ) -> Tensor:  # [V] float32 (float64 for float64 images)
-    """Mean structural similarity of each pair of images: 1 for equal ones. Differentiable in both; an image that needs no
-    gradient costs none. The constants assume a value range of one; values outside [0, 1] are not clamped.
+    """Mean structural similarity of each pair of images: 1 for equal ones. Differentiable in both;
+    an image that needs no gradient costs none. The constants assume a value range of one; values
+    outside [0, 1] are not clamped.
 
     Raises ValueError for shapes, dtypes or devices that differ, and for images without a pixel.
     """
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"ssim compares two [V, C, H, W] batches, not {tuple(a.shape)} with {tuple(b.shape)}")
+        raise ValueError(
+            f"ssim compares two [V, C, H, W] batches, not {tuple(a.shape)} with {tuple(b.shape)}"
+        )
     if a.dtype != b.dtype or a.device != b.device or not a.is_floating_point():
-        raise ValueError(f"ssim needs one float dtype and device, not {a.dtype} on {a.device} with {b.dtype} on {b.device}")
+        raise ValueError(
+            f"ssim needs one float dtype and device, not {a.dtype} on {a.device} with {b.dtype} "
+            f"on {b.device}"
+        )
     if 0 in a.shape[1:]:
-        raise ValueError(f"ssim needs images of at least one pixel and channel, not {tuple(a.shape)}")
+        raise ValueError(
+            f"ssim needs images of at least one pixel and channel, not {tuple(a.shape)}"
+        )
     if b.requires_grad and not a.requires_grad:
         a, b = b, a  # symmetric: the first is the one whose gradient always exists
     maps = (4 if b.requires_grad else 3 if a.requires_grad else 0) if torch.is_grad_enabled() else 0

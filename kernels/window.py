@@ -1,10 +1,12 @@
-"""Coordinates -> windows that attend to themselves: N rows (batch, x, y, z), M windows, without sort, atomics or waiting.
+"""Coordinates -> windows that attend to themselves: N rows (batch, x, y, z), M windows, without
+sort, atomics or waiting.
 
-Occupancy is scattered into a dense grid whose cells are numbered window by window; one scan of it gives every row its
-position (rank = occupied cells before its own) and, read once per window, the window starts. The order is canonical: it
-does not depend on the order of the input rows. The window of a voxel is floor((c + shift) / w) per axis, counted from the
-origin, never from the object's corner; nothing rolls or wraps, so windows at the border are smaller (Swin without masks).
-A grid too large to scan is replaced by a stable sort of the same cell numbers, with the same result.
+Occupancy is scattered into a dense grid whose cells are numbered window by window; one scan of it
+gives every row its position (rank = occupied cells before its own) and, read once per window, the
+window starts. The order is canonical: it does not depend on the order of the input rows. The window
+of a voxel is floor((c + shift) / w) per axis, counted from the origin, never from the object's
+corner; nothing rolls or wraps, so windows at the border are smaller (Swin without masks). A grid
+too large to scan is replaced by a stable sort of the same cell numbers, with the same result.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +23,14 @@ from kernels.cache import SpatialCache
 from kernels.checks import host_list
 
 TILE = 512  # rows per program; not yet measured on a GPU (the kernels are launch-bound)
-DENSE_CELLS = 1 << 25  # grid cells up to which the scan is taken (128 MB of int32); above it, sorting N keys is cheaper
+DENSE_CELLS = (
+    1 << 25
+)  # grid cells up to which the scan is taken (128 MB of int32); above it, sorting N keys is cheaper
 MOST_WINDOWS = 1 << 28  # starts is written for every window, empty ones included
 
 
 class lazy:
-    """functools.cached_property without its lock (Python 3.11), which torch.compile cannot trace."""
+    """functools.cached_property without its lock (Python 3.11): torch.compile cannot trace it."""
 
     def __init__(self, make: Callable[[Any], Any]):
         self.make, self.__doc__ = make, make.__doc__
@@ -45,14 +49,19 @@ class lazy:
 class Windows:
     """Rows grouped into segments: M windows over N rows, empty windows included, each row in one.
 
-    The rows of a window attend to themselves, or, where `keys` says so, to a list of rows that may be in other windows too.
+    The rows of a window attend to themselves, or, where `keys` says so, to a list of rows that may
+    be in other windows too.
     """
 
     order: Tensor  # [N] int32: the row at each window-sorted position
     starts: Tensor  # [M + 1] int32: window m owns the sorted positions starts[m] : starts[m + 1]
-    bound: int  # no window has more rows than this (its volume, or N for full attention); known without reading the device
+    # no window has more rows than this (its volume, or N for full attention); known without reading
+    # the device
+    bound: int
     keys: Tensor | None = None  # [K] int32: rows attended to
-    key_starts: Tensor | None = None  # [M + 1] int32: window m attends to keys[key_starts[m] : key_starts[m + 1]]
+    key_starts: Tensor | None = (
+        None  # [M + 1] int32: window m attends to keys[key_starts[m] : key_starts[m + 1]]
+    )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -70,7 +79,9 @@ class Windows:
 
     @lazy
     def uses(self) -> tuple[Tensor, Tensor]:
-        """Where each row is in `keys`, ascending: positions [K] int32, and the starts of the rows among them [N + 1] int32."""
+        """Where each row is in `keys`, ascending: positions [K] int32, and the starts of the rows
+        among them [N + 1] int32.
+        """
         rows, slots = self.keys.sort(stable=True)
         edges = torch.arange(len(self.order) + 1, dtype=torch.int32, device=rows.device)
         return slots.int(), torch.searchsorted(rows, edges, out_int32=True)
@@ -78,7 +89,9 @@ class Windows:
 
 @triton.jit
 def _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz):
-    """The window-major cell number of each row; a row outside the grid gets the number of cells or more, or -1."""
+    """The window-major cell number of each row; a row outside the grid gets the number of cells or
+    more, or -1.
+    """
     c = coords_ptr + row.to(tl.int64) * 4
     b = tl.load(c, mask=live, other=0)  # [TILE]
     x = tl.load(c + 1, mask=live, other=0) + sx
@@ -86,15 +99,31 @@ def _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz):
     z = tl.load(c + 3, mask=live, other=0) + sz
     window = ((b * nx + x // wx) * ny + y // wy) * nz + z // wz
     local = (x % wx * wy + y % wy) * wz + z % wz
-    inside = (x >= sx) & (x < nx * wx) & (y >= sy) & (y < ny * wy) & (z >= sz) & (z < nz * wz) & (b >= 0)
+    inside = (
+        (x >= sx) & (x < nx * wx) & (y >= sy) & (y < ny * wy) & (z >= sz) & (z < nz * wz) & (b >= 0)
+    )
     return tl.where(inside, window * (wx * wy * wz) + local, -1)
 
 
-GEOMETRY = ["N", "wx", "wy", "wz", "sx", "sy", "sz", "nx", "ny", "nz", "cells"]  # vary with the data: no specialised variants
+GEOMETRY = [
+    "N",
+    "wx",
+    "wy",
+    "wz",
+    "sx",
+    "sy",
+    "sz",
+    "nx",
+    "ny",
+    "nz",
+    "cells",
+]  # vary with the data: no specialised variants
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
-def _occupy(coords_ptr, occupied_ptr, N, wx, wy, wz, sx, sy, sz, nx, ny, nz, cells, TILE: tl.constexpr):
+def _occupy(
+    coords_ptr, occupied_ptr, N, wx, wy, wz, sx, sy, sz, nx, ny, nz, cells, TILE: tl.constexpr
+):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = row < N
     cell = _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz)
@@ -102,7 +131,23 @@ def _occupy(coords_ptr, occupied_ptr, N, wx, wy, wz, sx, sy, sz, nx, ny, nz, cel
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
-def _rank(coords_ptr, before_ptr, order_ptr, N, wx, wy, wz, sx, sy, sz, nx, ny, nz, cells, TILE: tl.constexpr):
+def _rank(
+    coords_ptr,
+    before_ptr,
+    order_ptr,
+    N,
+    wx,
+    wy,
+    wz,
+    sx,
+    sy,
+    sz,
+    nx,
+    ny,
+    nz,
+    cells,
+    TILE: tl.constexpr,
+):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = row < N
     cell = _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz)
@@ -112,7 +157,9 @@ def _rank(coords_ptr, before_ptr, order_ptr, N, wx, wy, wz, sx, sy, sz, nx, ny, 
 
 
 def _grid(extent: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> list[int]:
-    """Windows per axis. Only shift modulo the window matters: whole windows that it adds below the origin are empty."""
+    """Windows per axis. Only shift modulo the window matters: whole windows that it adds below the
+    origin are empty.
+    """
     return [(e - 1 + s) // w + 1 for e, w, s in zip(extent, window, shift, strict=True)]
 
 
@@ -145,7 +192,11 @@ def _refuse(coords: Tensor, samples: int, extent: Sequence[int]) -> None:
 
 @torch.library.custom_op("trislat::window_partition", mutates_args=())
 def _partition(
-    coords: Tensor, batch_size: int, extent: Sequence[int], window: Sequence[int], shift: Sequence[int]
+    coords: Tensor,
+    batch_size: int,
+    extent: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     grid, N = _grid(extent, window, shift), len(coords)
     M, volume = batch_size * grid[0] * grid[1] * grid[2], window[0] * window[1] * window[2]
@@ -158,14 +209,18 @@ def _partition(
         number, edges = number[order], torch.arange(M + 1, device=coords.device)
         order = torch.where(number < M, order, -1)
         return order.int(), torch.searchsorted(number, edges, out_int32=True)
-    occupied = coords.new_zeros(cells + 1)  # cell k at k + 1, so that the running sum counts the cells before k
+    occupied = coords.new_zeros(
+        cells + 1
+    )  # cell k at k + 1, so that the running sum counts the cells before k
     order = coords.new_full((N,), -1)
     if backend.is_torch(coords):
         cell = _cells(coords, batch_size, window, shift, grid)[1]
         occupied[cell + 1] = 1
         before = occupied.cumsum(0, dtype=torch.int32)
         if int(before[-1]) < N:
-            raise ValueError(f"{N} rows of coords name {int(before[-1])} voxels: some stand there twice")
+            raise ValueError(
+                f"{N} rows of coords name {int(before[-1])} voxels: some stand there twice"
+            )
         order[before[cell].long()] = torch.arange(N, dtype=torch.int32, device=coords.device)
     else:
         launch = (triton.cdiv(N, TILE),)
@@ -179,7 +234,9 @@ def _partition(
 @_partition.register_fake
 def _(coords, batch_size, extent, window, shift):
     grid = _grid(extent, window, shift)
-    return coords.new_empty(coords.shape[0]), coords.new_empty(batch_size * grid[0] * grid[1] * grid[2] + 1)
+    return coords.new_empty(coords.shape[0]), coords.new_empty(
+        batch_size * grid[0] * grid[1] * grid[2] + 1
+    )
 
 
 def per_axis(value: int | Sequence[int], what: str, least: int | None) -> list[int]:
@@ -199,13 +256,15 @@ def window_partition(
     shift: int | Sequence[int] = 0,  # voxels per axis, any sign
     extent: int | Sequence[int] | None = None,  # every coordinate is below it, per axis
 ) -> Windows:
-    """Group voxels into cubes: windows in the order ((b NX + wx) NY + wy) NZ + wz, inside one by x, y, z.
+    """Group voxels into cubes: windows in the order ((b NX + wx) NY + wy) NZ + wz, inside one by x,
+    y, z.
 
-    Given a cache nothing waits for the device. Given coords they are checked in one read, as a SpatialCache does; with
-    `extent` they are taken at the caller's word instead, unread. Raises ValueError for a window below 1, for wrong coords
-    and batch sizes, and for a window too small for the extent (more windows than can be listed); for an
-    extent below the cache's, and on the torch path for coords beyond it or given twice. The kernels, where
-    a look would wait for the device, leave such a row out: the last positions of `order` are -1.
+    Given a cache nothing waits for the device. Given coords they are checked in one read, as a
+    SpatialCache does; with `extent` they are taken at the caller's word instead, unread. Raises
+    ValueError for a window below 1, for wrong coords and batch sizes, and for a window too small
+    for the extent (more windows than can be listed); for an extent below the cache's, and on the
+    torch path for coords beyond it or given twice. The kernels, where a look would wait for the
+    device, leave such a row out: the last positions of `order` are -1.
     """
     window, shift = per_axis(window, "window", 1), per_axis(shift, "shift", None)
     if isinstance(voxels, Tensor) and extent is None:
@@ -215,7 +274,9 @@ def window_partition(
         extent = voxels.extent if extent is None else extent
         if batch_size != voxels.batch_size:
             raise ValueError(f"batch_size {batch_size} of a cache over {voxels.batch_size} samples")
-        if any(e < known for e, known in zip(per_axis(extent, "extent", 1), voxels.extent, strict=True)):
+        if any(
+            e < known for e, known in zip(per_axis(extent, "extent", 1), voxels.extent, strict=True)
+        ):
             raise ValueError(f"extent {extent} is below {list(voxels.extent)}, that of the voxels")
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"coords must be [N, 4] int32, got {list(coords.shape)} {coords.dtype}")
@@ -226,12 +287,16 @@ def window_partition(
     if windows > MOST_WINDOWS:
         what = f"window {window} over extent {extent} and {batch_size} samples"
         raise ValueError(f"{what} gives {windows} windows, above {MOST_WINDOWS}")
-    order, starts = torch.ops.trislat.window_partition(coords.contiguous(), batch_size, extent, window, shift)
+    order, starts = torch.ops.trislat.window_partition(
+        coords.contiguous(), batch_size, extent, window, shift
+    )
     return Windows(order, starts, min(window[0] * window[1] * window[2], len(coords)))
 
 
 def full_windows(
-    voxels: Tensor | SpatialCache,  # starts [B + 1] int32: sample b owns rows starts[b] : starts[b + 1]; or a cache
+    voxels: Tensor
+    # starts [B + 1] int32: sample b owns rows starts[b] : starts[b + 1]; or a cache
+    | SpatialCache,
     N: int | None = None,  # rows in all; with starts alone
 ) -> Windows:
     """One window per sample, rows in their own order: attention among all voxels of an object."""
@@ -244,7 +309,9 @@ def full_windows(
     return Windows(torch.arange(N, dtype=torch.int32, device=starts.device), starts, bound)
 
 
-def window_partition_reference(coords, batch_size, window, shift=0) -> list[tuple[tuple[int, ...], list[int]]]:
+def window_partition_reference(
+    coords, batch_size, window, shift=0
+) -> list[tuple[tuple[int, ...], list[int]]]:
     """[(window id, rows)] of the non-empty windows in order, through a dictionary."""
     window = (window,) * 3 if isinstance(window, int) else window
     shift = (shift,) * 3 if isinstance(shift, int) else shift

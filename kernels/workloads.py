@@ -1,7 +1,9 @@
-"""The ops as the full-size models call them, forward and backward, on few rows: what `kernels.compile` builds.
+"""The ops as the full-size models call them, forward and backward, on few rows: what
+`kernels.compile` builds.
 
-Channel counts, head sizes and window sizes are those of the published models, so every constant of a launch is the one
-that training uses; only the number of rows is small enough for Triton's interpreter.
+Channel counts, head sizes and window sizes are those of the published models, so every constant of
+a launch is the one that training uses; only the number of rows is small enough for Triton's
+interpreter.
 """
 
 import math
@@ -42,9 +44,11 @@ def _backward(*outputs: Tensor) -> None:
 
 
 def attention(dtype: torch.dtype) -> None:
-    """Windows of 8^3 voxels at the published and the demo's head sizes, with and without the q/k norm; every size class.
+    """Windows of 8^3 voxels at the published and the demo's head sizes, with and without the q/k
+    norm; every size class.
 
-    The windows are all empty: enough rows for each class to be launched, and nothing for the interpreter to compute.
+    The windows are all empty: enough rows for each class to be launched, and nothing for the
+    interpreter to compute.
     """
     N = WINDOW**3 + 1
     windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
@@ -58,19 +62,22 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def rotary(dtype: torch.dtype) -> None:
-    """Attention with rotary phases, with and without the q/k norm, in the windows of `attention`."""
+    """Attention with rotary phases, with and without q/k norm, in the windows of `attention`."""
     N = WINDOW**3 + 1
     windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
         D = channels // heads
         qkv = torch.randn(N, 3, heads, D).to(dtype).requires_grad_()
-        phases, gamma = torch.ones(N, D // 2, dtype=torch.complex64), torch.ones(heads, D, requires_grad=True)
+        phases, gamma = (
+            torch.ones(N, D // 2, dtype=torch.complex64),
+            torch.ones(heads, D, requires_grad=True),
+        )
         _backward(window_attention(qkv, windows, phases=phases))
         _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma, phases=phases))
 
 
 def serialized(dtype: torch.dtype) -> None:
-    """Windows along both kinds of curve; attention to listed keys alone, normed, rotated, and both."""
+    """Windows along both curves; attention to listed keys alone, normed, rotated, and both."""
     coords = _coords(16, 16)
     for mode in ("z_order", "hilbert_transposed"):
         serialized_windows(coords, 1, WINDOW, mode, shift_window=WINDOW // 2)
@@ -79,7 +86,10 @@ def serialized(dtype: torch.dtype) -> None:
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
         D = channels // heads
         qkv = torch.randn(16, 3, heads, D).to(dtype).requires_grad_()
-        phases, gamma = torch.ones(16, D // 2, dtype=torch.complex64), torch.ones(heads, D, requires_grad=True)
+        phases, gamma = (
+            torch.ones(16, D // 2, dtype=torch.complex64),
+            torch.ones(heads, D, requires_grad=True),
+        )
         _backward(window_attention(qkv, windows))
         _backward(window_attention(qkv, windows, phases=phases))
         _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
@@ -117,7 +127,11 @@ def gaussians(dtype: torch.dtype) -> None:
     G = 8
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
     center, scale = torch.rand(G, 3) * 0.2, torch.full((G, 3), 0.02)
-    rotation, opacity, sh = torch.nn.functional.normalize(torch.rand(G, 4)), torch.full((G, 1), 0.5), torch.rand(G, 1, 3)
+    rotation, opacity, sh = (
+        torch.nn.functional.normalize(torch.rand(G, 4)),
+        torch.full((G, 1), 0.5),
+        torch.rand(G, 1, 3),
+    )
     tensors = [t.requires_grad_() for t in (center, scale, rotation, opacity, sh)]
     image = splat(*tensors, [0, G], camera, [0], torch.ones(1, 3))
     _backward(image.color, image.alpha)
@@ -130,9 +144,17 @@ def convolution(dtype: torch.dtype) -> None:
     """
     N = 16
     taps, order = torch.full((N, 27), -1, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
-    for CI, CO, subdivided in ((CHANNELS, 192, True), (192, 192, False), (192, 96, True), (96, 96, False)):
+    for CI, CO, subdivided in (
+        (CHANNELS, 192, True),
+        (192, 192, False),
+        (192, 96, True),
+        (96, 96, False),
+    ):
         x = torch.randn(N, CI).to(dtype).requires_grad_()
-        weight, bias = torch.randn(CO, 3, 3, 3, CI, requires_grad=True), torch.zeros(CO, requires_grad=True)
+        weight, bias = (
+            torch.randn(CO, 3, 3, 3, CI, requires_grad=True),
+            torch.zeros(CO, requires_grad=True),
+        )
         norm = torch.ones(CI, requires_grad=True), torch.zeros(CI, requires_grad=True)
         _backward(group_norm_silu(x, *norm, torch.tensor([0, N], dtype=torch.int32)))
         if subdivided:
@@ -156,9 +178,13 @@ def surfaces(dtype: torch.dtype) -> None:
 
 
 def meshes(dtype: torch.dtype) -> None:
-    """A rendered view of a large triangle and a small one; the renderer computes in fp32 whatever it is given."""
+    """A rendered view of a large triangle and a small one; the renderer computes in fp32 whatever
+    it is given.
+    """
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 16, 16)
-    corners = torch.tensor([[-0.4, 0.0, -0.4], [0.4, 0.0, -0.4], [0.0, 0.0, 0.4], [0.0, 0.1, 0.02], [0.02, 0.1, 0.0]])
+    corners = torch.tensor(
+        [[-0.4, 0.0, -0.4], [0.4, 0.0, -0.4], [0.0, 0.0, 0.4], [0.0, 0.1, 0.02], [0.02, 0.1, 0.0]]
+    )
     vertices, colors = corners.requires_grad_(), torch.rand(5, 6, requires_grad=True)
     faces = torch.tensor([[0, 1, 2], [2, 3, 4]], dtype=torch.int32)
     image = render_mesh(vertices, faces, colors, [0, 5], [0, 2], camera, [0])
@@ -166,11 +192,16 @@ def meshes(dtype: torch.dtype) -> None:
 
 
 def radiance(dtype: torch.dtype) -> None:
-    """A view of two voxels at the published rank and number of taps, and at the demo's; fp32 whatever it is given."""
+    """A view of two voxels at the published rank and number of taps, and at the demo's; fp32
+    whatever it is given.
+    """
     for resolution, rank, dim in ((64, 16, 8), (16, 8, 4)):
         camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
         position = (torch.tensor([[8, 8, 8], [8, 8, 9]]) * (resolution // 16) + 0.5) / resolution
-        tensors = [t.requires_grad_() for t in (torch.ones(2, rank, 3, dim), torch.zeros(2, rank), torch.zeros(2, rank, 1, 3))]
+        tensors = [
+            t.requires_grad_()
+            for t in (torch.ones(2, rank, 3, dim), torch.zeros(2, rank), torch.zeros(2, rank, 1, 3))
+        ]
         image = raymarch(position, *tensors, [0, 2], camera, [0], torch.ones(1, 3), resolution)
         _backward(image.color, image.alpha, image.depth)
 
@@ -187,6 +218,17 @@ def scales(dtype: torch.dtype) -> None:
 WORKLOADS = {
     op.__name__: op
     for op in (
-        attention, norms, coordinates, gaussians, similarity, rotary, serialized, convolution, surfaces, meshes, radiance, scales,
+        attention,
+        norms,
+        coordinates,
+        gaussians,
+        similarity,
+        rotary,
+        serialized,
+        convolution,
+        surfaces,
+        meshes,
+        radiance,
+        scales,
     )
-}  # fmt: skip
+}

@@ -1,7 +1,8 @@
-"""Latents -> 3D Gaussians: G = N * per_voxel Gaussians, rows voxel-major. Published: SLatGaussianDecoder.
+"""Latents -> 3D Gaussians: G = N * per_voxel Gaussians, rows voxel-major. Published:
+SLatGaussianDecoder.
 
-Each voxel predicts, in this channel order, offsets, colours, scales, rotations and opacities of its Gaussians
-(arXiv 2412.01506; the low-pass filters are those of Mip-Splatting, arXiv 2311.16493).
+Each voxel predicts, in this channel order, offsets, colours, scales, rotations and opacities of its
+Gaussians (arXiv 2412.01506; the low-pass filters are those of Mip-Splatting, arXiv 2311.16493).
 """
 
 import math
@@ -18,14 +19,22 @@ from kernels.splat import splat
 from models.sparse import SparseTensor
 from models.vae import VAE, Decoder
 
-FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # channels a Gaussian, in order
+FIELDS = {
+    "_xyz": 3,
+    "_features_dc": 3,
+    "_scaling": 3,
+    "_rotation": 4,
+    "_opacity": 1,
+}  # channels a Gaussian, in order
 
 
 @dataclass(frozen=True)
 class GaussianConfig:
     """How raw channels become Gaussians: the published `representation_config`, parsed once."""
 
-    lr: dict[str, float] = field(default_factory=dict)  # multiplier of each raw field, by published name; 1 if absent
+    lr: dict[str, float] = field(
+        default_factory=dict
+    )  # multiplier of each raw field, by published name; 1 if absent
     perturb_offset: bool = True
     voxel_size: float = 1.5  # reach of an offset, in voxels
     num_gaussians: int = 32
@@ -41,19 +50,27 @@ class GaussianConfig:
         names = {"2d_filter_kernel_size": "kernel_2d", "3d_filter_kernel_size": "kernel_3d"}
         known = {f.name for f in fields(cls)} - set(names.values()) | set(names)
         if unknown := sorted(published.keys() - known):
-            raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
+            raise ValueError(
+                f"representation_config has unknown keys {unknown}; known are {sorted(known)}"
+            )
         config = cls(**{names.get(key, key): value for key, value in published.items()})
         if unknown := sorted(config.lr.keys() - FIELDS.keys()):
             raise ValueError(f"representation_config lr has unknown fields {unknown}")
         if config.scaling_activation not in ("softplus", "exp"):
-            raise ValueError(f"scaling_activation {config.scaling_activation!r} is not softplus or exp")
+            raise ValueError(
+                f"scaling_activation {config.scaling_activation!r} is not softplus or exp"
+            )
         if config.num_gaussians < 1:
             raise ValueError(f"num_gaussians {config.num_gaussians} must be at least 1")
         if config.perturb_offset and not 1 < config.voxel_size < math.inf:
-            raise ValueError(f"voxel_size {config.voxel_size} must exceed 1 where offsets are perturbed (atanh of 1 is infinite)")
+            raise ValueError(
+                f"voxel_size {config.voxel_size} must exceed 1 where offsets are perturbed "
+                "(atanh of 1 is infinite)"
+            )
         if not (0 < config.opacity_bias < 1 and 0 < config.scaling_bias < math.inf):
             raise ValueError(
-                f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias {config.scaling_bias} be finite and above 0"
+                f"opacity_bias {config.opacity_bias} must lie in (0, 1), scaling_bias "
+                f"{config.scaling_bias} be finite and above 0"
             )
         return config
 
@@ -66,7 +83,11 @@ class GaussianConfig:
     def scaling_shift(self) -> float:
         """The activation's inverse at scaling_bias."""
         bias = self.scaling_bias
-        return bias + math.log(-math.expm1(-bias)) if self.scaling_activation == "softplus" else math.log(bias)
+        return (
+            bias + math.log(-math.expm1(-bias))
+            if self.scaling_activation == "softplus"
+            else math.log(bias)
+        )
 
     @property
     def opacity_shift(self) -> float:
@@ -90,20 +111,29 @@ class GaussianScene:
 
     @classmethod
     def render_batch(
-        cls, scenes: Sequence["GaussianScene"], camera: Camera, view_scene: Sequence[int], background: Tensor
+        cls,
+        scenes: Sequence["GaussianScene"],
+        camera: Camera,
+        view_scene: Sequence[int],
+        background: Tensor,
     ) -> Image:
         """Views [V] of B scenes in one launch; models.render is the public name."""
         sizes = {scene.kernel_size for scene in scenes}
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different kernel sizes: {sorted(sizes)}")
         names = ("center", "scale", "rotation", "opacity", "color")
-        starts = [0, *accumulate(len(scene.center) for scene in scenes)]  # a list: torch.compile cannot trace what is read
+        starts = [
+            0,
+            *accumulate(len(scene.center) for scene in scenes),
+        ]  # a list: torch.compile cannot trace what is read
         tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in names]
         return splat(*tensors, starts, camera, view_scene, background, kernel_size=sizes.pop())
 
     @classmethod
     def penalties(cls, scenes: Sequence["GaussianScene"]) -> dict[str, Tensor]:
-        """Mean volume of the Gaussians' scales and mean squared transparency, over all Gaussians of the batch."""
+        """Mean volume of the Gaussians' scales and mean squared transparency, over all Gaussians of
+        the batch.
+        """
         volume = torch.cat([scene.scale for scene in scenes]).prod(dim=1)
         transparency = torch.cat([scene.opacity for scene in scenes]) - 1
         count = max(len(volume), 1)  # no Gaussians at all: no penalty, not 0 / 0
@@ -127,13 +157,14 @@ def _offset_perturbation(config: GaussianConfig) -> Tensor:  # [per_voxel, 3]
 
 
 class GaussianDecoder(Decoder):
-    """Latents [N, latent_channels] -> a GaussianScene per sample (published: SLatGaussianDecoder)."""
+    """Latents [N, latent_channels] -> a GaussianScene a sample (published: SLatGaussianDecoder)."""
 
     NAME, CONFIG = "SLatGaussianDecoder", GaussianConfig
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # the published state dict has it even where offsets are not perturbed; it may be infinite there
+        # the published state dict has it even where offsets are not perturbed; it may be infinite
+        # there
         self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
         self.idle = () if self.config.perturb_offset else ("offset_perturbation",)
 
@@ -154,12 +185,19 @@ class GaussianDecoder(Decoder):
         voxel = (z.coords[:, None, 1:].to(xyz.dtype) + 0.5) / self.resolution
         center = voxel + torch.tanh(xyz) * (0.5 * config.voxel_size / self.resolution) - 0.5
         activation = F.softplus if config.scaling_activation == "softplus" else torch.exp
-        scale = torch.sqrt(activation(scaling + config.scaling_shift).square() + config.kernel_3d**2)
-        identity = F.pad(rotation.new_ones(1), (0, 3))  # made on the device: from the host's numbers a copy would wait
+        scale = torch.sqrt(
+            activation(scaling + config.scaling_shift).square() + config.kernel_3d**2
+        )
+        identity = F.pad(
+            rotation.new_ones(1), (0, 3)
+        )  # made on the device: from the host's numbers a copy would wait
         rotation = F.normalize(rotation + identity, dim=-1)
         opacity = torch.sigmoid(opacity + config.opacity_shift)
         counts = [n * K for n in z.cache.counts]
-        parts = [part.flatten(0, 1).split(counts) for part in (center, scale, rotation, opacity, color.unsqueeze(2))]
+        parts = [
+            part.flatten(0, 1).split(counts)
+            for part in (center, scale, rotation, opacity, color.unsqueeze(2))
+        ]
         return [GaussianScene(*tensors, config.kernel_2d) for tensors in zip(*parts, strict=True)]
 
 

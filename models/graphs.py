@@ -1,11 +1,14 @@
-"""CUDA graphs of a trunk: its launches are recorded once for each size and replayed: N voxels, R rows, C channels.
+"""CUDA graphs of a trunk: its launches are recorded once for each size and replayed: N voxels, R
+rows, C channels.
 
-A block is about forty launches from Python, forward and backward; with few voxels the GPU is done before its host has
-issued the next. A graph is one launch, but of fixed sizes. So a batch is filled up to R rows, one of eight sizes per
-doubling, with voxels of made-up samples. Samples do not see each other, so these change nothing, and their outputs and
-gradients are dropped. Position embeddings, windows and tile lists are made inside the graph from the coordinates: their
-sizes follow from R, the number of samples and the resolution. Graphs of one trunk share the memory of what they compute, so
-only what was run last can be differentiated; features, output and the gradients of both are kept for every size.
+A block is about forty launches from Python, forward and backward; with few voxels the GPU is done
+before its host has issued the next. A graph is one launch, but of fixed sizes. So a batch is filled
+up to R rows, one of eight sizes per doubling, with voxels of made-up samples. Samples do not see
+each other, so these change nothing, and their outputs and gradients are dropped. Position
+embeddings, windows and tile lists are made inside the graph from the coordinates: their sizes
+follow from R, the number of samples and the resolution. Graphs of one trunk share the memory of
+what they compute, so only what was run last can be differentiated; features, output and the
+gradients of both are kept for every size.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +31,9 @@ def bucket(N: int) -> int:
 
 
 def made_up(R: int, resolution: int, sample: int, device: torch.device) -> Tensor:
-    """R distinct voxels [R, 4] int32 of as many samples as that takes, the first of number `sample`."""
+    """R distinct voxels [R, 4] int32 of as many samples as that takes, the first of number
+    `sample`.
+    """
     row = torch.arange(R, dtype=torch.int32, device=device)
     cells = resolution**3
     voxel = [row % cells // resolution**axis % resolution for axis in (2, 1, 0)]
@@ -40,7 +45,10 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         if device.type != "cuda":
-            raise ValueError(f"CUDA graphs are recorded on a GPU; the model is on {device} (use_graphs(0) does without)")
+            raise ValueError(
+                f"CUDA graphs are recorded on a GPU; the model is on {device} (use_graphs(0) "
+                "does without)"
+            )
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:
@@ -57,7 +65,9 @@ class Recorder:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
         try:
             # "thread_local": the threads that load data may allocate meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 result = run()
         finally:
             torch.cuda.set_stream(current)  # where a recording fails, torch may leave its own
@@ -71,7 +81,9 @@ class Size(NamedTuple):
     B: int
     channels: int
     dtype: torch.dtype
-    differentiable: tuple[bool, bool]  # whether there is a backward pass, and whether it reaches the features
+    differentiable: tuple[
+        bool, bool
+    ]  # whether there is a backward pass, and whether it reaches the features
     activation: torch.dtype
     recompute: bool
 
@@ -112,17 +124,32 @@ class Graphs:
 
     def _start(self, device: torch.device) -> None:
         """Forget what was recorded of other weights: a graph knows its own by their addresses."""
-        inside = [(path, m) for path, m in self.trunk.named_modules() if path.split(".")[0] in ("input_layer", "blocks")]
-        weights = {f"trunk.{path}.{name}": (m, name) for path, m in inside for name, p in m._parameters.items() if p is not None}
+        inside = [
+            (path, m)
+            for path, m in self.trunk.named_modules()
+            if path.split(".")[0] in ("input_layer", "blocks")
+        ]
+        weights = {
+            f"trunk.{path}.{name}": (m, name)
+            for path, m in inside
+            for name, p in m._parameters.items()
+            if p is not None
+        }
         self.slots = list(weights.values())
         with torch.inference_mode(False):
-            # tensors of the same memory, but unknown to whoever differentiates the weights outside, on other streams
+            # tensors of the same memory, but unknown to whoever differentiates the weights outside,
+            # on other streams
             self.aliases = {
-                path: p.detach().requires_grad_(p.requires_grad) for path, p in zip(weights, self._weights(), strict=True)
+                path: p.detach().requires_grad_(p.requires_grad)
+                for path, p in zip(weights, self._weights(), strict=True)
             }
             self.shapes = [t.shape for t in self.aliases.values() if t.requires_grad]
             # of all trained weights, one after another: every recording writes them here
-            self.gradients = next(iter(self.aliases.values())).detach().new_empty(sum(shape.numel() for shape in self.shapes))
+            self.gradients = (
+                next(iter(self.aliases.values()))
+                .detach()
+                .new_empty(sum(shape.numel() for shape in self.shapes))
+            )
         self.recordings, self.recorder = {}, Recorder(device)
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
@@ -134,17 +161,33 @@ class Graphs:
         """What is recorded: the trunk with the aliases of its weights."""
         return torch.func.functional_call(_Compute(self.trunk), self.aliases, (feats, cache))
 
-    def __call__(self, feats: Tensor, cache: SpatialCache, activation: torch.dtype, recompute: bool) -> Tensor:
-        """trunk.compute(feats, cache), by a graph. Raises ValueError under torch.autocast, which a recording would freeze."""
+    def __call__(
+        self, feats: Tensor, cache: SpatialCache, activation: torch.dtype, recompute: bool
+    ) -> Tensor:
+        """trunk.compute(feats, cache), by a graph. Raises ValueError under torch.autocast, which a
+        recording would freeze.
+        """
         if torch.is_autocast_enabled(feats.device.type):
-            raise ValueError("graphs do not follow torch.autocast: choose the type with set_activation_dtype")
-        where = lambda: [None if p is None else (p.data_ptr(), p.requires_grad) for p in self._weights()]
+            raise ValueError(
+                "graphs do not follow torch.autocast: choose the type with set_activation_dtype"
+            )
+        where = lambda: [
+            None if p is None else (p.data_ptr(), p.requires_grad) for p in self._weights()
+        ]
         if self.seen is None or self.seen != where():
             self._start(feats.device)
             self.seen = where()
         backward = torch.is_grad_enabled() and (feats.requires_grad or len(self.shapes) > 0)
         reach = backward, backward and feats.requires_grad
-        size = Size(bucket(len(feats)), cache.batch_size, feats.shape[1], feats.dtype, reach, activation, recompute)
+        size = Size(
+            bucket(len(feats)),
+            cache.batch_size,
+            feats.shape[1],
+            feats.dtype,
+            reach,
+            activation,
+            recompute,
+        )
         if size not in self.recordings:
             self.turn += 1  # recording uses the same memory
             with torch.inference_mode(False):  # its tensors are for all modes
@@ -165,16 +208,26 @@ class _Recording:
         self.spare = made_up(size.R, resolution, size.B, device)
         self.coords, samples = self.spare.clone(), size.B + -(-size.R // resolution**3)
         self._fill(feats.detach(), cache)
-        run = lambda: owner.run(self.feats, SpatialCache.unread(self.coords, samples, [resolution] * 3))
+        run = lambda: owner.run(
+            self.feats, SpatialCache.unread(self.coords, samples, [resolution] * 3)
+        )
         with torch.set_grad_enabled(backward):
             if not backward:
                 owner.recorder.warm_up(run)
                 self._forward, self.out = owner.recorder.record(run)
                 return
-            wanted = [*([self.feats] if self.inside else []), *(t for t in owner.aliases.values() if t.requires_grad)]
-            self.grad, self.dfeats = feats.new_zeros(size.R, owner.trunk.model_channels), torch.empty_like(self.feats)
+            wanted = [
+                *([self.feats] if self.inside else []),
+                *(t for t in owner.aliases.values() if t.requires_grad),
+            ]
+            self.grad, self.dfeats = (
+                feats.new_zeros(size.R, owner.trunk.model_channels),
+                torch.empty_like(self.feats),
+            )
             kept = [*([self.dfeats] if self.inside else []), *owner.split(owner.gradients)]
-            back = lambda out: torch._foreach_copy_(kept, torch.autograd.grad(out, wanted, self.grad))
+            back = lambda out: torch._foreach_copy_(
+                kept, torch.autograd.grad(out, wanted, self.grad)
+            )
             owner.recorder.warm_up(lambda: back(run()))
             self._forward, out = owner.recorder.record(run)
             self._backward, _ = owner.recorder.record(lambda: back(out))
@@ -198,20 +251,26 @@ class _Recording:
     def backward(self, grad: Tensor, turn: int) -> tuple[Tensor | None, Iterator[Tensor]]:
         if since := self.owner.turn - turn:
             raise ValueError(
-                f"the trunk's graphs have run {since} time{'s' * (since > 1)} since this output was made, and keep what the last "
-                "run needs for one backward pass: differentiate before the next run, or do without graphs"
+                f"the trunk's graphs have run {since} time{'s' * (since > 1)} since this output "
+                "was made, and keep what the last "
+                "run needs for one backward pass: differentiate before the next run, or do "
+                "without graphs"
             )
         self.owner.turn += 1  # the pass overwrites what it reads
         N = len(grad)
         self.grad[:N].copy_(grad)
         self.grad[N:].zero_()
         self._backward()
-        return self.dfeats[:N].clone() if self.inside else None, self.owner.split(self.owner.gradients.clone())
+        return self.dfeats[:N].clone() if self.inside else None, self.owner.split(
+            self.owner.gradients.clone()
+        )
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recording: _Recording, cache: SpatialCache, feats: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx, recording: _Recording, cache: SpatialCache, feats: Tensor, *weights: Tensor
+    ) -> Tensor:
         out = recording.forward(feats, cache)
         ctx.recording, ctx.turn = recording, recording.owner.turn
         ctx.weights = [(w, w._version, w.data_ptr()) for w in weights]
@@ -220,7 +279,17 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        if any((w._version, w.data_ptr()) != (version, address) for w, version, address in ctx.weights):
-            raise ValueError("weights were changed after the forward pass, and graphs read them again in the backward pass")
+        if any(
+            (w._version, w.data_ptr()) != (version, address) for w, version, address in ctx.weights
+        ):
+            raise ValueError(
+                "weights were changed after the forward pass, and graphs read them again in the "
+                "backward pass"
+            )
         dfeats, gradients = ctx.recording.backward(grad, ctx.turn)
-        return None, None, dfeats, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[3:])
+        return (
+            None,
+            None,
+            dfeats,
+            *(next(gradients) if needed else None for needed in ctx.needs_input_grad[3:]),
+        )

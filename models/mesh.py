@@ -1,8 +1,10 @@
-"""Latents -> a triangle mesh: N voxels become 64 N small cubes, whose fields become a surface. Published: SLatMeshDecoder.
+"""Latents -> a triangle mesh: N voxels become 64 N small cubes, whose fields become a surface.
+Published: SLatMeshDecoder.
 
-Two subdivisions after the transformer give four times the resolution; each small cube predicts the signed distance, the
-displacement and the colour of its corners and the weights that place the surface inside it (arXiv 2412.01506; the surface is
-that of FlexiCubes, arXiv 2308.05371). An untrained decoder puts the surface around all active voxels.
+Two subdivisions after the transformer give four times the resolution; each small cube predicts the
+signed distance, the displacement and the colour of its corners and the weights that place the
+surface inside it (arXiv 2412.01506; the surface is that of FlexiCubes, arXiv 2308.05371). An
+untrained decoder puts the surface around all active voxels.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,10 @@ from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder
 
-NEAR, FAR = 1.0, 100.0  # world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
+NEAR, FAR = (
+    1.0,
+    100.0,
+)  # world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
 GROUPS = 32  # of the group norms, the last of which has model_channels / 8
 SUBDIVIDED = 4  # cubes along the side of a voxel
 
@@ -31,19 +36,24 @@ class MeshConfig:
     """What a corner predicts: the published `representation_config`, parsed once."""
 
     use_color: bool = False  # and with it the normal_map
-    silhouettes: str = "edges"  # what moves them in training, see render_mesh; "edges" as published, "pixels" is ours
+    # what moves them in training, see render_mesh; "edges" as published, "pixels" is ours
+    silhouettes: str = "edges"
 
     @classmethod
     def parse(cls, published: dict) -> "MeshConfig":
         """Raises ValueError for a key or value that the published configuration does not know."""
         known = {f.name for f in fields_of(cls)}
         if unknown := sorted(published.keys() - known):
-            raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
+            raise ValueError(
+                f"representation_config has unknown keys {unknown}; known are {sorted(known)}"
+            )
         config = cls(**published)
         if not isinstance(config.use_color, bool):
             raise ValueError(f"use_color {config.use_color!r} is not true or false")
         if config.silhouettes not in SILHOUETTES:
-            raise ValueError(f"silhouettes {config.silhouettes!r} is not one of {', '.join(SILHOUETTES)}")
+            raise ValueError(
+                f"silhouettes {config.silhouettes!r} is not one of {', '.join(SILHOUETTES)}"
+            )
         return config
 
     @property
@@ -68,17 +78,25 @@ class MeshScene:
     silhouettes: str = "edges"  # what moves them, see render_mesh
 
     def render(self, camera: Camera, background: Tensor, ssaa: int = 1) -> Image:
-        """The scene seen from V views on background [V, 3]; ssaa > 1 renders larger and shrinks (published evaluation: 4)."""
+        """The scene seen from V views on background [V, 3]; ssaa > 1 renders larger and shrinks
+        (published evaluation: 4).
+        """
         return self.render_batch([self], camera, [0] * len(camera), background, ssaa)
 
     @classmethod
     def render_batch(
-        cls, scenes: Sequence["MeshScene"], camera: Camera, view_scene: Sequence[int], background: Tensor, ssaa: int = 1
+        cls,
+        scenes: Sequence["MeshScene"],
+        camera: Camera,
+        view_scene: Sequence[int],
+        background: Tensor,
+        ssaa: int = 1,
     ) -> Image:
         """Views [V] of B scenes in one launch; models.render is the public name.
 
-        Unlit colours (None without), alpha the coverage, depth the camera's z (0 in the background), normal (n + 1) / 2 of the
-        faces in world axes (0.5 in the background); as `kernels.render_mesh`.
+        Unlit colours (None without), alpha the coverage, depth the camera's z (0 in the
+        background), normal (n + 1) / 2 of the faces in world axes (0.5 in the background); as
+        `kernels.render_mesh`.
         """
         check_tensors(background=background)
         if background.shape != (len(camera), 3):
@@ -90,10 +108,21 @@ class MeshScene:
         attributes = None
         if scenes[0].color is not None:
             attributes = torch.cat([torch.cat([scene.color, scene.normal], 1) for scene in scenes])
-        starts = [[0, *accumulate(len(getattr(scene, name)) for scene in scenes)] for name in ("vertices", "faces")]
-        vertices, faces = (torch.cat([getattr(scene, name) for scene in scenes]) for name in ("vertices", "faces"))
-        image = render_mesh(vertices, faces, attributes, *starts, camera, view_scene, NEAR, FAR, ssaa, kinds.pop())
-        color = None if attributes is None else image.color + (1 - image.alpha) * background[:, :, None, None]
+        starts = [
+            [0, *accumulate(len(getattr(scene, name)) for scene in scenes)]
+            for name in ("vertices", "faces")
+        ]
+        vertices, faces = (
+            torch.cat([getattr(scene, name) for scene in scenes]) for name in ("vertices", "faces")
+        )
+        image = render_mesh(
+            vertices, faces, attributes, *starts, camera, view_scene, NEAR, FAR, ssaa, kinds.pop()
+        )
+        color = (
+            None
+            if attributes is None
+            else image.color + (1 - image.alpha) * background[:, :, None, None]
+        )
         return Image(color, image.alpha, image.depth, image.normal, image.normal_map)
 
     @classmethod
@@ -105,9 +134,10 @@ class MeshScene:
 class MeshDecoder(Decoder):
     """Latents [N, latent_channels] -> a MeshScene per sample (published: SLatMeshDecoder).
 
-    In training mode quads have a centre and four triangles, in evaluation mode two triangles. `skip_weight`: how the 1x1x1
-    convolutions read their weights (models.upsample); published checkpoints need "spconv". Raises ValueError for
-    model_channels that the group norms cannot divide.
+    In training mode quads have a centre and four triangles, in evaluation mode two triangles.
+    `skip_weight`: how the 1x1x1 convolutions read their weights (models.upsample); published
+    checkpoints need "spconv". Raises ValueError for model_channels that the group norms cannot
+    divide.
     """
 
     NAME, CONFIG = "SLatMeshDecoder", MeshConfig
@@ -116,10 +146,14 @@ class MeshDecoder(Decoder):
         super().__init__(*args, **kwargs)
         C = self.model_channels
         if C % (8 * GROUPS):
-            raise ValueError(f"model_channels {C} is not a multiple of {8 * GROUPS}: {GROUPS} groups normalise an eighth of them")
+            raise ValueError(
+                f"model_channels {C} is not a multiple of {8 * GROUPS}: {GROUPS} groups "
+                "normalise an eighth of them"
+            )
         self.args["skip_weight"] = skip_weight
         self.upsample = nn.ModuleList(
-            SubdivideBlock(channels, out, GROUPS, skip_weight) for channels, out in ((C, C // 4), (C // 4, C // 8))
+            SubdivideBlock(channels, out, GROUPS, skip_weight)
+            for channels, out in ((C, C // 4), (C // 4, C // 8))
         )
         self.out_layer = nn.Linear(C // 8, sum(self.config.fields.values()))  # no norm before it
         nn.init.zeros_(self.out_layer.weight), nn.init.zeros_(self.out_layer.bias)
@@ -133,21 +167,39 @@ class MeshDecoder(Decoder):
         return SparseTensor(self.out_layer(h.to(z.feats.dtype)), cache=cache)
 
     def forward(self, z: SparseTensor) -> list[MeshScene]:
-        """One scene per sample; a sample without voxels, or whose field has one sign, gives a scene without faces."""
+        """One scene per sample; a sample without voxels, or whose field has one sign, gives a scene
+        without faces.
+        """
         fields, resolution = self.fields(z), SUBDIVIDED * self.resolution
         surfaces = isosurface(fields.cache, fields.feats, resolution, self.training)
-        sizes = {name: _sizes(getattr(surfaces, f"{name}_starts")) for name in ("vertex", "face", "tsdf")}
+        sizes = {
+            name: _sizes(getattr(surfaces, f"{name}_starts")) for name in ("vertex", "face", "tsdf")
+        }
         parts = [
-            surfaces.vertices.split(sizes["vertex"]), surfaces.faces.split(sizes["face"]),
-            surfaces.attributes.split(sizes["vertex"]), surfaces.tsdf_position.split(sizes["tsdf"]),
-            surfaces.tsdf_value.split(sizes["tsdf"]), surfaces.regularizer.unbind(), surfaces.vertex_starts[:-1].tolist(),
-        ]  # fmt: skip
+            surfaces.vertices.split(sizes["vertex"]),
+            surfaces.faces.split(sizes["face"]),
+            surfaces.attributes.split(sizes["vertex"]),
+            surfaces.tsdf_position.split(sizes["tsdf"]),
+            surfaces.tsdf_value.split(sizes["tsdf"]),
+            surfaces.regularizer.unbind(),
+            surfaces.vertex_starts[:-1].tolist(),
+        ]
         scenes = []
-        for vertices, faces, attributes, position, value, regularization, first in zip(*parts, strict=True):
+        for vertices, faces, attributes, position, value, regularization, first in zip(
+            *parts, strict=True
+        ):
             color, normal = attributes.split(3, dim=1) if self.config.use_color else (None, None)
             scenes.append(
                 MeshScene(
-                    vertices, faces - first, color, normal, position, value, regularization, resolution, self.config.silhouettes
+                    vertices,
+                    faces - first,
+                    color,
+                    normal,
+                    position,
+                    value,
+                    regularization,
+                    resolution,
+                    self.config.silhouettes,
                 )
             )
         return scenes

@@ -1,7 +1,8 @@
 """Latents -> a radiance field in N sparse voxels. Published: SLatRadianceFieldDecoder.
 
-Each voxel holds a small tensor of rank R in CP form ("trivec": R vectors of n numbers along each axis), whose R products
-at a point weight R densities and R colours (arXiv 2412.01506; the representation is that of Strivec, arXiv 2307.13226).
+Each voxel holds a small tensor of rank R in CP form ("trivec": R vectors of n numbers along each
+axis), whose R products at a point weight R densities and R colours (arXiv 2412.01506; the
+representation is that of Strivec, arXiv 2307.13226).
 """
 
 import math
@@ -25,9 +26,12 @@ class RadianceConfig:
 
     rank: int = 16
     dim: int = 8  # numbers along each axis of a voxel
-    density_scale: float = 1.0  # multiplies the raw densities; above 1 an untrained field turns opaque sooner
-    # spread of the untrained vectors around 1. At 0, as published, the ranks of a voxel start equal, have equal gradients and,
-    # where gradients are deterministic, stay equal: a field of rank 1
+    density_scale: float = (
+        1.0  # multiplies the raw densities; above 1 an untrained field turns opaque sooner
+    )
+    # spread of the untrained vectors around 1. At 0, as published, the ranks of a voxel start
+    # equal, have equal gradients and, where gradients are deterministic, stay equal: a field of
+    # rank 1
     trivec_std: float = 0.0
 
     @classmethod
@@ -35,25 +39,34 @@ class RadianceConfig:
         """Raises ValueError for a key or value that cannot be."""
         known = {f.name for f in fields_of(cls)}
         if unknown := sorted(published.keys() - known):
-            raise ValueError(f"representation_config has unknown keys {unknown}; known are {sorted(known)}")
+            raise ValueError(
+                f"representation_config has unknown keys {unknown}; known are {sorted(known)}"
+            )
         config = cls(**published)
         if config.rank < 1 or config.dim < 2:
             raise ValueError(f"rank {config.rank} must be at least 1, dim {config.dim} at least 2")
         if not (0 < config.density_scale < math.inf and 0 <= config.trivec_std < math.inf):
             raise ValueError(
-                f"density_scale {config.density_scale} must exceed 0, trivec_std {config.trivec_std} be at least 0, both finite"
+                f"density_scale {config.density_scale} must exceed 0, trivec_std "
+                f"{config.trivec_std} be at least 0, both finite"
             )
         return config
 
     @property
     def fields(self) -> dict[str, int]:
         """Channels of the output layer by published name, in order."""
-        return {"trivec": self.rank * 3 * self.dim, "density": self.rank, "features_dc": self.rank * 3}
+        return {
+            "trivec": self.rank * 3 * self.dim,
+            "density": self.rank,
+            "features_dc": self.rank * 3,
+        }
 
 
 @dataclass
 class RadianceScene:
-    """The radiance field of one object, on a grid of `resolution` voxels along each side of the unit cube."""
+    """The radiance field of one object, on a grid of `resolution` voxels along each side of the
+    unit cube.
+    """
 
     position: Tensor  # [N, 3] voxel centres in [0, 1]
     trivec: Tensor  # [N, R, 3, n]
@@ -67,20 +80,36 @@ class RadianceScene:
 
     @classmethod
     def render_batch(
-        cls, scenes: Sequence["RadianceScene"], camera: Camera, view_scene: Sequence[int], background: Tensor
+        cls,
+        scenes: Sequence["RadianceScene"],
+        camera: Camera,
+        view_scene: Sequence[int],
+        background: Tensor,
     ) -> Image:
         """Views [V] of B scenes in one launch; models.render is the public name.
 
-        Where gradients are recorded every ray starts its samples at a random offset, as published; elsewhere at half a
-        step, so that pictures and scores repeat.
+        Where gradients are recorded every ray starts its samples at a random offset, as published;
+        elsewhere at half a step, so that pictures and scores repeat.
         """
         sizes = {scene.resolution for scene in scenes}
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different resolutions: {sorted(sizes)}")
-        starts = [0, *accumulate(len(scene.position) for scene in scenes)]  # a list: torch.compile cannot trace what is read
-        tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in ("position", "trivec", "density", "color")]
-        offset = None if torch.is_grad_enabled() else background.new_full((len(camera), camera.height, camera.width), 0.5)
-        return raymarch(*tensors, starts, camera, view_scene, background, sizes.pop(), offset=offset)
+        starts = [
+            0,
+            *accumulate(len(scene.position) for scene in scenes),
+        ]  # a list: torch.compile cannot trace what is read
+        tensors = [
+            torch.cat([getattr(scene, name) for scene in scenes])
+            for name in ("position", "trivec", "density", "color")
+        ]
+        offset = (
+            None
+            if torch.is_grad_enabled()
+            else background.new_full((len(camera), camera.height, camera.width), 0.5)
+        )
+        return raymarch(
+            *tensors, starts, camera, view_scene, background, sizes.pop(), offset=offset
+        )
 
     @classmethod
     def penalties(cls, scenes: Sequence["RadianceScene"]) -> dict[str, Tensor]:
@@ -89,21 +118,30 @@ class RadianceScene:
 
 
 class RadianceDecoder(Decoder):
-    """Latents [N, latent_channels] -> a RadianceScene per sample (published: SLatRadianceFieldDecoder)."""
+    """Latents [N, latent_channels] -> a RadianceScene per sample (published:
+    SLatRadianceFieldDecoder).
+    """
 
     NAME, CONFIG = "SLatRadianceFieldDecoder", RadianceConfig
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.config.trivec_std:
-            torch.nn.init.normal_(self.out_layer.bias[: self.config.fields["trivec"]], std=self.config.trivec_std)
+            torch.nn.init.normal_(
+                self.out_layer.bias[: self.config.fields["trivec"]], std=self.config.trivec_std
+            )
 
     def forward(self, z: SparseTensor) -> list[RadianceScene]:
         """One scene per sample; a sample without voxels gives a field without voxels."""
         R, n = self.config.rank, self.config.dim
         trivec, density, color = self.fields(z).feats.split([*self.config.fields.values()], dim=1)
         position = (z.coords[:, 1:].to(trivec.dtype) + 0.5) / self.resolution
-        tensors = (position, trivec.view(-1, R, 3, n) + 1, density * self.config.density_scale, color.view(-1, R, 1, 3))
+        tensors = (
+            position,
+            trivec.view(-1, R, 3, n) + 1,
+            density * self.config.density_scale,
+            color.view(-1, R, 1, 3),
+        )
         parts = [tensor.split(z.cache.counts) for tensor in tensors]
         return [RadianceScene(*scene, self.resolution) for scene in zip(*parts, strict=True)]
 

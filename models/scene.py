@@ -11,12 +11,16 @@ from kernels.camera import Camera, Image
 
 
 class Scene(Protocol):
-    """One decoded object: named tensors, a renderer for a batch of its kind and the penalties of its training."""
+    """One decoded object: named tensors, a renderer for a batch of its kind and the penalties of
+    its training.
+    """
 
     def render(self, camera: Camera, background: Tensor) -> Image: ...
 
     @classmethod
-    def render_batch(cls, scenes: Sequence[Scene], camera: Camera, view_scene: Sequence[int], background: Tensor) -> Image: ...
+    def render_batch(
+        cls, scenes: Sequence[Scene], camera: Camera, view_scene: Sequence[int], background: Tensor
+    ) -> Image: ...
 
     @classmethod
     def penalties(cls, scenes: Sequence[Scene]) -> dict[str, Tensor]: ...
@@ -27,7 +31,10 @@ def _kind(scenes: Sequence[Scene]) -> type[Scene]:
         raise TypeError(f"scenes must be a list of scenes, not {type(scenes).__name__}")
     kinds = {type(scene) for scene in scenes}
     if len(kinds) != 1:
-        raise ValueError(f"a batch needs scenes of one kind, not {sorted(k.__name__ for k in kinds) or 'none at all'}")
+        raise ValueError(
+            "a batch needs scenes of one kind, not "
+            f"{sorted(k.__name__ for k in kinds) or 'none at all'}"
+        )
     return kinds.pop()
 
 
@@ -39,7 +46,8 @@ def render(
 ) -> Image:
     """Render a batch of scenes and views in one launch of each kernel.
 
-    Raises ValueError for scenes of several kinds, a view of a scene that is not there, or counts that differ.
+    Raises ValueError for scenes of several kinds, a view of a scene that is not there, or counts
+    that differ.
     """
     return _kind(scenes).render_batch(scenes, camera, view_scene, background)
 

@@ -8,26 +8,38 @@ from kernels.pool import pool, pooling, unpool
 
 
 class SparseTensor:
-    """Features [N, C] on voxels [N, 4] int32, columns (batch, x, y, z), the rows of one sample contiguous.
+    """Features [N, C] on voxels [N, 4] int32, columns (batch, x, y, z), the rows of one sample
+    contiguous.
 
-    Tensors over the same voxels share one SpatialCache, so what is derived from coordinates (windows, neighbours,
-    position embeddings) is made once. `batch_size` keeps empty samples at the end of a batch; without it the last
-    sample is the one of the last row. Raises ValueError for coordinates that SpatialCache rejects and for a row count
-    that differs from the features'; TypeError for what is no tensor.
+    Tensors over the same voxels share one SpatialCache, so what is derived from coordinates
+    (windows, neighbours, position embeddings) is made once. `batch_size` keeps empty samples at the
+    end of a batch; without it the last sample is the one of the last row. Raises ValueError for
+    coordinates that SpatialCache rejects and for a row count that differs from the features';
+    TypeError for what is no tensor.
     """
 
     def __init__(
-        self, feats: Tensor, coords: Tensor | None = None, batch_size: int | None = None, cache: SpatialCache | None = None
+        self,
+        feats: Tensor,
+        coords: Tensor | None = None,
+        batch_size: int | None = None,
+        cache: SpatialCache | None = None,
     ):
         if cache is None:
             if coords is None:
-                raise ValueError("a SparseTensor needs coords or the cache of another tensor over the same voxels")
+                raise ValueError(
+                    "a SparseTensor needs coords or the cache of another tensor over the same "
+                    "voxels"
+                )
             cache = SpatialCache(coords, batch_size)
         elif coords is not None or batch_size is not None:
             raise ValueError("coords and batch_size belong to the cache: give the cache alone")
         check_tensors(feats=feats)
         if feats.ndim != 2 or len(feats) != len(cache.coords):
-            raise ValueError(f"feats {tuple(feats.shape)} must be [N, C] with a row for each of {len(cache.coords)} coords")
+            raise ValueError(
+                f"feats {tuple(feats.shape)} must be [N, C] with a row for each of "
+                f"{len(cache.coords)} coords"
+            )
         if feats.device != cache.coords.device:
             raise ValueError(f"feats are on {feats.device}, coords on {cache.coords.device}")
         self.feats = feats
@@ -66,7 +78,9 @@ class SparseTensor:
 
         Raises ValueError where a child would lie beyond the largest coordinate.
         """
-        return SparseTensor(self.feats[:, None].expand(-1, 8, -1).flatten(0, 1), cache=self.cache.subdivide())
+        return SparseTensor(
+            self.feats[:, None].expand(-1, 8, -1).flatten(0, 1), cache=self.cache.subdivide()
+        )
 
     def split(self) -> tuple[Tensor, ...]:
         """The feature rows of each sample, empty ones included."""
@@ -76,4 +90,7 @@ class SparseTensor:
         return len(self.feats)
 
     def __repr__(self) -> str:
-        return f"SparseTensor({len(self)} voxels, {self.feats.shape[1]} channels, {self.batch_size} samples, {self.feats.dtype})"
+        return (
+            f"SparseTensor({len(self)} voxels, {self.feats.shape[1]} channels, "
+            f"{self.batch_size} samples, {self.feats.dtype})"
+        )

@@ -1,7 +1,9 @@
-"""Sparse convolutions, group norm and the block that doubles the resolution: N voxels, C channels; 8N children.
+"""Sparse convolutions, group norm and the block that doubles the resolution: N voxels, C channels;
+8N children.
 
-Parameter names and shapes are those of the published mesh decoder (microsoft/TRELLIS), so its checkpoints load unchanged.
-Parameters stay fp32; a layer computes in its input's dtype, sums and statistics in fp32.
+Parameter names and shapes are those of the published mesh decoder (microsoft/TRELLIS), so its
+checkpoints load unchanged. Parameters stay fp32; a layer computes in its input's dtype, sums and
+statistics in fp32.
 """
 
 import torch
@@ -18,7 +20,9 @@ SKIP_WEIGHTS = ("linear", "spconv")
 
 
 class _Kernel(nn.Module):
-    """Weight [Co, k, k, k, Ci] and bias [Co] of a convolution, uniform in +-1 / sqrt(k^3 Ci) as spconv initialises them."""
+    """Weight [Co, k, k, k, Ci] and bias [Co] of a convolution, uniform in +-1 / sqrt(k^3 Ci) as
+    spconv initialises them.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -29,14 +33,17 @@ class _Kernel(nn.Module):
 
 
 class SparseConv3d(nn.Module):
-    """Submanifold convolution with an odd kernel size; parameters `conv.weight` [Co, k, k, k, Ci] and `conv.bias`.
+    """Submanifold convolution with an odd kernel size; parameters `conv.weight` [Co, k, k, k, Ci]
+    and `conv.bias`.
 
-    `skip_weight` says how a 1x1x1 weight is read: "linear" as the matrix [Co, Ci] that its shape says; "spconv" as published
-    models were trained, whose library reads the same memory as a matrix [Ci, Co] (its issue 450). Raises ValueError for an
-    even kernel size and another skip_weight.
+    `skip_weight` says how a 1x1x1 weight is read: "linear" as the matrix [Co, Ci] that its shape
+    says; "spconv" as published models were trained, whose library reads the same memory as a matrix
+    [Ci, Co] (its issue 450). Raises ValueError for an even kernel size and another skip_weight.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, skip_weight: str = "linear"):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, skip_weight: str = "linear"
+    ):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
@@ -49,15 +56,21 @@ class SparseConv3d(nn.Module):
         weight, bias = self.conv.weight, self.conv.bias
         if self.kernel_size > 1:
             order = None if backend.is_torch(x) else cache.get(tap_order, self.kernel_size)
-            return sparse_conv(x, weight, bias, cache.get(neighbours, self.kernel_size), order=order)
+            return sparse_conv(
+                x, weight, bias, cache.get(neighbours, self.kernel_size), order=order
+            )
         if self.skip_weight == "spconv":
             return linear(x, weight.view(weight.shape[4], weight.shape[0]).T, bias)
         return linear(x, weight.flatten(1), bias)
 
     def after_subdivision(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, Ci] -> [8N, Co]
-        """`forward` of x copied to the children of the cache's voxels, without the copies. Kernel size 3."""
+        """`forward` of x copied to the children of the cache's voxels, without the copies. Kernel
+        size 3.
+        """
         order = None if backend.is_torch(x) else cache.get(octant_order)
-        return subdivide_conv(x, self.conv.weight, self.conv.bias, cache.get(neighbours, 3), order=order)
+        return subdivide_conv(
+            x, self.conv.weight, self.conv.bias, cache.get(neighbours, 3), order=order
+        )
 
 
 class GroupNorm(nn.Module):
@@ -76,13 +89,16 @@ class GroupNorm(nn.Module):
 
 
 class SubdivideBlock(nn.Module):
-    """Every voxel becomes its 8 children: conv(act(conv(subdivided act(x)))) + skip(x), act = SiLU of group norm.
+    """Every voxel becomes its 8 children: conv(act(conv(subdivided act(x)))) + skip(x), act = SiLU
+    of group norm.
 
-    The children start as copies of their parent, so the first convolution and the skip read the parents. The last convolution
-    starts at zero, as published.
+    The children start as copies of their parent, so the first convolution and the skip read the
+    parents. The last convolution starts at zero, as published.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int = 32, skip_weight: str = "linear"):
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int = 32, skip_weight: str = "linear"
+    ):
         super().__init__()
         self.act_layers = nn.ModuleDict({"0": GroupNorm(in_channels, groups)})
         self.out_layers = nn.ModuleDict(
@@ -92,7 +108,10 @@ class SubdivideBlock(nn.Module):
                 "3": SparseConv3d(out_channels, out_channels),
             }
         )
-        nn.init.zeros_(self.out_layers["3"].conv.weight), nn.init.zeros_(self.out_layers["3"].conv.bias)
+        (
+            nn.init.zeros_(self.out_layers["3"].conv.weight),
+            nn.init.zeros_(self.out_layers["3"].conv.bias),
+        )
         if in_channels != out_channels:
             self.skip_connection = SparseConv3d(in_channels, out_channels, 1, skip_weight)
         else:

@@ -33,40 +33,58 @@ class Posterior:
     def mode(self) -> SparseTensor:
         return self.voxels.replace(self.mean)
 
-    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> SparseTensor:
+    def sample(
+        self, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> SparseTensor:
         """mean + exp(logvar / 2) * noise, the noise drawn from `generator` unless it is given.
 
         Raises ValueError for noise of another shape than the posterior's.
         """
         if noise is None:
-            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+            noise = torch.randn(
+                self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device
+            )
         if noise.shape != self.mean.shape:
-            raise ValueError(f"noise must be {list(self.mean.shape)}, as the posterior, not {list(noise.shape)}")
+            raise ValueError(
+                f"noise must be {list(self.mean.shape)}, as the posterior, not {list(noise.shape)}"
+            )
         return self.voxels.replace(self.mean + torch.exp(0.5 * self.logvar) * noise)
 
 
 class Encoder(Trunk):
     """Voxel features -> Posterior (published: SLatEncoder).
 
-    `logvar_init`: None gives the published zero output layer, whose latents start as pure noise; a number keeps Xavier
-    weights there and starts the log variance at that value, which learns far faster in short runs. Raises ValueError for
-    sizes below 1 and whatever the trunk does not know.
+    `logvar_init`: None gives the published zero output layer, whose latents start as pure noise; a
+    number keeps Xavier weights there and starts the log variance at that value, which learns far
+    faster in short runs. Raises ValueError for sizes below 1 and whatever the trunk does not know.
     """
 
     NAME = "SLatEncoder"
 
     def __init__(
-        self, resolution: int, in_channels: int, model_channels: int, latent_channels: int, num_blocks: int,
-        *, logvar_init: float | None = None, **trunk,
-    ):  # fmt: skip
+        self,
+        resolution: int,
+        in_channels: int,
+        model_channels: int,
+        latent_channels: int,
+        num_blocks: int,
+        *,
+        logvar_init: float | None = None,
+        **trunk,
+    ):
         check_whole("resolution", resolution), check_whole("in_channels", in_channels)
         check_whole("latent_channels", latent_channels)
         super().__init__(in_channels, model_channels, num_blocks, **trunk)
         self.resolution, self.latent_channels = resolution, latent_channels
         self.args = dict(
-            resolution=resolution, in_channels=in_channels, model_channels=model_channels,
-            latent_channels=latent_channels, num_blocks=num_blocks, logvar_init=logvar_init, **trunk,
-        )  # fmt: skip
+            resolution=resolution,
+            in_channels=in_channels,
+            model_channels=model_channels,
+            latent_channels=latent_channels,
+            num_blocks=num_blocks,
+            logvar_init=logvar_init,
+            **trunk,
+        )
         self.out_layer = nn.Linear(model_channels, 2 * latent_channels)
         self.initialize()
         if logvar_init is not None:
@@ -74,7 +92,9 @@ class Encoder(Trunk):
             nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
 
     def forward(self, x: SparseTensor) -> Posterior:
-        """x [N, in_channels]; raises ValueError where its channels or dtype are not the model's, or its grid is wider."""
+        """x [N, in_channels]; raises ValueError where its channels or dtype are not the model's, or
+        its grid is wider.
+        """
         h = self.out_layer(layer_norm(self.trunk(x.feats, x.cache), OUTPUT_EPS))
         mean, logvar = h.chunk(2, dim=1)
         return Posterior(mean, logvar, x)
@@ -83,26 +103,37 @@ class Encoder(Trunk):
 class Decoder(Trunk):
     """Latents [N, latent_channels] -> a Scene per sample; the ground of every kind of decoder.
 
-    A subclass names its published class (NAME) and how the published `representation_config` becomes a frozen dataclass
-    whose `fields` are the channels of the output layer in published order (CONFIG); it turns them into scenes (forward).
-    Raises ValueError for sizes below 1 and whatever the trunk and the configuration do not know.
+    A subclass names its published class (NAME) and how the published `representation_config`
+    becomes a frozen dataclass whose `fields` are the channels of the output layer in published
+    order (CONFIG); it turns them into scenes (forward). Raises ValueError for sizes below 1 and
+    whatever the trunk and the configuration do not know.
     """
 
     NAME: str
     CONFIG: type
 
     def __init__(
-        self, resolution: int, model_channels: int, latent_channels: int, num_blocks: int,
-        *, representation_config: dict, **trunk,
-    ):  # fmt: skip
+        self,
+        resolution: int,
+        model_channels: int,
+        latent_channels: int,
+        num_blocks: int,
+        *,
+        representation_config: dict,
+        **trunk,
+    ):
         check_whole("resolution", resolution), check_whole("latent_channels", latent_channels)
         super().__init__(latent_channels, model_channels, num_blocks, **trunk)
         self.resolution, self.latent_channels = resolution, latent_channels
         self.config = self.CONFIG.parse(representation_config)
         self.args = dict(
-            resolution=resolution, model_channels=model_channels, latent_channels=latent_channels,
-            num_blocks=num_blocks, representation_config=representation_config, **trunk,
-        )  # fmt: skip
+            resolution=resolution,
+            model_channels=model_channels,
+            latent_channels=latent_channels,
+            num_blocks=num_blocks,
+            representation_config=representation_config,
+            **trunk,
+        )
         self.out_layer = nn.Linear(model_channels, sum(self.config.fields.values()))
         self.initialize()
 
@@ -116,25 +147,35 @@ class Decoder(Trunk):
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a frozen one.
+    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a
+    frozen one.
 
-    Raises TypeError for other models than these, and for a decoder that is no DECODER; ValueError for latents that differ.
+    Raises TypeError for other models than these, and for a decoder that is no DECODER; ValueError
+    for latents that differ.
     """
 
     DECODER: type[Decoder] = Decoder
 
     def __init__(self, encoder: Encoder | None, decoder: Decoder):
         super().__init__()
-        if not (encoder is None or isinstance(encoder, Encoder)) or not isinstance(decoder, self.DECODER):
+        if not (encoder is None or isinstance(encoder, Encoder)) or not isinstance(
+            decoder, self.DECODER
+        ):
             given = " and ".join(type(part).__name__ for part in (encoder, decoder))
-            raise TypeError(f"{type(self).__name__} takes Encoder (or None) and {self.DECODER.__name__}, not {given}")
+            raise TypeError(
+                f"{type(self).__name__} takes Encoder (or None) and {self.DECODER.__name__}, "
+                f"not {given}"
+            )
         if encoder is not None and encoder.latent_channels != decoder.latent_channels:
             raise ValueError(
-                f"the encoder makes {encoder.latent_channels} latent channels, the decoder takes {decoder.latent_channels}"
+                f"the encoder makes {encoder.latent_channels} latent channels, the decoder "
+                f"takes {decoder.latent_channels}"
             )
         self.encoder, self.decoder = encoder, decoder
 
-    def forward(self, x: SparseTensor, noise: Tensor | None = None) -> tuple[Posterior | None, list[Scene]]:
+    def forward(
+        self, x: SparseTensor, noise: Tensor | None = None
+    ) -> tuple[Posterior | None, list[Scene]]:
         """Features (or, without an encoder, latents) -> the posterior and one scene per sample."""
         if self.encoder is None:
             return None, self.decoder(x)
@@ -156,31 +197,40 @@ class VAE(nn.Module):
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights of any float dtype into a model's fp32 parameters, strictly.
 
-    Raises ValueError that names the first tensors missing, unexpected or of another shape, with both
-    shapes, and the first with values that are not finite, and how many. What nothing reads (see
-    `read_tensors`) may be missing, and be what it likes.
+    Raises ValueError that names the first tensors missing, unexpected or of another shape, with
+    both shapes, and the first with values that are not finite, and how many. What nothing reads
+    (see `read_tensors`) may be missing, and be what it likes.
     """
     own, read = model.state_dict(), read_tensors(model)
     missing, extra = sorted(read.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
-        raise ValueError(f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
+        raise ValueError(
+            f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected "
+            f"{extra[:3] or 'nothing'}"
+        )
     for key, value in weights.items():
         if own[key].shape != value.shape:
-            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}, the model's is {tuple(own[key].shape)}")
+            raise ValueError(
+                f"{source}: {key} has shape {tuple(value.shape)}, the model's is "
+                f"{tuple(own[key].shape)}"
+            )
     weights = {key: value.float() for key, value in weights.items()}
     check_finite({key: weights[key] for key in read}, source)
     model.load_state_dict(own | weights, strict=True)
 
 
 def read_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict but for what nothing reads: a module's `idle`, which the published files have."""
+    """The state dict without what nothing reads: a module's `idle`, which published files have."""
     parts = model.named_modules()
-    idle = {f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())}
+    idle = {
+        f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())
+    }
     return {name: t for name, t in model.state_dict().items() if name not in idle}
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
-    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the published layout.
+    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the
+    published layout.
 
     A file is complete or as it was before. Raises OSError that names the one which could not be
     written, ValueError that names the first tensor with values that are not finite: then none is.
@@ -191,9 +241,14 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for suffix, write in {
         ".safetensors": lambda path: save_file(weights, path),
-        ".json": lambda path: path.write_text(json.dumps({"name": model.NAME, "args": model.args}, indent=2)),
+        ".json": lambda path: path.write_text(
+            json.dumps({"name": model.NAME, "args": model.args}, indent=2)
+        ),
     }.items():
-        file, partial = prefix.with_name(prefix.name + suffix), prefix.with_name(prefix.name + suffix + ".partial")
+        file, partial = (
+            prefix.with_name(prefix.name + suffix),
+            prefix.with_name(prefix.name + suffix + ".partial"),
+        )
         try:
             partial.unlink(missing_ok=True)
             partial.touch()
@@ -211,7 +266,9 @@ def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
     config, weights = Path(f"{prefix}.json"), Path(f"{prefix}.safetensors")
     for file in (config, weights):
         if not file.is_file():
-            raise ValueError(f"{file} is not there: a checkpoint is PREFIX.json beside PREFIX.safetensors")
+            raise ValueError(
+                f"{file} is not there: a checkpoint is PREFIX.json beside PREFIX.safetensors"
+            )
     try:
         content = json.loads(config.read_text())
     except json.JSONDecodeError as error:

@@ -45,9 +45,15 @@ from kernels import bench  # noqa: E402
 from kernels.jobs import Jobs, Step, allotted  # noqa: E402
 
 PLAN = {  # the most valuable first: the least seconds of each, and its share of what is left
-    "tests": (60, 40), "errors": (25, 8), "training": (50, 14), "ops": (50, 20),
-    "train_step": (20, 4), "pictures": (30, 8), "determinism": (20, 4), "sanitizer": (20, 4),
-}  # fmt: skip
+    "tests": (60, 40),
+    "errors": (25, 8),
+    "training": (50, 14),
+    "ops": (50, 20),
+    "train_step": (20, 4),
+    "pictures": (30, 8),
+    "determinism": (20, 4),
+    "sanitizer": (20, 4),
+}
 BESIDE = ("tests", "training", "determinism")  # run beside the others in a rehearsal: half the time
 PICTURE = 1_000_000  # bytes of a picture at most
 PACK = 20.0  # seconds between two packings

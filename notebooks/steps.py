@@ -109,10 +109,11 @@ def tests(here: Here) -> dict:
     if ended["tests"].status == 5 and not bad:  # pytest's "nothing to run": all passed before
         ended["tests"] = Ended(0, ended["tests"].seconds)
     return verdict(
-        ended, counts=dict(Counter(row["outcome"] for row in rows.values())),
+        ended,
+        counts=dict(Counter(row["outcome"] for row in rows.values())),
         seconds_of_work=round(sum(row["s"] for row in rows.values()), 1),
         failures={name: row["why"].strip().splitlines()[-1:] for name, row in bad.items()},
-    )  # fmt: skip
+    )
 
 
 def errors(here: Here) -> dict:

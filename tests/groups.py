@@ -1,10 +1,11 @@
-"""Runs in process groups of their own, for tests/test_groups.py: what becomes of them when the group gets a signal.
+"""Runs in process groups of their own, for tests/test_groups.py: what becomes of them when the
+group gets a signal.
 
     python -m tests.groups FOLDER FLAGS...
 
-Reads lines "SIGNAL WORKERS WHOM" (the group, its leader or a worker of it), and for each starts a run in a process group of
-its own, sends the signal once a step is logged, and prints what came of it as a line of JSON. The runs are forked from this
-process, which has done nothing but import.
+Reads lines "SIGNAL WORKERS WHOM" (the group, its leader or a worker of it), and for each starts a
+run in a process group of its own, sends the signal once a step is logged, and prints what came of
+it as a line of JSON. The runs are forked from this process, which has done nothing but import.
 """
 
 import atexit
@@ -77,7 +78,9 @@ def shoot(out: Path, number: int, workers: int, whom: str, flags: list[str]) -> 
     status = os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
     alone = until(lambda: not members(leader), END)
     saved = sorted(file.name for file in (out / "checkpoints").glob("step_*.safetensors"))
-    result = dict(processes=len(before), status=status, gone=alone, steps=log.read_text().count("\n"))
+    result = dict(
+        processes=len(before), status=status, gone=alone, steps=log.read_text().count("\n")
+    )
     return result | dict(saved=saved, worker=before[-1], said=out.with_suffix(".said").read_text())
 
 
@@ -87,7 +90,10 @@ def main() -> None:
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
     for i, line in enumerate(sys.stdin):
         name, workers, whom = line.split()
-        print(json.dumps(shoot(folder / f"run{i}", signal.Signals[name], int(workers), whom, flags)), flush=True)
+        print(
+            json.dumps(shoot(folder / f"run{i}", signal.Signals[name], int(workers), whom, flags)),
+            flush=True,
+        )
     leave(0)
 
 

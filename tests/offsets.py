@@ -1,9 +1,11 @@
-"""python -m tests.offsets LAUNCHES.json: 32-bit products of row numbers that kernels use as offsets, from Triton's own IR.
+"""python -m tests.offsets LAUNCHES.json: 32-bit products of row numbers that kernels use as
+offsets, from Triton's own IR.
 
-LAUNCHES are what `python -m kernels.compile --record` prints. A row number fits 32 bits; its product with a stride may not
-(2304 channels overflow at 932 thousand rows), so it must be made in 64. Every 32-bit value of a kernel has a size: SMALL is
-bounded by constants of the launch, PROGRAM a program's number, ROW whatever is read, passed or a program's number times its
-tile, PRODUCT a ROW times more than 1. A PRODUCT that is an offset of a pointer, or is widened, was made too narrow.
+LAUNCHES are what `python -m kernels.compile --record` prints. A row number fits 32 bits; its
+product with a stride may not (2304 channels overflow at 932 thousand rows), so it must be made in
+64. Every 32-bit value of a kernel has a size: SMALL is bounded by constants of the launch, PROGRAM
+a program's number, ROW whatever is read, passed or a program's number times its tile, PRODUCT a ROW
+times more than 1. A PRODUCT that is an offset of a pointer, or is widened, was made too narrow.
 """
 
 import json
@@ -17,7 +19,17 @@ import triton.language as tl
 from kernels.compile import TARGETS, Build, _read, source
 
 SMALL, PROGRAM, ROW, PRODUCT = range(4)
-EXTENTS = {"H", "W", "TX", "TY", "size", "plane", "C", "R", "programs"}  # of a picture (of fewer than 2^30 pixels) or a row
+EXTENTS = {
+    "H",
+    "W",
+    "TX",
+    "TY",
+    "size",
+    "plane",
+    "C",
+    "R",
+    "programs",
+}  # of a picture (of fewer than 2^30 pixels) or a row
 NAME = r"%[\w#]+"
 PASSES = ("minsi", "minui", "remsi", "remui")  # no larger than the smaller, at least
 
@@ -32,7 +44,9 @@ def intermediate(build) -> str:
     options = backend.parse_options(options)
     ir.load_dialects(context)
     backend.load_dialects(context)
-    module = made.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    module = made.make_ir(
+        gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
     backend.add_stages(stages, options, made.language)
     return str(stages["ttir"](module, {}))
 
@@ -67,13 +81,17 @@ class Sizes:
     def source(self) -> str:
         """The line of a kernel that the current line comes from."""
         place = self.place
-        while "#" in place and '":' not in place:  # a name, or the place in an inlined function and that of its call
+        while (
+            "#" in place and '":' not in place
+        ):  # a name, or the place in an inlined function and that of its call
             place = self.places[re.search(r"#loc\d*", place)[0]]
         file, number = re.match(r'"(.*?)":(\d+)', place).groups()
         return Path(file).read_text().splitlines()[int(number) - 1].strip()
 
     def _walk(self) -> None:
-        regions: list[tuple[str, list[str]]] = []  # (result, names of what is carried) of the regions a line is in
+        regions: list[
+            tuple[str, list[str]]
+        ] = []  # (result, names of what is carried) of the regions a line is in
         for full in self.lines:
             self.place = (re.findall(r"loc\((#loc\d*)\)", full) or [""])[-1]
             line = re.sub(r" loc\(#loc\d*\)", "", full).strip()
@@ -87,7 +105,9 @@ class Sizes:
                 for place, (name, first) in enumerate(carried):
                     self.grow(name, self.size(first))
                     self._result(result, place, len(carried), self.size(first))
-                loop = re.search(rf"scf\.for(?: unsigned)? ({NAME}) = ({NAME}) to ({NAME}) step ({NAME})", line)
+                loop = re.search(
+                    rf"scf\.for(?: unsigned)? ({NAME}) = ({NAME}) to ({NAME}) step ({NAME})", line
+                )
                 if loop:  # what it counts to; by a tile's step it stays a row
                     self.grow(loop[1], max(self.size(loop[2]), self.size(loop[3])))
                 regions.append((result[1] if result else "", [name for name, _ in carried]))
@@ -110,9 +130,14 @@ class Sizes:
 
     def _assign(self, name: str, line: str) -> None:
         operation = re.search(r"= \"?([\w.]+)", line)[1]
-        short, values = operation.split(".")[-1], re.findall(NAME, line.split("=", 1)[1].split(" : ")[0])
+        short, values = (
+            operation.split(".")[-1],
+            re.findall(NAME, line.split("=", 1)[1].split(" : ")[0]),
+        )
         sizes = [self.size(v) for v in values]
-        narrow = re.search(r"(?:^|[x<])i32>*$", line.rsplit(" : ", 1)[-1].split(", ")[-1]) is not None
+        narrow = (
+            re.search(r"(?:^|[x<])i32>*$", line.rsplit(" : ", 1)[-1].split(", ")[-1]) is not None
+        )
         if short == "constant":
             if re.search(r"(?<![\d.])\b(?:dense<)?1>? :", line):
                 self.ones.add(name)
@@ -158,9 +183,14 @@ def main() -> None:
     """Print each kernel with its suspicious lines, as JSON."""
     found: dict[str, set[str]] = {}
     types, constants = (("x_ptr", "*fp32"), ("rows_ptr", "*i32")), (("C", 768), ("TILE", 64))
-    builds = [Build("tests.offsets", "example", types, (), (), constants), *_read(Path(sys.argv[1]).read_text())]
+    builds = [
+        Build("tests.offsets", "example", types, (), (), constants),
+        *_read(Path(sys.argv[1]).read_text()),
+    ]
     for build in builds:
-        found.setdefault(f"{build.module}.{build.kernel}", set()).update(Sizes(intermediate(build)).found)
+        found.setdefault(f"{build.module}.{build.kernel}", set()).update(
+            Sizes(intermediate(build)).found
+        )
     print(json.dumps({name: sorted(lines) for name, lines in found.items()}))
 
 

@@ -9,13 +9,14 @@ import torch
 from tests.conftest import GPU
 from tests.standin import StandIn
 
-WAIT = "called a synchronizing CUDA operation"  # what torch says; when its mode is first set, it says more
+# what torch says; when its mode is first set, it says more
+WAIT = "called a synchronizing CUDA operation"
 
 
 @contextmanager
 def watch_reads() -> Iterator[list[str]]:
-    """What waits for the device inside the block, as it happens: with a GPU torch's own warnings, otherwise names of functions
-    that the stand-in ran.
+    """What waits for the device inside the block, as it happens: with a GPU torch's own warnings,
+    otherwise names of functions that the stand-in ran.
     """
     if not GPU:
         before, StandIn.current.seen = StandIn.current.seen, []
@@ -27,7 +28,9 @@ def watch_reads() -> Iterator[list[str]]:
     seen: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: seen.append(str(message)) if WAIT in str(message) else None
+        warnings.showwarning = lambda message, *_: (
+            seen.append(str(message)) if WAIT in str(message) else None
+        )
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield seen

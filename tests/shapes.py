@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image
 
 
-def write_obj(folder: Path, name: str, faces: str, materials: str = "", image: np.ndarray | None = None) -> Path:
+def write_obj(
+    folder: Path, name: str, faces: str, materials: str = "", image: np.ndarray | None = None
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if image is not None:
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -30,7 +32,12 @@ def quad(z: float = 0.0, material: str = "m", uv: float = 0.0, half: float = 0.5
 
 def box(size=(1.0, 1.0, 1.0), colors: bool = True) -> tuple[str, str]:
     """A box in OBJ axes whose six sides have six colours: text of the OBJ and of the MTL."""
-    v = [f"v {x * size[0] + 3} {y * size[1]} {z * size[2]}" for x in (0, 1) for y in (0, 1) for z in (0, 1)]
+    v = [
+        f"v {x * size[0] + 3} {y * size[1]} {z * size[2]}"
+        for x in (0, 1)
+        for y in (0, 1)
+        for z in (0, 1)
+    ]
     sides = ["1 2 4 3", "5 7 8 6", "1 5 6 2", "3 4 8 7", "1 3 7 5", "2 6 8 4"]  # -x +x -y +y -z +z
     f = [f"usemtl side{i}\nf {s}" for i, s in enumerate(sides)]
     mtl = [f"newmtl side{i}\nKd {0.2 + 0.1 * i} {0.9 - 0.1 * i} 0.5" for i in range(6)]
@@ -42,24 +49,41 @@ class Gltf:
 
     def __init__(self, **extra):
         self.data = b""
-        self.document = {"asset": {"version": "2.0"}, "bufferViews": [], "accessors": [], "scenes": [{"nodes": [0]}]} | extra
+        self.document = {
+            "asset": {"version": "2.0"},
+            "bufferViews": [],
+            "accessors": [],
+            "scenes": [{"nodes": [0]}],
+        } | extra
 
     def view(self, data: bytes, **extra) -> int:
         self.data += b"\0" * (-len(self.data) % 4)
-        self.document["bufferViews"].append({"buffer": 0, "byteOffset": len(self.data), "byteLength": len(data)} | extra)
+        self.document["bufferViews"].append(
+            {"buffer": 0, "byteOffset": len(self.data), "byteLength": len(data)} | extra
+        )
         self.data += data
         return len(self.document["bufferViews"]) - 1
 
     def array(self, values, dtype="<f4", **extra) -> int:
         values = np.asarray(values, dtype)
-        kind = {"f4": 5126, "u1": 5121, "u2": 5123, "u4": 5125, "i1": 5120, "i2": 5122}[values.dtype.str[1:]]
+        kind = {"f4": 5126, "u1": 5121, "u2": 5123, "u4": 5125, "i1": 5120, "i2": 5122}[
+            values.dtype.str[1:]
+        ]
         shape = {1: "SCALAR"} if values.ndim < 2 else {2: "VEC2", 3: "VEC3", 4: "VEC4", 16: "MAT4"}
-        entry = {"componentType": kind, "count": len(values), "type": shape[1 if values.ndim < 2 else values.shape[1]]}
-        self.document["accessors"].append(entry | {"bufferView": self.view(values.tobytes())} | extra)
+        entry = {
+            "componentType": kind,
+            "count": len(values),
+            "type": shape[1 if values.ndim < 2 else values.shape[1]],
+        }
+        self.document["accessors"].append(
+            entry | {"bufferView": self.view(values.tobytes())} | extra
+        )
         return len(self.document["accessors"]) - 1
 
     def primitive(self, positions, **fields) -> dict:
-        attributes = {"POSITION": self.array(positions)} | {k: fields.pop(k) for k in list(fields) if k.isupper()}
+        attributes = {"POSITION": self.array(positions)} | {
+            k: fields.pop(k) for k in list(fields) if k.isupper()
+        }
         return {"attributes": attributes} | fields
 
     def save(self, path: Path, primitives=(), **node) -> Path:
@@ -70,7 +94,12 @@ class Gltf:
         head += b" " * (-len(head) % 4)
         body = self.data + b"\0" * (-len(self.data) % 4)
         length = 12 + 8 + len(head) + 8 + len(body)
-        chunks = struct.pack("<I4s", len(head), b"JSON") + head + struct.pack("<I4s", len(body), b"BIN\0") + body
+        chunks = (
+            struct.pack("<I4s", len(head), b"JSON")
+            + head
+            + struct.pack("<I4s", len(body), b"BIN\0")
+            + body
+        )
         path.write_bytes(struct.pack("<4sII", b"glTF", 2, length) + chunks)
         return path
 
@@ -87,4 +116,6 @@ def png(pixels) -> bytes:
 
 
 def square(gltf: Gltf, uv=UV, **fields) -> dict:
-    return gltf.primitive(SQUARE, TEXCOORD_0=gltf.array(uv), indices=gltf.array([0, 1, 2, 0, 2, 3], "<u2"), **fields)
+    return gltf.primitive(
+        SQUARE, TEXCOORD_0=gltf.array(uv), indices=gltf.array([0, 1, 2, 0, 2, 3], "<u2"), **fields
+    )

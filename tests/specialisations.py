@@ -1,8 +1,10 @@
-"""python -m pytest -p tests.specialisations --specialisations FILE: what the suite compiles on a GPU, counted on a CPU.
+"""python -m pytest -p tests.specialisations --specialisations FILE: what the suite compiles on a
+GPU, counted on a CPU.
 
-Every launch is noted as Triton would specialise it, with the tile sizes of one GPU; the torch path's tests are left out. Kernels
-whose numbers decide nothing else are not run, since the interpreter takes minutes for a GPU's tiles, so values are not compared
-and tests may fail. FILE: one line of JSON a test, its name and the specialisations it asks for. What only a GPU draws or runs
+Every launch is noted as Triton would specialise it, with the tile sizes of one GPU; the torch
+path's tests are left out. Kernels whose numbers decide nothing else are not run, since the
+interpreter takes minutes for a GPU's tiles, so values are not compared and tests may fail. FILE:
+one line of JSON a test, its name and the specialisations it asks for. What only a GPU draws or runs
 (bf16, training scripts on their default device) is not seen.
 """
 
@@ -20,13 +22,18 @@ SKIPPED = re.compile(
 
 def pytest_addoption(parser):
     parser.addoption("--specialisations", help="a file of what each test would compile on a GPU")
-    parser.addoption("--assume", default="sm_90", help="the GPU whose tile sizes are taken (default: sm_90)")
+    parser.addoption(
+        "--assume", default="sm_90", help="the GPU whose tile sizes are taken (default: sm_90)"
+    )
 
 
 def pytest_collection_modifyitems(items):
-    items[:] = [item for item in items if "torch" not in getattr(getattr(item, "callspec", None), "_idlist", ()) and not any(
-        "GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")
-    )]
+    items[:] = [
+        item
+        for item in items
+        if "torch" not in getattr(getattr(item, "callspec", None), "_idlist", ())
+        and not any("GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +55,13 @@ def _noted(request, monkeypatch):
     if path:
         for module in (request.module, importlib.import_module("tests.conftest")):
             monkeypatch.setattr(module, "assert_close", lambda *_, **__: None, raising=False)
-    always = hasattr(request.module, "DEVICE")  # a module that takes a GPU without asking the fixture
-    with backend.assume(request.config.getoption("assume")), backend.use("interpreter") if always else nullcontext():
+    always = hasattr(
+        request.module, "DEVICE"
+    )  # a module that takes a GPU without asking the fixture
+    with (
+        backend.assume(request.config.getoption("assume")),
+        backend.use("interpreter") if always else nullcontext(),
+    ):
         yield
     if path:
         with open(path, "a") as file:

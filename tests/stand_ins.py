@@ -42,10 +42,28 @@ def check(tensor: Tensor, shape: tuple, dtype: torch.dtype = torch.float32) -> N
 
 
 def rasterization(
-    means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=0.01,
-    far_plane=1e10, radius_clip=0.0, eps2d=0.3, sh_degree=None, packed=True, tile_size=16,
-    backgrounds=None, render_mode="RGB", sparse_grad=False, absgrad=False, rasterize_mode="classic",
-):  # fmt: skip
+    means,
+    quats,
+    scales,
+    opacities,
+    colors,
+    viewmats,
+    Ks,
+    width,
+    height,
+    near_plane=0.01,
+    far_plane=1e10,
+    radius_clip=0.0,
+    eps2d=0.3,
+    sh_degree=None,
+    packed=True,
+    tile_size=16,
+    backgrounds=None,
+    render_mode="RGB",
+    sparse_grad=False,
+    absgrad=False,
+    rasterize_mode="classic",
+):
     """Of gsplat: normalises quaternions."""
     N, C = len(means), len(viewmats)
     shapes = (N, 3), (N, 4), (N, 3), (N,), (N, 3)
@@ -93,18 +111,26 @@ def nv_antialias(color, rast, pos, tri, topology_hash=None, pos_gradient_boost=1
 
 
 NVDIFFRAST = dict(
-    RasterizeCudaContext=RasterizeCudaContext, rasterize=nv_rasterize,
-    interpolate=nv_interpolate, antialias=nv_antialias,
-)  # fmt: skip
+    RasterizeCudaContext=RasterizeCudaContext,
+    rasterize=nv_rasterize,
+    interpolate=nv_interpolate,
+    antialias=nv_antialias,
+)
 
 
 class SparseConvTensor:
     """Of spconv."""
 
     def __init__(
-        self, features, indices, spatial_shape, batch_size, grid=None, voxel_num=None,
+        self,
+        features,
+        indices,
+        spatial_shape,
+        batch_size,
+        grid=None,
+        voxel_num=None,
         indice_dict=None,
-    ):  # fmt: skip
+    ):
         assert features.ndim == indices.ndim == 2 and indices.dtype == torch.int32
         assert batch_size > 0 and len(spatial_shape) == indices.shape[1] - 1
         assert (indices[:, 1:].amax(0) < torch.tensor(spatial_shape)).all()
@@ -118,9 +144,18 @@ class SubMConv3d(torch.nn.Module):
     made = 0
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
-        bias=True, indice_key=None, algo=None,
-    ):  # fmt: skip
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        indice_key=None,
+        algo=None,
+    ):
         super().__init__()
         assert (kernel_size, stride, dilation, groups, bias) == (3, 1, 1, 1, True)
         self.key = indice_key
@@ -138,9 +173,20 @@ class SubMConv3d(torch.nn.Module):
 
 
 def get_indice_pairs_implicit_gemm(
-    indices, batch_size, spatial_shape, algo, ksize, stride, padding, dilation, out_padding,
-    subm=False, transpose=False, is_train=True, alloc=None,
-):  # fmt: skip
+    indices,
+    batch_size,
+    spatial_shape,
+    algo,
+    ksize,
+    stride,
+    padding,
+    dilation,
+    out_padding,
+    subm=False,
+    transpose=False,
+    is_train=True,
+    alloc=None,
+):
     """Of spconv: the third value are the pairs [27, N], numbered from the other end than ours."""
     check(indices, (None, 4), torch.int32)
     assert (ksize, stride, dilation, algo, subm) == ([3] * 3, [1] * 3, [1] * 3, "masked", True)
@@ -150,15 +196,16 @@ def get_indice_pairs_implicit_gemm(
 
 
 SPCONV = dict(
-    SubMConv3d=SubMConv3d, SparseConvTensor=SparseConvTensor,
+    SubMConv3d=SubMConv3d,
+    SparseConvTensor=SparseConvTensor,
     ops=types.SimpleNamespace(get_indice_pairs_implicit_gemm=get_indice_pairs_implicit_gemm),
-)  # fmt: skip
+)
 SPCONV_CORE = dict(ConvAlgo=types.SimpleNamespace(MaskImplicitGemm="masked"))
 
 
 def sparse_submanifold_conv3d(
     feats, coords, shape, weight, bias=None, neighbor_cache=None, dilation=(1, 1, 1)
-):  # fmt: skip
+):
     """Of FlexGEMM."""
     check(feats, (None, weight.shape[-1]), feats.dtype), check(coords, (None, 4), torch.int32)
     assert weight.ndim == 5 and isinstance(shape, torch.Size) and len(shape) == 5
@@ -199,9 +246,17 @@ FUSED_SSIM = dict(fused_ssim=fused_ssim)
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-    softmax_scale=None, causal=False,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+):
     """16-bit numbers alone."""
     for tensor in (q, k, v):
         assert tensor.ndim == 3 and tensor.stride(-1) == 1

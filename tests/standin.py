@@ -1,8 +1,10 @@
-"""A GPU's stand-in on a machine without one: tensors that say they lie elsewhere, so that what moves between is seen.
+"""A GPU's stand-in on a machine without one: tensors that say they lie elsewhere, so that what
+moves between is seen.
 
-What torch decides by device is decided as for a GPU: which path an op takes, what is copied, what is refused. The numbers are
-a CPU's. It notes what torch's sync debug mode reports of a GPU, and copies from memory that is not pinned, whether the
-caller says that it does not wait for them or not: a large one waits.
+What torch decides by device is decided as for a GPU: which path an op takes, what is copied, what
+is refused. The numbers are a CPU's. It notes what torch's sync debug mode reports of a GPU, and
+copies from memory that is not pinned, whether the caller says that it does not wait for them or
+not: a large one waits.
 """
 
 from collections.abc import Iterator
@@ -13,18 +15,48 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    return_and_correct_aliasing,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernels import backend
 
 DEVICE = torch.device("meta")  # the one device beside the CPU that every torch knows
 WAITS = {
-    "_local_scalar_dense", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "_unique", "_unique2",
-    "unique_dim", "unique_consecutive", "bincount", "histc", "multinomial", "_linalg_check_errors", "_linalg_eigvals",
-}  # fmt: skip
-READ = {"masked_fill": "Tensor", "masked_fill_": "Tensor", "index_fill": "int_Tensor", "index_fill_": "int_Tensor"}  # 0-d tensors
-INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+    "_local_scalar_dense",
+    "equal",
+    "allclose",
+    "nonzero",
+    "nonzero_numpy",
+    "argwhere",
+    "masked_select",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "histc",
+    "multinomial",
+    "_linalg_check_errors",
+    "_linalg_eigvals",
+}
+READ = {
+    "masked_fill": "Tensor",
+    "masked_fill_": "Tensor",
+    "index_fill": "int_Tensor",
+    "index_fill_": "int_Tensor",
+}  # 0-d tensors
+INDEXED = {
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "_unsafe_index",
+    "_unsafe_index_put",
+}
 
 
 class Away(Tensor):
@@ -35,7 +67,9 @@ class Away(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor):
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=DEVICE, **layout)
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=DEVICE, **layout
+        )
 
     def __init__(self, inner: Tensor):
         self.inner = inner
@@ -81,14 +115,18 @@ def _indices_of_host(index):
 
 
 class StandIn(TorchDispatchMode):
-    """Runs what is asked of the stand-in's tensors on a CPU, and notes in `seen` by name what would wait for a GPU."""
+    """Runs what is asked of the stand-in's tensors on a CPU, and notes in `seen` by name what would
+    wait for a GPU.
+    """
 
     current: "StandIn"
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
-        self.pinned: dict[int, Tensor] = {}  # by storage, kept so that its number is not given to another
+        self.pinned: dict[
+            int, Tensor
+        ] = {}  # by storage, kept so that its number is not given to another
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.run(function, args, kwargs or {})
@@ -131,14 +169,29 @@ class StandIn(TorchDispatchMode):
     def _is_pinned(self, tensor: Tensor, *_) -> bool:
         return not isinstance(tensor, Away) and tensor.untyped_storage()._cdata in self.pinned
 
-    def _note_copy(self, name: str, target: Tensor, source: Tensor | None = None, non_blocking=False, device=None, **_) -> None:
+    def _note_copy(
+        self,
+        name: str,
+        target: Tensor,
+        source: Tensor | None = None,
+        non_blocking=False,
+        device=None,
+        **_,
+    ) -> None:
         """copy_(target, source), or _to_copy(target) to a device."""
         if name == "_to_copy":
-            begin, end = isinstance(target, Away), isinstance(target, Away) if device is None else device.type == DEVICE.type
+            begin, end = (
+                isinstance(target, Away),
+                isinstance(target, Away) if device is None else device.type == DEVICE.type,
+            )
             source = target
         else:
             begin, end = isinstance(source, Away), isinstance(target, Away)
-        if begin != end and source.numel() and not (non_blocking and (begin or self._is_pinned(source))):
+        if (
+            begin != end
+            and source.numel()
+            and not (non_blocking and (begin or self._is_pinned(source)))
+        ):
             self.seen.append(name)
 
     def _note(self, function, name: str, args, kwargs) -> None:
@@ -153,11 +206,17 @@ class StandIn(TorchDispatchMode):
         if name in WAITS or unsized or read:
             self.seen.append(name)
 
-    def _waits_of_index(self, name: str, tensor: Tensor, indices, value: Tensor | None = None) -> int:
-        """Masks are counted, indices copied, and a number that is stored too, but where a mask alone says where."""
+    def _waits_of_index(
+        self, name: str, tensor: Tensor, indices, value: Tensor | None = None
+    ) -> int:
+        """Masks are counted, indices copied, and a number that is stored too, but where a mask
+        alone says where.
+        """
         known = [t for t in indices if t is not None]
         masks = sum(t.dtype in (torch.bool, torch.uint8) for t in known)
-        copies = sum(not isinstance(t, Away) for t in known if t.dtype not in (torch.bool, torch.uint8))
+        copies = sum(
+            not isinstance(t, Away) for t in known if t.dtype not in (torch.bool, torch.uint8)
+        )
         number = value is not None and not isinstance(value, Away)
         if number and masks == len(known) == 1:
             return 0
@@ -168,7 +227,12 @@ def _inner(values):
     return tree_map_only(Away, lambda t: t.inner, values)
 
 
-_tensor, _as_tensor, _launch, _autocast = torch.tensor, torch.as_tensor, backend.launch, torch.is_autocast_enabled
+_tensor, _as_tensor, _launch, _autocast = (
+    torch.tensor,
+    torch.as_tensor,
+    backend.launch,
+    torch.is_autocast_enabled,
+)
 
 
 def _made(function):
@@ -195,7 +259,11 @@ def standin() -> Iterator[torch.device]:
     with (
         patch.object(torch, "tensor", _made(_tensor)),
         patch.object(torch, "as_tensor", _made(_as_tensor)),
-        patch.object(torch, "is_autocast_enabled", lambda kind=None: kind != DEVICE.type and _autocast(kind or "cuda")),
+        patch.object(
+            torch,
+            "is_autocast_enabled",
+            lambda kind=None: kind != DEVICE.type and _autocast(kind or "cuda"),
+        ),
         patch.object(backend, "launch", _run_kernel),
         patch.object(backend, "target", lambda tensor: "interpreter"),
         StandIn() as StandIn.current,

@@ -1,4 +1,6 @@
-"""Attention inside windows and segments against a loop over them in float64, outputs and gradients, and published numbers."""
+"""Attention inside windows and segments against a loop over them in float64, outputs and gradients,
+and published numbers.
+"""
 
 from collections import Counter
 
@@ -29,7 +31,10 @@ def make(lengths, H, D, dtype, device, norm=False):
     order = torch.randperm(N, generator=random).int()
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     windows = Windows(order.to(device), starts.to(device), max(lengths, default=0))
-    gammas = [torch.randn(H, D, generator=random).to(device).requires_grad_() for _ in range(2 if norm else 0)]
+    gammas = [
+        torch.randn(H, D, generator=random).to(device).requires_grad_()
+        for _ in range(2 if norm else 0)
+    ]
     return qkv, windows, gammas
 
 
@@ -66,11 +71,16 @@ def test_window_attention(device, D, dtype, lengths, H):
 
 @pytest.mark.parametrize("D, dtype", [(24, torch.float32), (64, torch.float16)], ids=str)
 def test_norm_of_queries_and_keys(device, D, dtype):
-    compare(*make(FEW, 2, D, dtype, device, norm=True), tolerance=5e-3 if dtype == torch.float16 else None)
+    compare(
+        *make(FEW, 2, D, dtype, device, norm=True),
+        tolerance=5e-3 if dtype == torch.float16 else None,
+    )
 
 
 def test_norm_of_rows_that_are_zero_or_tiny(device):
-    """Below a norm of 1e-12 the norm divides by that constant: an output and a gradient of their own."""
+    """Below a norm of 1e-12 the norm divides by that constant: an output and a gradient of their
+    own.
+    """
     qkv, windows, gammas = make([5, 70], 1, 16, torch.float32, device, norm=True)
     with torch.no_grad():
         qkv[3, :2], qkv[20, :2], qkv[40, :2] = 0, 1e-13, 1e-20
@@ -84,7 +94,9 @@ def test_scores_far_from_zero(device, sign):
     with torch.no_grad():
         qkv[:, 0] = qkv[:, 0].abs() + 8
         qkv[:, 1] = sign * (qkv[:, 1] * 0.01 + 8)
-    compare(qkv, windows, tolerance=2e-4)  # scores near 300 carry an error of 2e-5 into the exponent
+    compare(
+        qkv, windows, tolerance=2e-4
+    )  # scores near 300 carry an error of 2e-5 into the exponent
     with backend.assume("sm_90"):
         compare(qkv, windows, tolerance=2e-4)
 
@@ -105,7 +117,9 @@ def test_nothing_and_single_rows(device, N, lengths):
 
 
 def test_batched_equals_looped(device):
-    """A window's result does not depend on which other windows there are, but for rounding: they choose tiles and padding."""
+    """A window's result does not depend on which other windows there are, but for rounding: they
+    choose tiles and padding.
+    """
     qkv, windows, _ = make([40, 0, 100, 9], 1, 16, torch.float32, device)
     upstream = torch.randn(qkv.shape[0], 1, 16, device=device)
     out = window_attention(qkv, windows)
@@ -113,7 +127,11 @@ def test_batched_equals_looped(device):
     starts = windows.starts.tolist()
     for a, b in zip(starts, starts[1:], strict=False):
         rows = windows.order[a:b].long()
-        one = Windows(torch.arange(b - a, device=device).int(), torch.tensor([0, b - a], device=device).int(), b - a)
+        one = Windows(
+            torch.arange(b - a, device=device).int(),
+            torch.tensor([0, b - a], device=device).int(),
+            b - a,
+        )
         alone = qkv[rows].detach().requires_grad_()
         out_alone = window_attention(alone, one)
         (grad_alone,) = torch.autograd.grad(out_alone, alone, upstream[rows])
@@ -153,7 +171,9 @@ def test_published_window_attention(device, case):
     config, tensors = golden("ops_window_partition")
     config = config["attn"][case]
     coords = tensors["coords"].to(device)
-    windows = window_partition(coords, int(coords[:, 0].max()) + 1, config["window_size"], config["shift_window"])
+    windows = window_partition(
+        coords, int(coords[:, 0].max()) + 1, config["window_size"], config["shift_window"]
+    )
     qkv = tensors["attn_qkv"].float().to(device).requires_grad_()
     out = window_attention(qkv, windows)
     assert_close(out, tensors[f"{case}/out"], 1e-5)
@@ -178,13 +198,17 @@ def test_tiles_of_gpus(kernel_device, target, dtype, lengths):
         compare(*make(lengths, 1, 16, dtype, kernel_device))
 
 
-@pytest.mark.parametrize("normed, rotated", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "normed, rotated", [(False, False), (True, False), (False, True), (True, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_tiles_cover_every_length_once(target, dtype, normed, rotated):
     for pad_d in (16, 32, 64, 128):
         for classes in launches._tiles(dtype, pad_d, target, normed, rotated):
-            assert [c.low for c in classes] == [0, *(c.high for c in classes[:-1])] and classes[-1].high == launches.ANY
+            assert [c.low for c in classes] == [0, *(c.high for c in classes[:-1])] and classes[
+                -1
+            ].high == launches.ANY
             assert classes[-1].high > classes[-1].rows  # loops: it also serves segment_attention
 
 
@@ -193,13 +217,20 @@ def test_listed_tiles(kernel_device):
     lengths = starts.diff().tolist()
     for low, high, rows in [(0, 64, 64), (64, 128, 128), (100, launches.ANY, 64)]:
         work = launches._list_tiles(starts, int(starts[-1]), low, high, rows)
-        expected = [[m, int(starts[m]) + t] for m, n in enumerate(lengths) if low < n <= high for t in range(0, n, rows)]
+        expected = [
+            [m, int(starts[m]) + t]
+            for m, n in enumerate(lengths)
+            if low < n <= high
+            for t in range(0, n, rows)
+        ]
         assert work[0, 0] == len(expected) < len(work)
         assert work[1 : len(expected) + 1].tolist() == expected
 
 
 def test_impossible_classes_are_not_launched(kernel_device):
-    """Only the classes that the windows' bound allows, each listed once for all the passes that share its tiles."""
+    """Only the classes that the windows' bound allows, each listed once for all the passes that
+    share its tiles.
+    """
     qkv, windows, _ = make([4, 3], 1, 16, torch.float32, kernel_device)
     windows = Windows(windows.order, windows.starts, 64)
     for target in TARGETS:
@@ -208,9 +239,13 @@ def test_impossible_classes_are_not_launched(kernel_device):
             out = window_attention(qkv, windows)
             torch.autograd.grad(out.sum(), qkv)
             window_attention(qkv, windows)
-            tiles = launches._tiles(torch.float32, 16, backend.target(qkv), normed=False, rotated=False)
+            tiles = launches._tiles(
+                torch.float32, 16, backend.target(qkv), normed=False, rotated=False
+            )
         forward, backward = ([t for t in tiles if t.low < 64] for tiles in tiles)
-        short, short_backward = (sum(t.high <= t.rows for t in tiles) for tiles in (forward, backward))
+        short, short_backward = (
+            sum(t.high <= t.rows for t in tiles) for tiles in (forward, backward)
+        )
         long_backward = len(backward) - short_backward
         expected = {
             "_attention_short": 2 * short,
@@ -224,7 +259,9 @@ def test_impossible_classes_are_not_launched(kernel_device):
 
 
 def test_plans_follow_the_windows(device):
-    """What is kept from call to call is found through aliases, and not after the windows have changed in place."""
+    """What is kept from call to call is found through aliases, and not after the windows have
+    changed in place.
+    """
     qkv, windows, _ = make([20, 12], 1, 16, torch.float32, device)
     window_attention(qkv, windows)
     kept = len(launches._kept)
@@ -244,7 +281,9 @@ def test_segment_attention(device, H, D, dtype):
     queries, keys = [3, 0, 70, 130, 9, 0, 300], [5, 4, 300, 17, 0, 0, 64]
     q_starts, k_starts = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (queries, keys))
     sizes = (sum(queries), sum(keys), sum(keys))
-    q, k, v = (torch.randn(n, H, D, generator=random).to(device, dtype).requires_grad_() for n in sizes)
+    q, k, v = (
+        torch.randn(n, H, D, generator=random).to(device, dtype).requires_grad_() for n in sizes
+    )
     assert_same(segment_attention, segment_attention_reference, q, k, v, q_starts, k_starts)
     out = segment_attention(q, k, v, q_starts, k_starts)
     assert (out[3 + 70 + 130 :][:9] == 0).all()  # queries of a segment without keys
@@ -272,14 +311,16 @@ def test_no_segments(device):
 
 @pytest.mark.parametrize("Nq, Nk", [(0, 9), (1, 9), (9, 1)])
 def test_strides_of_single_rows(device, Nq, Nk):
-    """A single row is contiguous whatever its stride, which says nothing about the other tensors."""
+    """A single row is contiguous whatever its stride: that says nothing of the other tensors."""
     wide = [torch.randn(n, 5, 16, device=device)[:, 2:3] for n in (Nq, Nk, Nk)]
     starts = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (Nq, Nk)]
     plain = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in wide]
     wide = [t.requires_grad_() for t in wide]
     a, b = segment_attention(*wide, *starts), segment_attention(*plain, *starts)
     assert torch.equal(a, b)
-    for x, y in zip(torch.autograd.grad(a.sum(), wide), torch.autograd.grad(b.sum(), plain), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(a.sum(), wide), torch.autograd.grad(b.sum(), plain), strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -294,11 +335,15 @@ def test_published_segment_attention(device):
 def test_float64_gradients():
     qkv, windows, gammas = make([5, 0, 9], 1, 8, torch.float64, torch.device("cpu"), norm=True)
     gammas = [g.detach().double().requires_grad_() for g in gammas]
-    assert torch.autograd.gradcheck(lambda x, a, b: window_attention(x, windows, q_gamma=a, k_gamma=b), [qkv, *gammas])
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: window_attention(x, windows, q_gamma=a, k_gamma=b), [qkv, *gammas]
+    )
 
 
 def test_long_windows_in_pieces(monkeypatch):
-    """The torch path cuts batches of windows, and the queries of a long one, when a product would be large."""
+    """The torch path cuts batches of windows, and the queries of a long one, when a product would
+    be large.
+    """
     monkeypatch.setattr(attention_torch, "SCORES", 1000)
     compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
 
@@ -310,7 +355,9 @@ def test_compiles(device):
         return (window_attention(x, windows) ** 2).sum()
 
     (expected,) = torch.autograd.grad(loss(qkv), qkv)
-    (grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(qkv), qkv)
+    (grad,) = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(qkv), qkv
+    )
     assert_close(grad, expected, 1e-6)
 
 

@@ -1,10 +1,17 @@
-"""What attention takes besides plain windows: lists of keys in which rows repeat, rotary phases, and both with the norm."""
+"""What attention takes besides plain windows: lists of keys in which rows repeat, rotary phases,
+and both with the norm.
+"""
 
 import pytest
 import torch
 
 from kernels import backend
-from kernels.attention import rotate_reference, segment_attention, window_attention, window_attention_reference
+from kernels.attention import (
+    rotate_reference,
+    segment_attention,
+    window_attention,
+    window_attention_reference,
+)
 from kernels.serialize import serialized_windows
 from kernels.window import Windows
 from tests.conftest import GPU, assert_close, assert_same, golden, load_weights
@@ -23,7 +30,9 @@ def make(windows, H, D, dtype, device, norm=False, rope=False):
     extra = {}
     if norm:
         names = ("q_gamma", "k_gamma")
-        extra |= {name: torch.randn(H, D, generator=random).to(device).requires_grad_() for name in names}
+        extra |= {
+            name: torch.randn(H, D, generator=random).to(device).requires_grad_() for name in names
+        }
     if rope:
         angle = torch.randn(N, D // 2, generator=random) * 3
         extra["phases"] = torch.polar(torch.ones_like(angle), angle).to(device)
@@ -69,7 +78,9 @@ def test_keys_that_repeat(device, counts, window, H, D, dtype):
 @pytest.mark.parametrize("D, dtype", [(24, torch.float32), (64, torch.float16)], ids=str)
 def test_rotation(device, D, dtype, norm):
     windows = plain([3, 0, 64, 130, 300, 1], device)
-    tolerance = 6e-3 if dtype == torch.float16 else None  # rounded after the rotation and after the norm, as published
+    tolerance = (
+        6e-3 if dtype == torch.float16 else None
+    )  # rounded after the rotation and after the norm, as published
     compare(windows, *make(windows, 2, D, dtype, device, norm, rope=True), tolerance=tolerance)
 
 
@@ -96,7 +107,10 @@ def test_backward_is_repeatable(device):
 
     def run():
         out = window_attention(qkv, windows, **extra)
-        return [out, *torch.autograd.grad(out.square().sum(), [qkv, extra["q_gamma"], extra["k_gamma"]])]
+        return [
+            out,
+            *torch.autograd.grad(out.square().sum(), [qkv, extra["q_gamma"], extra["k_gamma"]]),
+        ]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -148,23 +162,34 @@ def test_published_serialized_attention(device, case):
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has its own tiles")
-@pytest.mark.parametrize("target, dtype", [("sm_90", torch.float16), ("gfx942", torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "target, dtype", [("sm_90", torch.float16), ("gfx942", torch.float16)], ids=str
+)
 def test_tiles_of_gpus(kernel_device, target, dtype):
     windows = listed([140], 100, kernel_device)
     with backend.assume(target):
         tolerance = 6e-3 if dtype == torch.float16 else None
-        compare(windows, *make(windows, 1, 16, dtype, kernel_device, norm=True, rope=True), tolerance=tolerance)
+        compare(
+            windows,
+            *make(windows, 1, 16, dtype, kernel_device, norm=True, rope=True),
+            tolerance=tolerance,
+        )
 
 
 def test_launches(kernel_device):
-    """Every window of a batch in one launch per pass; the gradients of repeated keys are summed in one more."""
+    """Every window of a batch in one launch per pass; the gradients of repeated keys are summed in
+    one more.
+    """
     windows = listed([40, 30, 64], 16, kernel_device)
     qkv, extra = make(windows, 1, 16, torch.float32, kernel_device, rope=True)
     windows.uses  # noqa: B018 made here, not counted below
     with backend.count_launches() as counts:
         torch.autograd.grad(window_attention(qkv, windows, **extra).sum(), qkv)
     names = ("_attention_long", "_attention_long_dq", "_attention_long_dkv", "_sum_uses")
-    assert counts == dict.fromkeys(names, 1) | {"_list_tiles": counts["_list_tiles"]} and counts["_list_tiles"] <= 3
+    assert (
+        counts == dict.fromkeys(names, 1) | {"_list_tiles": counts["_list_tiles"]}
+        and counts["_list_tiles"] <= 3
+    )
 
 
 def test_compiles(device):
@@ -175,11 +200,20 @@ def test_compiles(device):
         return (window_attention(x, windows, **extra) ** 2).sum()
 
     (expected,) = torch.autograd.grad(loss(qkv), qkv)
-    (grad,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(qkv), qkv)
+    (grad,) = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(qkv), qkv
+    )
     assert_close(grad, expected, 1e-6)
     gamma = torch.stack([extra["q_gamma"], extra["k_gamma"]]).detach()
     lists = windows.order, windows.starts, windows.keys, windows.key_starts, *windows.uses
-    args = qkv.detach().requires_grad_(), *lists, gamma.requires_grad_(), torch.view_as_real(extra["phases"]), 16, 0.25
+    args = (
+        qkv.detach().requires_grad_(),
+        *lists,
+        gamma.requires_grad_(),
+        torch.view_as_real(extra["phases"]),
+        16,
+        0.25,
+    )
     torch.library.opcheck(torch.ops.trislat.window_attention, args)
 
 
@@ -188,24 +222,38 @@ def test_float64_gradients():
     qkv, extra = make(windows, 1, 8, torch.float64, torch.device("cpu"), norm=True, rope=True)
     phases = extra.pop("phases").to(torch.complex128)
     inputs = [qkv, *(g.detach().double().requires_grad_() for g in extra.values())]
-    assert torch.autograd.gradcheck(lambda x, a, b: window_attention(x, windows, q_gamma=a, k_gamma=b, phases=phases), inputs)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: window_attention(x, windows, q_gamma=a, k_gamma=b, phases=phases), inputs
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_reference_rotates_sixteen_bits(device, dtype):
     """Through fp32, without torch's warning of complex fp16."""
     random = torch.Generator().manual_seed(0)
-    x, angle = torch.randn(5, 2, 16, generator=random).to(device, dtype), torch.randn(5, 8, generator=random).to(device)
+    x, angle = (
+        torch.randn(5, 2, 16, generator=random).to(device, dtype),
+        torch.randn(5, 8, generator=random).to(device),
+    )
     phases = torch.polar(torch.ones_like(angle), angle)
     assert torch.equal(rotate_reference(x, phases), rotate_reference(x.float(), phases).to(dtype))
 
 
 def test_published_cross_attention(device):
-    """Queries of every voxel, keys and values of a dense context: the attention of one published layer."""
+    """Queries of every voxel, keys and values of a dense context: the attention of one published
+    layer.
+    """
     meta, tensors = golden("ops_sparse")
     tensors = {k: v.to(device) for k, v in tensors.items()}
-    weights, context, feats = load_weights(tensors, "cross/sd/"), tensors["cross/context"].float(), tensors["feats"].float()
-    linear = {name: (weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in ("to_q", "to_kv", "to_out")}
+    weights, context, feats = (
+        load_weights(tensors, "cross/sd/"),
+        tensors["cross/context"].float(),
+        tensors["feats"].float(),
+    )
+    linear = {
+        name: (weights[f"{name}.weight"], weights[f"{name}.bias"])
+        for name in ("to_q", "to_kv", "to_out")
+    }
     q = torch.nn.functional.linear(feats, *linear["to_q"]).view(len(feats), 2, 16)
     k, v = torch.nn.functional.linear(context, *linear["to_kv"]).view(-1, 2, 2, 16).unbind(1)
     counts = meta["counts"], [context.shape[1]] * 3
@@ -215,16 +263,28 @@ def test_published_cross_attention(device):
 
 
 def test_rotation_at_an_odd_storage_offset(device):
-    N, windows = 5, Windows(*(torch.tensor(t, dtype=torch.int32, device=device) for t in ([4, 2, 0, 1, 3], [0, 5])), 5)
+    N, windows = (
+        5,
+        Windows(
+            *(torch.tensor(t, dtype=torch.int32, device=device) for t in ([4, 2, 0, 1, 3], [0, 5])),
+            5,
+        ),
+    )
     qkv = torch.randn(1 + N * 3 * 16, device=device)[1:].view(N, 3, 1, 16)
     angles = torch.randn(N, 8, device=device)
     phases = torch.polar(torch.ones_like(angles), angles)
-    assert torch.equal(window_attention(qkv, windows, phases=phases), window_attention(qkv.clone(), windows, phases=phases))
+    assert torch.equal(
+        window_attention(qkv, windows, phases=phases),
+        window_attention(qkv.clone(), windows, phases=phases),
+    )
 
 
 def test_wrong_phases(device):
     windows = plain([5, 20], device)
     qkv, extra = make(windows, 2, 16, torch.float32, device, rope=True)
     for wrong in (extra["phases"][:24], extra["phases"][:, :7], extra["phases"].real):
-        with pytest.raises(ValueError, match=r"phases must be \[N, D / 2\] = \[25, 8\] complex, got \[2[45], [78]\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"phases must be \[N, D / 2\] = \[25, 8\] complex, got \[2[45], [78]\]",
+        ):
             window_attention(qkv, windows, phases=wrong)

@@ -1,4 +1,6 @@
-"""The measurements: their statistics, work, agreement, schema, peers, and the GPU's clock with a stand-in."""
+"""The measurements: their statistics, work, agreement, schema, peers, and the GPU's clock with a
+stand-in.
+"""
 
 import json
 import sys
@@ -16,7 +18,18 @@ from kernels.bench_radiance import raymarch_work
 from kernels.bench_splat import gaussians, splat_cases
 from kernels.cache import SpatialCache
 from kernels.hash import neighbours
-from kernels.measure import INTERPRETED, NAIVE, OURS, Case, Ceilings, Clock, Impl, Work, difference, spread
+from kernels.measure import (
+    INTERPRETED,
+    NAIVE,
+    OURS,
+    Case,
+    Ceilings,
+    Clock,
+    Impl,
+    Work,
+    difference,
+    spread,
+)
 from kernels.peers import inductor, optional
 from kernels.shells import batch, shell
 from kernels.window import window_partition
@@ -25,25 +38,46 @@ from tests.conftest import GPU
 from train.bench import block_work
 
 CPU = torch.device("cpu")
-LARGE = ("neighbours", "lookup", "build_table", "window_partition", "cache_hit", "isosurface", "render_mesh")
+LARGE = (
+    "neighbours",
+    "lookup",
+    "build_table",
+    "window_partition",
+    "cache_hit",
+    "isosurface",
+    "render_mesh",
+)
 FAST = Clock(CPU, seconds=0.0, least=2)
 H100 = Ceilings(3.0e12, {"fp16": 798e12, "fp32": 50e12})
-WINDOWS = {"sphere": (17792, 272, 290, 138), "noisy sphere": (13362, 210, 207, 145), "rough sphere": (21441, 283, 267, 245),
+WINDOWS = {
+    "sphere": (17792, 272, 290, 138), "noisy sphere": (13362, 210, 207, 145),
+    "rough sphere": (21441, 283, 267, 245),
            "blobs": (47452, 402, 440, 272), "small sphere": (6920, 128, 98, 121)}  # fmt: skip
 
 
 def square(**changes) -> Case:
     """x -> x^2, with what the test changes."""
     case = dict(
-        op="square", size="3", dtype="fp32", forward=[Work(24)], backward=[Work(36)], ours=lambda x: x * x,
-        inputs=lambda seed: (torch.arange(3.0).add(seed).requires_grad_(),), reference=lambda x: x**2,
-    )  # fmt: skip
+        op="square",
+        size="3",
+        dtype="fp32",
+        forward=[Work(24)],
+        backward=[Work(36)],
+        ours=lambda x: x * x,
+        inputs=lambda seed: (torch.arange(3.0).add(seed).requires_grad_(),),
+        reference=lambda x: x**2,
+    )
     return Case(**case | changes)
 
 
 @pytest.mark.parametrize(
     ("samples", "expected"),
-    [([7.0], (7, 0)), ([4.0, 1.0, 3.0, 2.0, 5.0], (3, 2)), ([1.0, 1.0, 1.0, 1000.0], (1, 249.75)), ([1.0, 2.0], (1.5, 0.5))],
+    [
+        ([7.0], (7, 0)),
+        ([4.0, 1.0, 3.0, 2.0, 5.0], (3, 2)),
+        ([1.0, 1.0, 1.0, 1000.0], (1, 249.75)),
+        ([1.0, 2.0], (1.5, 0.5)),
+    ],
     ids=str,
 )
 def test_median_and_interquartile_range(samples, expected):
@@ -65,9 +99,14 @@ def test_bytes_and_flops_of_the_other_decoders_by_hand():
     assert raymarch_work(10, 2, 3) == (Work(4 * (20 + 15)), Work(4 * (40 + 30)))
     # 3 rows of 4 channels to 5 rows of 2, 7 pairs; 27 taps of weights; fp16
     forward, backward = conv_work((3, 5), 7, 4, 2, 2)
-    assert forward == Work(2 * (12 + 10 + 216), 2 * 7 * 4 * 2) and backward == Work(2 * (24 + 10 + 432), 4 * 7 * 4 * 2)
-    # two voxels side by side: of 16 children, the 8 at the shared face read both parents, the others their own
-    children = SpatialCache(torch.tensor([[0, 4, 4, 4], [0, 5, 4, 4]], dtype=torch.int32)).subdivide()
+    assert forward == Work(2 * (12 + 10 + 216), 2 * 7 * 4 * 2) and backward == Work(
+        2 * (24 + 10 + 432), 4 * 7 * 4 * 2
+    )
+    # two voxels side by side: of 16 children, the 8 at the shared face read both parents, the
+    # others their own
+    children = SpatialCache(
+        torch.tensor([[0, 4, 4, 4], [0, 5, 4, 4]], dtype=torch.int32)
+    ).subdivide()
     assert parents_read(children.get(neighbours, 3)) == 8 * 2 + 8
 
 
@@ -77,22 +116,34 @@ def test_an_unknown_shell_is_refused():
 
 
 def test_bytes_and_flops_of_attention_by_hand():
-    forward, backward = attention_work(N=4, squares=10, H=2, D=8, width=2)  # windows of 1 and 3 rows; 16 channels
+    forward, backward = attention_work(
+        N=4, squares=10, H=2, D=8, width=2
+    )  # windows of 1 and 3 rows; 16 channels
     assert forward.bytes == 3 * 4 * 16 * 2 + 4 * 16 * 2 + 2 * 4 * 4  # qkv, out, fp32 log-sum-exp
-    assert backward.bytes == 3 * 4 * 16 * 2 + 2 * 4 * 16 * 2 + 2 * 4 * 4 + 3 * 4 * 16 * 2  # qkv, out, dout, lse -> dqkv
-    assert forward.flops == 2 * 2 * 16 * 10 and backward.flops == 5 * 2 * 16 * 10  # two products, five
+    assert (
+        backward.bytes == 3 * 4 * 16 * 2 + 2 * 4 * 16 * 2 + 2 * 4 * 4 + 3 * 4 * 16 * 2
+    )  # qkv, out, dout, lse -> dqkv
+    assert (
+        forward.flops == 2 * 2 * 16 * 10 and backward.flops == 5 * 2 * 16 * 10
+    )  # two products, five
 
 
 def test_floors_of_the_published_size():
     coords = batch(shell("sphere"))
     squares = _squares(window_partition(coords, 1, 8, 0))
     forward, backward = attention_work(len(coords), squares, 12, 64, 2)
-    assert H100.floor_us([forward], "fp16") == pytest.approx(36.7, abs=0.1)  # memory: the products would take 6.3
+    assert H100.floor_us([forward], "fp16") == pytest.approx(
+        36.7, abs=0.1
+    )  # memory: the products would take 6.3
     assert H100.floor_us([backward], "fp16") == pytest.approx(73.2, abs=0.1)
     stages, reverse = block_work(13362, 0, 12, 64, 2)
     products = 1e6 * 24 * 13362 * 768**2 / 798e12  # 237 us, and 16 N C elements of memory: 55 us
     memory = 1e6 * (16 * 13362 * 768 + 4 * 12 * 13362) / 3.0e12
-    assert H100.floor_us(stages, "fp16") == pytest.approx(products + memory, rel=1e-6) == pytest.approx(292, abs=1)
+    assert (
+        H100.floor_us(stages, "fp16")
+        == pytest.approx(products + memory, rel=1e-6)
+        == pytest.approx(292, abs=1)
+    )
     assert sum(w.flops for w in reverse) == pytest.approx(2 * sum(w.flops for w in stages))
 
 
@@ -111,28 +162,43 @@ def test_a_wrong_implementation_is_caught_and_not_timed():
     }
     rows, missing = measure.measure(square(peers=peers), FAST, H100)
     verdicts = {(row["impl"], row["pass"]): row["agrees"] for row in rows}
-    assert verdicts == {(name, which): name[:5] != "wrong" for name in (OURS, NAIVE, *peers) for which in ("forward", "backward")}
+    assert verdicts == {
+        (name, which): name[:5] != "wrong"
+        for name in (OURS, NAIVE, *peers)
+        for which in ("forward", "backward")
+    }
     assert all((row["median_us"] is None) == (row["impl"][:5] == "wrong") for row in rows)
     assert [row["impl"] for row in missing] == ["wrong", "wrong gradient"]
-    assert missing[0]["why"] == "disagrees with trislat by 1.00e-03 of the largest value, allowed 1.00e-04"
+    assert (
+        missing[0]["why"]
+        == "disagrees with trislat by 1.00e-03 of the largest value, allowed 1.00e-04"
+    )
 
 
 def test_when_ours_is_wrong_nothing_is_timed():
-    rows, _ = measure.measure(square(ours=lambda x: x * x + 1, peers={"other": Impl(lambda x: x * x)}), FAST, H100)
-    assert {row["agrees"] for row in rows} == {False} and {row["median_us"] for row in rows} == {None}
+    rows, _ = measure.measure(
+        square(ours=lambda x: x * x + 1, peers={"other": Impl(lambda x: x * x)}), FAST, H100
+    )
+    assert {row["agrees"] for row in rows} == {False} and {row["median_us"] for row in rows} == {
+        None
+    }
 
 
 def test_absent_and_failing_peers_are_named():
     def broken(x):
         raise NotImplementedError("no such kernel")
 
-    rows, missing = measure.measure(square(peers={"gone": "absent: x", "broken": Impl(broken)}), FAST, H100)
+    rows, missing = measure.measure(
+        square(peers={"gone": "absent: x", "broken": Impl(broken)}), FAST, H100
+    )
     assert {row["impl"]: row["why"] for row in missing} == {
         "gone": "absent: x",
         "broken": "failed: NotImplementedError: no such kernel",
     }
     assert {row["impl"] for row in rows} == {OURS, NAIVE}
-    assert optional("a_package_that_is_not_there").startswith("absent: a_package_that_is_not_there cannot be imported (Module")
+    assert optional("a_package_that_is_not_there").startswith(
+        "absent: a_package_that_is_not_there cannot be imported (Module"
+    )
 
 
 def test_an_error_that_nobody_expects_is_not_swallowed():
@@ -145,17 +211,26 @@ def test_an_error_that_nobody_expects_is_not_swallowed():
 
 @pytest.mark.parametrize(
     ("actual", "expected", "off"),
-    [([1.0, 2.0], [1.0, 2.0], 0), ([1.0, 2.5], [1.0, 2.0], 0.25), ([1.0, float("nan")], [1.0, 2.0], float("inf")),
-     ([1], [1], 0), ([1], [2], float("inf")), ([1.0], [1.0, 2.0], float("inf"))],
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0),
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([1.0, float("nan")], [1.0, 2.0], float("inf")),
+        ([1], [1], 0),
+        ([1], [2], float("inf")),
+        ([1.0], [1.0, 2.0], float("inf")),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_difference(actual, expected, off):
     assert difference([torch.tensor(actual)], [torch.tensor(expected)]) == pytest.approx(off)
 
 
 def test_backward_is_timed_over_rotated_inputs_that_ours_differentiates():
     seen = []
-    case = square(inputs=lambda seed: (torch.full((3,), float(seed), requires_grad=True),), ours=lambda x: x * x)
+    case = square(
+        inputs=lambda seed: (torch.full((3,), float(seed), requires_grad=True),),
+        ours=lambda x: x * x,
+    )
     call = measure._backward_call(case, Impl(case.ours), [case.inputs(0), case.inputs(1)])
     for i in range(3):
         seen.append(float(call(i)[0].abs().max()))
@@ -197,13 +272,33 @@ def test_the_gpu_clock_counts_calls_and_not_the_wait_before_them():
 
     samples = clock.time(call)
     assert set(samples) == {1000.0, 2000.0} and len(samples) % 20 == 0
-    assert sum(samples) >= 1e5 and device.slept == len(samples) // 20 and device.waits == 1 + 2 * device.slept
+    assert (
+        sum(samples) >= 1e5
+        and device.slept == len(samples) // 20
+        and device.waits == 1 + 2 * device.slept
+    )
 
 
 def test_the_command_writes_the_schema(tmp_path, capsys):
-    assert bench.main(["layer_norm", "cache_hit", "--device", "cpu", "--seconds", "0", "--json", str(tmp_path)]) == 0
+    assert (
+        bench.main(
+            [
+                "layer_norm",
+                "cache_hit",
+                "--device",
+                "cpu",
+                "--seconds",
+                "0",
+                "--json",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "the torch path is measured against the naive reference" in out and "gsplat absent" in out
+    assert (
+        "the torch path is measured against the naive reference" in out and "gsplat absent" in out
+    )
     (file,) = tmp_path.iterdir()
     assert file.name == file.name.lower() == bench.file_name(bench.device_name(CPU))
     result = json.loads(file.read_text())
@@ -212,10 +307,14 @@ def test_the_command_writes_the_schema(tmp_path, capsys):
     assert result["torch"] == torch.__version__ and result["ceilings"]["copy_bytes_per_s"] > 1e6
     assert all(list(row) == bench.COLUMNS for row in result["cases"])
     assert {(r["op"], r["pass"]) for r in result["cases"]} == {
-        ("layer_norm", "forward"), ("layer_norm", "backward"), ("cache_hit", "forward")
-    }  # fmt: skip
+        ("layer_norm", "forward"),
+        ("layer_norm", "backward"),
+        ("cache_hit", "forward"),
+    }
     ours = result["cases"][0]
-    assert ours["impl"] == OURS and ours["agrees"] is True and ours["bytes"] == 4496 * (2 * 64 + 0) * 4
+    assert (
+        ours["impl"] == OURS and ours["agrees"] is True and ours["bytes"] == 4496 * (2 * 64 + 0) * 4
+    )
     assert ours["fraction"] == pytest.approx(ours["floor_us"] / ours["median_us"])
 
 
@@ -234,7 +333,9 @@ def test_an_unknown_op_is_an_error_that_lists_the_known(capsys):
     ],
     ids=str,
 )
-def test_impossible_arguments_are_refused_before_anything_is_measured(arguments, message, capsys, monkeypatch):
+def test_impossible_arguments_are_refused_before_anything_is_measured(
+    arguments, message, capsys, monkeypatch
+):
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="2"):
         bench.main(["gelu", *arguments])
@@ -263,22 +364,39 @@ def test_a_training_step_is_timed(monkeypatch):
     others = [composed.format(rasterizer) for rasterizer in ("our splat", "gsplat")]
     assert [row["impl"] for row in rows] == [OURS, *others]
     for row in rows:
-        assert row["pass"] == "step" and row["median_us"] > row["floor_us"] > 0 and row["agrees"] is True
+        assert (
+            row["pass"] == "step"
+            and row["median_us"] > row["floor_us"] > 0
+            and row["agrees"] is True
+        )
     told = [(row["impl"], row["why"][:7]) for row in missing]
     assert told == [("ours, transformers as CUDA graphs", "absent:")]
 
 
 def test_a_transformer_is_timed_on_the_device_and_on_its_host():
-    found = [measure.measure(case, FAST, H100) for case in bench.cases("trunk", "small", ["fp32"], CPU)]
+    found = [
+        measure.measure(case, FAST, H100) for case in bench.cases("trunk", "small", ["fp32"], CPU)
+    ]
     (device,), (host,) = (rows for rows, _ in found)
-    assert device["median_us"] > device["floor_us"] > 0 and device["pass"] == host["pass"] == "both passes"
-    assert host["size"] == device["size"] + ", host" and host["median_us"] > 0 and host["floor_us"] == 0
+    assert (
+        device["median_us"] > device["floor_us"] > 0
+        and device["pass"] == host["pass"] == "both passes"
+    )
+    assert (
+        host["size"] == device["size"] + ", host"
+        and host["median_us"] > 0
+        and host["floor_us"] == 0
+    )
     assert [row["impl"] for _, missing in found for row in missing] == ["ours, as CUDA graphs"] * 2
 
 
 def test_errors_against_float64(capsys):
     assert bench.main(["rms_norm", "--errors", "--device", "cpu", "--dtype", "fp32"]) == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| rms_norm")]
+    rows = [
+        line.split(" | ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| rms_norm")
+    ]
     assert [row[3] for row in rows] == [OURS, *[INTERPRETED] * (not GPU), NAIVE, "torch, eager"]
     assert all(1e-9 < float(value.strip(" |")) < 1e-6 for row in rows for value in row[4:6])
 
@@ -293,13 +411,25 @@ def varlen_stand_in(q, k, v, starts, k_starts, longest, k_longest):
 
 
 def attention() -> Case:
-    return attention_case("window_attention", "sphere", "fp32", batch(shell("sphere", 16), shell("blobs", 16)), 2, 16, CPU)
+    return attention_case(
+        "window_attention",
+        "sphere",
+        "fp32",
+        batch(shell("sphere", 16), shell("blobs", 16)),
+        2,
+        16,
+        CPU,
+    )
 
 
 def test_attention_peers_agree(monkeypatch):
-    """Every path around a peer's kernel: gathers, scatters, padding, block lists; the kernels stood in for on a CPU."""
+    """Every path around a peer's kernel: gathers, scatters, padding, block lists; the kernels stood
+    in for on a CPU.
+    """
     told = {impl: why for impl, why in attention().peers.items() if isinstance(why, str)}
-    assert told["torch varlen_attn, rows gathered before"] == "absent: torch's varlen_attn needs a GPU"
+    assert (
+        told["torch varlen_attn, rows gathered before"] == "absent: torch's varlen_attn needs a GPU"
+    )
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_stand_in)
     monkeypatch.setattr(bench_attention, "_varlen", lambda device: bench_attention.flash)
     fake = types.SimpleNamespace(flash_attn_varlen_func=varlen_stand_in)
@@ -310,7 +440,11 @@ def test_attention_peers_agree(monkeypatch):
     assert len(rows) == 2 * 6 and all(row["agrees"] and row["median_us"] for row in rows)
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, pytest.param(inductor, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile",
+    [lambda f: f, pytest.param(inductor, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_flex_attention_with_the_block_list_agrees(compile):
@@ -353,9 +487,17 @@ def test_the_published_number_of_gaussians():
 
 def test_results_of_other_ops_stay_in_the_file(tmp_path):
     """Several commands make one file, unless something that numbers depend on has changed."""
-    path, same = tmp_path / "cpu.json", {"device": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
-    result = lambda op, **more: same | more | {"cases": [{"op": op, "n": more.get("n")}], "missing": [{"op": op}]}
+    path, same = (
+        tmp_path / "cpu.json",
+        {"device": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"},
+    )
+    result = lambda op, **more: (
+        same | more | {"cases": [{"op": op, "n": more.get("n")}], "missing": [{"op": op}]}
+    )
     assert bench.kept(result("gelu"), path, ["gelu"]) == result("gelu")
     path.write_text(json.dumps(result("gelu") | {"cases": [{"op": "gelu"}, {"op": "ssim"}]}))
-    assert [row["op"] for row in bench.kept(result("gelu", n=2), path, ["gelu"])["cases"]] == ["ssim", "gelu"]
+    assert [row["op"] for row in bench.kept(result("gelu", n=2), path, ["gelu"])["cases"]] == [
+        "ssim",
+        "gelu",
+    ]
     assert bench.kept(result("gelu", commit="abd"), path, ["gelu"]) == result("gelu", commit="abd")

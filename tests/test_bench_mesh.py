@@ -16,7 +16,8 @@ def small(op: str) -> Case:
 
 
 def test_bytes_of_group_norm_and_pooling_by_hand():
-    # a shell of 272 voxels, 8 children each, 32 channels of fp32: twice in, once out; backward x and dy twice in, dx out
+    # a shell of 272 voxels, 8 children each, 32 channels of fp32: twice in, once out; backward x
+    # and dy twice in, dx out
     norm = small("group_norm")
     assert norm.size == "sphere 8^3, 2176 x 32"
     assert (norm.forward, norm.backward) == ([Work(3 * 2176 * 32 * 4)], [Work(5 * 2176 * 32 * 4)])
@@ -30,8 +31,11 @@ def test_bytes_of_a_surface_and_its_picture_by_hand():
     out = isosurface(*_surface("small", CPU), True)
     P, F, T = len(out.vertices), len(out.faces), len(out.tsdf_value)
     surface, picture = small("isosurface"), small("render_mesh")
-    assert surface.size == f"3584 cubes of 16^3, {F} faces"  # 56 voxels, 64 cubes each, 101 numbers a cube
-    # a vertex has a place and 6 attributes, a face 3 indices, a corner near the surface a place and a value
+    assert (
+        surface.size == f"3584 cubes of 16^3, {F} faces"
+    )  # 56 voxels, 64 cubes each, 101 numbers a cube
+    # a vertex has a place and 6 attributes, a face 3 indices, a corner near the surface a place and
+    # a value
     assert surface.forward == surface.backward == [Work(4 * (3584 * 101 + 9 * P + 3 * F + 4 * T))]
     assert picture.size == f"{F} faces, 48^2"
     # places and colours in, 11 floats a pixel out; backward all of it twice

@@ -23,15 +23,30 @@ class Composite(torch.autograd.Function):
         return *composite_torch_backward(saved, *arguments, grad_image, grad_final_T), *[None] * 7
 
 
-def reference(mean, conic, opacity, color, depth, rect, view, V, H, W, background, decide=torch.float64):
-    """One pair after the other on whole images in float64; what is skipped is decided in the precision `decide`."""
+def reference(
+    mean, conic, opacity, color, depth, rect, view, V, H, W, background, decide=torch.float64
+):
+    """One pair after the other on whole images in float64; what is skipped is decided in the
+    precision `decide`.
+    """
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     images, finals = [], []
     for v in range(V):
-        image, T, T_decide = torch.zeros(3, H, W).double(), torch.ones(H, W).double(), torch.ones(H, W, dtype=decide)
+        image, T, T_decide = (
+            torch.zeros(3, H, W).double(),
+            torch.ones(H, W).double(),
+            torch.ones(H, W, dtype=decide),
+        )
         finished = torch.zeros(H, W, dtype=torch.bool)
-        for p in sorted((view == v).nonzero().flatten().tolist(), key=lambda p: (depth[p].item(), p)):
-            inside = (x // 16 >= rect[p, 0]) & (x // 16 < rect[p, 2]) & (y // 16 >= rect[p, 1]) & (y // 16 < rect[p, 3])
+        for p in sorted(
+            (view == v).nonzero().flatten().tolist(), key=lambda p: (depth[p].item(), p)
+        ):
+            inside = (
+                (x // 16 >= rect[p, 0])
+                & (x // 16 < rect[p, 2])
+                & (y // 16 >= rect[p, 1])
+                & (y // 16 < rect[p, 3])
+            )
 
             def alpha(dtype, p=p):
                 dx, dy = mean[p, 0].to(dtype) - x, mean[p, 1].to(dtype) - y
@@ -56,7 +71,9 @@ def reference(mean, conic, opacity, color, depth, rect, view, V, H, W, backgroun
 
 
 def pairs(P, V, H, W, dtype, sigma=(0.4, 3.0), opacity=(0.05, 0.95), seed=0, reach=3.0):
-    """Random pairs: ellipses with standard deviations in `sigma` pixels, rectangles of `reach` standard deviations."""
+    """Random pairs: ellipses with standard deviations in `sigma` pixels, rectangles of `reach`
+    standard deviations.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def uniform(*shape, low=0.0, high=1.0):
@@ -70,9 +87,21 @@ def pairs(P, V, H, W, dtype, sigma=(0.4, 3.0), opacity=(0.05, 0.95), seed=0, rea
     conic = torch.stack([C, -B, A], 1) / (A * C - B * B)[:, None]
     radius = (reach * s.amax(1)).ceil()[:, None]
     size = torch.tensor([-(-W // 16), -(-H // 16)])
-    rect = torch.cat([(mean - radius) / 16, (mean + radius + 15) / 16], 1).int().clamp(min=0).minimum(size.repeat(2)).int()
+    rect = (
+        torch.cat([(mean - radius) / 16, (mean + radius + 15) / 16], 1)
+        .int()
+        .clamp(min=0)
+        .minimum(size.repeat(2))
+        .int()
+    )
     view = torch.arange(P) * V // max(P, 1)
-    floats = mean, conic, uniform(P, low=opacity[0], high=opacity[1]), uniform(P, 3), uniform(P, low=1, high=3)
+    floats = (
+        mean,
+        conic,
+        uniform(P, low=opacity[0], high=opacity[1]),
+        uniform(P, 3),
+        uniform(P, low=1, high=3),
+    )
     return [t.to(dtype) for t in floats] + [rect, view, V, H, W, uniform(V, 3).to(dtype)]
 
 
@@ -130,28 +159,47 @@ def test_image_transmittance_and_gradients(name, dtype, monkeypatch):
     assert (want[1] < 0.6).any()
     upstream = [torch.randn(t.shape, dtype=torch.float64) for t in want]
     exact = torch.autograd.grad(want, inputs, upstream)
-    # the sizes in use, then small ones: many segments, ragged chunks, of which some and then none are kept
+    # the sizes in use, then small ones: many segments, ragged chunks, of which some and then none
+    # are kept
     for segment, columns, kept in ((128, 16384, 1 << 26), (5, 37, 20_000), (5, 37, 0)):
         monkeypatch.setattr(blend_torch, "SEGMENT", segment)
         monkeypatch.setattr(blend_torch, "COLUMNS", columns)
         monkeypatch.setattr(blend_torch, "KEPT", kept)
         got = Composite.apply(*arguments)
         for a, b in zip(got, want, strict=True):
-            assert a.dtype == dtype and (a - b).abs().max() <= {torch.float32: 2e-6, torch.float64: 1e-14}[dtype]
+            assert (
+                a.dtype == dtype
+                and (a - b).abs().max() <= {torch.float32: 2e-6, torch.float64: 1e-14}[dtype]
+            )
         ours = torch.autograd.grad(got, inputs, [g.to(dtype) for g in upstream])
         for a, b, what in zip(ours, exact, ("mean", "conic", "opacity", "color"), strict=True):
-            # fp32: terms of a needle's position cancel, and how they round depends on the CPU (1.2e-5 on one)
+            # fp32: terms of a needle's position cancel, and how they round depends on the CPU
+            # (1.2e-5 on one)
             assert_close(a, b, {torch.float32: TOLERANCE[dtype], torch.float64: 1e-11}[dtype], what)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_pixel_is_lost_and_none_is_gained(dtype):
-    """One pair per view, so that the color counts: a pixel is touched exactly where opacity exp(e) >= 1/255."""
+    """One pair per view, so that the color counts: a pixel is touched exactly where opacity exp(e)
+    >= 1/255.
+    """
     V, H, W = 1500, 40, 40
-    mean, conic, opacity, color, depth, rect, view, *_ = pairs(V, V, H, W, dtype, sigma=(0.32, 40), opacity=(0.004, 1), seed=3)
+    mean, conic, opacity, color, depth, rect, view, *_ = pairs(
+        V, V, H, W, dtype, sigma=(0.32, 40), opacity=(0.004, 1), seed=3
+    )
     opacity = torch.where(torch.arange(V) % 2 == 0, 0.1, opacity)
     image, final_T, _ = composite_torch(
-        mean, conic, opacity, torch.ones_like(color), depth, rect, view, V, H, W, torch.zeros_like(color)
+        mean,
+        conic,
+        opacity,
+        torch.ones_like(color),
+        depth,
+        rect,
+        view,
+        V,
+        H,
+        W,
+        torch.zeros_like(color),
     )
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     dx, dy = mean[:, 0, None, None] - x, mean[:, 1, None, None] - y
@@ -159,9 +207,18 @@ def test_no_pixel_is_lost_and_none_is_gained(dtype):
     e = -0.5 * (c11 * dx * dx + c22 * dy * dy) - c12 * dx * dy
     a = opacity[:, None, None] * e.exp()
     x0, y0, x1, y1 = rect[:, :, None, None].unbind(1)
-    limit = 1000 * torch.finfo(dtype).eps  # of thin ellipses, whose exponent is a small difference of large terms
+    limit = (
+        1000 * torch.finfo(dtype).eps
+    )  # of thin ellipses, whose exponent is a small difference of large terms
     sure = (a * 255 - 1).abs() > limit
-    a = a.clamp(max=0.99) * ((a >= 1 / 255) & (e <= 0) & (x // 16 >= x0) & (x // 16 < x1) & (y // 16 >= y0) & (y // 16 < y1))
+    a = a.clamp(max=0.99) * (
+        (a >= 1 / 255)
+        & (e <= 0)
+        & (x // 16 >= x0)
+        & (x // 16 < x1)
+        & (y // 16 >= y0)
+        & (y // 16 < y1)
+    )
     assert (a > 0).sum() > 100_000 and (~sure).sum() < 100
     assert torch.equal((image[:, 0] > 0)[sure], (a > 0)[sure])
     assert (image[:, 0] - a)[sure].abs().max() < limit
@@ -171,7 +228,10 @@ def test_no_pixel_is_lost_and_none_is_gained(dtype):
 def test_linear_in_the_upstream_gradient_and_the_same_twice():
     arguments = pairs(3000, 2, 64, 64, torch.float32)
     inputs = [t.requires_grad_() for t in arguments[:4]]
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)  # raises where an operation has no deterministic form
     try:
         images, gradients = [], []
@@ -184,7 +244,9 @@ def test_linear_in_the_upstream_gradient_and_the_same_twice():
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
     assert torch.equal(images[0], images[1])
     for once, twice, large in zip(*gradients, strict=True):
-        assert once.abs().max() > 0 and torch.equal(once, twice) and torch.equal(once * 2.0**20, large)
+        assert (
+            once.abs().max() > 0 and torch.equal(once, twice) and torch.equal(once * 2.0**20, large)
+        )
 
 
 @pytest.mark.parametrize("P", [0, 1, 7])
@@ -195,7 +257,9 @@ def test_nothing_on_screen_is_the_background(P):
     image, final_T = Composite.apply(*arguments)
     assert torch.equal(final_T, torch.ones(2, 19, 33))
     assert torch.equal(image, arguments[-1][:, :, None, None].expand_as(image))
-    for gradient, t in zip(torch.autograd.grad([image.sum() + final_T.sum()], inputs), inputs, strict=True):
+    for gradient, t in zip(
+        torch.autograd.grad([image.sum() + final_T.sum()], inputs), inputs, strict=True
+    ):
         assert gradient.shape == t.shape and not gradient.any()
 
 
@@ -210,7 +274,9 @@ def test_not_a_number_is_shown_and_does_no_harm():
 
 @pytest.mark.parametrize("dense", [False, True], ids=["faint", "opaque"])
 def test_work_is_bounded(dense, monkeypatch):
-    """A chunk holds at most COLUMNS instances whatever the length of a list; what lies behind opaque pixels is not computed."""
+    """A chunk holds at most COLUMNS instances whatever the length of a list; what lies behind
+    opaque pixels is not computed.
+    """
     sizes = []
     shade = blend_torch._Shader.__call__
 

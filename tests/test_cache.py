@@ -32,21 +32,38 @@ def test_batch_size_follows_from_the_last_row(device):
 @pytest.mark.parametrize("batch_size", [None, 0, 3])
 def test_no_rows(device, batch_size):
     cache = SpatialCache(rows().to(device), batch_size)
-    assert cache.counts == [0] * (batch_size or 0) and cache.starts.tolist() == [0] * ((batch_size or 0) + 1)
+    assert cache.counts == [0] * (batch_size or 0) and cache.starts.tolist() == [0] * (
+        (batch_size or 0) + 1
+    )
     assert len(window_partition(cache, cache.batch_size, 4, 2)) == cache.batch_size
     assert neighbours(cache).shape == (0, 27) and len(full_windows(cache).order) == 0
 
 
 WRONG = {
-    "3 columns": (torch.zeros(5, 3, dtype=torch.int32), "batch column is missing: coords are .5, 3.*functional.pad"),
+    "3 columns": (
+        torch.zeros(5, 3, dtype=torch.int32),
+        "batch column is missing: coords are .5, 3.*functional.pad",
+    ),
     "5 columns": (torch.zeros(2, 5, dtype=torch.int32), r"\[N, 4\].*got \[2, 5\]"),
     "float": (torch.zeros(2, 4), "must be torch.int32, got torch.float32"),
     "int64": (torch.zeros(2, 4, dtype=torch.int64), "must be torch.int32, got torch.int64"),
-    "negative": (rows([0, 1, 1, 1], [0, 2, -3, 1], [0, -1, 0, 0]), r"row 1 of coords is \[0, 2, -3, 1\]: negative"),
+    "negative": (
+        rows([0, 1, 1, 1], [0, 2, -3, 1], [0, -1, 0, 0]),
+        r"row 1 of coords is \[0, 2, -3, 1\]: negative",
+    ),
     "negative batch": (rows([-1, 1, 1, 1]), r"row 0 of coords is \[-1, 1, 1, 1\]: negative"),
-    "above 1023": (rows([0, 1023, 1, 1], [0, 0, 0, 1024]), r"row 1 of coords is \[0, 0, 0, 1024\]: above 1023"),
-    "unsorted": (rows([0, 1, 1, 1], [1, 0, 0, 0], [0, 2, 2, 2]), r"row 2 of coords is \[0, 2, 2, 2\] after \[1, 0, 0, 0\]"),
-    "beyond the batch": (rows([0, 1, 1, 1], [2, 0, 0, 0]), r"row 1 of coords is \[2, 0, 0, 0\]: batch_size is 2"),
+    "above 1023": (
+        rows([0, 1023, 1, 1], [0, 0, 0, 1024]),
+        r"row 1 of coords is \[0, 0, 0, 1024\]: above 1023",
+    ),
+    "unsorted": (
+        rows([0, 1, 1, 1], [1, 0, 0, 0], [0, 2, 2, 2]),
+        r"row 2 of coords is \[0, 2, 2, 2\] after \[1, 0, 0, 0\]",
+    ),
+    "beyond the batch": (
+        rows([0, 1, 1, 1], [2, 0, 0, 0]),
+        r"row 1 of coords is \[2, 0, 0, 0\]: batch_size is 2",
+    ),
     "twins": (
         rows([0, 1, 2, 3], [0, 3, 2, 1], [1, 3, 2, 1], [1, 1, 2, 3], [1, 3, 2, 1], [1, 1, 2, 3]),
         r"rows 2 and 4 of coords are the same voxel \[1, 3, 2, 1\]",
@@ -99,7 +116,11 @@ def test_children_are_published_children(device):
     fine = SpatialCache(tensors["coords"].to(device)).subdivide()
     assert torch.equal(fine.coords.cpu(), tensors["subdivide/coords"])
     same = SpatialCache(fine.coords)
-    assert fine.counts == same.counts and torch.equal(fine.starts, same.starts) and fine.batch_size == 3
+    assert (
+        fine.counts == same.counts
+        and torch.equal(fine.starts, same.starts)
+        and fine.batch_size == 3
+    )
     assert fine.extent == same.extent
 
 
@@ -108,7 +129,10 @@ def test_pooled_voxels_are_the_published_ones(device, case, factor):
     tensors = golden("ops_sparse")[1]
     coarse, index = SpatialCache(tensors["coords"].to(device)).pool(factor)
     assert torch.equal(coarse.coords.cpu(), tensors[f"{case}/coords"])
-    assert torch.equal(index.cpu(), tensors[f"{case}/idx"]) and index.dtype == coarse.coords.dtype == torch.int32
+    assert (
+        torch.equal(index.cpu(), tensors[f"{case}/idx"])
+        and index.dtype == coarse.coords.dtype == torch.int32
+    )
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 1024])
@@ -116,9 +140,13 @@ def test_pool_against_a_set(device, factor):
     coords = scattered()
     cache = SpatialCache(coords.to(device), 4)
     coarse, index = cache.pool(factor)
-    expected = sorted({(b, x // factor, y // factor, z // factor) for b, x, y, z in coords.tolist()})
+    expected = sorted(
+        {(b, x // factor, y // factor, z // factor) for b, x, y, z in coords.tolist()}
+    )
     assert [tuple(c) for c in coarse.coords.tolist()] == expected
-    assert [expected[i] for i in index.tolist()] == [(b, *(c // factor for c in xyz)) for b, *xyz in coords.tolist()]
+    assert [expected[i] for i in index.tolist()] == [
+        (b, *(c // factor for c in xyz)) for b, *xyz in coords.tolist()
+    ]
     same = SpatialCache(coarse.coords, 4)
     assert (coarse.counts, coarse.extent, coarse.batch_size) == (same.counts, same.extent, 4)
     assert torch.equal(coarse.starts, same.starts)
@@ -133,9 +161,13 @@ def test_down_up_and_down_again_shares(device):
     assert up_index is half.pool(4)[1]
     fine = cache.subdivide()
     table = fine.get(build_table)
-    assert fine.pool(2)[0] is cache and fine.pool(2)[1].tolist() == [n // 8 for n in range(len(fine))]
+    assert fine.pool(2)[0] is cache and fine.pool(2)[1].tolist() == [
+        n // 8 for n in range(len(fine))
+    ]
     del fine
-    assert cache.subdivide().get(build_table) is table  # though nobody held the finer cache meanwhile
+    assert (
+        cache.subdivide().get(build_table) is table
+    )  # though nobody held the finer cache meanwhile
     quarter, _ = cache.pool(4)
     assert quarter is not half and quarter.unpool(4)[0] is cache
 

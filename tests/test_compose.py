@@ -1,4 +1,6 @@
-"""The ops inside what torch offers: its own checks of registrations, compilation, functional calls, autocast, checkpointing."""
+"""The ops inside what torch offers: its own checks of registrations, compilation, functional calls,
+autocast, checkpointing.
+"""
 
 from functools import cache
 
@@ -35,15 +37,25 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "trislat":
-            size = lambda given: sum(t.numel() for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor))
+            size = lambda given: sum(
+                t.numel()
+                for t in torch.utils._pytree.tree_leaves(given)
+                if isinstance(t, torch.Tensor)
+            )
             if size(args) >= size(self.made.get(function.name(), ())):
                 copy = lambda t: t.detach().clone().requires_grad_(t.requires_grad)
-                self.made[function.name()] = torch.utils._pytree.tree_map_only(torch.Tensor, copy, args)
+                self.made[function.name()] = torch.utils._pytree.tree_map_only(
+                    torch.Tensor, copy, args
+                )
         return function(*args, **(kwargs or {}))
 
 
 def tensors_of(result) -> list[torch.Tensor]:
-    return [t for t in ([result] if isinstance(result, torch.Tensor) else result) if isinstance(t, torch.Tensor)]
+    return [
+        t
+        for t in ([result] if isinstance(result, torch.Tensor) else result)
+        if isinstance(t, torch.Tensor)
+    ]
 
 
 def differentiate(op, tensors) -> list[torch.Tensor]:
@@ -62,7 +74,10 @@ def calls() -> dict[str, tuple]:
                 differentiate(case.op, case.tensors) if case.tensors else case.op()
         vertices, faces, colors, *starts = scenes(DEVICE)
         view = cameras(2, 9, 7).to(DEVICE)
-        differentiate(lambda v, c: pictures(render_mesh(v, faces, c, *starts, view, [2, 0])), [vertices, colors])
+        differentiate(
+            lambda v, c: pictures(render_mesh(v, faces, c, *starts, view, [2, 0])),
+            [vertices, colors],
+        )
     return found.made
 
 
@@ -83,7 +98,10 @@ class Holder(torch.nn.Module):
 
     def __init__(self, op, tensors):
         super().__init__()
-        self.op, self.values = op, torch.nn.ParameterList(torch.nn.Parameter(torch.zeros_like(t)) for t in tensors)
+        self.op, self.values = (
+            op,
+            torch.nn.ParameterList(torch.nn.Parameter(torch.zeros_like(t)) for t in tensors),
+        )
 
     def forward(self):
         return self.op(*self.values)
@@ -118,7 +136,9 @@ def test_changes_nothing(device, name, way):
     for seed in SEEDS if fast else SEEDS[:1]:
         print(f"{name}, seed {seed}")
         case = DRAWS[name](Draw(seed, device))
-        plain, other = (differentiate(op, case.tensors) for op in (case.op, lambda *t, op=case.op: way(op, t)))
+        plain, other = (
+            differentiate(op, case.tensors) for op in (case.op, lambda *t, op=case.op: way(op, t))
+        )
         for i, (a, b) in enumerate(zip(plain, other, strict=True)):
             assert a.dtype == b.dtype and torch.equal(a, b), i
 
@@ -128,14 +148,22 @@ def vae(decoder):
     return randomize(whole(small_encoder(), decoder())).to(DEVICE)
 
 
-DECODERS = pytest.mark.parametrize("decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
+DECODERS = pytest.mark.parametrize(
+    "decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"]
+)
 
 
 def loss(model, x, feats):
     """Of a batch of views, and every penalty."""
-    posterior, scenes = model(x.replace(feats), torch.linspace(-1, 1, 4, device=DEVICE).expand(len(x), 4))
+    posterior, scenes = model(
+        x.replace(feats), torch.linspace(-1, 1, 4, device=DEVICE).expand(len(x), 4)
+    )
     image = models.render(scenes, orbit(2, DEVICE, 16), [0, 2], torch.zeros(2, 3, device=DEVICE))
-    return image.color.square().mean() + sum(models.penalties(scenes).values()) + posterior.logvar.mean()
+    return (
+        image.color.square().mean()
+        + sum(models.penalties(scenes).values())
+        + posterior.logvar.mean()
+    )
 
 
 @DECODERS
@@ -149,14 +177,29 @@ def test_whole_models_compile_to_one_graph(decoder):
     compiled = torch.compile(loss, fullgraph=True, backend=BACKEND)(model, x, feats)
     assert_close(compiled, eager, 1e-6)
     wanted = [feats, *model.parameters()]
-    for a, b in zip(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted), strict=True
+    ):
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize("mode, position", [("full", "rope"), ("swin", "ape"), ("shift_order", "rope")])
+@pytest.mark.parametrize(
+    "mode, position", [("full", "rope"), ("swin", "ape"), ("shift_order", "rope")]
+)
 def test_the_trunk_compiles_to_one_graph(mode, position):
     model = randomize(
-        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4, attn_mode=mode, pe_mode=position, qk_rms_norm=True)
+        models.Encoder(
+            16,
+            5,
+            32,
+            4,
+            2,
+            num_heads=2,
+            window_size=4,
+            attn_mode=mode,
+            pe_mode=position,
+            qk_rms_norm=True,
+        )
     ).to(DEVICE)
     x = batch([20, 0, 7], DEVICE)
     torch._dynamo.reset()
@@ -170,7 +213,9 @@ def test_a_trunk_that_recomputes_compiles_to_one_graph():
     for call in (model, torch.compile(model, fullgraph=True, backend=BACKEND)):
         x = batch([20, 0, 7], DEVICE)  # whose windows are made on the way
         out = call(x).mean
-        gradients.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+        gradients.append(
+            [out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+        )
     for a, b in zip(*gradients, strict=True):
         assert_close(a, b, 1e-5)
 
@@ -189,7 +234,9 @@ def test_whole_models_by_functional_call(decoder):
             torch.manual_seed(0)
             return loss(self.model, x, x.feats)
 
-    value = torch.func.functional_call(Loss(), {f"model.{name}": p for name, p in weights.items()}, ())
+    value = torch.func.functional_call(
+        Loss(), {f"model.{name}": p for name, p in weights.items()}, ()
+    )
     grads = torch.autograd.grad(value, list(weights.values()))
     with torch.no_grad():
         for p in model.parameters():
@@ -209,6 +256,8 @@ def test_whole_models_under_autocast(decoder, dtype):
     with torch.autocast(DEVICE.type, dtype):
         rounded = loss(model, x, x.feats)
         scenes = model.decoder(model.encoder(x).mode())  # latents in another type than the weights
-        assert all(t.isfinite().all() for t in vars(scenes[0]).values() if isinstance(t, torch.Tensor))
+        assert all(
+            t.isfinite().all() for t in vars(scenes[0]).values() if isinstance(t, torch.Tensor)
+        )
     assert_close(rounded, exact, 0.1)
     assert all(g.isfinite().all() for g in torch.autograd.grad(rounded, list(model.parameters())))

@@ -1,4 +1,6 @@
-"""Flags, presets and config.json: every value reachable, every impossible one refused with its numbers."""
+"""Flags, presets and config.json: every value reachable, every impossible one refused with its
+numbers.
+"""
 
 import re
 from dataclasses import asdict, replace
@@ -16,35 +18,90 @@ def parse(line: str = "", world: int = 1) -> Config:
 
 def test_base_is_the_published_recipe():
     base = parse("--preset base --data somewhere")
-    assert (base.steps, base.batch_size, base.views, base.lr, base.weight_decay) == (750_000, 256, 1, 1e-4, 0.0)
-    assert (base.final_lr, base.warmup, base.ema, base.max_norm, base.precision) == (1.0, 0, 0.9999, 1.0, "fp16")
-    assert asdict(base.weights) == {"l1": 1.0, "ssim": 0.2, "lpips": 0.2, "kl": 1e-6, "volume": 1e4, "opacity": 1e-3}
+    assert (base.steps, base.batch_size, base.views, base.lr, base.weight_decay) == (
+        750_000,
+        256,
+        1,
+        1e-4,
+        0.0,
+    )
+    assert (base.final_lr, base.warmup, base.ema, base.max_norm, base.precision) == (
+        1.0,
+        0,
+        0.9999,
+        1.0,
+        "fp16",
+    )
+    assert asdict(base.weights) == {
+        "l1": 1.0,
+        "ssim": 0.2,
+        "lpips": 0.2,
+        "kl": 1e-6,
+        "volume": 1e4,
+        "opacity": 1e-3,
+    }
     assert (base.resolution, base.image_size, base.features) == (64, 512, "dinov2_vitl14_reg")
     size = base.model
-    assert (size.channels, size.blocks, size.heads, size.window, size.latent, size.per_voxel) == (768, 12, 12, 8, 8, 32)
+    assert (size.channels, size.blocks, size.heads, size.window, size.latent, size.per_voxel) == (
+        768,
+        12,
+        12,
+        8,
+        8,
+        32,
+    )
     assert base.lr_at(0) == base.lr_at(749_999) == 1e-4
 
 
 def test_the_embedded_objects_have_rgb_features():
-    assert parse("--preset base").features == "rgb" and parse("--preset base --features other").features == "other"
+    assert (
+        parse("--preset base").features == "rgb"
+        and parse("--preset base --features other").features == "other"
+    )
 
 
 def test_small_fits_one_gpu():
     small = parse("--preset small")
-    assert (small.batch_size, small.micro_batch, small.image_size, small.precision, small.resolution) == (16, 2, 256, "bf16", 64)
-    assert (small.model.channels, small.model.blocks, small.model.heads, small.model.latent) == (384, 6, 6, 8)
+    assert (
+        small.batch_size,
+        small.micro_batch,
+        small.image_size,
+        small.precision,
+        small.resolution,
+    ) == (16, 2, 256, "bf16", 64)
+    assert (small.model.channels, small.model.blocks, small.model.heads, small.model.latent) == (
+        384,
+        6,
+        6,
+        8,
+    )
 
 
 def test_flags_replace_fields_of_the_preset_and_of_its_groups():
-    config = parse("--data a --data b --steps 7 --model.channels 96 --weights.kl 0 --deterministic --holdout-views 2")
-    assert (config.preset, config.data, config.steps, config.holdout_views) == ("demo", ("a", "b"), 7, 2) and config.deterministic
+    config = parse(
+        "--data a --data b --steps 7 --model.channels 96 --weights.kl 0 --deterministic "
+        "--holdout-views 2"
+    )
+    assert (config.preset, config.data, config.steps, config.holdout_views) == (
+        "demo",
+        ("a", "b"),
+        7,
+        2,
+    ) and config.deterministic
     assert config.model == replace(PRESETS["demo"].model, channels=96) and config.weights.kl == 0.0
-    assert config.model.per_voxel == PRESETS["demo"].model.per_voxel and config.weights.volume == PRESETS["demo"].weights.volume
+    assert (
+        config.model.per_voxel == PRESETS["demo"].model.per_voxel
+        and config.weights.volume == PRESETS["demo"].weights.volume
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "micro"),
-    [("--preset base --batch-size 1", 1), ("--preset base --batch-size 9", 1), ("--preset base --batch-size 6", 2)],
+    [
+        ("--preset base --batch-size 1", 1),
+        ("--preset base --batch-size 9", 1),
+        ("--preset base --batch-size 6", 2),
+    ],
 )
 def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
     assert parse(line).micro_batch == micro
@@ -81,7 +138,10 @@ def test_a_smaller_batch_shrinks_the_micro_batch(line, micro):
         ("--resume run --lr 1", "--resume keeps the recorded config; it cannot change lr"),
         ("--resume nowhere", "nowhere is not a run folder"),
         ("--model.heads 0", "model.heads 0 must be at least 1"),
-        ("--model.channels 96 --model.heads 5", "model.channels 96 must be model.heads 5 times a multiple of 8"),
+        (
+            "--model.channels 96 --model.heads 5",
+            "model.channels 96 must be model.heads 5 times a multiple of 8",
+        ),
         ("--model.channels 512 --model.heads 2", "model.channels 512 must be model.heads 2 times"),
         ("--weights.l1 -1", "l1 -1.0"),
     ],
@@ -90,18 +150,28 @@ def test_impossible_values_exit_with_a_message(line, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(line)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 2, said  # usage and what is wrong
+    assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 2, (
+        said
+    )  # usage and what is wrong
 
 
-@pytest.mark.parametrize("presets", [PRESETS, radiance.PRESETS, mesh.PRESETS], ids=["gaussian", "radiance", "mesh"])
+@pytest.mark.parametrize(
+    "presets", [PRESETS, radiance.PRESETS, mesh.PRESETS], ids=["gaussian", "radiance", "mesh"]
+)
 def test_help_says_what_every_flag_is_and_its_defaults(presets, capsys):
     with pytest.raises(SystemExit, match="0"):
         from_cli("gaussian", presets, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
     bare = re.findall(r"(--[a-z][\w.-]*) [A-Z]+ (?=\[|--)", said)
     assert not bare
-    assert f"learning rate [{presets['demo'].lr:g}, 0.0001, 0.0001]" in said and "clip gradients to this norm" in said
-    assert f"new cosine [{presets['demo'].steps}, 100000, {presets['base'].steps}]" in said and "kept for evaluation [4]" in said
+    assert (
+        f"learning rate [{presets['demo'].lr:g}, 0.0001, 0.0001]" in said
+        and "clip gradients to this norm" in said
+    )
+    assert (
+        f"new cosine [{presets['demo'].steps}, 100000, {presets['base'].steps}]" in said
+        and "kept for evaluation [4]" in said
+    )
 
 
 def test_a_batch_must_divide_over_the_ranks(capsys):
@@ -115,8 +185,14 @@ def test_a_batch_must_divide_over_the_ranks(capsys):
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     config = replace(Config(), lr=1.0, steps=100, warmup=10, final_lr=0.2)
     rates = [config.lr_at(step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[50] == pytest.approx(0.6) and rates[100] == pytest.approx(0.2)
-    assert max(rates) == max(rates[9:11]) and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[50] == pytest.approx(0.6)
+        and rates[100] == pytest.approx(0.2)
+    )
+    assert max(rates) == max(rates[9:11]) and all(
+        a > b for a, b in zip(rates[10:], rates[11:], strict=False)
+    )
 
 
 def test_config_json_round_trip(tmp_path):
@@ -144,7 +220,10 @@ def test_a_full_disk_leaves_the_recorded_config(tmp_path, monkeypatch):
 def test_bad_config_json_is_named(tmp_path):
     file = tmp_path / "config.json"
     write_config(parse(), "gaussian", file)
-    with pytest.raises(ValueError, match="config.json does not describe a run of train.mesh: it is of another script"):
+    with pytest.raises(
+        ValueError,
+        match="config.json does not describe a run of train.mesh: it is of another script",
+    ):
         read_config(file, "mesh", PRESETS)
     whole = file.read_text()
     for old, new, said in (
@@ -158,12 +237,23 @@ def test_bad_config_json_is_named(tmp_path):
     ):
         assert old in whole
         file.write_text(whole.replace(old, new))
-        with pytest.raises(ValueError, match=f"config.json does not describe a run of train.gaussian: {said}"):
+        with pytest.raises(
+            ValueError, match=f"config.json does not describe a run of train.gaussian: {said}"
+        ):
             read_config(file, "gaussian", PRESETS)
     file.write_text(whole.replace('"lr": 0.003', '"lr": 1'))
     assert read_config(file, "gaussian", PRESETS).lr == 1
-    for broken in (whole[:40], whole.replace('"lr"', '"rate"'), whole.replace('"heads"', '"hats"'), "[]", "null", '"\x80"'):
+    for broken in (
+        whole[:40],
+        whole.replace('"lr"', '"rate"'),
+        whole.replace('"heads"', '"hats"'),
+        "[]",
+        "null",
+        '"\x80"',
+    ):
         file.write_bytes(broken.encode("latin-1"))
-        with pytest.raises(ValueError, match="config.json does not describe a run of train.gaussian"):
+        with pytest.raises(
+            ValueError, match="config.json does not describe a run of train.gaussian"
+        ):
             read_config(file, "gaussian", PRESETS)
         write_config(parse(), "gaussian", file)

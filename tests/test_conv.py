@@ -1,4 +1,6 @@
-"""Submanifold convolution and its collapse after a subdivision, against tap-after-tap sums and published numbers."""
+"""Submanifold convolution and its collapse after a subdivision, against tap-after-tap sums and
+published numbers.
+"""
 
 import pytest
 import torch
@@ -23,10 +25,13 @@ FLOAT, HALF = torch.float32, torch.float16
 
 
 def inputs(counts, CI, CO, k=3, dtype=FLOAT, device=None, extent=(7, 6, 8)):
-    """The cache of dense random voxels, x, and an fp32 weight and bias whose outputs are about 1."""
+    """A cache of dense random voxels, x, and an fp32 weight and bias whose outputs are about 1."""
     cache = SpatialCache(voxels(counts, extent).to(device), len(counts))
     generator = torch.Generator().manual_seed(CI + CO)
-    x, weight = torch.randn(len(cache), CI, generator=generator), torch.randn(CO, k, k, k, CI, generator=generator)
+    x, weight = (
+        torch.randn(len(cache), CI, generator=generator),
+        torch.randn(CO, k, k, k, CI, generator=generator),
+    )
     weight /= (k**3 * CI) ** 0.5
     bias = torch.randn(CO, generator=generator)
     return cache, *(t.to(device).requires_grad_() for t in (x.to(dtype), weight, bias))
@@ -46,7 +51,13 @@ def inputs(counts, CI, CO, k=3, dtype=FLOAT, device=None, extent=(7, 6, 8)):
 )
 def test_sparse_conv(device, counts, CI, CO, k, dtype):
     cache, *args = inputs(counts, CI, CO, k, dtype, device)
-    assert_same(sparse_conv, sparse_conv_reference, *args, cache.get(neighbours, k), tolerance=2 * conv_tolerance(dtype))
+    assert_same(
+        sparse_conv,
+        sparse_conv_reference,
+        *args,
+        cache.get(neighbours, k),
+        tolerance=2 * conv_tolerance(dtype),
+    )
 
 
 def conv_tolerance(dtype):
@@ -55,7 +66,12 @@ def conv_tolerance(dtype):
 
 @pytest.mark.parametrize(
     "counts, CI, CO, dtype",
-    [([0, 30, 0, 11], 20, 36, FLOAT), ([21], 40, 24, HALF), ([1], 20, 36, FLOAT), ([0, 0], 40, 24, HALF)],
+    [
+        ([0, 30, 0, 11], 20, 36, FLOAT),
+        ([21], 40, 24, HALF),
+        ([1], 20, 36, FLOAT),
+        ([0, 0], 40, 24, HALF),
+    ],
     ids=str,
 )
 def test_subdivide_conv(device, counts, CI, CO, dtype):
@@ -81,20 +97,30 @@ def test_published_convolution(device):
 def test_the_collapse_is_exact():
     cache, x, weight, bias = inputs([40, 0, 17], 7, 5)
     args = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    plain = sparse_conv(args[0].repeat_interleave(8, 0), *args[1:], neighbours(cache.subdivide().coords))
+    plain = sparse_conv(
+        args[0].repeat_interleave(8, 0), *args[1:], neighbours(cache.subdivide().coords)
+    )
     collapsed = subdivide_conv(*args, neighbours(cache))
     assert_close(collapsed, plain, 1e-13)
     up = torch.randn_like(plain)
-    for ours, theirs in zip(*(torch.autograd.grad(y, args, up) for y in (collapsed, plain)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, args, up) for y in (collapsed, plain)), strict=True
+    ):
         assert_close(ours, theirs, 1e-13)
 
 
 def test_each_tap_is_in_one_matrix_of_each_octant():
     weight = 2.0 ** torch.arange(27, dtype=torch.float64).view(1, 3, 3, 3, 1)
     octants = octant_weights(weight).view(8, 8).long()
-    assert octants.sum(1).tolist() == [2**27 - 1] * 8  # sums of distinct bits: every tap once, none twice
-    assert octants[0, 0] == 1 and octants[7, 7] == 1 << 26  # a corner tap alone reaches the diagonal parent
-    assert octants[0, 7] == sum(1 << 9 * i + 3 * j + k for i in (1, 2) for j in (1, 2) for k in (1, 2))
+    assert (
+        octants.sum(1).tolist() == [2**27 - 1] * 8
+    )  # sums of distinct bits: every tap once, none twice
+    assert (
+        octants[0, 0] == 1 and octants[7, 7] == 1 << 26
+    )  # a corner tap alone reaches the diagonal parent
+    assert octants[0, 7] == sum(
+        1 << 9 * i + 3 * j + k for i in (1, 2) for j in (1, 2) for k in (1, 2)
+    )
 
 
 def test_weights_are_summed_in_fp32_and_rounded_once(device):
@@ -102,7 +128,9 @@ def test_weights_are_summed_in_fp32_and_rounded_once(device):
     cache = SpatialCache(torch.tensor([[0, 1, 1, 1]], dtype=torch.int32, device=device))
     weight = torch.randn(6, 3, 3, 3, 1, generator=torch.Generator().manual_seed(0)).to(device)
     y = subdivide_conv(torch.ones(1, 1, dtype=HALF, device=device), weight, None, neighbours(cache))
-    own = octant_weights(weight.double()).view(6, 8, 8)  # each octant's matrices; its own parent is the opposite corner
+    own = octant_weights(weight.double()).view(
+        6, 8, 8
+    )  # each octant's matrices; its own parent is the opposite corner
     expected = torch.stack([own[:, o, 7 - o] for o in range(8)])
     assert torch.equal(y, expected.float().half())
     rounded_first = octant_weights(weight.half()).view(6, 8, 8)
@@ -111,7 +139,10 @@ def test_weights_are_summed_in_fp32_and_rounded_once(device):
 
 def test_rows_without_neighbours_but_themselves(device):
     coords = torch.tensor([[0, 4 * i, 0, 8] for i in range(9)], dtype=torch.int32, device=device)
-    x, weight = torch.randn(9, 6, device=device, requires_grad=True), torch.randn(4, 3, 3, 3, 6, device=device)
+    x, weight = (
+        torch.randn(9, 6, device=device, requires_grad=True),
+        torch.randn(4, 3, 3, 3, 6, device=device),
+    )
     y = sparse_conv(x, weight, None, neighbours(coords))
     assert_close(y, x @ weight[:, 1, 1, 1].T, 1e-6)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -184,7 +215,9 @@ def test_orders_of_octants(device):
     for group, rows in enumerate(order):
         assert sorted(rows.tolist()) == list(range(90))
         masks = [tuple(m) for m in present[rows, group].tolist()]
-        assert sum(a != b for a, b in zip(masks, masks[1:], strict=False)) == len(set(masks)) - 1  # each set of taps once
+        assert (
+            sum(a != b for a, b in zip(masks, masks[1:], strict=False)) == len(set(masks)) - 1
+        )  # each set of taps once
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
@@ -198,7 +231,9 @@ def test_children_of_children_and_children_without_siblings(device):
     fine = SpatialCache(voxels([6, 5], (3, 2, 3)).to(device)).subdivide()
     assert fine.parent.parent is None and fine.subdivide().parent is fine
     assert torch.equal(neighbours(fine.subdivide()), neighbours(fine.subdivide().coords))
-    some = SpatialCache(fine.coords[1:].contiguous())  # a set that pools to a parent but misses one of its children
+    some = SpatialCache(
+        fine.coords[1:].contiguous()
+    )  # a set that pools to a parent but misses one of its children
     coarse, _ = some.pool(2)
     assert some.parent is None and coarse.subdivide().parent is coarse
     assert torch.equal(neighbours(some), neighbours(some.coords))
@@ -242,7 +277,9 @@ def test_gradients_in_double_precision():
     cache, *args = inputs([5, 0, 2], 2, 3, extent=(2, 2, 2))
     args = [t.detach().double().requires_grad_() for t in args]
     for op in (sparse_conv, subdivide_conv):
-        assert torch.autograd.gradcheck(lambda *a, op=op: op(*a, cache.get(neighbours, 3)), args, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda *a, op=op: op(*a, cache.get(neighbours, 3)), args, fast_mode=True
+        )
 
 
 def test_registered_as_torch_asks_and_compiles(device):
@@ -257,13 +294,22 @@ def test_registered_as_torch_asks_and_compiles(device):
     assert torch.equal(compiled, both(x, weight, bias))
     compiled.sum().backward()
     if backend.is_torch(x):
-        torch.library.opcheck(torch.ops.trislat.sparse_conv, (x, weight.detach().flatten(1, 3), bias, taps, order[0], False))
+        torch.library.opcheck(
+            torch.ops.trislat.sparse_conv,
+            (x, weight.detach().flatten(1, 3), bias, taps, order[0], False),
+        )
         summed = octant_weights(weight.detach())
-        torch.library.opcheck(torch.ops.trislat.sparse_conv, (x, summed.requires_grad_(), None, taps, order, True))
+        torch.library.opcheck(
+            torch.ops.trislat.sparse_conv, (x, summed.requires_grad_(), None, taps, order, True)
+        )
 
 
 def test_wrong_input_is_refused(device):
-    x, weight, bias = torch.zeros(5, 4, device=device), torch.zeros(2, 3, 3, 3, 4, device=device), torch.zeros(2, device=device)
+    x, weight, bias = (
+        torch.zeros(5, 4, device=device),
+        torch.zeros(2, 3, 3, 3, 4, device=device),
+        torch.zeros(2, device=device),
+    )
     taps = torch.full((5, 27), -1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="kernel size 3 has 27 taps, neighbours has 125"):
         sparse_conv(x, weight, bias, taps.new_zeros(5, 125))
@@ -273,7 +319,9 @@ def test_wrong_input_is_refused(device):
         sparse_conv(x, weight[..., :3], bias, taps)
     with pytest.raises(ValueError, match="x has 5 rows, neighbours has 4"):
         subdivide_conv(x, weight, bias, taps[:4])
-    with pytest.raises(ValueError, match=r"weight must be \[Co, k, k, k, Ci\], got \[2, 3, 3, 2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"weight must be \[Co, k, k, k, Ci\], got \[2, 3, 3, 2, 4\]"
+    ):
         sparse_conv(x, weight[:, :, :, :2], bias, taps)
     with pytest.raises(ValueError, match=r"bias \[1\] must be \[2\]"):
         sparse_conv(x, weight, bias[:1], taps)
@@ -285,5 +333,7 @@ def test_wrong_input_is_refused(device):
         subdivide_conv(x, weight[:, :1, :1, :1], bias, taps[:, :1])
     with pytest.raises(ValueError, match="fp16, bf16 or fp32.*int32"):
         sparse_conv(x.int(), weight, bias, taps)
-    with pytest.raises(ValueError, match=r"parents' neighbours must be \[N, 27\].*kernel size 5, got \[5, 125\]"):
+    with pytest.raises(
+        ValueError, match=r"parents' neighbours must be \[N, 27\].*kernel size 5, got \[5, 125\]"
+    ):
         child_neighbours(taps.new_zeros(5, 125), 5)

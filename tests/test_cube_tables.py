@@ -1,4 +1,6 @@
-"""The tables of dual contouring against what they must be, and against pinned counts of the published ones."""
+"""The tables of dual contouring against what they must be, and against pinned counts of the
+published ones.
+"""
 
 from collections import Counter
 
@@ -12,7 +14,9 @@ FACES = [[c for c in range(8) if (c >> axis & 1) == side] for axis in range(3) f
 
 @pytest.mark.parametrize("case", range(256))
 def test_dual_vertices_are_loops_around_the_cube(case):
-    """Each crossing edge belongs to one; inside it, every edge continues across both its faces, to corners of its own side."""
+    """Each crossing edge belongs to one; inside it, every edge continues across both its faces, to
+    corners of its own side.
+    """
     parts = dual_parts(case)
     assert sorted(e for part in parts for e in part) == crossing(case)
     assert len(parts) <= 4 and all(3 <= len(part) <= 7 for part in parts)
@@ -28,12 +32,20 @@ def test_dual_vertices_are_loops_around_the_cube(case):
 
 
 def test_counts_are_the_published_ones():
-    assert Counter(len(dual_parts(case)) for case in range(256)) == {0: 2, 1: 162, 2: 82, 3: 8, 4: 2}
+    assert Counter(len(dual_parts(case)) for case in range(256)) == {
+        0: 2,
+        1: 162,
+        2: 82,
+        3: 8,
+        4: 2,
+    }
     tables = cube_tables(torch.device("cpu"))
     assert int((tables.direction >= 0).sum()) == 36
     assert torch.equal(tables.duals, (tables.component.amax(1) + 1).long())
     for case in range(256):
-        assert (tables.direction[case] >= 0) == (len(ambiguous_faces(case)) == 1 and len(dual_parts(case)) == 1)
+        assert (tables.direction[case] >= 0) == (
+            len(ambiguous_faces(case)) == 1 and len(dual_parts(case)) == 1
+        )
         for number, part in enumerate(dual_parts(case)):
             assert [e for e in tables.edges[4 * case + number].tolist() if e >= 0] == part
             assert (tables.component[case] == number).nonzero().flatten().tolist() == part
@@ -49,7 +61,9 @@ def test_the_cubes_of_a_quad_share_its_edge():
     for quad in QUADS:
         ends = set()
         for offset, edge in quad:
-            points = [tuple(o + (c >> axis & 1) for axis, o in enumerate(offset)) for c in EDGES[edge]]
+            points = [
+                tuple(o + (c >> axis & 1) for axis, o in enumerate(offset)) for c in EDGES[edge]
+            ]
             ends.add(tuple(points))
         assert len(ends) == 1  # in the same direction, too
         assert [offset for offset, _ in quad] == sorted(offset for offset, _ in quad)

@@ -1,4 +1,6 @@
-"""What newcomers hand in by mistake is refused where it comes in, by name, with what was given and what is expected."""
+"""What newcomers hand in by mistake is refused where it comes in, by name, with what was given and
+what is expected.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +23,12 @@ from tests.test_mesh import small_decoder as small_mesh
 from tests.test_models import batch, small_decoder, small_encoder
 from tests.test_radiance import small_decoder as small_radiance
 
-MODELS = {"encoder": (small_encoder, 5), "gaussian": (small_decoder, 4), "radiance": (small_radiance, 4), "mesh": (small_mesh, 4)}
+MODELS = {
+    "encoder": (small_encoder, 5),
+    "gaussian": (small_decoder, 4),
+    "radiance": (small_radiance, 4),
+    "mesh": (small_mesh, 4),
+}
 X, STARTS = torch.rand(4, 8), torch.tensor([0, 4], dtype=torch.int32)
 COORDS = torch.tensor([[0, i, 0, 0] for i in range(4)], dtype=torch.int32)
 
@@ -30,9 +37,13 @@ COORDS = torch.tensor([[0, i, 0, 0] for i in range(4)], dtype=torch.int32)
 def test_models_name_the_type_of_features_and_their_own(make, channels):
     model, x = make(), batch([5], "cpu", channels)
     for dtype in (torch.float16, torch.float64, torch.int32):
-        with pytest.raises(ValueError, match=f"features are {dtype}, the model takes torch.float32: convert"):
+        with pytest.raises(
+            ValueError, match=f"features are {dtype}, the model takes torch.float32: convert"
+        ):
             model(x.replace(x.feats.to(dtype)))
-    with pytest.raises(ValueError, match=r"features are torch.float32, the model takes torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"features are torch.float32, the model takes torch.float64"
+    ):
         model.double()(x)
     model(x.replace(x.feats.double()))
 
@@ -44,17 +55,32 @@ def test_models_name_the_coordinate_beyond_their_grid(make, channels):
     model(models.SparseTensor(feats, torch.tensor([[0, last, 0, last]], dtype=torch.int32)))
     for coordinate in (last + 1, 500):
         wrong = models.SparseTensor(feats, torch.tensor([[0, 0, coordinate, 0]], dtype=torch.int32))
-        with pytest.raises(ValueError, match=f"coordinate {coordinate}, the model's resolution is {last + 1}: .* 0 to {last}"):
+        with pytest.raises(
+            ValueError,
+            match=f"coordinate {coordinate}, the model's resolution is {last + 1}: .* 0 to {last}",
+        ):
             model(wrong)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda e, g: models.GaussianVAE(g, e), "GaussianVAE takes Encoder .*GaussianDecoder, not GaussianDecoder and Encoder"),
-        (lambda e, g: models.GaussianVAE(g, g), "GaussianVAE takes .*, not GaussianDecoder and GaussianDecoder"),
-        (lambda e, g: models.RadianceVAE(e, g), "RadianceVAE takes .*RadianceDecoder, not Encoder and GaussianDecoder"),
-        (lambda e, g: models.MeshVAE(None, g), "MeshVAE takes .*MeshDecoder, not NoneType and GaussianDecoder"),
+        (
+            lambda e, g: models.GaussianVAE(g, e),
+            "GaussianVAE takes Encoder .*GaussianDecoder, not GaussianDecoder and Encoder",
+        ),
+        (
+            lambda e, g: models.GaussianVAE(g, g),
+            "GaussianVAE takes .*, not GaussianDecoder and GaussianDecoder",
+        ),
+        (
+            lambda e, g: models.RadianceVAE(e, g),
+            "RadianceVAE takes .*RadianceDecoder, not Encoder and GaussianDecoder",
+        ),
+        (
+            lambda e, g: models.MeshVAE(None, g),
+            "MeshVAE takes .*MeshDecoder, not NoneType and GaussianDecoder",
+        ),
         (lambda e, g: models.VAE(e, None), "VAE takes .* Decoder, not Encoder and NoneType"),
     ],
 )
@@ -67,7 +93,14 @@ def test_swapped_models(make, message):
 @pytest.mark.parametrize("name", ["resolution", "in_channels", "latent_channels"])
 @pytest.mark.parametrize("value", [-1, 0, 4.0])
 def test_sizes_of_an_encoder(name, value):
-    sizes = dict(resolution=16, in_channels=5, model_channels=32, latent_channels=4, num_blocks=1, num_heads=2)
+    sizes = dict(
+        resolution=16,
+        in_channels=5,
+        model_channels=32,
+        latent_channels=4,
+        num_blocks=1,
+        num_heads=2,
+    )
     with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1, not {value}"):
         models.Encoder(**sizes | {name: value})
 
@@ -97,10 +130,22 @@ def test_eps(call):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: SpatialCache(COORDS).pool(2.5), "pool factor must be a whole number, at least 1, not 2.5"),
-        (lambda: SpatialCache(COORDS, 2.5), "batch_size must be a whole number, at least 0, not 2.5"),
-        (lambda: serialized_windows(COORDS, 1, 2.5), "window must be a whole number, at least 1, not 2.5"),
-        (lambda: window_partition(COORDS, 1, [2, 2.5, 2]), "window must hold whole numbers, not 2.5"),
+        (
+            lambda: SpatialCache(COORDS).pool(2.5),
+            "pool factor must be a whole number, at least 1, not 2.5",
+        ),
+        (
+            lambda: SpatialCache(COORDS, 2.5),
+            "batch_size must be a whole number, at least 0, not 2.5",
+        ),
+        (
+            lambda: serialized_windows(COORDS, 1, 2.5),
+            "window must be a whole number, at least 1, not 2.5",
+        ),
+        (
+            lambda: window_partition(COORDS, 1, [2, 2.5, 2]),
+            "window must hold whole numbers, not 2.5",
+        ),
     ],
 )
 def test_whole_numbers(call, message):
@@ -116,11 +161,26 @@ def test_whole_numbers(call, message):
         (lambda: models.SparseTensor(X.tolist(), COORDS), "feats must be a tensor, not list"),
         (lambda: layer_norm(X.tolist()), "x must be a tensor, not list"),
         (lambda: group_norm(X, X[0].tolist(), X[0], STARTS), "weight must be a tensor, not list"),
-        (lambda: pool(None, SpatialCache(COORDS).get(models.sparse.pooling, 2)), "x must be a tensor, not NoneType"),
-        (lambda: window_attention(torch.rand(4, 3, 1, 8), None), "windows must be Windows, .*, not NoneType"),
-        (lambda: segment_attention(X[:, None], X[:, None], X[:, None], [0, 4], [0, 4]), "q_starts must be a tensor, not list"),
-        (lambda: window_partition(COORDS, 1, 2.5), "window must be a list of whole numbers or such a tensor, not 2.5"),
-        (lambda: Camera(torch.eye(4)[None].tolist(), torch.eye(3)[None], 8, 8), "extrinsics must be a tensor, not list"),
+        (
+            lambda: pool(None, SpatialCache(COORDS).get(models.sparse.pooling, 2)),
+            "x must be a tensor, not NoneType",
+        ),
+        (
+            lambda: window_attention(torch.rand(4, 3, 1, 8), None),
+            "windows must be Windows, .*, not NoneType",
+        ),
+        (
+            lambda: segment_attention(X[:, None], X[:, None], X[:, None], [0, 4], [0, 4]),
+            "q_starts must be a tensor, not list",
+        ),
+        (
+            lambda: window_partition(COORDS, 1, 2.5),
+            "window must be a list of whole numbers or such a tensor, not 2.5",
+        ),
+        (
+            lambda: Camera(torch.eye(4)[None].tolist(), torch.eye(3)[None], 8, 8),
+            "extrinsics must be a tensor, not list",
+        ),
     ],
 )
 def test_other_types(call, message):
@@ -131,12 +191,27 @@ def test_other_types(call, message):
 def renderers():
     """Calls of each renderer that take a view_scene and a background."""
     camera, light = Camera.orbit(0.0, 0.0, width=8), torch.zeros(1, 3)
-    gaussian = torch.zeros(1, 3), torch.ones(1, 3), torch.eye(4)[:1], torch.ones(1, 1), torch.zeros(1, 1, 3)
-    voxel = torch.full((1, 3), 0.5 + 1 / 32), torch.ones(1, 2, 3, 4), torch.ones(1, 2), torch.ones(1, 2, 1, 3)
+    gaussian = (
+        torch.zeros(1, 3),
+        torch.ones(1, 3),
+        torch.eye(4)[:1],
+        torch.ones(1, 1),
+        torch.zeros(1, 1, 3),
+    )
+    voxel = (
+        torch.full((1, 3), 0.5 + 1 / 32),
+        torch.ones(1, 2, 3, 4),
+        torch.ones(1, 2),
+        torch.ones(1, 2, 1, 3),
+    )
     mesh = torch.eye(3), torch.tensor([[0, 1, 2]]), torch.eye(3), [0, 3], [0, 1]
     return {
-        "splat": lambda view_scene=(0,), background=light: splat(*gaussian, [0, 1], camera, view_scene, background),
-        "raymarch": lambda view_scene=(0,), background=light: raymarch(*voxel, [0, 1], camera, view_scene, background, 16),
+        "splat": lambda view_scene=(0,), background=light: splat(
+            *gaussian, [0, 1], camera, view_scene, background
+        ),
+        "raymarch": lambda view_scene=(0,), background=light: raymarch(
+            *voxel, [0, 1], camera, view_scene, background, 16
+        ),
         "render_mesh": lambda view_scene=(0,): render_mesh(*mesh, camera, view_scene),
     }
 
@@ -149,7 +224,9 @@ def test_views_of_scenes_are_whole_numbers(render):
         with pytest.raises(ValueError, match="view_scene must hold whole numbers, not 0.[67]"):
             render(view_scene)
     for view_scene in (0, None, torch.tensor(0)):
-        with pytest.raises(TypeError, match="view_scene must be a list of whole numbers or such a tensor, not"):
+        with pytest.raises(
+            TypeError, match="view_scene must be a list of whole numbers or such a tensor, not"
+        ):
             render(view_scene)
 
 
@@ -162,6 +239,9 @@ def test_backgrounds_are_tensors_and_scenes_a_list():
     camera = Camera.orbit(0.0, 0.0, width=8)
     with pytest.raises(TypeError, match="background must be a tensor, not list"):
         scene.render(camera, [[0.0, 0.0, 0.0]])
-    for call in (lambda: models.render(scene, camera, [0], torch.zeros(1, 3)), lambda: models.penalties(scene)):
+    for call in (
+        lambda: models.render(scene, camera, [0], torch.zeros(1, 3)),
+        lambda: models.penalties(scene),
+    ):
         with pytest.raises(TypeError, match="scenes must be a list of scenes, not MeshScene"):
             call()

@@ -1,4 +1,4 @@
-"""Where rounding must agree: lanes that hold copies of one number, and passes that count and write."""
+"""Where rounding must agree: lanes with copies of one number, passes that count and write."""
 
 import pytest
 import torch
@@ -35,7 +35,9 @@ def test_the_ray_march_is_not_fused(kernel_device):
     assert fused(run) == {"_segments": False, "_march": False, "_march_backward": False}
 
 
-@pytest.mark.parametrize("rows, kernels", [(20, ["short_backward"]), (300, ["long_dq", "long_dkv"])])
+@pytest.mark.parametrize(
+    "rows, kernels", [(20, ["short_backward"]), (300, ["long_dq", "long_dkv"])]
+)
 def test_the_backward_pass_of_attention_is_not_fused(kernel_device, rows, kernels):
     qkv = torch.randn(rows, 3, 1, 16, device=kernel_device, requires_grad=True)
     starts = torch.tensor([0, rows], dtype=torch.int32, device=kernel_device)
@@ -46,9 +48,16 @@ def test_the_backward_pass_of_attention_is_not_fused(kernel_device, rows, kernel
     assert {f"_attention_{kernel}" for kernel in kernels} <= backward
 
 
-def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(kernel_device, monkeypatch):
-    """Two compilations may round differently: here the count of one pair is too low, of another too high."""
-    few = {"PAIRS": 8, "PIXELS": 16}  # a pair finds its last hits after the next pair wrote its first
+def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(
+    kernel_device, monkeypatch
+):
+    """Two compilations may round differently: here the count of one pair is too low, of another too
+    high.
+    """
+    few = {
+        "PAIRS": 8,
+        "PIXELS": 16,
+    }  # a pair finds its last hits after the next pair wrote its first
     monkeypatch.setattr("kernels.march_segments._tiles", lambda target: few)
     position, tensors, starts = voxels([5], 16, 2, 4, kernel_device)
     view = camera(1, 24, 18, 16, kernel_device)
@@ -65,13 +74,18 @@ def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(kerne
     monkeypatch.setattr(backend, "launch", miscounted)
     other, _ = find_segments(*args, torch.zeros(2, dtype=torch.int64, device=kernel_device))
     listed = other.order[: other.bounds[-1]]
-    assert fine.start.diff().min() > 2 and torch.equal(other.start.diff(), fine.start.diff() + change)
+    assert fine.start.diff().min() > 2 and torch.equal(
+        other.start.diff(), fine.start.diff() + change
+    )
     assert sorted(listed.tolist()) == (other.samples > 0).nonzero()[:, 0].tolist()
     for pair, more in enumerate(change.tolist()):
         first, old = other.start[pair], fine.start[pair]
         kept = int(fine.start.diff()[pair]) + min(more, 0)
         for name in "ray", "samples", "voxel", "path":
-            now, before = getattr(other, name)[first : first + kept], getattr(fine, name)[old : old + kept]
+            now, before = (
+                getattr(other, name)[first : first + kept],
+                getattr(fine, name)[old : old + kept],
+            )
             assert torch.equal(now, before), (pair, name)
         assert not other.samples[first + kept : other.start[pair + 1]].any()
     image = raymarch(position, *tensors, starts, view, [0], colors(1, kernel_device), 16, offset)

@@ -1,4 +1,5 @@
-"""Every op against its reference on random inputs (tests.draw): outputs and gradients, then the same bits again.
+"""Every op against its reference on random inputs (tests.draw): outputs and gradients, then the
+same bits again.
 
 A failure prints the seed of its case; `DRAWS[name](Draw(seed, device))` draws it again.
 """
@@ -13,8 +14,13 @@ from tests.draw import DRAWS, Case, Draw
 pytestmark = pytest.mark.usefixtures("few_programs")
 MANY = 200
 FEWER = {  # of slow references
-    "surfaces": 20, "rasters": 20, "silhouettes": 20, "mesh_pictures": 20, "radiance": 40, "coordinates": 20,
-}  # fmt: skip
+    "surfaces": 20,
+    "rasters": 20,
+    "silhouettes": 20,
+    "mesh_pictures": 20,
+    "radiance": 40,
+    "coordinates": 20,
+}
 
 
 def check(case: Case, draw: Draw) -> None:
@@ -23,16 +29,24 @@ def check(case: Case, draw: Draw) -> None:
         return
     op, reference = handing_on(draw.strided(case.op)), handing_on(case.reference)
     dtype = next(t.dtype for t in case.tensors)
-    tolerance = 1e-7 if dtype == torch.float64 else case.tolerance  # places of samples and edges are rounded, then divided by
+    tolerance = (
+        1e-7 if dtype == torch.float64 else case.tolerance
+    )  # places of samples and edges are rounded, then divided by
     assert_same(op, reference, *case.tensors, tolerance=tolerance, least=case.least)
 
 
 def outputs(result) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
+    return (
+        [result]
+        if isinstance(result, torch.Tensor)
+        else [t for t in result if isinstance(t, torch.Tensor)]
+    )
 
 
 def handing_on(op):
-    """`op`, and nothing of every tensor: all have a gradient where the op needs none of one, such as keys without a query."""
+    """`op`, and nothing of every tensor: all have a gradient where the op needs none of one, such
+    as keys without a query.
+    """
     return lambda *tensors: [*outputs(op(*tensors)), *(0 * t for t in tensors)]
 
 
@@ -47,8 +61,14 @@ def fuzz(name: str, device: torch.device, seeds: range) -> None:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("name", DRAWS)
 def test_random_inputs(device, name, request):
-    few = not backend.is_torch(torch.empty(0, device=device))  # a kernel is built anew for most of the sizes
-    fuzz(name, device, range(request.config.getoption("cases") or (10 if few else FEWER.get(name, MANY))))
+    few = not backend.is_torch(
+        torch.empty(0, device=device)
+    )  # a kernel is built anew for most of the sizes
+    fuzz(
+        name,
+        device,
+        range(request.config.getoption("cases") or (10 if few else FEWER.get(name, MANY))),
+    )
 
 
 @pytest.mark.slow
@@ -65,5 +85,7 @@ def test_the_same_bits_again(device, name):
         for _ in range(2):
             case = DRAWS[name](Draw(seed, device))
             out = [t for t in outputs(case.op(*case.tensors)) if t.requires_grad]
-            runs.append([*out, *torch.autograd.grad([t.sum() for t in out], case.tensors)])  # upstream of stride 0
+            runs.append(
+                [*out, *torch.autograd.grad([t.sum() for t in out], case.tensors)]
+            )  # upstream of stride 0
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

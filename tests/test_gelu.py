@@ -20,7 +20,10 @@ def test_gelu(device, shape, dtype):
 
 @pytest.mark.parametrize(
     "shape, dtype",
-    [*((s, torch.float32) for s in [(0, 3), (1, 1), (7, 1030), (300, 96), (2, 3, 5), (5,)]), ((300, 96), torch.float16)],
+    [
+        *((s, torch.float32) for s in [(0, 3), (1, 1), (7, 1030), (300, 96), (2, 3, 5), (5,)]),
+        ((300, 96), torch.float16),
+    ],
     ids=str,
 )
 def test_gelu_of_a_sum_with_a_bias(device, shape, dtype):
@@ -31,12 +34,18 @@ def test_gelu_of_a_sum_with_a_bias(device, shape, dtype):
 
 def test_the_programs_of_gelu_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr(importlib.import_module("kernels.gelu"), "PROGRAMS", 5)
-    assert_same(gelu, gelu_reference, normal(23, 1030, device=device), normal(1030, device=device, seed=1))
-    assert_same(gelu, gelu_reference, normal(700, 96, device=device), normal(96, device=device, seed=1))
+    assert_same(
+        gelu, gelu_reference, normal(23, 1030, device=device), normal(1030, device=device, seed=1)
+    )
+    assert_same(
+        gelu, gelu_reference, normal(700, 96, device=device), normal(96, device=device, seed=1)
+    )
 
 
 def test_gelu_far_from_zero(device):
-    x = torch.tensor([-60000.0, -300.0, -12.0, -0.0, 12.0, 300.0, 60000.0], device=device, requires_grad=True)
+    x = torch.tensor(
+        [-60000.0, -300.0, -12.0, -0.0, 12.0, 300.0, 60000.0], device=device, requires_grad=True
+    )
     y = gelu(x)
     y.sum().backward()
     assert y.tolist() == [0, 0, 0, 0, 12, 300, 60000] and x.grad.tolist() == [0, 0, 0, 0.5, 1, 1, 1]
@@ -67,7 +76,12 @@ def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
 def test_strided_inputs_and_gradients(device):
     x, bias = normal(6, 40, device=device), normal(12, device=device, seed=1)
     assert_same(lambda x: gelu(x.t()).t(), gelu_reference, x)
-    assert_same(lambda x, b: gelu(x.t(), b[::2]).t(), lambda x, b: gelu_reference(x.t(), b[::2]).t(), x, bias)
+    assert_same(
+        lambda x, b: gelu(x.t(), b[::2]).t(),
+        lambda x, b: gelu_reference(x.t(), b[::2]).t(),
+        x,
+        bias,
+    )
 
 
 def test_the_same_bits_twice(kernel_device):
@@ -93,7 +107,9 @@ def test_compiles_without_breaking_the_graph(device):
     x, bias = normal(5, 96, device=device), normal(96, device=device, seed=1)
     compiled = torch.compile(gelu, fullgraph=True, backend="aot_eager")(x, bias)
     assert torch.equal(gelu(x, bias), compiled)
-    grads, compiled_grads = (torch.autograd.grad(y.square().sum(), [x, bias]) for y in (gelu(x, bias), compiled))
+    grads, compiled_grads = (
+        torch.autograd.grad(y.square().sum(), [x, bias]) for y in (gelu(x, bias), compiled)
+    )
     assert all(torch.equal(a, b) for a, b in zip(grads, compiled_grads, strict=True))
 
 
@@ -107,5 +123,7 @@ def test_wrong_input_is_refused(device):
     with pytest.raises(ValueError, match="torch.int32"):
         gelu(torch.zeros(2, dtype=torch.int32, device=device))
     for x, bias in (((5, 4), (3,)), ((5, 4), (5, 4)), ((), (1,)), ((5, 0), (0,))):
-        with pytest.raises(ValueError, match=r"bias \[.*\] must be \[C\] with the C >= 1 channels of x \["):
+        with pytest.raises(
+            ValueError, match=r"bias \[.*\] must be \[C\] with the C >= 1 channels of x \["
+        ):
             gelu(torch.zeros(x, device=device), torch.zeros(bias, device=device))

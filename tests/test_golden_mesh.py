@@ -16,9 +16,21 @@ from tests.conftest import golden
 
 SMALLEST = ["h_behind_20", "c_dense3_20", "d_huge2_26", "f_degen2_28"]
 CASES = [
-    "a_soup_40", "a_soup_rect_33x43", "b_ico1_48", "b_ico2_40", "b_ico3_48", "c_dense3_20", "d_huge2_26", "d_huge_40",
-    "e_pixgrid_32", "f_degen2_28", "f_degen_40", "g_nonman2_30", "g_nonman_40", "h_behind_20",
-]  # fmt: skip
+    "a_soup_40",
+    "a_soup_rect_33x43",
+    "b_ico1_48",
+    "b_ico2_40",
+    "b_ico3_48",
+    "c_dense3_20",
+    "d_huge2_26",
+    "d_huge_40",
+    "e_pixgrid_32",
+    "f_degen2_28",
+    "f_degen_40",
+    "g_nonman2_30",
+    "g_nonman_40",
+    "h_behind_20",
+]
 NAMES = ["mask", "depth", "normal", "color"]
 CHANNELS = dict(zip(NAMES, (1, 1, 3, 3), strict=True))
 
@@ -27,7 +39,10 @@ def cases(slow_on_kernels):
     """All cases on the torch path, those named also on kernels, the others there with -m slow."""
     on_torch = [pytest.param("torch", case, id=f"torch-{case}") for case in CASES]
     marks = {case: [] if case in SMALLEST else [pytest.mark.slow] for case in CASES}
-    return on_torch + [pytest.param("kernels", case, id=f"kernels-{case}", marks=marks[case]) for case in slow_on_kernels]
+    return on_torch + [
+        pytest.param("kernels", case, id=f"kernels-{case}", marks=marks[case])
+        for case in slow_on_kernels
+    ]
 
 
 @pytest.fixture
@@ -45,7 +60,9 @@ def here(request):
 
 def close(got, want, limit, what):
     difference = (got.detach().cpu().double() - want.double()).norm()
-    assert difference <= limit * want.double().norm() + 1e-12, f"{what}: {difference / want.double().norm():.1e}"
+    assert difference <= limit * want.double().norm() + 1e-12, (
+        f"{what}: {difference / want.double().norm():.1e}"
+    )
 
 
 def image_close(got, want, what):
@@ -68,16 +85,22 @@ def test_published_ids_images_and_gradients(here, case):
     ids, want_ids = rast[..., 3].detach().cpu().long(), t["rast"][..., 3].long()
     other = ids != want_ids
     if other.any():  # only the same face with its corners in another order, of equal depth
-        assert (t["ambiguous"][None][other] & 1).all() and (ids[other] > 0).all() and (want_ids[other] > 0).all()
+        assert (
+            (t["ambiguous"][None][other] & 1).all()
+            and (ids[other] > 0).all()
+            and (want_ids[other] > 0).all()
+        )
         a, b = (t["faces"][i[other] - 1].sort(1).values for i in (ids, want_ids))
         assert torch.equal(a, b)
     difference = (rast.detach().cpu() - t["rast"]).abs()[~other]
     assert difference[:, :2].max() <= 2e-5 and difference[:, 2].max() <= 1e-6
 
     parts = {
-        "mask": (rast[..., 3:].detach() > 0).float(), "depth": interpolate(z, rast, faces),
-        "normal": flat_normals(vertices, rast, faces), "color": interpolate(attributes, rast, faces),
-    }  # fmt: skip
+        "mask": (rast[..., 3:].detach() > 0).float(),
+        "depth": interpolate(z, rast, faces),
+        "normal": flat_normals(vertices, rast, faces),
+        "color": interpolate(attributes, rast, faces),
+    }
     for name in NAMES[1:]:
         image_close(parts[name], t[f"interp_{name}"], name)
     picture = antialias(torch.cat([parts[name] for name in NAMES], -1), rast, clip, faces)
@@ -90,18 +113,27 @@ def test_published_ids_images_and_gradients(here, case):
 
     shown = {name: (blended[name] + 1) / 2 if name == "normal" else blended[name] for name in NAMES}
     losses = {name: (shown[name] * t[f"up_{name}"].to(here).float()).sum() for name in NAMES}
-    groups = [[name] for name in NAMES] if backend.is_torch(clip) else [NAMES]  # one backward for all where it is slow
-    matrix = torch.linalg.lstsq(torch.nn.functional.pad(t["vertices"], (0, 1), value=1).double(), t["clip"][0].double()).solution
+    groups = (
+        [[name] for name in NAMES] if backend.is_torch(clip) else [NAMES]
+    )  # one backward for all where it is slow
+    matrix = torch.linalg.lstsq(
+        torch.nn.functional.pad(t["vertices"], (0, 1), value=1).double(), t["clip"][0].double()
+    ).solution
     for group in groups:
         leaves = [clip, vertices, z, attributes]
         total = sum(losses[name] for name in group)
         grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         g_clip, g_vertices, g_z, g_attributes = (
-            torch.zeros(leaf.shape) if g is None else g.cpu() for g, leaf in zip(grads, leaves, strict=True)
+            torch.zeros(leaf.shape) if g is None else g.cpu()
+            for g, leaf in zip(grads, leaves, strict=True)
         )
         want = lambda key, group=group: sum(t[f"chain_{name}_{key}"] for name in group)
         close(g_clip, want("gclip")[0], 1e-4, f"{group} clip")
-        every = g_clip.double() @ matrix[:3].T + g_vertices.double() + g_z.double() * E[2, :3].cpu().double()
+        every = (
+            g_clip.double() @ matrix[:3].T
+            + g_vertices.double()
+            + g_z.double() * E[2, :3].cpu().double()
+        )
         close(every, want("gvert"), 1e-4, f"{group} vertices")
         if "depth" in group:
             close(g_z, t["chain_depth_gzcam"][0], 1e-4, "depth of vertices")
@@ -116,7 +148,12 @@ def check_pairs(t, rast, clip, faces, other):
     image = torch.zeros_like(rast[..., :1])
     none = torch.empty(0, dtype=torch.int64, device=faces.device)
     _, alpha, code = _antialias(image, rast.detach(), clip.detach(), faces, table, opposite, none)
-    alpha, code, ids, corners = alpha.cpu(), code.cpu().long(), t["rast"][0, ..., 3].long(), t["faces"]
+    alpha, code, ids, corners = (
+        alpha.cpu(),
+        code.cpu().long(),
+        t["rast"][0, ..., 3].long(),
+        t["faces"],
+    )
     ours = rast[0, ..., 3].detach().cpu().long()
 
     def edge(ids, x, y, down, second, m):
@@ -156,10 +193,14 @@ def test_published_backward_of_each_op(here, case):
     if "interp_normal_gattr" in t:  # faces with corners of their own
         split = torch.arange(3 * len(faces), device=here).view(-1, 3)
         normals = torch.zeros(3 * len(faces), 3, device=here, requires_grad=True)
-        (g,) = torch.autograd.grad((interpolate(normals, rast, split) * upstream["normal"]).sum(), normals)
+        (g,) = torch.autograd.grad(
+            (interpolate(normals, rast, split) * upstream["normal"]).sum(), normals
+        )
         close(g.view(-1, 3, 3), t["interp_normal_gattr"], 1e-4, "interpolate split corners")
     image = t["interp_color"].to(here).requires_grad_()
-    g_image, g_clip = torch.autograd.grad((antialias(image, rast, clip, faces) * upstream["color"]).sum(), (image, clip))
+    g_image, g_clip = torch.autograd.grad(
+        (antialias(image, rast, clip, faces) * upstream["color"]).sum(), (image, clip)
+    )
     close(g_image, t["aa_color_gcolor"], 1e-4, "antialias")
     close(g_clip, t["aa_color_gpos"][0], 1e-4, "antialias to positions")
 
@@ -170,15 +211,33 @@ def test_published_evaluation_picture(device):
     size = note["resolution"]
     camera = Camera(t["extrinsics"][None], t["intrinsics"][None], size, size).to(device)
     mesh = (t["vertices"].to(device), t["faces"].to(device), t["vertex_attrs"].to(device))
-    image = render_mesh(*mesh, [0, len(mesh[0])], [0, len(mesh[1])], camera, [0], note["near"], note["far"], note["ssaa"])
-    pairs = {"mask": image.alpha, "depth": image.depth, "normal": image.normal, "color": image.color}
+    image = render_mesh(
+        *mesh,
+        [0, len(mesh[0])],
+        [0, len(mesh[1])],
+        camera,
+        [0],
+        note["near"],
+        note["far"],
+        note["ssaa"],
+    )
+    pairs = {
+        "mask": image.alpha,
+        "depth": image.depth,
+        "normal": image.normal,
+        "color": image.color,
+    }
     for name, value in (pairs | {"normal_map": image.normal_map}).items():
         image_close(value.view(t[f"out_{name}"].shape), t[f"out_{name}"], name)
 
 
-@pytest.mark.parametrize("here", ["torch", pytest.param("kernels", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "here", ["torch", pytest.param("kernels", marks=pytest.mark.slow)], indirect=True
+)
 def test_published_training_pictures_and_gradients(here):
-    """The ground truth, whose normals are turned to the camera, the prediction, and the gradient of the published loss."""
+    """The ground truth, whose normals are turned to the camera, the prediction, and the gradient of
+    the published loss.
+    """
     note, t = golden("mesh_m_losses_40")
     size = note["resolution"]
     camera = Camera(t["extrinsics"][None], t["intrinsics"][None], size, size).to(here)
@@ -193,7 +252,12 @@ def test_published_training_pictures_and_gradients(here):
     vertices.requires_grad_()
     colors = t["pred_vertex_attrs"].to(here).requires_grad_()
     image = render_mesh(vertices, faces, colors, [0, len(vertices)], [0, len(faces)], camera, [0])
-    for name, value in (("mask", image.alpha), ("depth", image.depth), ("normal", image.normal), ("color", image.color)):
+    for name, value in (
+        ("mask", image.alpha),
+        ("depth", image.depth),
+        ("normal", image.normal),
+        ("color", image.color),
+    ):
         image_close(value, t[f"pred_{name}"], name)
     image_close(image.normal_map, t["pred_normal_map"], "normal map")
 
@@ -201,12 +265,21 @@ def test_published_training_pictures_and_gradients(here):
     l1 = lambda a, b: (a - b).abs().mean()
     perceptual = lambda a, b: l1(a, b) + note["lambdas"]["ssim"] * (1 - ssim(a, b).mean())
     beta = 1 / (2 * note["rep_res"])
-    depth = torch.nn.functional.smooth_l1_loss(image.depth * mask, t["gt_depth"].to(here) * mask, beta=beta)
+    depth = torch.nn.functional.smooth_l1_loss(
+        image.depth * mask, t["gt_depth"].to(here) * mask, beta=beta
+    )
     normal = perceptual(image.normal * mask, t["gt_normal_flipped"].to(here) * mask)
     color = l1(image.color, target) + note["lambdas"]["color"] * perceptual(image.color, target)
-    parts = {"mask_loss": l1(image.alpha, mask), "depth_loss": depth, "normal_loss_perceptual": normal, "color_loss": color}
+    parts = {
+        "mask_loss": l1(image.alpha, mask),
+        "depth_loss": depth,
+        "normal_loss_perceptual": normal,
+        "color_loss": color,
+    }
     for name, value in parts.items():
         assert abs(value.item() - note["terms"][name]) <= 1e-4 * note["terms"][name], name
     total = parts["mask_loss"] + note["lambdas"]["depth"] * depth + normal + color
-    for got, name in zip(torch.autograd.grad(total, (vertices, colors)), ("vertices", "vertex_attrs"), strict=True):
+    for got, name in zip(
+        torch.autograd.grad(total, (vertices, colors)), ("vertices", "vertex_attrs"), strict=True
+    ):
         close(got, t[f"grad_{name}"], 1e-3, name)

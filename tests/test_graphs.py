@@ -1,4 +1,6 @@
-"""Trunks run by CUDA graphs give what they give without; on a CPU a stand-in repeats what was recorded on the same memory."""
+"""Trunks run by CUDA graphs give what they give without; on a CPU a stand-in repeats what was
+recorded on the same memory.
+"""
 
 import io
 from copy import deepcopy
@@ -50,7 +52,9 @@ class Fields(torch.nn.Module):
 
 
 class CPURecorder:
-    """What `Recorder` is on a GPU. Nothing is computed while it records, so results hold NaN until the first replay."""
+    """What `Recorder` is on a GPU. Nothing is computed while it records, so results hold NaN until
+    the first replay.
+    """
 
     def __init__(self, device: torch.device):
         self.warm_ups = self.records = 0
@@ -113,9 +117,13 @@ def check(graphed, eager, x, seed=5, tolerance=2e-5) -> None:
         assert kept not in {t.untyped_storage().data_ptr() for t in ours}
 
 
-@pytest.mark.parametrize("trunk", [{}, {"pe_mode": "rope", "qk_rms_norm": True}, {"use_checkpoint": True}], ids=str)
+@pytest.mark.parametrize(
+    "trunk", [{}, {"pe_mode": "rope", "qk_rms_norm": True}, {"use_checkpoint": True}], ids=str
+)
 def test_graphs_change_nothing(device, trunk):
-    """Batches of one size that differ in all else, weights that move, other sizes, and a run without gradients between."""
+    """Batches of one size that differ in all else, weights that move, other sizes, and a run
+    without gradients between.
+    """
     graphed, eager = both(device, **trunk)
     sizes = [[60, 40], [30, 71], [1, 99], [9, 0], [110]]
     for seed, counts in enumerate(sizes):
@@ -126,7 +134,9 @@ def test_graphs_change_nothing(device, trunk):
                     p.mul_(0.9)
             x = batch(counts[::-1], device, seed=seed + 10)
             assert_close(graphed.trunk(x.feats, x.cache), eager.trunk(x.feats, x.cache), 2e-5)
-    assert len(graphed.graphs.recordings) == 2 * 3  # (rows, samples), each with and without a backward pass
+    assert (
+        len(graphed.graphs.recordings) == 2 * 3
+    )  # (rows, samples), each with and without a backward pass
 
 
 def test_graphs_of_a_model_that_changes_its_type(device):
@@ -134,7 +144,12 @@ def test_graphs_of_a_model_that_changes_its_type(device):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for model in (graphed, eager):
             model.set_activation_dtype(dtype)
-        check(graphed, eager, batch([60, 40], device), tolerance=2e-5 if dtype == torch.float32 else 2e-2)
+        check(
+            graphed,
+            eager,
+            batch([60, 40], device),
+            tolerance=2e-5 if dtype == torch.float32 else 2e-2,
+        )
     assert len(graphed.graphs.recordings) == 3
 
 
@@ -147,14 +162,20 @@ def test_graphs_of_kernels(kernel_device):
 
 def test_a_step_of_a_vae(device):
     """Encoder and decoder have graphs of their own; gradients of two micro-batches add up."""
-    vaes = [models.GaussianVAE(randomize(small_encoder()), randomize(small_decoder())).to(device) for _ in range(2)]
+    vaes = [
+        models.GaussianVAE(randomize(small_encoder()), randomize(small_decoder())).to(device)
+        for _ in range(2)
+    ]
     vaes[0].use_graphs(256)
     for vae in vaes:
         for seed in range(2):
             x = batch([50, 20 + seed], device, seed=seed)
             noise = torch.randn(len(x), 4, generator=torch.Generator().manual_seed(seed)).to(device)
             posterior, scenes = vae(x, noise)
-            (sum(s.opacity.sum() + s.center.square().sum() for s in scenes) + posterior.logvar.sum()).backward()
+            (
+                sum(s.opacity.sum() + s.center.square().sum() for s in scenes)
+                + posterior.logvar.sum()
+            ).backward()
     for a, b in zip(*(vae.parameters() for vae in vaes), strict=True):
         assert_close(a.grad, b.grad, 5e-5)
     assert all(len(part.graphs.recordings) == 1 for part in (vaes[0].encoder, vaes[0].decoder))
@@ -191,7 +212,9 @@ def test_weights_that_are_replaced_are_recorded_again(device):
         outs = [torch.func.functional_call(Fields(model), swap, x) for model in (graphed, eager)]
         assert_close(*outs, 2e-5)
         inside = [p for name, p in given.items() if name.startswith(("blocks", "input_layer"))]
-        for a, b in zip(*(torch.autograd.grad(out.square().sum(), inside) for out in outs), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(out.square().sum(), inside) for out in outs), strict=True
+        ):
             assert_close(a, b, 2e-5)
     check(graphed, eager, x)
     for model in (graphed, eager):
@@ -215,7 +238,9 @@ def test_weights_that_change_between_the_passes_are_noticed(device):
 
 
 def test_hooks_of_weights_run_once_a_pass_and_are_not_recorded(device):
-    """Nothing that is known outside is differentiated in a recording: on a GPU that would tie other streams to it."""
+    """Nothing that is known outside is differentiated in a recording: on a GPU that would tie other
+    streams to it.
+    """
     graphed, eager = both(device)
     calls = []
     for model in (graphed, eager):
@@ -243,7 +268,9 @@ def test_recordings_serve_every_mode_and_are_not_pickled(device):
     torch.save(graphed, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    assert graphed.graphs.recordings and not loaded.graphs.recordings and loaded.graphs.trunk is loaded
+    assert (
+        graphed.graphs.recordings and not loaded.graphs.recordings and loaded.graphs.trunk is loaded
+    )
     check(loaded, eager, x)
 
 
@@ -277,7 +304,9 @@ def test_a_copied_model_has_graphs_of_its_own(device):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_what_is_recorded_depends_on_sizes_alone(watched_device, backward):
-    """Two batches of nothing alike but their rows: the same launches with the same numbers, and no wait for the device."""
+    """Two batches of nothing alike but their rows: the same launches with the same numbers, and no
+    wait for the device.
+    """
     model, runs = randomize(small_encoder()).to(watched_device), []
 
     def note(kernel, grid, args, constants) -> None:
@@ -325,9 +354,14 @@ def test_made_up_voxels_are_distinct_and_in_order(device):
 def test_wrong_uses_are_refused(device):
     graphed, eager = both(device)
     x = batch([60, 40], device)
-    with pytest.raises(ValueError, match="graphs do not follow torch.autocast"), torch.autocast(device.type, torch.bfloat16):
+    with (
+        pytest.raises(ValueError, match="graphs do not follow torch.autocast"),
+        torch.autocast(device.type, torch.bfloat16),
+    ):
         graphed.trunk(x.feats, x.cache)
-    with pytest.raises(ValueError, match="graphs need attn_mode swin and a resolution, not 'full' and 16"):
+    with pytest.raises(
+        ValueError, match="graphs need attn_mode swin and a resolution, not 'full' and 16"
+    ):
         small_encoder(attn_mode="full").use_graphs(100)
     with pytest.raises(ValueError, match="at least 0, not -1"):
         eager.use_graphs(-1)

@@ -1,4 +1,6 @@
-"""Group norm over each sample's voxels, with and without SiLU, against its formula and published numbers."""
+"""Group norm over each sample's voxels, with and without SiLU, against its formula and published
+numbers.
+"""
 
 import pytest
 import torch
@@ -12,16 +14,28 @@ from tests.conftest import assert_close, assert_same, golden
 def inputs(counts, C, dtype=torch.float32, device=None, seed=0):
     """x, weight, bias and starts."""
     generator = torch.Generator().manual_seed(seed + sum(counts) + C)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((sum(counts), C), (C,), (C,)))
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((sum(counts), C), (C,), (C,))
+    )
     starts = torch.tensor([0, *counts]).cumsum(0).int().to(device)
     x = (2 * x + 1).to(device, dtype)
-    return [x.requires_grad_(), weight.to(device).requires_grad_(), bias.to(device).requires_grad_(), starts]
+    return [
+        x.requires_grad_(),
+        weight.to(device).requires_grad_(),
+        bias.to(device).requires_grad_(),
+        starts,
+    ]
 
 
 @pytest.mark.parametrize(
     "counts, C, groups, dtype",
     [
-        ([70, 0, 1, 190, 0], 40, 5, torch.float32),  # channels that are no power of two; several turns a program
+        (
+            [70, 0, 1, 190, 0],
+            40,
+            5,
+            torch.float32,
+        ),  # channels that are no power of two; several turns a program
         ([], 32, 32, torch.float32),
         ([0, 0], 16, 4, torch.float32),
         ([5], 6, 3, torch.float32),
@@ -36,13 +50,19 @@ def test_group_norm(device, counts, C, groups, dtype):
 
 
 def test_published_group_norm(device):
-    tensors = {k: t.to(device).float() for k, t in golden("ops_sparse")[1].items() if k.startswith(("gn/", "feats"))}
+    tensors = {
+        k: t.to(device).float()
+        for k, t in golden("ops_sparse")[1].items()
+        if k.startswith(("gn/", "feats"))
+    }
     scale, shift = tensors["gn/in_scale_shift"]
     x, weight, bias = (tensors["feats"] * scale + shift), tensors["gn/weight"], tensors["gn/bias"]
     wrt = [t.requires_grad_() for t in (x, weight, bias)]
     y = group_norm(*wrt, torch.tensor([0, 104, 158, 236], dtype=torch.int32, device=device), 8)
     assert_close(y, tensors["gn/out"], 1e-5)
-    for grad, name in zip(torch.autograd.grad(y, wrt, tensors["gn/grad_out"]), ("in", "weight", "bias"), strict=True):
+    for grad, name in zip(
+        torch.autograd.grad(y, wrt, tensors["gn/grad_out"]), ("in", "weight", "bias"), strict=True
+    ):
         assert_close(grad, tensors[f"gn/grad_{name}"], 2e-5, name)
 
 
@@ -52,7 +72,13 @@ def test_batched_equals_looped(device):
     whole = group_norm_silu(x, weight, bias, starts, 4)
     ends = starts[1:].tolist()
     for n, end in zip(counts, ends, strict=True):
-        alone = group_norm_silu(x[end - n : end], weight, bias, torch.tensor([0, n], dtype=torch.int32, device=device), 4)
+        alone = group_norm_silu(
+            x[end - n : end],
+            weight,
+            bias,
+            torch.tensor([0, n], dtype=torch.int32, device=device),
+            4,
+        )
         assert_close(whole[end - n : end], alone, 1e-6)
 
 
@@ -67,7 +93,9 @@ def test_voxels_far_from_zero(device):
 def test_equal_voxels_are_exactly_the_bias(device, C, groups, counts):
     _, weight, bias, starts = inputs(counts, C, device=device)
     for value in 7.0, 0.1, 1e3, 3.3:  # sums of 3.3 round
-        y = group_norm(torch.full((sum(counts), C), value, device=device), weight, bias, starts, groups)
+        y = group_norm(
+            torch.full((sum(counts), C), value, device=device), weight, bias, starts, groups
+        )
         assert torch.equal(y, bias.expand_as(y))
 
 
@@ -88,7 +116,9 @@ def test_equal_voxels_are_not_divided_by_zero(device):
 def test_the_silu_far_from_zero(device):
     x, weight, _, starts = inputs([6], 16, device=device)
     for far, expected in ((-200.0, 0.0), (200.0, 200.0)):
-        y = group_norm_silu(x, weight * 0, torch.full((16,), far, device=device, requires_grad=True), starts, 4)
+        y = group_norm_silu(
+            x, weight * 0, torch.full((16,), far, device=device, requires_grad=True), starts, 4
+        )
         assert_close(y, torch.full((6, 16), expected), 1e-6)
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
@@ -113,15 +143,28 @@ def test_the_same_bits_twice_in_one_launch_a_pass(kernel_device):
     runs = []
     for _ in range(2):
         with backend.count_launches() as launches:
-            runs.append(torch.autograd.grad(group_norm_silu(x, weight, bias, starts, 4).square().sum(), [x, weight, bias]))
+            runs.append(
+                torch.autograd.grad(
+                    group_norm_silu(x, weight, bias, starts, 4).square().sum(), [x, weight, bias]
+                )
+            )
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    passes = ["_partial_statistics", "_merge_statistics", "_group_norm_fwd", "_partial_gradients", "_group_norm_bwd"]
+    passes = [
+        "_partial_statistics",
+        "_merge_statistics",
+        "_group_norm_fwd",
+        "_partial_gradients",
+        "_group_norm_bwd",
+    ]
     assert launches == dict.fromkeys(passes, 1)
 
 
 def test_gradients_in_double_precision():
     x, weight, bias, starts = inputs([4, 0, 3], 6, torch.float64)
-    weight, bias = weight.detach().double().requires_grad_(), bias.detach().double().requires_grad_()
+    weight, bias = (
+        weight.detach().double().requires_grad_(),
+        bias.detach().double().requires_grad_(),
+    )
     for silu in (False, True):
         op = lambda x, weight, bias, silu=silu: group_norm(x, weight, bias, starts, 2, silu=silu)
         assert torch.autograd.gradcheck(op, (x, weight, bias))
@@ -130,7 +173,9 @@ def test_gradients_in_double_precision():
 def test_registered_as_torch_asks_and_compiles(device):
     x, weight, bias, starts = inputs([5, 3], 16, device=device)
     torch.library.opcheck(torch.ops.trislat.group_norm, (x, weight, bias, starts, 4, 1e-5, True))
-    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")(x, weight, bias, starts, 4)
+    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")(
+        x, weight, bias, starts, 4
+    )
     assert torch.equal(compiled, group_norm_silu(x, weight, bias, starts, 4))
     compiled.square().sum().backward()
 

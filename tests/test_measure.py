@@ -113,11 +113,15 @@ def test_a_picture_is_shrunk_until_it_fits(tmp_path):
 
 @pytest.mark.parametrize(
     ("args", "said"),
-    [(["--rehearse", "data"], "not both"), ([], "not both"), (["nowhere"], "nowhere is no dataset"),
-     (["--rehearse", "--only", "tests,sleep"], "unknown sleep; known are tests, errors"),
-     (["--rehearse", "--minutes", "0"], "--minutes 0.0 must exceed 0")],
+    [
+        (["--rehearse", "data"], "not both"),
+        ([], "not both"),
+        (["nowhere"], "nowhere is no dataset"),
+        (["--rehearse", "--only", "tests,sleep"], "unknown sleep; known are tests, errors"),
+        (["--rehearse", "--minutes", "0"], "--minutes 0.0 must exceed 0"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_arguments_are_refused(tmp_path, capsys, args, said):
     with pytest.raises(SystemExit, match="2"):
         script.main([str(tmp_path / "out"), *args])
@@ -245,5 +249,6 @@ def test_time_that_kernels_share_counts_once():
     kernels.append(("a", 33.0, 34.0))  # inside another, after one inside it
     assert timing.busy(kernels) == 30 and timing.busy([]) == 0
     assert timing.by_name(kernels, 2) == [
-        {"kernel": "b", "calls": 1.0, "ms": 0.0125}, {"kernel": "a", "calls": 1.5, "ms": 0.006}
-    ]  # fmt: skip
+        {"kernel": "b", "calls": 1.0, "ms": 0.0125},
+        {"kernel": "a", "calls": 1.5, "ms": 0.006},
+    ]

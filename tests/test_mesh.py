@@ -1,4 +1,6 @@
-"""The mesh decoder: the published numbers, batched and looped, no surface, one launch, impossible configurations."""
+"""The mesh decoder: the published numbers, batched and looped, no surface, one launch, impossible
+configurations.
+"""
 
 import json
 import math
@@ -17,12 +19,22 @@ CASE = "mesh_swin_w4_res16"
 
 def small_decoder(use_color=True, **kwargs):
     return models.MeshDecoder(
-        16, 256, 4, 1, num_heads=4, window_size=4, mlp_ratio=0.5, representation_config={"use_color": use_color}, **kwargs
+        16,
+        256,
+        4,
+        1,
+        num_heads=4,
+        window_size=4,
+        mlp_ratio=0.5,
+        representation_config={"use_color": use_color},
+        **kwargs,
     )
 
 
 def cameras(views, device, size=24):
-    return Camera.orbit(list(map(float, range(views))), [0.1] * views, 2.0, math.radians(40), size, size).to(device)
+    return Camera.orbit(
+        list(map(float, range(views))), [0.1] * views, 2.0, math.radians(40), size, size
+    ).to(device)
 
 
 def area(scene):
@@ -33,7 +45,12 @@ def area(scene):
 def check_rows(feats, tensors, name):
     ramp = torch.linspace(-1, 1, feats.shape[1], device=feats.device)
     assert_close(feats @ ramp, tensors[f"out/{name}_rowproj"], T1, f"{name} of every row")
-    assert_close(feats[tensors[f"out/{name}_rows"].long()], tensors[f"out/{name}_at_rows"], T1, f"{name} at rows")
+    assert_close(
+        feats[tensors[f"out/{name}_rows"].long()],
+        tensors[f"out/{name}_at_rows"],
+        T1,
+        f"{name} at rows",
+    )
     assert_close(feats.mean(0), tensors[f"out/{name}_mean"], T1, f"{name} mean")
 
 
@@ -41,19 +58,27 @@ def check_rows(feats, tensors, name):
 def test_fields_match_published(device):
     model, x, tensors = build(CASE, device, skip_weight="spconv")
     seen = []
-    hooks = [block.register_forward_hook(lambda module, args, out: seen.append(out)) for block in model.upsample]
+    hooks = [
+        block.register_forward_hook(lambda module, args, out: seen.append(out))
+        for block in model.upsample
+    ]
     raw = model.fields(x)
     for hook in hooks:
         hook.remove()
     assert torch.equal(seen[0][1].coords, tensors["out/up0_coords"].int())
-    assert torch.equal(seen[1][1].coords[tensors["out/up1_feats_rows"].long()], tensors["out/up1_coords_rows"])
+    assert torch.equal(
+        seen[1][1].coords[tensors["out/up1_feats_rows"].long()], tensors["out/up1_coords_rows"]
+    )
     for i, (feats, _) in enumerate(seen):
         check_rows(feats, tensors, f"up{i}_feats")
     check_rows(raw.feats, tensors, "out_layer")
     # its gradient is 0 in exact arithmetic (a group norm follows), so its size is rounding alone
     noise = "gradnorm/upsample.1.out_layers.0.conv.bias"
     check_gradients(model, x, {k: v for k, v in tensors.items() if k != noise}, raw.feats)
-    assert model.upsample[1].out_layers["0"].conv.bias.grad.norm() < 1e-5 * tensors["gradnorm/out_layer.weight"]
+    assert (
+        model.upsample[1].out_layers["0"].conv.bias.grad.norm()
+        < 1e-5 * tensors["gradnorm/out_layer.weight"]
+    )
 
 
 @pytest.mark.parametrize("device", SLOW_IF_INTERPRETED, indirect=True)
@@ -62,24 +87,40 @@ def test_meshes_match_published(device):
     with torch.no_grad():
         scenes = model.eval()(x)
     for i, scene in enumerate(scenes):
-        assert [len(scene.vertices), len(scene.faces)] == tensors[f"out/obj{i}/num_vertices_faces"].tolist()
+        assert [len(scene.vertices), len(scene.faces)] == tensors[
+            f"out/obj{i}/num_vertices_faces"
+        ].tolist()
         assert_close(scene.vertices.mean(0), tensors[f"out/obj{i}/vertices_mean"], T1, f"{i} mean")
         assert_close(scene.vertices.std(0), tensors[f"out/obj{i}/vertices_std"], T1, f"{i} spread")
         assert area(scene) == pytest.approx(tensors[f"out/obj{i}/area"].item(), rel=1e-5)
         attributes = torch.cat([scene.color, scene.normal], 1)
-        assert_close(attributes.mean(0), tensors[f"out/obj{i}/vertex_attrs_mean"], T1, f"{i} attributes")
+        assert_close(
+            attributes.mean(0), tensors[f"out/obj{i}/vertex_attrs_mean"], T1, f"{i} attributes"
+        )
     assert_close(scenes[2].vertices, tensors["out/obj2/vertices"], T1, "vertices")
     assert torch.equal(scenes[2].faces, tensors["out/obj2/faces"])
-    assert_close(torch.cat([scenes[2].color, scenes[2].normal], 1), tensors["out/obj2/vertex_attrs"], T1, "attributes")
+    assert_close(
+        torch.cat([scenes[2].color, scenes[2].normal], 1),
+        tensors["out/obj2/vertex_attrs"],
+        T1,
+        "attributes",
+    )
 
 
 def training_loss(scenes, tensors):
-    """The stored loss: regularisers, and every vertex and attribute weighed so that their order does not matter."""
+    """The stored loss: regularisers, and every vertex and attribute weighed so that their order
+    does not matter.
+    """
     loss = 0
     for i, scene in enumerate(scenes):
         w3, w6 = (tensors[f"train/obj{i}/{name}"].to(scene.vertices) for name in ("w3", "w6"))
         attributes = torch.cat([scene.color, scene.normal], 1)
-        loss = loss + scene.regularization + 0.01 * ((scene.vertices * 9).sin() * w3).sum() + 0.01 * (attributes * w6).sum()
+        loss = (
+            loss
+            + scene.regularization
+            + 0.01 * ((scene.vertices * 9).sin() * w3).sum()
+            + 0.01 * (attributes * w6).sum()
+        )
     return loss
 
 
@@ -107,10 +148,13 @@ def training_meshes_match(device):
     loss = training_loss(scenes, tensors)
     loss.backward()
     assert_close(loss, tensors["train/loss"], T2, "loss")
-    assert_close(model.out_layer.bias.grad, tensors["train/grad_out_layer_bias"], T2, "output layer")
+    assert_close(
+        model.out_layer.bias.grad, tensors["train/grad_out_layer_bias"], T2, "output layer"
+    )
     norm = model.upsample[1].out_layers["1"].weight.grad
     assert_close(norm, tensors["train/grad_up1_groupnorm_weight"], T2, "group norm")
-    # signed distances near 0 amplify the rounding of fp32: the published gradient is 3.1e-5 from the exact one, ours 8.3e-5
+    # signed distances near 0 amplify the rounding of fp32: the published gradient is 3.1e-5 from
+    # the exact one, ours 8.3e-5
     assert_close(x.feats.grad, tensors["train/grad_in_feats"], 1.2e-4, "features")
 
 
@@ -127,9 +171,17 @@ def test_an_untrained_decoder_wraps_every_voxel(device):
     scene = decoder(models.SparseTensor(torch.randn(1, 4, device=device), coords))[0]
     # 4^3 cubes, all inside: a closed box whose faces lie a 257th of a cube beyond theirs
     low, high = scene.vertices.amin(0), scene.vertices.amax(0)
-    assert_close(low, torch.full((3,), 8 / 16 - 0.5, device=device) - 1 / 65 / 64, 1e-4, "low corner")
-    assert_close(high, torch.full((3,), 9 / 16 - 0.5, device=device) + 1 / 65 / 64, 1e-4, "high corner")
-    assert (scene.tsdf_value == -1 / 64).all() and len(scene.tsdf_value) == 5**3 and (scene.color == 0.5).all()
+    assert_close(
+        low, torch.full((3,), 8 / 16 - 0.5, device=device) - 1 / 65 / 64, 1e-4, "low corner"
+    )
+    assert_close(
+        high, torch.full((3,), 9 / 16 - 0.5, device=device) + 1 / 65 / 64, 1e-4, "high corner"
+    )
+    assert (
+        (scene.tsdf_value == -1 / 64).all()
+        and len(scene.tsdf_value) == 5**3
+        and (scene.color == 0.5).all()
+    )
     assert scene.regularization.item() == pytest.approx(0, abs=1e-9)
 
 
@@ -156,7 +208,14 @@ def test_batched_equals_looped_with_empty_samples(device, training):
             alone = decoder(models.SparseTensor(rows, coords))[0]
             mine = scenes[sample]
             assert torch.equal(mine.faces, alone.faces)
-            for name in ("vertices", "color", "normal", "tsdf_position", "tsdf_value", "regularization"):
+            for name in (
+                "vertices",
+                "color",
+                "normal",
+                "tsdf_position",
+                "tsdf_value",
+                "regularization",
+            ):
                 assert_close(getattr(mine, name), getattr(alone, name), 2e-5, f"{sample} {name}")
     background = torch.rand(5, 3, device=device)
     with torch.no_grad():
@@ -180,7 +239,9 @@ def test_a_field_without_a_surface_is_an_empty_mesh(device):
 
 
 def test_no_voxels_at_all(device):
-    vae = models.MeshVAE(models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_decoder()).to(device)
+    vae = models.MeshVAE(
+        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_decoder()
+    ).to(device)
     posterior, scenes = vae(batch([0, 0], device))
     assert posterior.mean.shape == (0, 4) and models.penalties(scenes)["regularization"] == 0
     image = models.render(scenes, cameras(2, device, 20), [0, 1], torch.ones(2, 3, device=device))
@@ -209,7 +270,10 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
 def test_half_precision_keeps_fields_and_weights_in_fp32(device):
     torch.manual_seed(0)
     decoder = small_decoder(use_fp16=True).to(device).train()
-    for zero in (decoder.out_layer.weight, *(block.out_layers["3"].conv.weight for block in decoder.upsample)):
+    for zero in (
+        decoder.out_layer.weight,
+        *(block.out_layers["3"].conv.weight for block in decoder.upsample),
+    ):
         torch.nn.init.normal_(zero, std=0.1)
     x = batch([5], device, channels=4)
     fields = decoder.fields(x).feats
@@ -217,7 +281,9 @@ def test_half_precision_keeps_fields_and_weights_in_fp32(device):
     decoder.set_activation_dtype(torch.float32)
     assert_close(fields, decoder.fields(x).feats, 2e-2, "fields")
     fields.square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in decoder.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in decoder.parameters()
+    )
 
 
 def test_published_files_imply_how_their_skip_weights_are_read(tmp_path):
@@ -225,7 +291,9 @@ def test_published_files_imply_how_their_skip_weights_are_read(tmp_path):
     models.save_pretrained(ours, tmp_path / "ours")
     assert models.load_pretrained(tmp_path / "ours").args["skip_weight"] == "linear"
     args = {k: v for k, v in ours.args.items() if k != "skip_weight"}
-    (tmp_path / "ours.json").write_text(json.dumps({"name": "ElasticSLatMeshDecoder", "args": args}))
+    (tmp_path / "ours.json").write_text(
+        json.dumps({"name": "ElasticSLatMeshDecoder", "args": args})
+    )
     published = models.load_pretrained(tmp_path / "ours")
     assert published.args["skip_weight"] == "spconv"
     assert published.upsample[0].skip_connection.skip_weight == "spconv"
@@ -234,13 +302,23 @@ def test_published_files_imply_how_their_skip_weights_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"representation_config": {"colour": True}}, "unknown keys .'colour'.; known are .*use_color"),
+        (
+            {"representation_config": {"colour": True}},
+            "unknown keys .'colour'.; known are .*use_color",
+        ),
         ({"representation_config": {"use_color": 1}}, "use_color 1 is not true or false"),
         ({"model_channels": 128}, "model_channels 128 is not a multiple of 256"),
         ({"skip_weight": "cubic"}, "skip_weight 'cubic'"),
     ],
 )
 def test_impossible_decoders(change, message):
-    args = dict(resolution=16, model_channels=256, latent_channels=4, num_blocks=1, num_heads=4, representation_config={})
+    args = dict(
+        resolution=16,
+        model_channels=256,
+        latent_channels=4,
+        num_blocks=1,
+        num_heads=4,
+        representation_config={},
+    )
     with pytest.raises(ValueError, match=message):
         models.MeshDecoder(**args | change)

@@ -1,4 +1,6 @@
-"""GLB, glTF and PLY: files written by trimesh or byte by byte, prepared, and their pictures compared with the known colours."""
+"""GLB, glTF and PLY: files written by trimesh or byte by byte, prepared, and their pictures
+compared with the known colours.
+"""
 
 import json
 import struct
@@ -16,10 +18,27 @@ from train import prepare, raycast
 from train.meshes import read_mesh
 from train.raycast import to_display, to_linear
 
-NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]])  # sides of a box in the file's axes
-COLORS = np.array([[200, 20, 20], [20, 180, 30], [30, 40, 220], [230, 200, 10], [160, 30, 200], [90, 200, 210]])
+NORMALS = np.array(
+    [[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]]
+)  # sides of a box in the file's axes
+COLORS = np.array(
+    [[200, 20, 20], [20, 180, 30], [30, 40, 220], [230, 200, 10], [160, 30, 200], [90, 200, 210]]
+)
 SIZE = np.array([1.0, 0.7, 0.5])
-SMALL = ["--size", "24", "--views", "6", "--holdout-views", "1", "--resolution", "4", "--workers", "0", "--supersample", "1"]
+SMALL = [
+    "--size",
+    "24",
+    "--views",
+    "6",
+    "--holdout-views",
+    "1",
+    "--resolution",
+    "4",
+    "--workers",
+    "0",
+    "--supersample",
+    "1",
+]
 
 
 def side(k: int) -> trimesh.Trimesh:
@@ -27,7 +46,11 @@ def side(k: int) -> trimesh.Trimesh:
     normal = NORMALS[k]
     u = np.roll(np.abs(normal), 1)
     v = np.cross(normal, u)
-    corners = np.array([normal + a * u + b * v for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]) / 2 * SIZE
+    corners = (
+        np.array([normal + a * u + b * v for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))])
+        / 2
+        * SIZE
+    )
     return trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], process=False)
 
 
@@ -36,7 +59,9 @@ def whole() -> trimesh.Trimesh:
 
 
 def atlas() -> tuple[np.ndarray, np.ndarray]:
-    """A picture with a square for each side, and uv [24, 2] in the middle of the squares (trimesh: v upwards)."""
+    """A picture with a square for each side, and uv [24, 2] in the middle of the squares (trimesh:
+    v upwards).
+    """
     picture = np.zeros((8, 48, 3), np.uint8)
     for k, color in enumerate(COLORS):
         picture[:, 8 * k : 8 * k + 8] = color
@@ -48,7 +73,9 @@ def atlas() -> tuple[np.ndarray, np.ndarray]:
 def textured() -> trimesh.Trimesh:
     picture, uv = atlas()
     mesh = whole()
-    mesh.visual = TextureVisuals(uv=uv, material=PBRMaterial(baseColorTexture=Image.fromarray(picture)))
+    mesh.visual = TextureVisuals(
+        uv=uv, material=PBRMaterial(baseColorTexture=Image.fromarray(picture))
+    )
     return mesh
 
 
@@ -56,7 +83,9 @@ def factors() -> trimesh.Scene:
     scene = trimesh.Scene()
     for k in range(6):
         part = side(k)
-        part.visual = TextureVisuals(material=PBRMaterial(name=f"m{k}", baseColorFactor=[*COLORS[k].tolist(), 255]))
+        part.visual = TextureVisuals(
+            material=PBRMaterial(name=f"m{k}", baseColorFactor=[*COLORS[k].tolist(), 255])
+        )
         scene.add_geometry(part)
     return scene
 
@@ -69,15 +98,21 @@ def vertex_colors() -> trimesh.Trimesh:
 
 def moved() -> trimesh.Scene:
     """One square, put in place six times by nested nodes that turn, scale and shift it."""
-    square = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
+    square = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
+    )
     scene, shift = trimesh.Scene(), trimesh.transformations.translation_matrix([5.0, -3, 1])
     scene.graph.update(frame_to="group", frame_from="world", matrix=shift @ np.diag([*SIZE / 2, 1]))
     for k, normal in enumerate(NORMALS):
         part = square.copy()
-        part.visual = TextureVisuals(material=PBRMaterial(name=f"m{k}", baseColorFactor=[*COLORS[k].tolist(), 255]))
+        part.visual = TextureVisuals(
+            material=PBRMaterial(name=f"m{k}", baseColorFactor=[*COLORS[k].tolist(), 255])
+        )
         turn = trimesh.geometry.align_vectors([0, 0, 1], normal)
         place = trimesh.transformations.translation_matrix(normal) @ turn
-        scene.add_geometry(part, node_name=f"n{k}", geom_name=f"g{k}", parent_node_name="group", transform=place)
+        scene.add_geometry(
+            part, node_name=f"n{k}", geom_name=f"g{k}", parent_node_name="group", transform=place
+        )
     return scene
 
 
@@ -101,7 +136,9 @@ def prepared(path: Path, out: Path) -> Path:
 
 
 def check_pictures(folder: Path, colors: np.ndarray, up: str) -> None:
-    """Every opaque pixel has the lit colour of a side that faces the camera, and every side is seen."""
+    """Every opaque pixel has the lit colour of a side that faces the camera, and every side is
+    seen.
+    """
     normals = NORMALS if up == "z" else np.stack([NORMALS[:, 0], -NORMALS[:, 2], NORMALS[:, 1]], 1)
     half = (SIZE if up == "z" else SIZE[[0, 2, 1]]) / 2
     light = raycast.AMBIENT + raycast.KEY * np.maximum(normals @ raycast.KEY_DIRECTION, 0)
@@ -147,7 +184,11 @@ def test_prepared_pictures_have_the_known_colours(tmp_path, kind):
 
 
 def test_the_curve_of_srgb():
-    assert np.allclose(to_display(np.array([0, 0.0031308, 0.214041, 0.5, 1, 7])), [0, 0.04045, 0.5, 0.735357, 1, 1], atol=1e-5)
+    assert np.allclose(
+        to_display(np.array([0, 0.0031308, 0.214041, 0.5, 1, 7])),
+        [0, 0.04045, 0.5, 0.735357, 1, 1],
+        atol=1e-5,
+    )
     values = np.linspace(0, 1, 256)
     assert np.allclose(to_display(to_linear(values)), values, atol=1e-7)
 
@@ -156,7 +197,9 @@ def test_world_space_is_trimeshs(tmp_path):
     moved().export(tmp_path / "a.glb")
     mesh = read_mesh(tmp_path / "a.glb")
     theirs = trimesh.load_scene(tmp_path / "a.glb").to_mesh().triangles
-    ours = mesh.vertices[mesh.faces] @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]).T  # back to y-up
+    ours = (
+        mesh.vertices[mesh.faces] @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]).T
+    )  # back to y-up
     key = lambda t: t.reshape(len(t), 9)[np.lexsort(t.reshape(len(t), 9).round(4).T)]
     assert np.allclose(key(ours), key(theirs), atol=1e-6)
 
@@ -173,7 +216,9 @@ def ply(path: Path, kind: str, head: str, rows: list, faces: list, end: bytes = 
     order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(kind)
     text = HEADER.format(kind, head).encode()
     if order is None:
-        text += "\n".join(" ".join(map(str, values)) for _, values in [*rows, *faces]).encode() + b"\n"
+        text += (
+            "\n".join(" ".join(map(str, values)) for _, values in [*rows, *faces]).encode() + b"\n"
+        )
     else:
         text += b"".join(struct.pack(order + fmt, *values) for fmt, values in [*rows, *faces])
     path.write_bytes(text + end)
@@ -189,12 +234,18 @@ def test_ply_polygons_and_face_colours(tmp_path, kind):
     rows = [("3d", tuple(p)) for p in POINTS.tolist()]
     mesh = read_mesh(ply(tmp_path / "a.ply", kind, FACES, rows, MIXED))
     assert np.array_equal(mesh.vertices, POINTS), "z is up, as in the datasets"
-    assert mesh.faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 1, 4]] and mesh.materials[0].color == (0.8, 0.8, 0.8)
+    assert mesh.faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 1, 4]] and mesh.materials[0].color == (
+        0.8,
+        0.8,
+        0.8,
+    )
     head = FACES + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue", "alpha"))
     colored = [("B4i4B", (4, 0, 1, 2, 3, 255, 0, 51, 255)), ("B3i4B", (3, 0, 1, 4, 0, 102, 0, 9))]
     mesh = read_mesh(ply(tmp_path / "b.ply", kind, head, rows, colored))
     assert np.allclose(mesh.tint, np.array([[1, 0, 0.2], [1, 0, 0.2], [0, 0.4, 0]])[:, None])
-    assert mesh.notes == ["b.ply: the alpha of its colours is not shown"] and mesh.materials[0].color == (1, 1, 1)
+    assert mesh.notes == ["b.ply: the alpha of its colours is not shown"] and mesh.materials[
+        0
+    ].color == (1, 1, 1)
 
 
 def test_prepares_own_mesh_comes_back_as_it_was(tmp_path):
@@ -202,7 +253,9 @@ def test_prepares_own_mesh_comes_back_as_it_was(tmp_path):
     folder = prepared(tmp_path / "a.glb", tmp_path / "one")
     again = prepared(folder / "mesh.ply", tmp_path / "two")
     theirs, ours = (trimesh.load(f / "mesh.ply", process=False) for f in (folder, again))
-    assert np.allclose(theirs.vertices, ours.vertices, atol=1e-6) and np.array_equal(theirs.faces, ours.faces)
+    assert np.allclose(theirs.vertices, ours.vertices, atol=1e-6) and np.array_equal(
+        theirs.faces, ours.faces
+    )
 
 
 # bad input
@@ -241,12 +294,16 @@ def bad_files(folder: Path) -> dict[str, str]:
     gltf.save(name("short.glb"), [primitive])
     said["short.glb"] = "cannot be read: accessor 0 needs 360 bytes of a buffer view of 36"
     small_glb(name("draco.glb"), extensionsRequired=["KHR_draco_mesh_compression"])
-    said["draco.glb"] = "cannot be read: it needs KHR_draco_mesh_compression, which is not supported"
+    said["draco.glb"] = (
+        "cannot be read: it needs KHR_draco_mesh_compression, which is not supported"
+    )
     small_glb(name("loop.glb"), nodes=[{"mesh": 0, "children": [1]}, {"children": [0]}])
     said["loop.glb"] = "cannot be read: node 0 has two places in the scene"
     gltf = Gltf(images=[{"bufferView": 0, "name": "bark"}], textures=[{"source": 0}])
     gltf.view(b"not a picture")
-    gltf.document["materials"] = [{"name": "tree", "pbrMetallicRoughness": {"baseColorTexture": {"index": 0}}}]
+    gltf.document["materials"] = [
+        {"name": "tree", "pbrMetallicRoughness": {"baseColorTexture": {"index": 0}}}
+    ]
     gltf.save(name("picture.glb"), [square(gltf, material=0)])
     said["picture.glb"] = "texture 'bark' of material 'tree' cannot be read: it is no picture"
     write_gltf(folder, "gone", textured())
@@ -256,7 +313,10 @@ def bad_files(folder: Path) -> dict[str, str]:
     for buffer in folder.glob("half*.bin"):
         buffer.write_bytes(buffer.read_bytes()[:10])
     said["half.gltf"] = "cannot be read: buffer 1 has 10 of its 288 bytes"
-    for file, text, message in (("list.gltf", "[]", "it is not glTF 2.0"), ("word.gltf", "{", "Expecting property name")):
+    for file, text, message in (
+        ("list.gltf", "[]", "it is not glTF 2.0"),
+        ("word.gltf", "{", "Expecting property name"),
+    ):
         name(file).write_text(text)
         said[file] = f"cannot be read: {message}"
     rows = [("3d", tuple(p)) for p in POINTS.tolist()]
@@ -274,7 +334,9 @@ def bad_files(folder: Path) -> dict[str, str]:
     ply(name("edge.ply"), "ascii", FACES, rows, [MIXED[0], ("B2i", (2, 0, 1))])
     said["edge.ply"] = "face 1 has 2 corners"
     ply(name("picture.ply"), "ascii", "comment TextureFile a b.png\n" + FACES, rows, MIXED)
-    said["picture.ply"] = "cannot be read: its texture 'a b.png' is not supported: convert it to GLB"
+    said["picture.ply"] = (
+        "cannot be read: its texture 'a b.png' is not supported: convert it to GLB"
+    )
     name("head.ply").write_bytes(b"ply\nformat ascii 1.0\n")
     said["head.ply"] = "cannot be read: no PLY header in its 21 bytes"
     flat = FACES.replace("face 2", "face 1")

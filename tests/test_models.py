@@ -1,4 +1,6 @@
-"""The models against the published implementation's numbers, and against themselves batched and looped."""
+"""The models against the published implementation's numbers, and against themselves batched and
+looped.
+"""
 
 import json
 import math
@@ -19,9 +21,15 @@ from tests.conftest import GOLDEN, assert_close, golden, load_weights
 
 T1, T2 = 1e-5, 2e-5  # outputs and gradients, relative to the largest golden value
 REPRESENTATION = {
-    "lr": {"_rotation": 0.1}, "voxel_size": 1.5, "num_gaussians": 4, "2d_filter_kernel_size": 0.1,
-    "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": 0.1, "scaling_activation": "softplus",
-}  # fmt: skip
+    "lr": {"_rotation": 0.1},
+    "voxel_size": 1.5,
+    "num_gaussians": 4,
+    "2d_filter_kernel_size": 0.1,
+    "3d_filter_kernel_size": 9e-4,
+    "scaling_bias": 4e-3,
+    "opacity_bias": 0.1,
+    "scaling_activation": "softplus",
+}
 
 
 def build(case, device, **extra):
@@ -34,7 +42,9 @@ def build(case, device, **extra):
 
 
 def check_gradients(model, x, tensors, out):
-    loss = (out.double() * torch.outer(tensors["grad/a"].double(), tensors["grad/b"].double())).sum()
+    loss = (
+        out.double() * torch.outer(tensors["grad/a"].double(), tensors["grad/b"].double())
+    ).sum()
     loss.backward()
     assert loss.item() == pytest.approx(tensors["grad/loss"].item(), rel=1e-4)
     assert_close(x.feats.grad, tensors["grad/in_feats"], T2, "in_feats")
@@ -48,10 +58,15 @@ def check_gradients(model, x, tensors, out):
 
 
 def row_projections(model, x):
-    """Each block's output dotted with a ramp: the stream that block i hands on plus the biases that it lacks."""
+    """Each block's output dotted with a ramp: the stream that block i hands on plus the biases that
+    it lacks.
+    """
     found = []
     hooks = [
-        block.register_forward_hook(lambda module, args, out: found.append((out[0] + out[1]).detach())) for block in model.blocks
+        block.register_forward_hook(
+            lambda module, args, out: found.append((out[0] + out[1]).detach())
+        )
+        for block in model.blocks
     ]
     out = model(x)
     for hook in hooks:
@@ -68,7 +83,9 @@ def test_encoder_matches_published(case, device):
     assert_close(posterior.mean, tensors["out/mean"], T1, "mean")
     assert_close(posterior.logvar, tensors["out/logvar"], T1, "logvar")
     assert_close(posterior.mode().feats, tensors["out/z"], T1, "z")
-    assert_close(posterior.sample(noise=tensors["out/eps"]).feats, tensors["out/z_sampled"], T1, "sample")
+    assert_close(
+        posterior.sample(noise=tensors["out/eps"]).feats, tensors["out/z_sampled"], T1, "sample"
+    )
     check_gradients(model, x, tensors, torch.cat([posterior.mean, posterior.logvar], dim=1))
 
 
@@ -80,20 +97,43 @@ def test_gaussian_decoder_matches_published(case, device):
     assert model.config.scaling_shift == pytest.approx(tensors["out/scale_bias"].item(), rel=1e-6)
     assert model.config.opacity_shift == pytest.approx(tensors["out/opacity_bias"].item(), rel=1e-6)
     scenes = model(x)
-    names = {"center": "xyz", "scale": "scaling", "rotation": "rotation", "opacity": "opacity", "color": "features_dc"}
+    names = {
+        "center": "xyz",
+        "scale": "scaling",
+        "rotation": "rotation",
+        "opacity": "opacity",
+        "color": "features_dc",
+    }
     checked = 0
     for i, scene in enumerate(scenes):
         for ours, theirs in names.items():
             if f"out/obj{i}/{theirs}" in tensors:
-                assert_close(getattr(scene, ours), tensors[f"out/obj{i}/{theirs}"], T1, f"{i} {ours}")
+                assert_close(
+                    getattr(scene, ours), tensors[f"out/obj{i}/{theirs}"], T1, f"{i} {ours}"
+                )
                 checked += 1
     assert checked >= 5
-    # the loss of the stored representation gradients: every field against an outer product, summed over the objects
-    published = {"xyz": "center", "scaling": "scale", "rotation": "rotation", "opacity": "opacity", "features": "color"}
+    # the loss of the stored representation gradients: every field against an outer product, summed
+    # over the objects
+    published = {
+        "xyz": "center",
+        "scaling": "scale",
+        "rotation": "rotation",
+        "opacity": "opacity",
+        "features": "color",
+    }
     loss = 0.0
     for theirs, ours in published.items():
         values = torch.cat([getattr(scene, ours) for scene in scenes]).flatten(1)
-        loss = loss + (values * torch.outer(tensors[f"grad_rep/a_get_{theirs}"], tensors[f"grad_rep/b_get_{theirs}"])).sum()
+        loss = (
+            loss
+            + (
+                values
+                * torch.outer(
+                    tensors[f"grad_rep/a_get_{theirs}"], tensors[f"grad_rep/b_get_{theirs}"]
+                )
+            ).sum()
+        )
     grads = torch.autograd.grad(loss, [x.feats, model.out_layer.weight])
     assert_close(grads[0], tensors["grad_rep/in_feats"], T2, "grad_rep in_feats")
     assert_close(grads[1], tensors["grad_rep/param/out_layer.weight"], T2, "grad_rep out_layer")
@@ -107,13 +147,21 @@ def test_block_and_position_embedding_match_published(device):
     block = Block(32, 2, 2, block_windows("swin", 4, 1), False, qk_rms_norm=True).to(device)
     load_into(block, load_weights(tensors, "block/sd/"), "block")
     cache = SpatialCache(tensors["coords"], None)
-    for scale, name in ((1.0, "out"), (1e-3, "out_for_1e-3_input")):  # the small input tells eps 1e-6 from 1e-5
+    for scale, name in (
+        (1.0, "out"),
+        (1e-3, "out_for_1e-3_input"),
+    ):  # the small input tells eps 1e-6 from 1e-5
         x, bias = block(tensors["feats"].float() * scale, None, cache)
         assert_close(x + bias, tensors[f"block/{name}"], T1, name)
     coords = torch.nn.functional.pad(tensors["ape/pos"], (1, 0)).int()
     order = torch.arange(len(coords), device=device)  # one voxel a sample: positions may repeat
     coords[:, 0] = order
-    assert_close(position_embedding(SpatialCache(coords, None), 64), tensors["ape/out"], T1, "position embedding")
+    assert_close(
+        position_embedding(SpatialCache(coords, None), 64),
+        tensors["ape/out"],
+        T1,
+        "position embedding",
+    )
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("manifest_*.json")), ids=lambda file: file.stem)
@@ -122,11 +170,14 @@ def test_full_size_models_take_the_published_state_dicts(file):
     with torch.device("meta"):
         model = models.MODELS[manifest["class"].removeprefix("Elastic")](**manifest["args"])
     own = model.state_dict()
-    assert {t["name"]: tuple(t["shape"]) for t in manifest["state_dict"]} == {k: tuple(v.shape) for k, v in own.items()}
+    assert {t["name"]: tuple(t["shape"]) for t in manifest["state_dict"]} == {
+        k: tuple(v.shape) for k, v in own.items()
+    }
     assert sum(p.numel() for p in model.parameters()) == manifest["num_parameters"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     published = {
-        t["name"]: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta") for t in manifest["state_dict"]
+        t["name"]: torch.empty(t["shape"], dtype=getattr(torch, t["dtype"]), device="meta")
+        for t in manifest["state_dict"]
     }
     model.load_state_dict(published, strict=True, assign=True)
 
@@ -144,7 +195,9 @@ def small_encoder(**kwargs):
 
 
 def small_decoder(**kwargs):
-    return models.GaussianDecoder(16, 32, 4, 2, num_heads=2, window_size=4, representation_config=REPRESENTATION, **kwargs)
+    return models.GaussianDecoder(
+        16, 32, 4, 2, num_heads=2, window_size=4, representation_config=REPRESENTATION, **kwargs
+    )
 
 
 def randomize(model):
@@ -158,7 +211,9 @@ def batch(counts, device, channels=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coords = []
     for sample, count in enumerate(counts):
-        cells = torch.randperm(6**3, generator=generator)[:count]  # few windows: the interpreter pays for each
+        cells = torch.randperm(6**3, generator=generator)[
+            :count
+        ]  # few windows: the interpreter pays for each
         xyz = torch.stack([cells // 36, cells // 6 % 6, cells % 6], dim=1) + sample
         coords.append(torch.nn.functional.pad(xyz, (1, 0), value=sample))
     coords = torch.cat(coords).int()
@@ -168,7 +223,10 @@ def batch(counts, device, channels=5, seed=0):
 
 @pytest.mark.parametrize("mode", ["swin", "full"])
 def test_batched_equals_looped_with_empty_samples(device, mode):
-    encoder, decoder = randomize(small_encoder(attn_mode=mode)).to(device), randomize(small_decoder(attn_mode=mode)).to(device)
+    encoder, decoder = (
+        randomize(small_encoder(attn_mode=mode)).to(device),
+        randomize(small_decoder(attn_mode=mode)).to(device),
+    )
     x = batch([40, 0, 1, 57, 0], device)
     posterior = encoder(x)
     scenes = decoder(posterior.mode())
@@ -182,7 +240,9 @@ def test_batched_equals_looped_with_empty_samples(device, mode):
         mine = posterior.mean[x.coords[:, 0] == sample]
         assert_close(mine, alone.mean, 2e-6, f"sample {sample}")
         for name in ("center", "scale", "rotation", "opacity", "color"):
-            assert_close(getattr(scenes[sample], name), getattr(decoder(alone.mode())[0], name), 1e-5, name)
+            assert_close(
+                getattr(scenes[sample], name), getattr(decoder(alone.mode())[0], name), 1e-5, name
+            )
 
 
 def test_no_voxels_at_all(device):
@@ -199,7 +259,9 @@ def test_no_voxels_at_all(device):
 def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
     decoder = randomize(small_decoder()).to(kernel_device)
     scenes = decoder(batch([3, 2, 4, 1], kernel_device, channels=4))
-    camera = Camera.orbit([0.0, 1.0, 2.0, 3.0], [0.1] * 4, 2.0, math.radians(40), 24, 24).to(kernel_device)
+    camera = Camera.orbit([0.0, 1.0, 2.0, 3.0], [0.1] * 4, 2.0, math.radians(40), 24, 24).to(
+        kernel_device
+    )
     background = torch.zeros(4, 3, device=kernel_device)
     with backend.count_launches() as four:
         together = models.render(scenes, camera, [0, 1, 2, 3], background)
@@ -211,12 +273,28 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
 
 def test_scenes_render_with_the_low_pass_filter_of_their_decoder():
     representation = REPRESENTATION | {"2d_filter_kernel_size": 5.0}
-    decoder = randomize(models.GaussianDecoder(16, 32, 4, 2, num_heads=2, window_size=4, representation_config=representation))
+    decoder = randomize(
+        models.GaussianDecoder(
+            16, 32, 4, 2, num_heads=2, window_size=4, representation_config=representation
+        )
+    )
     (scene,) = decoder(batch([3], "cpu", channels=4))
     camera, background = Camera.orbit(0.3, 0.1, width=24), torch.zeros(1, 3)
-    gaussians = scene.center, scene.scale, scene.rotation, scene.opacity, scene.color, [0, 12], camera, [0], background
+    gaussians = (
+        scene.center,
+        scene.scale,
+        scene.rotation,
+        scene.opacity,
+        scene.color,
+        [0, 12],
+        camera,
+        [0],
+        background,
+    )
     color = scene.render(camera, background).color
-    assert torch.equal(color, splat(*gaussians, kernel_size=5.0).color) and not torch.equal(color, splat(*gaussians).color)
+    assert torch.equal(color, splat(*gaussians, kernel_size=5.0).color) and not torch.equal(
+        color, splat(*gaussians).color
+    )
 
 
 def test_a_forward_pass_builds_two_partitions(device):
@@ -237,7 +315,10 @@ def test_gradients_pass_through_half_precision(device):
     assert half.mean.dtype == torch.float32
     assert_close(half.mean, exact.mean, 2e-2, "mean")
     half.mean.square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in encoder.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in encoder.parameters()
+    )
 
 
 def test_checkpointing_blocks_changes_nothing(device):
@@ -256,7 +337,10 @@ def test_save_and_load(tmp_path):
         models.save_pretrained(model, tmp_path / "sub" / "model")
         again = models.load_pretrained(tmp_path / "sub" / "model")
         assert again.args == model.args and again.state_dict().keys() == model.state_dict().keys()
-        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True)
+        )
 
 
 def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
@@ -285,7 +369,11 @@ def test_the_scale_bias_is_the_size_of_an_untrained_gaussian():
 def test_published_names_and_fp16_files_load(tmp_path):
     decoder = randomize(small_decoder())
     models.save_pretrained(decoder, tmp_path / "m")
-    config = (tmp_path / "m.json").read_text().replace("SLatGaussianDecoder", "ElasticSLatGaussianDecoder")
+    config = (
+        (tmp_path / "m.json")
+        .read_text()
+        .replace("SLatGaussianDecoder", "ElasticSLatGaussianDecoder")
+    )
     (tmp_path / "m.json").write_text(config)
     weights = load_file(tmp_path / "m.safetensors")
     save_file({k: v.half() for k, v in weights.items()}, tmp_path / "m.safetensors")
@@ -306,7 +394,9 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
         models.load_pretrained(prefix)
     weights.write_bytes(data)
     config.write_text(good.replace('"model_channels": 32', '"model_channels": 64'))
-    with pytest.raises(ValueError, match=r"blocks.0.attn.to_out.bias has shape \(32,\), the model's is \(64,\)"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn.to_out.bias has shape \(32,\), the model's is \(64,\)"
+    ):
         models.load_pretrained(prefix)
     config.write_text(good.replace("SLatEncoder", "SLatUnknown"))
     with pytest.raises(ValueError, match="SLatUnknown"):
@@ -330,7 +420,10 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
     [
         ({"num_heads": 5}, "model_channels 32 is not a multiple of num_heads 5"),
         ({"window_size": 0}, "window_size 0"),
-        ({"attn_mode": "swim"}, "attn_mode 'swim' is not one of full, swin, shift_window, shift_sequence, shift_order"),
+        (
+            {"attn_mode": "swim"},
+            "attn_mode 'swim' is not one of full, swin, shift_window, shift_sequence, shift_order",
+        ),
         ({"pe_mode": "sine"}, "pe_mode 'sine' is not one of ape, rope"),
     ],
 )
@@ -354,7 +447,9 @@ def test_impossible_trunks(change, message):
 )
 def test_impossible_representations(change, message):
     with pytest.raises(ValueError, match=message):
-        models.GaussianDecoder(16, 32, 4, 2, num_heads=2, representation_config=REPRESENTATION | change)
+        models.GaussianDecoder(
+            16, 32, 4, 2, num_heads=2, representation_config=REPRESENTATION | change
+        )
 
 
 def test_wrong_inputs_name_both_numbers():
@@ -364,7 +459,9 @@ def test_wrong_inputs_name_both_numbers():
     with pytest.raises(ValueError, match="5 channels, the model takes 4"):
         small_decoder()(x)
     with pytest.raises(ValueError, match="4 latent channels, the decoder takes 8"):
-        other = models.GaussianDecoder(16, 32, 8, 2, num_heads=2, representation_config=REPRESENTATION)
+        other = models.GaussianDecoder(
+            16, 32, 8, 2, num_heads=2, representation_config=REPRESENTATION
+        )
         models.GaussianVAE(small_encoder(), other)
     with pytest.raises(ValueError, match="none at all"):
         models.penalties([])

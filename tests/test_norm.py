@@ -1,4 +1,6 @@
-"""Layer norm, the residual sum before it, and RMS norm over heads against their formulas and published numbers."""
+"""Layer norm, the residual sum before it, and RMS norm over heads against their formulas and
+published numbers.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from kernels.norm import (
 from tests.conftest import assert_close, assert_same, golden
 
 SIZES = [(0, 8), (1, 1), (5, 33), (300, 48), (2, 4096)]  # several tiles, one row a tile, none
-SIZED = [*((*size, torch.float32) for size in SIZES), (300, 48, torch.float16)]  # each is compiled for: a type for all sizes
+SIZED = [
+    *((*size, torch.float32) for size in SIZES),
+    (300, 48, torch.float16),
+]  # each is compiled for: a type for all sizes
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -28,7 +33,9 @@ def normal(*shape, dtype=torch.float32, device=None, spread=1.0, seed=0):
 
 @pytest.mark.parametrize("N, C, dtype", [*SIZED, (7, 1030, torch.float16)], ids=str)
 def test_layer_norm(device, N, C, dtype):
-    assert_same(layer_norm, layer_norm_reference, normal(N, C, dtype=dtype, device=device, spread=3))
+    assert_same(
+        layer_norm, layer_norm_reference, normal(N, C, dtype=dtype, device=device, spread=3)
+    )
 
 
 @pytest.mark.parametrize("N, C, dtype", SIZED, ids=str)
@@ -56,13 +63,20 @@ def test_rms_norm(device, N, H, D, dtype):
 
 def test_the_programs_of_rms_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr("kernels.norm.PARTIALS", 2)
-    assert_same(rms_norm, rms_norm_reference, normal(330, 2, 64, device=device), normal(2, 64, device=device, seed=1))
+    assert_same(
+        rms_norm,
+        rms_norm_reference,
+        normal(330, 2, 64, device=device),
+        normal(2, 64, device=device, seed=1),
+    )
 
 
 @pytest.mark.parametrize("N, C, dtype", SIZED, ids=str)
 def test_layer_norm_of_a_sum_with_a_bias(device, N, C, dtype):
     x, bias = normal(N, C, dtype=dtype, device=device), normal(C, device=device, seed=1)
-    assert_same(lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias)
+    assert_same(
+        lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias
+    )
 
 
 @pytest.mark.parametrize("biases", [0, 1])
@@ -88,7 +102,9 @@ def test_the_stream_is_added_to_in_place(device, N, C, biases):
 def test_the_programs_of_layer_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr("kernels.norm.PROGRAMS", 2)
     x, bias = normal(9, 4096, device=device), normal(4096, device=device, seed=1)
-    assert_same(lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias)
+    assert_same(
+        lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias
+    )
 
 
 def test_a_row_of_equal_values_is_not_divided_by_zero(device):
@@ -97,7 +113,15 @@ def test_a_row_of_equal_values_is_not_divided_by_zero(device):
     assert torch.equal(layer_norm(x), torch.zeros_like(x)) and x.grad.isfinite().all()
 
 
-EQUAL = [7.0, 0.1, 1e3, 3.3, 1e-3, -12345.678, 1e15]  # sums of 3.3 round, and 1 / 100 times a sum of 7 is not 7
+EQUAL = [
+    7.0,
+    0.1,
+    1e3,
+    3.3,
+    1e-3,
+    -12345.678,
+    1e15,
+]  # sums of 3.3 round, and 1 / 100 times a sum of 7 is not 7
 
 
 @pytest.mark.parametrize("C", [1, 100, 1030])
@@ -111,18 +135,29 @@ def test_rows_of_equal_values_are_exactly_zero(device, C):
 
 @pytest.mark.parametrize("length", [0.0, 3e-13, 1e-11])
 def test_a_head_of_zeros_or_nearly_follows_normalize(device, length):
-    x = F.normalize(normal(2, 2, 24, device=device, seed=1).detach(), dim=-1).mul(length).requires_grad_()
-    gamma, up = normal(2, 24, device=device), normal(2, 2, 24, device=device, seed=2).detach() * 1e-12
+    x = (
+        F.normalize(normal(2, 2, 24, device=device, seed=1).detach(), dim=-1)
+        .mul(length)
+        .requires_grad_()
+    )
+    gamma, up = (
+        normal(2, 24, device=device),
+        normal(2, 2, 24, device=device, seed=2).detach() * 1e-12,
+    )
     expected = F.normalize(x, dim=-1) * gamma * 24**0.5
     y = rms_norm(x, gamma)
     assert_close(y, expected, 1e-6)
-    for ours, theirs in zip(*(torch.autograd.grad(out, [x, gamma], up) for out in (y, expected)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out, [x, gamma], up) for out in (y, expected)), strict=True
+    ):
         assert_close(ours * 1e3, theirs * 1e3, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
-    """Equal, but for the last rounding, to fp32 arithmetic on the same sixteen-bit inputs; the norm is of the stored sum."""
+    """Equal, but for the last rounding, to fp32 arithmetic on the same sixteen-bit inputs; the norm
+    is of the stored sum.
+    """
     x, h = (normal(9, 48, dtype=dtype, device=device, seed=s) for s in (0, 1))
     if dtype == torch.bfloat16 and backend.name(x) == "interpreter":
         pytest.skip("the interpreter truncates where a GPU rounds to bf16")
@@ -162,12 +197,19 @@ def test_published_rms_norm(device):
 def test_only_one_output_used(device):
     for used in (0, 1):
         x, h = normal(5, 48, device=device), normal(5, 48, device=device, seed=1)
-        assert_same(lambda x, h, i=used: add_layer_norm(x, h)[i], lambda x, h, i=used: add_layer_norm_reference(x, h)[i], x, h)
+        assert_same(
+            lambda x, h, i=used: add_layer_norm(x, h)[i],
+            lambda x, h, i=used: add_layer_norm_reference(x, h)[i],
+            x,
+            h,
+        )
 
 
 def test_strided_inputs_and_gradients(device):
     x = normal(6, 96, device=device)
-    assert_same(lambda x: layer_norm(x[:, ::2]).t(), lambda x: layer_norm_reference(x[:, ::2]).t(), x)
+    assert_same(
+        lambda x: layer_norm(x[:, ::2]).t(), lambda x: layer_norm_reference(x[:, ::2]).t(), x
+    )
 
 
 def test_the_same_bits_twice(kernel_device):
@@ -198,16 +240,26 @@ def test_compiles_without_breaking_the_graph(device):
         total, y = add_layer_norm(x, h)
         return total + layer_norm(y) + rms_norm(y.view(-1, 2, 24), gamma).flatten(1)
 
-    x, h, gamma = normal(5, 48, device=device), normal(5, 48, device=device, seed=1), normal(2, 24, device=device)
+    x, h, gamma = (
+        normal(5, 48, device=device),
+        normal(5, 48, device=device, seed=1),
+        normal(2, 24, device=device),
+    )
     y = block(x, h, gamma)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, h, gamma)
     assert torch.equal(y, compiled)
-    grads, compiled_grads = (torch.autograd.grad(out.square().sum(), [x, h, gamma]) for out in (y, compiled))
+    grads, compiled_grads = (
+        torch.autograd.grad(out.square().sum(), [x, h, gamma]) for out in (y, compiled)
+    )
     assert all(torch.equal(a, b) for a, b in zip(grads, compiled_grads, strict=True))
 
 
 def test_registered_as_torch_asks(device):
-    x, h, gamma = normal(3, 48, device=device), normal(3, 48, device=device, seed=1), normal(2, 24, device=device)
+    x, h, gamma = (
+        normal(3, 48, device=device),
+        normal(3, 48, device=device, seed=1),
+        normal(2, 24, device=device),
+    )
     ops = torch.ops.trislat
     for op, args in [
         (ops.layer_norm, (x, None, 1e-6)),
@@ -230,7 +282,9 @@ def test_wrong_input_is_refused(device):
     with pytest.raises(ValueError, match="torch.int32"):
         layer_norm(torch.zeros(2, 3, dtype=torch.int32, device=device))
     for op in (layer_norm, stream_norm):
-        with pytest.raises(ValueError, match=r"bias \[4\] must be \[C\] with the channels of x \[2, 3\]"):
+        with pytest.raises(
+            ValueError, match=r"bias \[4\] must be \[C\] with the channels of x \[2, 3\]"
+        ):
             op(torch.zeros(2, 3, device=device), bias=torch.zeros(4, device=device))
         with pytest.raises(TypeError, match="bias must be a tensor, not float"):
             op(torch.zeros(2, 3, device=device), bias=1.0)

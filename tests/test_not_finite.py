@@ -53,19 +53,18 @@ def test_a_run_whose_weights_are_not_finite_stops_and_keeps_the_checkpoint_befor
     assert [row["skipped"] for row in rows(tmp_path)] == [0] * 5 + [*range(1, 21)]
     assert (
         "20 steps in a row were skipped, the last is step 25: "
-        "loss terms not finite: volume, opacity, kl; "
-        in message
+        "loss terms not finite: volume, opacity, kl; " in message
     )
     assert re.search(
         r"the first layer that is not finite is encoder\.blocks\.0\.mlp: "
         r"its output has [\d,]+ of [\d,]+ values not finite, "
-        r"its mlp\.2\.weight has 1 of 1,024 values not finite", message
-    ), message  # fmt: skip
+        r"its mlp\.2\.weight has 1 of 1,024 values not finite",
+        message,
+    ), message
     sound = tmp_path / "checkpoints" / "step_00000004.safetensors"
     assert (
         f"the newest checkpoint from before that is {sound}\n"
-        "continue with: python -m train.gaussian --resume"
-        in message
+        "continue with: python -m train.gaussian --resume" in message
     )
     assert (
         checkpoint.newest(tmp_path / "checkpoints") == sound

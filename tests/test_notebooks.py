@@ -1,4 +1,4 @@
-"""The notebooks: committed without outputs, run from top to bottom, and the figures that they draw."""
+"""The notebooks: committed without outputs, run from top to bottom, and their figures."""
 
 import json
 import os
@@ -34,19 +34,30 @@ def test_committed_without_outputs(file):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # those of Jupyter's own packages
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning"
+)  # those of Jupyter's own packages
 def test_runs_from_top_to_bottom(file):
-    """In a kernel of its own; an error in a cell raises. Every figure that is promised is there as a picture."""
+    """In a kernel of its own; an error in a cell raises. Every figure that is promised is there as
+    a picture.
+    """
     notebook = nbformat.read(file, as_version=4)
     nbformat.validate(notebook)
     seconds = 1800 if GPU else 120  # a cell; a GPU measures larger sizes and compiles peers
-    client = NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(file.parent)}})
+    client = NotebookClient(
+        notebook, timeout=seconds, resources={"metadata": {"path": str(file.parent)}}
+    )
     client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
-        assert drawn == any(f"plots.{name}(" in cell.source for name in ("throughput", "fractions", "hits_and_misses"))
-    text = "".join(output.text for cell in code for output in cell.outputs if output.output_type == "stream")
+        assert drawn == any(
+            f"plots.{name}(" in cell.source
+            for name in ("throughput", "fractions", "hits_and_misses")
+        )
+    text = "".join(
+        output.text for cell in code for output in cell.outputs if output.output_type == "stream"
+    )
     assert "as committed: " in text and "disagrees" not in text
     assert GPU or "failed" not in text  # what needs a GPU is absent, which is no failure
     committed = plots.read(ROOT / "notebooks" / "results").values()
@@ -55,24 +66,55 @@ def test_runs_from_top_to_bottom(file):
 
 
 def result(**changes) -> dict:
-    row = dict(op="sort", size="", dtype="fp32", bytes=0, flops=0, agrees=True, spread_us=1.0, floor_us=5.0, fraction=0.5)
+    row = dict(
+        op="sort",
+        size="",
+        dtype="fp32",
+        bytes=0,
+        flops=0,
+        agrees=True,
+        spread_us=1.0,
+        floor_us=5.0,
+        fraction=0.5,
+    )
     times = [(OURS, 10.0), ("other", 20.0)]
-    cases = [row | {"pass": "forward", "size": f"a set, N = {n}", "impl": impl, "median_us": us * n / 100, "floor_us": n / 20}
-             for impl, us in times for n in (400, 100)]  # fmt: skip
+    cases = [
+        row
+        | {
+            "pass": "forward",
+            "size": f"a set, N = {n}",
+            "impl": impl,
+            "median_us": us * n / 100,
+            "floor_us": n / 20,
+        }
+        for impl, us in times
+        for n in (400, 100)
+    ]
     cases.append(cases[0] | {"impl": "wrong", "median_us": None, "fraction": None, "agrees": False})
-    facts = dict(device="a card", driver="1", torch="2", triton="3", commit="4", date="5", ceilings={})
+    facts = dict(
+        device="a card", driver="1", torch="2", triton="3", commit="4", date="5", ceilings={}
+    )
     missing = [dict(op="sort", size="", dtype="fp32", impl="wrong", why="disagrees")] * 2
     return facts | {"cases": cases, "missing": missing} | changes
 
 
 def test_results_are_read_and_described(tmp_path):
-    assert plots.read(tmp_path) == {} and "No figure of a GPU" in plots.describe({"now": result(driver="none")})
+    assert plots.read(tmp_path) == {} and "No figure of a GPU" in plots.describe(
+        {"now": result(driver="none")}
+    )
     (tmp_path / "a-card.json").write_text(json.dumps(result()))
     results = plots.read(tmp_path)
-    assert plots.describe(results) == "a-card: device a card, date 5, commit 4, torch 2, triton 3, driver 1"
+    assert (
+        plots.describe(results)
+        == "a-card: device a card, date 5, commit 4, torch 2, triton 3, driver 1"
+    )
     assert plots.missing(results) == "a-card: wrong: disagrees"
     (tmp_path / "other.json").write_text('{"device": "x", "cases": []}')
-    with pytest.raises(ValueError, match="other.json is not a result of kernels.bench: it has no ceilings, commit, date, driver"):
+    with pytest.raises(
+        ValueError,
+        match="other.json is not a result of kernels.bench: it has no ceilings, commit, date, "
+        "driver",
+    ):
         plots.read(tmp_path)
 
 
@@ -85,9 +127,15 @@ def test_the_first_run_on_a_gpu_is_a_record_of_tests_that_is_drawn_nowhere():
     assert all(row["seen"] and row["cause"] for row in tests["failures"])
     results = {"now": result(driver="none"), "record": record}
     told = plots.describe(results).splitlines()
-    assert told[1].startswith("record: device NVIDIA H200") and told[1].endswith("(no op was timed)")
+    assert told[1].startswith("record: device NVIDIA H200") and told[1].endswith(
+        "(no op was timed)"
+    )
     assert told[2].startswith("No figure of a GPU") and not told[0].endswith(")")
-    assert len(plots.throughput(results, "sort").axes) == len(plots.fractions(results, ["sort"]).axes) == 1
+    assert (
+        len(plots.throughput(results, "sort").axes)
+        == len(plots.fractions(results, ["sort"]).axes)
+        == 1
+    )
     assert len(plots.hits_and_misses(results, ["sort"]).axes) == 1
 
 
@@ -95,7 +143,10 @@ def test_throughput_is_rows_over_time_in_order_of_rows():
     figure = plots.throughput({"one": result(), "two": result(driver="none")}, "sort")
     assert len(figure.axes) == 2
     ours, floor, other = figure.axes[0].lines
-    assert list(ours.get_xdata()) == [100, 400] and list(ours.get_ydata()) == [10, 10]  # 100 rows in 10 us
+    assert list(ours.get_xdata()) == [100, 400] and list(ours.get_ydata()) == [
+        10,
+        10,
+    ]  # 100 rows in 10 us
     assert list(floor.get_ydata()) == [20, 20] and list(other.get_ydata()) == [5, 5]
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["100", "400"]
     assert plots.value({"op": "a", "size": "rows = 8, N = 64"}, "N") == 64
@@ -126,8 +177,13 @@ def test_windows_of_a_given_occupancy():
 
 
 def test_a_sweep_holds_all_else_equal():
-    """Work of the floor by hand: as many rows, so as many bytes; flops are 4 channels x rows of a window, for each row."""
+    """Work of the floor by hand: as many rows, so as many bytes; flops are 4 channels x rows of a
+    window, for each row.
+    """
     found = bench.cases("attention_occupancy", "small", ["fp32"], CPU)
     for n, case in zip((8, 32, 128, 512), found, strict=True):
         assert case.size == f"rows = {n}, N = 2048"
-        assert case.forward[0].bytes == 2048 * (4 * 64 * 4 + 2 * 4) and case.forward[0].flops == 4 * 64 * 2048 * n
+        assert (
+            case.forward[0].bytes == 2048 * (4 * 64 * 4 + 2 * 4)
+            and case.forward[0].flops == 4 * 64 * 2048 * n
+        )

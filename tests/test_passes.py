@@ -1,4 +1,6 @@
-"""How often a block passes over memory: what every launch and every product reads and writes, counted in N x C numbers."""
+"""How often a block passes over memory: what every launch and every product reads and writes,
+counted in N x C numbers.
+"""
 
 from collections import Counter
 from unittest.mock import patch
@@ -12,12 +14,26 @@ from models.layers import Block, block_windows
 from tests.test_models import batch, randomize
 
 C, LAUNCH = 32, backend.launch
-FREE = {"view", "_unsafe_view", "t", "transpose", "permute", "unbind", "slice", "select", "detach", "empty_like", "new_empty"}
+FREE = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "unbind",
+    "slice",
+    "select",
+    "detach",
+    "empty_like",
+    "new_empty",
+}
 PRODUCTS = {"mm", "addmm", "addmm_", "linear"}
 
 
 class Passes(TorchDispatchMode):
-    """Numbers that belong to rows, read and written, in units of N x C, by kernel or function; views and weights are free."""
+    """Numbers that belong to rows, read and written, in units of N x C, by kernel or function;
+    views and weights are free.
+    """
 
     def __init__(self, N: int):
         super().__init__()
@@ -39,7 +55,9 @@ class Passes(TorchDispatchMode):
                 return OPDEFS[function.name()]._init_fn(*args, **kwargs)
         out = function(*args, **kwargs)
         if name not in FREE:
-            self.units["product" if name in PRODUCTS else name] += round(self.size(args, kwargs, out))
+            self.units["product" if name in PRODUCTS else name] += round(
+                self.size(args, kwargs, out)
+            )
         return out
 
 
@@ -47,7 +65,10 @@ def given(kernel_device):
     """A block, and a stream, a bias and voxels for it whose windows are made."""
     x = batch([150, 200], kernel_device, channels=C)
     block = randomize(Block(C, 2, 4.0, block_windows("swin", 4, 0), False, False)).to(kernel_device)
-    stream, bias = (torch.randn(*shape, device=kernel_device, requires_grad=True) for shape in ((len(x), C), (C,)))
+    stream, bias = (
+        torch.randn(*shape, device=kernel_device, requires_grad=True)
+        for shape in ((len(x), C), (C,))
+    )
     block.on_a_copy(stream, bias, x.cache)
     return block, stream, bias, x.cache
 
@@ -66,18 +87,29 @@ def count(kernel_device) -> tuple[Counter, Counter]:
 
 
 def test_a_block_reads_and_writes_no_more_than_it_must(kernel_device):
-    """Of the products: inputs, outputs and their gradients, 1 + 3, 1 + 1, 1 + 4, 4 + 1, and the stream that two of them add to.
-    No copy, no cast, no sum of its own."""
+    """Of the products: inputs, outputs and their gradients, 1 + 3, 1 + 1, 1 + 4, 4 + 1, and the
+    stream that two of them add to. No copy, no cast, no sum of its own.
+    """
     forward, backward = count(kernel_device)
-    assert forward == {"product": 16 + 2, "_layer_norm_fwd": 2 * 2, "_attention_short": 4, "_gelu_fwd": 8}
+    assert forward == {
+        "product": 16 + 2,
+        "_layer_norm_fwd": 2 * 2,
+        "_attention_short": 4,
+        "_gelu_fwd": 8,
+    }
     biases = {"sum": 3}  # of qkv; the others come with GELU's and the norms' gradients
     assert backward == biases | {
-        "product": 2 * 16, "_layer_norm_bwd": 2 * 4, "_attention_short_backward": 8, "_gelu_bwd": 12,
-    }  # fmt: skip
+        "product": 2 * 16,
+        "_layer_norm_bwd": 2 * 4,
+        "_attention_short_backward": 8,
+        "_gelu_bwd": 12,
+    }
 
 
 def test_a_block_keeps_no_residual_stream_for_its_backward_pass(kernel_device):
-    """Two norms, qkv (3), attention's output, the hidden layer before and after GELU (4 + 4); the stream would be 2 more."""
+    """Two norms, qkv (3), attention's output, the hidden layer before and after GELU (4 + 4); the
+    stream would be 2 more.
+    """
     block, stream, bias, cache = given(kernel_device)
     copy, kept = stream.clone(), {}
 

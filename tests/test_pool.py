@@ -1,4 +1,4 @@
-"""Features between scales: pooling, unpooling and subdividing against loops and published numbers."""
+"""Features between scales: pooling, unpooling, subdividing, by loops and published numbers."""
 
 import pytest
 import torch
@@ -10,7 +10,12 @@ from models import SparseTensor
 from tests.conftest import assert_close, assert_same, golden
 from tests.test_window import voxels
 
-COUNTS = {"none": [0, 0], "one": [1], "gaps": [70, 0, 40, 0], "tiles": [90, 3]}  # rows of each sample
+COUNTS = {
+    "none": [0, 0],
+    "one": [1],
+    "gaps": [70, 0, 40, 0],
+    "tiles": [90, 3],
+}  # rows of each sample
 
 
 def cached(counts, device, extent=(9, 12, 7)):
@@ -27,7 +32,11 @@ def both(op, reference, x, groups: Pooling):
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("factor, C, dtype", [(2, 33, torch.float32), (4, 300, torch.float32), (2, 33, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "factor, C, dtype",
+    [(2, 33, torch.float32), (4, 300, torch.float32), (2, 33, torch.float16)],
+    ids=str,
+)
 def test_against_loops(device, counts, factor, C, dtype):
     cache = cached(counts, device)
     groups = cache.get(pooling, factor)
@@ -36,7 +45,10 @@ def test_against_loops(device, counts, factor, C, dtype):
 
 
 def test_a_coarse_row_without_children(device):
-    index, order, starts = (torch.tensor(t, dtype=torch.int32, device=device) for t in ([3, 1, 3], [1, 0, 2], [0, 0, 1, 1, 3]))
+    index, order, starts = (
+        torch.tensor(t, dtype=torch.int32, device=device)
+        for t in ([3, 1, 3], [1, 0, 2], [0, 0, 1, 1, 3])
+    )
     groups = Pooling(index, order, starts)
     x = normal(3, 5, device=device)
     assert torch.equal(pool(x, groups)[[0, 2]], torch.zeros(2, 5, device=device))
@@ -50,11 +62,15 @@ def test_a_coarse_row_without_children(device):
 def test_groups_are_made_once_and_read_nothing(device, monkeypatch):
     cache = cached([70, 0, 40], device)
     cache.pool(2)
-    monkeypatch.setattr(torch.Tensor, "tolist", None)  # the one way in which a coordinate set is read
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", None
+    )  # the one way in which a coordinate set is read
     groups = cache.get(pooling, 2)
     monkeypatch.undo()
     assert cache.get(pooling, 2) is groups
-    assert torch.equal(groups.index[groups.order.long()].cpu(), groups.index.cpu().sort(stable=True)[0])
+    assert torch.equal(
+        groups.index[groups.order.long()].cpu(), groups.index.cpu().sort(stable=True)[0]
+    )
     assert groups.order.dtype == groups.starts.dtype == torch.int32 and groups.starts[-1] == 110
     assert all(0 < n <= 8 for n in groups.starts.diff().tolist())
 
@@ -76,9 +92,14 @@ def test_published_features_but_for_their_extra_child(device, case, factor):
 
 def test_subdivided_features_are_repeated(device):
     tensors = golden("ops_sparse")[1]
-    coarse = SparseTensor(tensors["feats"].float().to(device).requires_grad_(), tensors["coords"].to(device))
+    coarse = SparseTensor(
+        tensors["feats"].float().to(device).requires_grad_(), tensors["coords"].to(device)
+    )
     fine = coarse.subdivide()
-    assert torch.equal(fine.coords.cpu(), tensors["subdivide/coords"]) and fine.batch_size == coarse.batch_size
+    assert (
+        torch.equal(fine.coords.cpu(), tensors["subdivide/coords"])
+        and fine.batch_size == coarse.batch_size
+    )
     assert torch.equal(fine.feats, coarse.feats.repeat_interleave(8, dim=0))
     weight = torch.randn(fine.feats.shape, generator=torch.Generator().manual_seed(0)).to(device)
     (grad,) = torch.autograd.grad((fine.feats * weight).sum(), coarse.feats)
@@ -88,7 +109,9 @@ def test_subdivided_features_are_repeated(device):
 
 
 def test_down_up_and_down_again_share_what_was_made(device):
-    """Two nested levels, whose cached maps the published code confuses (8 voxels -> 4 -> 1 come back as 4)."""
+    """Two nested levels, whose cached maps the published code confuses (8 voxels -> 4 -> 1 come
+    back as 4).
+    """
     x = SparseTensor(normal(110, 5, device=device), voxels([70, 0, 40], (9, 12, 7), 3).to(device))
     half = x.pool(2)
     quarter = half.pool(2)
@@ -101,7 +124,9 @@ def test_down_up_and_down_again_share_what_was_made(device):
     assert_close(again.pool(2).feats, quarter.feats, 1e-6)  # a mean of equal rows is that row
     (through,) = torch.autograd.grad(up.unpool(2).feats.sum(), x.feats)
     children = (half.cache.get(pooling, 2).starts.diff(), x.cache.get(pooling, 2).starts.diff())
-    leaves = torch.zeros(len(quarter), device=device).index_add_(0, half.cache.pool(2)[1], children[1].float())
+    leaves = torch.zeros(len(quarter), device=device).index_add_(
+        0, half.cache.pool(2)[1], children[1].float()
+    )
     parent, grand = x.cache.pool(2)[1].long(), half.cache.pool(2)[1].long()
     expected = leaves[grand][parent] / children[0][grand][parent] / children[1][parent]
     assert_close(through[:, 0], expected, 1e-5)
@@ -111,17 +136,26 @@ def test_the_same_bits_twice(device):
     groups = cached([90, 3], device).get(pooling, 4)
     x, y = normal(93, 33, device=device), normal(len(groups), 33, device=device)
     for op, value in ((pool, x), (unpool, y)):
-        runs = [(out := op(value, groups), *torch.autograd.grad(out.sin().sum(), value)) for _ in range(2)]
+        runs = [
+            (out := op(value, groups), *torch.autograd.grad(out.sin().sum(), value))
+            for _ in range(2)
+        ]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_sums_of_16_bit_rows_are_taken_in_fp32(device):
     index, order = torch.zeros(8, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
-    groups = Pooling(*(t.to(device) for t in (index, order, torch.tensor([0, 8], dtype=torch.int32))))
-    large = torch.full((8, 2), 2e4, dtype=torch.float16, device=device)  # their sum is more than fp16 holds
+    groups = Pooling(
+        *(t.to(device) for t in (index, order, torch.tensor([0, 8], dtype=torch.int32)))
+    )
+    large = torch.full(
+        (8, 2), 2e4, dtype=torch.float16, device=device
+    )  # their sum is more than fp16 holds
     assert pool(large, groups).tolist() == [[2e4, 2e4]]
     one = torch.ones(1, 2, dtype=torch.float16, device=device, requires_grad=True)
-    upstream = torch.tensor([1024.0] + [0.4] * 7, dtype=torch.float16, device=device)[:, None].expand(8, 2)
+    upstream = torch.tensor([1024.0] + [0.4] * 7, dtype=torch.float16, device=device)[
+        :, None
+    ].expand(8, 2)
     (grad,) = torch.autograd.grad(unpool(one, groups), one, upstream)
     assert grad.tolist() == [[1027, 1027]]  # in fp16 every 0.4 is lost
 
@@ -145,7 +179,9 @@ def test_what_does_not_fit_is_named(device):
     groups = cached([20, 5], device).get(pooling, 2)
     with pytest.raises(ValueError, match=r"a row for each of 25 fine voxels, got \[24, 3\]"):
         pool(torch.zeros(24, 3, device=device), groups)
-    with pytest.raises(ValueError, match=rf"a row for each of {len(groups)} coarse voxels, got \[25, 3\]"):
+    with pytest.raises(
+        ValueError, match=rf"a row for each of {len(groups)} coarse voxels, got \[25, 3\]"
+    ):
         unpool(torch.zeros(25, 3, device=device), groups)
     with pytest.raises(ValueError, match=r"fine voxels, got \[25\]"):
         pool(torch.zeros(25, device=device), groups)

@@ -1,4 +1,6 @@
-"""The radiance-field decoder: the published numbers, batched and looped, nothing to see, impossible configurations."""
+"""The radiance-field decoder: the published numbers, batched and looped, nothing to see, impossible
+configurations.
+"""
 
 import math
 
@@ -16,11 +18,15 @@ FIELDS = ("position", "trivec", "density", "color")
 
 def small_decoder(**representation):
     config = {"rank": 3, "dim": 4} | representation
-    return models.RadianceDecoder(16, 32, 4, 2, num_heads=2, window_size=4, representation_config=config)
+    return models.RadianceDecoder(
+        16, 32, 4, 2, num_heads=2, window_size=4, representation_config=config
+    )
 
 
 def cameras(views, device, size=24):
-    return Camera.orbit(list(map(float, range(views))), [0.1] * views, 2.0, math.radians(40), size, size).to(device)
+    return Camera.orbit(
+        list(map(float, range(views))), [0.1] * views, 2.0, math.radians(40), size, size
+    ).to(device)
 
 
 def test_radiance_decoder_matches_published(device):
@@ -30,8 +36,12 @@ def test_radiance_decoder_matches_published(device):
     scenes = model(x)
     assert len(scenes) == 3
     for i, scene in enumerate(scenes):
-        assert torch.equal(scene.position, tensors[f"out/obj{i}/position"]) and scene.resolution == 16
-        assert (tensors[f"out/obj{i}/depth"] == math.log2(scene.resolution)).all()  # published scenes are octree leaves
+        assert (
+            torch.equal(scene.position, tensors[f"out/obj{i}/position"]) and scene.resolution == 16
+        )
+        assert (
+            tensors[f"out/obj{i}/depth"] == math.log2(scene.resolution)
+        ).all()  # published scenes are octree leaves
     for ours, theirs in (("trivec", "trivec"), ("density", "density"), ("color", "features_dc")):
         assert_close(getattr(scenes[2], ours), tensors[f"out/obj2/{theirs}"], T1, ours)
     check_gradients(model, x, tensors, raw)
@@ -41,7 +51,9 @@ def test_density_scale_multiplies_densities_alone():
     plain, scaled = randomize(small_decoder()), randomize(small_decoder(density_scale=50.0))
     x = batch([20], "cpu", channels=4)
     ours, theirs = scaled(x)[0], plain(x)[0]
-    assert torch.equal(ours.density, theirs.density * 50) and torch.equal(ours.trivec, theirs.trivec)
+    assert torch.equal(ours.density, theirs.density * 50) and torch.equal(
+        ours.trivec, theirs.trivec
+    )
 
 
 def test_ranks_start_equal_as_published_unless_they_are_spread(device):
@@ -52,9 +64,13 @@ def test_ranks_start_equal_as_published_unless_they_are_spread(device):
         scene = decoder(x)[0]
         image = scene.render(cameras(1, device, 16), torch.zeros(1, 3, device=device))
         (image.color * torch.linspace(0, 1, 16, device=device)).sum().backward()
-        gradient = decoder.out_layer.weight.grad[36:39]  # of the three densities, after 3 ranks x 3 axes x 4 numbers
+        gradient = decoder.out_layer.weight.grad[
+            36:39
+        ]  # of the three densities, after 3 ranks x 3 axes x 4 numbers
         assert gradient.abs().max() > 0 and torch.equal(gradient[0], gradient[1]) == (std == 0)
-        assert scene.trivec.std().item() == pytest.approx(std, abs=0.15) and (scene.density == 0).all()
+        assert (
+            scene.trivec.std().item() == pytest.approx(std, abs=0.15) and (scene.density == 0).all()
+        )
 
 
 def test_batched_equals_looped_with_empty_samples(device):
@@ -68,7 +84,9 @@ def test_batched_equals_looped_with_empty_samples(device):
             coords[:, 0] = 0
             alone = decoder(models.SparseTensor(rows, coords))[0]
             for name in FIELDS:
-                assert_close(getattr(scenes[sample], name), getattr(alone, name), 1e-5, f"{sample} {name}")
+                assert_close(
+                    getattr(scenes[sample], name), getattr(alone, name), 1e-5, f"{sample} {name}"
+                )
     background = torch.rand(5, 3, device=device)
     with torch.no_grad():
         together = models.render(scenes, cameras(5, device, 16), [0, 1, 2, 3, 4], background)
@@ -78,7 +96,9 @@ def test_batched_equals_looped_with_empty_samples(device):
 
 
 def test_no_voxels_at_all(device):
-    vae = models.RadianceVAE(models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_decoder()).to(device)
+    vae = models.RadianceVAE(
+        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_decoder()
+    ).to(device)
     posterior, scenes = vae(batch([0, 0], device))
     assert posterior.mean.shape == (0, 4) and models.penalties(scenes) == {}
     image = models.render(scenes, cameras(2, device, 20), [0, 1], torch.ones(2, 3, device=device))
@@ -101,8 +121,12 @@ def test_offsets_are_drawn_for_training_and_fixed_for_pictures(device):
     scene = decoder(batch([60], device, channels=4))[0]
     camera, background = cameras(1, device, 16), torch.zeros(1, 3, device=device)
     with torch.no_grad():
-        assert torch.equal(scene.render(camera, background).color, scene.render(camera, background).color)
-    assert not torch.equal(scene.render(camera, background).color, scene.render(camera, background).color)
+        assert torch.equal(
+            scene.render(camera, background).color, scene.render(camera, background).color
+        )
+    assert not torch.equal(
+        scene.render(camera, background).color, scene.render(camera, background).color
+    )
     torch.manual_seed(0)
     first = scene.render(camera, background).color
     torch.manual_seed(0)
@@ -126,6 +150,11 @@ def test_impossible_representations(change, message):
 
 def test_scenes_of_several_resolutions_are_no_batch():
     x = batch([5], "cpu", channels=4)
-    one, other = small_decoder(), models.RadianceDecoder(32, 32, 4, 2, num_heads=2, representation_config={"rank": 3, "dim": 4})
+    one, other = (
+        small_decoder(),
+        models.RadianceDecoder(
+            32, 32, 4, 2, num_heads=2, representation_config={"rank": 3, "dim": 4}
+        ),
+    )
     with pytest.raises(ValueError, match=r"different resolutions: \[16, 32\]"):
         models.render([*one(x), *other(x)], cameras(2, "cpu"), [0, 1], torch.zeros(2, 3))

@@ -15,7 +15,10 @@ from train.meshes import Material, Mesh, normalize, read_mesh
 from train.raycast import Caster, camera_to_world, direction
 from train.voxelize import voxelize
 
-FRONT, BACK = camera_to_world(-np.pi / 2, 0), camera_to_world(np.pi / 2, 0)  # from -y, where an OBJ's +z looks, and from +y
+FRONT, BACK = (
+    camera_to_world(-np.pi / 2, 0),
+    camera_to_world(np.pi / 2, 0),
+)  # from -y, where an OBJ's +z looks, and from +y
 SIDE = 0.5  # light on a vertical surface that the key light does not reach
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -56,7 +59,9 @@ def test_held_out_views_are_spread_and_come_last():
 
 
 def meets_exactly(triangle: list[list[Fraction]], low: list[int]) -> bool:
-    """Whether a triangle, clipped by the six closed half-spaces of the unit cube at `low`, leaves anything; exact."""
+    """Whether a triangle, clipped by the six closed half-spaces of the unit cube at `low`, leaves
+    anything; exact.
+    """
     polygon = triangle
     for axis in range(3):
         for sign, bound in ((1, low[axis]), (-1, -(low[axis] + 1))):
@@ -76,9 +81,17 @@ def meets_exactly(triangle: list[list[Fraction]], low: list[int]) -> bool:
 def voxels_exactly(vertices, faces, resolution: int) -> np.ndarray:
     cells = []
     for face in faces:
-        triangle = [[(Fraction(float(x)) + Fraction(1, 2)) * resolution for x in vertices[i]] for i in face]
+        triangle = [
+            [(Fraction(float(x)) + Fraction(1, 2)) * resolution for x in vertices[i]] for i in face
+        ]
         ranges = [range(resolution)] * 3
-        cells += [(x, y, z) for x in ranges[0] for y in ranges[1] for z in ranges[2] if meets_exactly(triangle, [x, y, z])]
+        cells += [
+            (x, y, z)
+            for x in ranges[0]
+            for y in ranges[1]
+            for z in ranges[2]
+            if meets_exactly(triangle, [x, y, z])
+        ]
     return np.unique(np.array(cells).reshape(-1, 3), axis=0)
 
 
@@ -88,7 +101,9 @@ GRID = np.arange(-3, 4) / 8  # coordinates on cell planes of 8^3 and in the midd
 @pytest.mark.parametrize("resolution", [1, 3, 4, 8])
 def test_voxels_agree_with_exact_clipping(resolution):
     rng = np.random.default_rng(resolution)
-    on_planes = rng.choice(GRID, (6, 3, 3))  # vertices, edges and planes that only touch cells; some triangles are degenerate
+    on_planes = rng.choice(
+        GRID, (6, 3, 3)
+    )  # vertices, edges and planes that only touch cells; some triangles are degenerate
     on_planes[0, :, 0] = 0.25  # a wall in a cell plane
     on_planes[1, :, :2] = 0.125  # a segment along an edge of cells
     on_planes[2] = on_planes[2, :1]  # a point
@@ -112,7 +127,9 @@ def test_a_wall_in_a_cell_plane_has_two_sides_and_the_cube_clips():
 
 # colours
 
-CORNERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(2, 0).repeat(2, 1)  # 4 x 4, red at the top left
+CORNERS = (
+    np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(2, 0).repeat(2, 1)
+)  # 4 x 4, red at the top left
 TEXTURED = "newmtl m\nKd 0 0 0\nmap_Kd q.png\n"  # the image replaces Kd
 
 
@@ -135,21 +152,32 @@ def test_alpha_is_coverage_and_edges_keep_their_colour(tmp_path):
     assert abs(image[..., 3].mean() / 255 - width**2) < 4e-3
     edge = (image[..., 3] > 0) & (image[..., 3] < 255)
     assert edge.any() and (image[~edge & (image[..., 3] == 0)] == 0).all()
-    assert (image[image[..., 3] > 0][:, :3] == np.rint(np.array([0.8, 0.4, 0.3]) * SIDE * 255)).all()
+    assert (
+        image[image[..., 3] > 0][:, :3] == np.rint(np.array([0.8, 0.4, 0.3]) * SIDE * 255)
+    ).all()
 
 
 def test_transparent_layers_are_composited(tmp_path):
     text = quad(0.1, "glass") + quad(0.0, "wall", half=0.25)
-    image = view(write_obj(tmp_path, "q", text, "newmtl glass\nKd 1 0 0\nd 0.25\nnewmtl wall\nKd 0 1 0\nTr 0\n"), FRONT)
+    image = view(
+        write_obj(
+            tmp_path, "q", text, "newmtl glass\nKd 1 0 0\nd 0.25\nnewmtl wall\nKd 0 1 0\nTr 0\n"
+        ),
+        FRONT,
+    )
     assert np.allclose(image[16, 16] / 255, [0.25 * SIDE, 0.75 * SIDE, 0, 1], atol=3e-3)
-    assert np.allclose(image[16, 7] / 255, [SIDE, 0, 0, 0.25], atol=3e-3), "glass with nothing behind: red, a quarter opaque"
+    assert np.allclose(image[16, 7] / 255, [SIDE, 0, 0, 0.25], atol=3e-3), (
+        "glass with nothing behind: red, a quarter opaque"
+    )
 
 
 def test_transparent_texels_are_holes(tmp_path):
     texture = np.full((4, 4, 4), 255, np.uint8)
     texture[:, :2] = (255, 0, 0, 0)  # red that must not bleed out of the hole
     text = quad(0.1, "m") + quad(0.0, "wall", half=0.25)
-    image = view(write_obj(tmp_path, "q", text, TEXTURED + "newmtl wall\nKd 0 0 1\n", texture), FRONT)
+    image = view(
+        write_obj(tmp_path, "q", text, TEXTURED + "newmtl wall\nKd 0 0 1\n", texture), FRONT
+    )
     assert image[16, 9, 3] == 0
     assert np.allclose(image[16, 12] / 255, [0, 0, SIDE, 1], atol=3e-3)
     assert np.allclose(image[16, 22] / 255, [SIDE] * 3 + [1], atol=3e-3)
@@ -157,7 +185,8 @@ def test_transparent_texels_are_holes(tmp_path):
 
 
 def test_the_smooth_normal_shades_and_follows_the_viewer(tmp_path):
-    text = "v -1 -1 0\nv 1 -1 0\nv 0 1 0\nvn 0 0.6 -0.8\nf 1//1 2//1 3//1\n"  # the file's normal points away from the viewer
+    # the file's normal points away from the viewer
+    text = "v -1 -1 0\nv 1 -1 0\nv 0 1 0\nvn 0 0.6 -0.8\nf 1//1 2//1 3//1\n"
     mesh = read_mesh(write_obj(tmp_path, "t", text))
     normalize(mesh)
     normals = Caster(mesh).render(FRONT, 8, 1)[1][3]
@@ -165,19 +194,29 @@ def test_the_smooth_normal_shades_and_follows_the_viewer(tmp_path):
 
 
 def test_polygons_negative_indices_and_any_case_of_names(tmp_path):
-    path = write_obj(tmp_path, "p", quad().replace("\n", "\r\n"), "newmtl m\nmap_Kd -clamp on TEX\\Q.PNG\n")
+    path = write_obj(
+        tmp_path, "p", quad().replace("\n", "\r\n"), "newmtl m\nmap_Kd -clamp on TEX\\Q.PNG\n"
+    )
     (tmp_path / "tex").mkdir()
     Image.fromarray(CORNERS).save(tmp_path / "q.png")
     mesh = read_mesh(path)
-    assert mesh.faces.tolist() == [[0, 1, 2], [0, 2, 3]] and mesh.materials[0].texture.shape == (4, 4, 4)
+    assert mesh.faces.tolist() == [[0, 1, 2], [0, 2, 3]] and mesh.materials[0].texture.shape == (
+        4,
+        4,
+        4,
+    )
 
 
 def test_glb_with_node_transform_is_the_obj(tmp_path):
     import trimesh
 
-    square = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
+    square = trimesh.Trimesh(
+        [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
+    )
     material = trimesh.visual.material.PBRMaterial(baseColorTexture=Image.fromarray(CORNERS))
-    square.visual = trimesh.visual.TextureVisuals(uv=[[0, 0], [1, 0], [1, 1], [0, 1]], material=material)
+    square.visual = trimesh.visual.TextureVisuals(
+        uv=[[0, 0], [1, 0], [1, 1], [0, 1]], material=material
+    )
     turn = trimesh.transformations.rotation_matrix(np.pi / 2, [0, 1, 0])  # to face +x
     scene = trimesh.Scene()
     scene.add_geometry(square, transform=turn)
@@ -204,7 +243,9 @@ def test_a_ray_passes_many_layers():
     F = len(z)
     zero = np.zeros((F, 3, 3), np.float32)
     faces = np.arange(3 * F).reshape(F, 3)
-    mesh = Mesh(vertices, faces, zero, zero[..., :2], zero + 1, np.zeros(F, int), [Material((1, 1, 1), 0.5)])
+    mesh = Mesh(
+        vertices, faces, zero, zero[..., :2], zero + 1, np.zeros(F, int), [Material((1, 1, 1), 0.5)]
+    )
     image, (_, weights, _, _) = Caster(mesh).render(FRONT, 9, 1)
     assert image[4, 5, 3] == round(255 * (1 - 0.5**F))
     assert np.allclose(np.unique(weights.round(6)), 0.5 ** np.arange(F, 0, -1), atol=2e-6)
@@ -212,12 +253,28 @@ def test_a_ray_passes_many_layers():
 
 
 def test_no_surface_is_passed_twice():
-    """Rounding puts the point that a ray goes on from before the face it just passed: some 1 in 10^4 of tilted ones."""
+    """Rounding puts the point that a ray goes on from before the face it just passed: some 1 in
+    10^4 of tilted ones.
+    """
     rng = np.random.default_rng(1)
-    square = np.array([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]]) + [0.013, 0.007, 0.0123]
+    square = np.array([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]]) + [
+        0.013,
+        0.007,
+        0.0123,
+    ]
     faces, zero = np.array([[0, 1, 2], [0, 2, 3]]), np.zeros((2, 3, 3), np.float32)
     for _ in range(60):
         turn = np.linalg.qr(rng.normal(size=(3, 3)))[0].T
-        mesh = Mesh(square @ turn, faces, zero, zero[..., :2], zero + 1, np.zeros(2, int), [Material((1, 1, 1), 0.5)])
-        weights = Caster(mesh).render(camera_to_world(rng.uniform(0, 6), rng.uniform(-1.4, 1.4)), 128, 1)[1][1]
+        mesh = Mesh(
+            square @ turn,
+            faces,
+            zero,
+            zero[..., :2],
+            zero + 1,
+            np.zeros(2, int),
+            [Material((1, 1, 1), 0.5)],
+        )
+        weights = Caster(mesh).render(
+            camera_to_world(rng.uniform(0, 6), rng.uniform(-1.4, 1.4)), 128, 1
+        )[1][1]
         assert np.allclose(weights, 0.5)

@@ -21,13 +21,22 @@ def test_the_snippet_runs_after_the_demo(tmp_path, monkeypatch):
     exec(snippet.replace("runs/gaussian-001", str(tmp_path / "run")), names)
     with Image.open("views.png") as picture:
         assert picture.size == (256, 128) and min(picture.convert("L").getextrema()) < 250
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in names["vae"].decoder.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for p in names["vae"].decoder.parameters()
+    )
 
 
 def test_a_run_folder_holds_what_is_said(tmp_path):
     fresh(tmp_path / "run", "--steps", "2", "--save-every", "1", "--eval-objects", "1")
-    said = README[README.index("`runs/gaussian-001` then holds") : README.index("from which `--resume` continues")]
-    holds, (kept,) = set(re.findall(r"`([a-z]+\.\w+|[a-z]+/)`", said)), re.findall(r"the last (\w+) `step_\*`", said)
+    said = README[
+        README.index("`runs/gaussian-001` then holds") : README.index(
+            "from which `--resume` continues"
+        )
+    ]
+    holds, (kept,) = (
+        set(re.findall(r"`([a-z]+\.\w+|[a-z]+/)`", said)),
+        re.findall(r"the last (\w+) `step_\*`", said),
+    )
     made = {f.name + "/" * f.is_dir() for f in (tmp_path / "run").iterdir() if f.name[0] != "."}
     assert holds == made and kept == {3: "three"}[checkpoint.KEEP]
 
@@ -37,5 +46,21 @@ def test_a_prepared_dataset_trains_with_the_flags_that_are_said(tmp_path):
     for name, size in (("a", (1, 0.2, 0.1)), ("b", (0.2, 1, 0.1))):
         write_obj(tmp_path / "in", name, *box(size))
     quick = "--views 6 --size 32 --supersample 1 --workers 1".split()
-    assert prepare.main([str(tmp_path / "in"), "--out", str(tmp_path / "data"), *quick, *flag.split()]) == 0
-    assert len(fresh(tmp_path / "run", "--steps", "1", "--eval-objects", "1", "--data", str(tmp_path / "data"))) == 1
+    assert (
+        prepare.main([str(tmp_path / "in"), "--out", str(tmp_path / "data"), *quick, *flag.split()])
+        == 0
+    )
+    assert (
+        len(
+            fresh(
+                tmp_path / "run",
+                "--steps",
+                "1",
+                "--eval-objects",
+                "1",
+                "--data",
+                str(tmp_path / "data"),
+            )
+        )
+        == 1
+    )

@@ -23,17 +23,31 @@ from tests.test_render_mesh import scenes
 from tests.test_window import voxels
 
 pytestmark = pytest.mark.usefixtures("few_programs")
-READS = {"surfaces": 2, "rasters": 1, "mesh_pictures": 1, "gaussians": 1, "radiance": 1}  # all others none
+READS = {
+    "surfaces": 2,
+    "rasters": 1,
+    "mesh_pictures": 1,
+    "gaussians": 1,
+    "radiance": 1,
+}  # all others none
 SEEDS = range(4, 9)
 
 
 def reads(forward: Callable, inputs: list[torch.Tensor]) -> list[str]:
-    """What waits in `forward`, which returns one tensor or several. In its backward pass nothing does."""
+    """What waits in `forward`, which returns one tensor or several. In its backward pass nothing
+    does.
+    """
     with watch_reads() as seen:
         out = forward()
-        outputs = [t for t in ([out] if isinstance(out, torch.Tensor) else out) if t is not None and t.requires_grad]
+        outputs = [
+            t
+            for t in ([out] if isinstance(out, torch.Tensor) else out)
+            if t is not None and t.requires_grad
+        ]
         found = list(seen)
-        torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
+        torch.autograd.grad(
+            outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True
+        )
     assert seen == found
     return found
 
@@ -77,14 +91,21 @@ def cameras(device) -> tuple[Camera, list[int], torch.Tensor]:
 @pytest.mark.parametrize("decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
 def test_whole_models(watched_device, decoder):
     """From features to losses of pictures: the renderer's read and no other."""
-    encoder, decoder = randomize(small_encoder()).to(watched_device), randomize(decoder()).to(watched_device)
+    encoder, decoder = (
+        randomize(small_encoder()).to(watched_device),
+        randomize(decoder()).to(watched_device),
+    )
     x, view = batch([6, 0, 4], watched_device), cameras(watched_device)
 
     def losses():
         posterior = encoder(x)
         scenes = decoder(posterior.sample())
         image = models.render(scenes, *view)
-        return [image.color.square().mean(), posterior.logvar.mean(), *models.penalties(scenes).values()]
+        return [
+            image.color.square().mean(),
+            posterior.logvar.mean(),
+            *models.penalties(scenes).values(),
+        ]
 
     assert len(reads(losses, [*encoder.parameters(), *decoder.parameters()])) == 1
 
@@ -97,7 +118,8 @@ def test_a_batch_of_meshes(watched_device):
     parts = cut(vertices, edges), cut(faces, face_starts), cut(colors, edges)
     none = vertices.new_zeros(0)
     made = [
-        models.mesh.MeshScene(v, f, *c.split(3, 1), none.view(0, 3), none, none.sum(), 16) for v, f, c in zip(*parts, strict=True)
+        models.mesh.MeshScene(v, f, *c.split(3, 1), none.view(0, 3), none, none.sum(), 16)
+        for v, f, c in zip(*parts, strict=True)
     ]
 
     def pictures():
@@ -111,10 +133,19 @@ def test_the_watch_sees(watched_device):
     """What it must not miss: values, masks, comparisons and copies, inside an op as well."""
     x = torch.arange(5, device=watched_device)
     for wait in (
-        lambda: x.sum().item(), lambda: bool(x[0]), lambda: x.tolist(), lambda: x[x > 2], lambda: x.nonzero(), lambda: x.cpu(),
-        lambda: torch.equal(x, x + 1), lambda: x.masked_select(x > 1), lambda: torch.tensor([1], device=x.device),
-        lambda: torch.tensor([1]).to(x.device), lambda: x.repeat_interleave(x), lambda: x.clone().index_put_((x > 1,), x[0]),
-    ):  # fmt: skip
+        lambda: x.sum().item(),
+        lambda: bool(x[0]),
+        lambda: x.tolist(),
+        lambda: x[x > 2],
+        lambda: x.nonzero(),
+        lambda: x.cpu(),
+        lambda: torch.equal(x, x + 1),
+        lambda: x.masked_select(x > 1),
+        lambda: torch.tensor([1], device=x.device),
+        lambda: torch.tensor([1]).to(x.device),
+        lambda: x.repeat_interleave(x),
+        lambda: x.clone().index_put_((x > 1,), x[0]),
+    ):
         with watch_reads() as seen:
             wait()
         assert len(seen) == 1

@@ -1,4 +1,6 @@
-"""What a training step waits for: the voxels and the renderer of every micro-batch, the gradient's norm and the row of means."""
+"""What a training step waits for: the voxels and the renderer of every micro-batch, the gradient's
+norm and the row of means.
+"""
 
 from dataclasses import replace
 
@@ -22,7 +24,8 @@ from train.optimizer import LossScale, Optimizer
 from train.surfaces import Surfaces
 
 TINY = (
-    "--device cpu --image-size 16 --batch-size 2 --micro-batch 1 --views 1 --holdout-views 2 --eval-objects 1 --warmup 0 "
+    "--device cpu --image-size 16 --batch-size 2 --micro-batch 1 --views 1 --holdout-views 2 "
+    "--eval-objects 1 --warmup 0 "
     "--model.blocks 1"
 ).split()
 SIZES = {
@@ -30,7 +33,8 @@ SIZES = {
     radiance: "--model.channels 16 --model.heads 1 --model.rank 1 --model.dim 2".split(),
     mesh: "--model.heads 2 --model.mlp-ratio 0.25".split(),
 }
-# of a micro-batch: its voxels, the renderer's; of a mesh the true one's picture, and numbers of corners, cubes, faces
+# of a micro-batch: its voxels, the renderer's; of a mesh the true one's picture, and numbers of
+# corners, cubes, faces
 READS = {gaussian: 1 + 1, radiance: 1 + 1, mesh: 1 + 2 + 1 + 1}
 STEP = 2  # the norm that is clipped, the row of the log
 
@@ -45,7 +49,9 @@ def lpips(tmp_path_factory):
 
 def small(batch: Batch) -> Batch:
     """Of one object: a few of its voxels and of the faces of its mesh."""
-    meshes = batch.meshes and replace(batch.meshes, faces=batch.meshes.faces[:9], face_starts=[0, 9])
+    meshes = batch.meshes and replace(
+        batch.meshes, faces=batch.meshes.faces[:9], face_starts=[0, 9]
+    )
     return replace(batch, features=batch.features[:3], coords=batch.coords[:3], meshes=meshes)
 
 
@@ -56,7 +62,13 @@ SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in (radiance, me
 def test_a_step(watched_device, script, data, lpips, tmp_path):  # noqa: F811
     flags = ["--data", str(data), "--lpips", str(lpips), "--out", str(tmp_path / "run")]
     config = from_cli("", script.PRESETS, [*TINY, *SIZES[script], *flags], 1)
-    run = Run("", config, script.build, Machine(watched_device, 0, 1), Surfaces if script is mesh else Pictures)
+    run = Run(
+        "",
+        config,
+        script.build,
+        Machine(watched_device, 0, 1),
+        Surfaces if script is mesh else Pictures,
+    )
     batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
     with watch_reads() as seen:
         row = run.step(batches)
@@ -64,7 +76,9 @@ def test_a_step(watched_device, script, data, lpips, tmp_path):  # noqa: F811
 
 
 def test_the_way_of_a_batch(watched_device, tmp_path):
-    """From pinned memory to latents of a frozen encoder, whose files are compared with an object's voxels once."""
+    """From pinned memory to latents of a frozen encoder, whose files are compared with an object's
+    voxels once.
+    """
     coords = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 0], [1, 0, 0, 5]], dtype=torch.int32)
     view = Camera.orbit([0.0, 1.0, 2.0], 0.3, width=8)
     host = Batch(torch.ones(3, 5), coords, 2, view, [0, 1, 1], torch.zeros(3, 4, 8, 8), ["a", "b"])
@@ -84,7 +98,9 @@ def test_the_way_of_a_batch(watched_device, tmp_path):
 @pytest.mark.parametrize("muon", [False, True])
 def test_an_optimiser(watched_device, muon):
     """The first step makes what is kept."""
-    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])}).to(watched_device)
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])}).to(
+        watched_device
+    )
     scale = LossScale()
     optimizer = Optimizer(model.named_parameters(), GradClipper(buffer=1), scale, muon=muon)
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""Sums of segments: as exact as fp32 allows at any length, and of the same bits alone and in a batch."""
+"""Sums of segments: as exact as fp32 allows at any length, and of the same bits alone and in a
+batch.
+"""
 
 import pytest
 import torch

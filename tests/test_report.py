@@ -13,17 +13,30 @@ def test_sample_pictures_put_the_truth_above_the_reconstruction(tmp_path):
     truth, ours = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4) * 1.5
     truth[1, 0] = 1
     ours[0, 1] = 0
-    draw = lambda columns: report.picture({"truth": truth, "ours": ours}, columns, "a title", tmp_path / "deep" / "sample.png")
+    draw = lambda columns: report.picture(
+        {"truth": truth, "ours": ours}, columns, "a title", tmp_path / "deep" / "sample.png"
+    )
     draw(["a", "b\n(unseen)"])
     left, top, one = report.MARGIN, 4 * report.LINE, report.LEAST
     with Picture.open(tmp_path / "deep" / "sample.png") as picture:
         assert picture.size == (left + 2 * one, top + 2 * one)
-        middles = [picture.getpixel((left + x * one + one // 2, top + y * one + one // 2)) for y in (0, 1) for x in (0, 1)]
+        middles = [
+            picture.getpixel((left + x * one + one // 2, top + y * one + one // 2))
+            for y in (0, 1)
+            for x in (0, 1)
+        ]
         assert middles == [(0, 0, 0), (255, 0, 0), (255, 0, 255), (255,) * 3]
         ink = lambda box: sum(255 - v for v in picture.convert("L").crop(box).tobytes())
         margin = ink((0, top, left, top + one)), ink((0, top + one, left, top + 2 * one))
-        captions = ink((left, top // 3, left + one, top)), ink((left + one, top // 3, left + 2 * one, top))
-        assert margin[0] > margin[1] > 0 and captions[1] > 3 * captions[0] > 0 and ink((0, 0, one, top // 3)) > 0
+        captions = (
+            ink((left, top // 3, left + one, top)),
+            ink((left + one, top // 3, left + 2 * one, top)),
+        )
+        assert (
+            margin[0] > margin[1] > 0
+            and captions[1] > 3 * captions[0] > 0
+            and ink((0, 0, one, top // 3)) > 0
+        )
     draw(["one file name that is longer than its column is wide, by far", "b"])
     with Picture.open(tmp_path / "deep" / "sample.png") as picture:
         assert ink((0, top // 3, left + 2 * one, top)) > captions[0]
@@ -34,19 +47,36 @@ def test_log_drops_later_and_half_rows_and_thins_what_it_draws(tmp_path, monkeyp
     file = tmp_path / "log.jsonl"
     with report.Log(file) as log:
         for step in range(1, 41):
-            log.write({"step": step, "loss": float("nan") if step == 3 else 1.0, "psnr": 20.0, "seconds": step / 2})
-    assert len(file.read_text().splitlines()) == 40 and json.loads(file.read_text().splitlines()[2])["loss"] is None
+            log.write(
+                {
+                    "step": step,
+                    "loss": float("nan") if step == 3 else 1.0,
+                    "psnr": 20.0,
+                    "seconds": step / 2,
+                }
+            )
+    assert (
+        len(file.read_text().splitlines()) == 40
+        and json.loads(file.read_text().splitlines()[2])["loss"] is None
+    )
     assert len(log.rows) < 16 and log.rows[-1]["step"] == 40
     with file.open("a") as stream:
         stream.write('{"step": 41, "lo')
     with report.Log(file, step=30) as again:
         assert again.seconds == 15.0
         again.write({"step": 31, "loss": 1.0, "psnr": 20.0, "seconds": 16.0})
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(1, 32))
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(
+        range(1, 32)
+    )
 
 
 def test_numbers_that_json_does_not_know_become_null():
-    assert report.finite({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": "x"}) == {"a": None, "b": None, "c": 1.5, "d": "x"}
+    assert report.finite({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": "x"}) == {
+        "a": None,
+        "b": None,
+        "c": 1.5,
+        "d": "x",
+    }
 
 
 def test_what_is_wrong_with_a_log_names_it(tmp_path):
@@ -57,7 +87,10 @@ def test_what_is_wrong_with_a_log_names_it(tmp_path):
             report.Log(file, 2)
         assert len(file.read_text().splitlines()) == 2
     file.unlink()
-    with pytest.raises(OSError, match="could not write .*log.jsonl: .*No space left"), report.Log(file) as log:
+    with (
+        pytest.raises(OSError, match="could not write .*log.jsonl: .*No space left"),
+        report.Log(file) as log,
+    ):
         log.stream.close()
         log.stream = open("/dev/full", "a", buffering=1)
         log.write({"step": 1, "seconds": 1})
@@ -74,9 +107,14 @@ def test_curves_of_any_history(tmp_path, values):
 @pytest.mark.parametrize("steps", [1, 2, 3, 800])
 def test_curves_have_whole_steps_and_a_legend_that_covers_none(tmp_path, monkeypatch, steps):
     figures, plain = [], report.Figure
-    monkeypatch.setattr(report, "Figure", lambda **size: figures.append(plain(**size)) or figures[-1])
+    monkeypatch.setattr(
+        report, "Figure", lambda **size: figures.append(plain(**size)) or figures[-1]
+    )
     terms = dict.fromkeys([f"term{i}" for i in range(11)], 1.0)
-    rows = [{"step": i + 1, "loss": 1.0, "psnr": 20.0} | {name: 0.1 / (i + 1) for name in terms} for i in range(steps)]
+    rows = [
+        {"step": i + 1, "loss": 1.0, "psnr": 20.0} | {name: 0.1 / (i + 1) for name in terms}
+        for i in range(steps)
+    ]
     report.curves(rows, terms, tmp_path / "curves.png")
     (figure,) = figures
     (legend,), renderer = figure.legends, figure.canvas.get_renderer()

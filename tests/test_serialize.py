@@ -1,4 +1,6 @@
-"""Windows along space-filling curves: codes and key lists against loops over voxels and against the published ones."""
+"""Windows along space-filling curves: codes and key lists against loops over voxels and against the
+published ones.
+"""
 
 import math
 
@@ -7,7 +9,13 @@ import torch
 
 from kernels import backend
 from kernels.cache import SpatialCache
-from kernels.serialize import MODES, curve_code_reference, curve_codes, serialized_windows, serialized_windows_reference
+from kernels.serialize import (
+    MODES,
+    curve_code_reference,
+    curve_codes,
+    serialized_windows,
+    serialized_windows_reference,
+)
 from tests.conftest import golden
 from tests.test_window import voxels
 
@@ -35,11 +43,17 @@ def lists(windows):
     return [(order[a:b], keys[c:d]) for (a, b), (c, d) in zip(ends, key_ends, strict=True)]
 
 
-@pytest.mark.parametrize("counts, window, mode, shift_sequence, shift_window", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "counts, window, mode, shift_sequence, shift_window", CASES.values(), ids=CASES
+)
 def test_windows_equal_the_loop(device, counts, window, mode, shift_sequence, shift_window):
     coords = voxels(counts)
-    windows = serialized_windows(coords.to(device), len(counts), window, mode, shift_sequence, shift_window)
-    expected = serialized_windows_reference(coords, len(counts), window, mode, shift_sequence, shift_window)
+    windows = serialized_windows(
+        coords.to(device), len(counts), window, mode, shift_sequence, shift_window
+    )
+    expected = serialized_windows_reference(
+        coords, len(counts), window, mode, shift_sequence, shift_window
+    )
     assert lists(windows) == expected
     for tensor in (windows.order, windows.starts, windows.keys, windows.key_starts, *windows.uses):
         assert tensor.dtype == torch.int32
@@ -59,13 +73,17 @@ def test_codes_equal_the_loop_and_the_published(device, mode):
     coords = torch.nn.functional.pad(tensors["code_coords"], (1, 0))
     codes = curve_codes(SpatialCache(coords.to(device)), mode).cpu()
     assert torch.equal(codes, tensors[f"code/{mode.upper()}"])
-    ends = [(y, x, z) if mode.endswith("transposed") else (x, y, z) for _, x, y, z in coords.tolist()]
+    ends = [
+        (y, x, z) if mode.endswith("transposed") else (x, y, z) for _, x, y, z in coords.tolist()
+    ]
     assert codes.tolist() == [curve_code_reference(*c, mode.startswith("hilbert")) for c in ends]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_curves_fill_a_cube(device, mode):
-    """Every voxel once; the Hilbert curve moves to a neighbour at every step, z-order goes through octants in turn."""
+    """Every voxel once; the Hilbert curve moves to a neighbour at every step, z-order goes through
+    octants in turn.
+    """
     grid = torch.arange(8, dtype=torch.int32)
     coords = torch.nn.functional.pad(torch.cartesian_prod(grid, grid, grid), (1, 0))
     codes = curve_codes(SpatialCache(coords.to(device)), mode).cpu()
@@ -87,9 +105,13 @@ def test_published_serialization(device, case):
     assert torch.equal(windows.keys.cpu(), tensors[f"cfg{case}/fwd_indices"])
     assert windows.key_starts.diff().tolist() == tensors[f"cfg{case}/seq_lens"].tolist()
     found = lists(windows)
-    assert [int(coords[rows[0], 0]) for rows, _ in found] == tensors[f"cfg{case}/seq_batch_indices"].tolist()
+    assert [int(coords[rows[0], 0]) for rows, _ in found] == tensors[
+        f"cfg{case}/seq_batch_indices"
+    ].tolist()
     begins = windows.key_starts.tolist()
-    back = {row: begins[m] + keys.index(row) for m, (rows, keys) in enumerate(found) for row in rows}
+    back = {
+        row: begins[m] + keys.index(row) for m, (rows, keys) in enumerate(found) for row in rows
+    }
     assert [back[row] for row in range(len(coords))] == tensors[f"cfg{case}/bwd_indices"].tolist()
 
 
@@ -126,7 +148,14 @@ def test_compiles_without_breaking_the_graph(device):
 
     def serialize(coords):
         windows = serialized_windows(cache, 2, 16, "hilbert", 8)
-        return coords + 1, windows.order, windows.starts, windows.keys, windows.key_starts, *windows.uses
+        return (
+            coords + 1,
+            windows.order,
+            windows.starts,
+            windows.keys,
+            windows.key_starts,
+            *windows.uses,
+        )
 
     compiled = torch.compile(serialize, fullgraph=True, backend="aot_eager")
     pairs = zip(compiled(cache.coords), serialize(cache.coords), strict=True)
@@ -138,7 +167,9 @@ def test_wrong_input_is_refused():
     coords = voxels([10])
     with pytest.raises(ValueError, match="window must be a whole number, at least 1, not 0"):
         serialized_windows(coords, 1, 0)
-    with pytest.raises(ValueError, match="mode 'peano' is not one of z_order, z_order_transposed, hilbert"):
+    with pytest.raises(
+        ValueError, match="mode 'peano' is not one of z_order, z_order_transposed, hilbert"
+    ):
         serialized_windows(coords, 1, 4, "peano")
     with pytest.raises(ValueError, match="shift_window -1 must be at least 0"):
         serialized_windows(coords, 1, 4, shift_window=-1)

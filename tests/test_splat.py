@@ -13,9 +13,17 @@ from kernels.splat import _pack, splat, splat_reference
 from tests.conftest import assert_close, assert_same, golden
 
 CASES = [
-    "gs_a_init_64", "gs_a_trained_64", "gs_af_trained_k03_50", "gs_b_needles_48", "gs_c_opaque_48", "gs_d_equal_depth_48",
-    "gs_e_outside_64", "gs_g_all_culled_32", "gs_h_straddle_64", "gs_i_shell16_72",
-]  # fmt: skip
+    "gs_a_init_64",
+    "gs_a_trained_64",
+    "gs_af_trained_k03_50",
+    "gs_b_needles_48",
+    "gs_c_opaque_48",
+    "gs_d_equal_depth_48",
+    "gs_e_outside_64",
+    "gs_g_all_culled_32",
+    "gs_h_straddle_64",
+    "gs_i_shell16_72",
+]
 INPUTS = ["means3D", "scales", "rotations", "opacities", "shs"]
 BACKWARD = {"_project": 1, "_emit": 1, "_blend": 1, "_blend_backward": 1, "_project_backward": 1}
 
@@ -31,7 +39,9 @@ def scene(G: int, device, seed: int = 0, dtype=torch.float32) -> list[torch.Tens
 
 
 def camera(V: int, width: int, height: int, device="cpu") -> Camera:
-    views = Camera.orbit(torch.arange(V) * 2.0, torch.arange(V) * 0.4 - 0.5, 2.0, 0.6, width, height)
+    views = Camera.orbit(
+        torch.arange(V) * 2.0, torch.arange(V) * 0.4 - 0.5, 2.0, 0.6, width, height
+    )
     views.intrinsics[:, 0, 2] += 0.06  # an off-centre principal point
     views.intrinsics[:, 1, 2] -= 0.04
     return views.to(device)
@@ -61,17 +71,28 @@ def golden_scene(case: str, device) -> tuple[dict, dict, list[torch.Tensor], Cam
 @pytest.mark.parametrize("case", CASES)
 def test_published_images_and_gradients(device, case):
     note, tensors, inputs, view = golden_scene(case, device)
-    image = splat(*inputs, [0, note["N"]], view, [0], tensors["bg"][None].to(device), note["kernel_size"])
-    gradients = torch.autograd.grad((image.color[0] * tensors["dL_dimage"].to(device)).sum(), inputs)
+    image = splat(
+        *inputs, [0, note["N"]], view, [0], tensors["bg"][None].to(device), note["kernel_size"]
+    )
+    gradients = torch.autograd.grad(
+        (image.color[0] * tensors["dL_dimage"].to(device)).sum(), inputs
+    )
     got = {"image": image.color[0], "final_T": 1 - image.alpha[0, 0]}
     got |= {f"dL_d{name}": g for name, g in zip(INPUTS, gradients, strict=True)}
     for name, value in got.items():
         want = tensors.get(f"f64_{name}", tensors[name]).double()
         difference = value.detach().cpu().double() - want
         limit = note["tolerance"][name]
-        relative, largest = limit["rel_l2_if_exact_derivative"], limit["max_abs_if_exact_derivative"]
-        assert difference.norm() <= relative * want.norm() + 1e-12, f"{name}: {difference.norm() / want.norm():.2e}"
-        assert difference.abs().max() <= largest, f"{name}: {difference.abs().max():.2e} > {largest:.2e}"
+        relative, largest = (
+            limit["rel_l2_if_exact_derivative"],
+            limit["max_abs_if_exact_derivative"],
+        )
+        assert difference.norm() <= relative * want.norm() + 1e-12, (
+            f"{name}: {difference.norm() / want.norm():.2e}"
+        )
+        assert difference.abs().max() <= largest, (
+            f"{name}: {difference.abs().max():.2e} > {largest:.2e}"
+        )
 
 
 def projected(inputs, view: Camera, kernel_size: float = 0.1, starts=None, view_scene=(0,)):
@@ -99,13 +120,20 @@ def test_rectangles_are_the_published_ones_less_what_cannot_be_seen(device, case
     for i in smaller.nonzero()[:, 0].tolist():
         dx, dy = mean[i, 0] - x, mean[i, 1] - y
         e = -0.5 * (conic[i, 0] * dx * dx + conic[i, 2] * dy * dy) - conic[i, 1] * dx * dy
-        inside = lambda a, b: (x // 16 >= a[0]) & (y // 16 >= a[1]) & (x // 16 < b[0]) & (y // 16 < b[1])
+        inside = lambda a, b: (
+            (x // 16 >= a[0]) & (y // 16 >= a[1]) & (x // 16 < b[0]) & (y // 16 < b[1])
+        )
         lost = inside(low[i], high[i]) & ~inside(rect[i, :2], rect[i, 2:])
         assert not (lost & (e <= 0) & (opacity[i] * e.exp() >= 1 / 255)).any()
 
 
 def test_pinned_numbers(device):
-    inputs = [torch.zeros(1, 3), torch.full((1, 3), 0.0041), torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 1), 0.1)]
+    inputs = [
+        torch.zeros(1, 3),
+        torch.full((1, 3), 0.0041),
+        torch.tensor([[1.0, 0, 0, 0]]),
+        torch.full((1, 1), 0.1),
+    ]
     inputs = [t.to(device) for t in [*inputs, torch.zeros(1, 1, 3)]]
     p = projected(inputs, Camera.orbit(0.0, 0.0, 2.0, math.radians(40), 512, device=device))
     want = torch.tensor([[255.5, 255.5, 0.4589247, 0, 0.4589247, 0.0954108, 0.5, 0.5, 0.5]])
@@ -116,22 +144,33 @@ def test_pinned_numbers(device):
 
 @pytest.mark.parametrize(
     "width, height, sizes, view_scene",
-    [(37, 20, [60], [0]), (16, 50, [25, 0, 40], [2, 0, 2, 1]), (1, 1, [5], [0]), (33, 17, [1], [0, 0]), (30, 30, [0, 0], [1])],
+    [
+        (37, 20, [60], [0]),
+        (16, 50, [25, 0, 40], [2, 0, 2, 1]),
+        (1, 1, [5], [0]),
+        (33, 17, [1], [0, 0]),
+        (30, 30, [0, 0], [1]),
+    ],
     ids=str,
 )
 def test_matches_the_reference(device, width, height, sizes, view_scene):
     starts = torch.tensor([0, *sizes]).cumsum(0)
     inputs = scene(sum(sizes), device)
     V = len(view_scene)
-    run = lambda *x: both(splat(*x, starts, camera(V, width, height, device), view_scene, colors(V, device), 0.3))
-    slow = lambda *x: both(splat_reference(*x, starts, camera(V, width, height), view_scene, colors(V), 0.3))
+    run = lambda *x: both(
+        splat(*x, starts, camera(V, width, height, device), view_scene, colors(V, device), 0.3)
+    )
+    slow = lambda *x: both(
+        splat_reference(*x, starts, camera(V, width, height), view_scene, colors(V), 0.3)
+    )
     assert_same(run, slow, *inputs)
 
 
 def test_opaque_stacks_match_the_reference(device):
     """Tiles that stop before their list ends, and alpha at its clamp, whose gradient passes.
 
-    It divides by 1 - alpha, which is 0.01, so rounding counts a hundredfold, and differs between processors.
+    It divides by 1 - alpha, which is 0.01, so rounding counts a hundredfold, and differs between
+    processors.
     """
     inputs = scene(24, device)
     with torch.no_grad():
@@ -165,13 +204,17 @@ def test_batched_equals_looped(device):
     tolerance = 2e-5 if backend.is_torch(image.color) else 2e-6
     for v, s in enumerate(view_scene):
         mine = slice(starts[s], starts[s + 1])
-        alone = splat(*(t[mine] for t in inputs), [0, mine.stop - mine.start], view[v], [0], light[v : v + 1])
+        alone = splat(
+            *(t[mine] for t in inputs), [0, mine.stop - mine.start], view[v], [0], light[v : v + 1]
+        )
         for a, b in zip(both(alone), both(image), strict=True):
             if backend.is_torch(a):  # matrix products of other sizes round differently
                 assert_close(a[0], b[v], 1e-6)
             else:
                 assert torch.equal(a[0], b[v])
-        for t, g in zip(total, torch.autograd.grad(alone.color, inputs, upstream[v : v + 1]), strict=True):
+        for t, g in zip(
+            total, torch.autograd.grad(alone.color, inputs, upstream[v : v + 1]), strict=True
+        ):
             t += g
     for a, b in zip(torch.autograd.grad(image.color, inputs, upstream), total, strict=True):
         assert_close(a, b, tolerance)
@@ -183,12 +226,17 @@ def test_views_and_scenes_of_a_batch_share_their_launches(kernel_device):
         inputs = scene(5 * B, kernel_device)
         view = camera(B, 16, 16, kernel_device)
         with backend.count_launches() as count:
-            grads(splat(*inputs, range(0, 5 * B + 1, 5), view, range(B), colors(B, kernel_device)), inputs)
+            grads(
+                splat(*inputs, range(0, 5 * B + 1, 5), view, range(B), colors(B, kernel_device)),
+                inputs,
+            )
         counts.append(dict(count))
     assert counts == [BACKWARD, BACKWARD]
 
 
-@pytest.mark.parametrize("G, away", [(0, 0.0), (30, 9.0), (30, -9.0)], ids=["none", "behind or aside", "other side"])
+@pytest.mark.parametrize(
+    "G, away", [(0, 0.0), (30, 9.0), (30, -9.0)], ids=["none", "behind or aside", "other side"]
+)
 def test_nothing_to_see_shows_the_background(device, G, away):
     inputs = scene(G, device)
     with torch.no_grad():
@@ -214,7 +262,12 @@ def test_a_gaussian_that_is_not_finite_is_not_drawn(device):
     rest = [torch.cat([t[5:]]).detach().requires_grad_() for t in inputs]
     want = splat(*rest, [0, 15], view, [0], light)
     with torch.no_grad():
-        inputs[0][0, 1], inputs[1][1, 0], inputs[2][2], inputs[3][3] = float("nan"), float("inf"), float("nan"), float("nan")
+        inputs[0][0, 1], inputs[1][1, 0], inputs[2][2], inputs[3][3] = (
+            float("nan"),
+            float("inf"),
+            float("nan"),
+            float("nan"),
+        )
         inputs[0][4] = float("inf")
     image = splat(*inputs, [0, 20], view, [0], light)
     assert torch.equal(image.color, want.color)
@@ -234,7 +287,11 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
 
 @pytest.mark.parametrize("opaque", [False, True])
 def test_chunk_size_changes_only_rounding(kernel_device, monkeypatch, opaque):
-    inputs, view, light = scene(30, kernel_device), camera(1, 20, 20, kernel_device), colors(1, kernel_device)
+    inputs, view, light = (
+        scene(30, kernel_device),
+        camera(1, 20, 20, kernel_device),
+        colors(1, kernel_device),
+    )
     if opaque:
         with torch.no_grad():
             inputs[1].fill_(0.5)
@@ -253,7 +310,10 @@ def test_sixteen_bit_inputs_are_converted(device):
     half = scene(20, device, dtype=torch.float16)
     full = [t.detach().float().requires_grad_() for t in half]
     view, light = camera(1, 20, 20, device), colors(1, device)
-    a, b = splat(*half, [0, 20], view, [0], light.half().float()), splat(*full, [0, 20], view, [0], light.half().float())
+    a, b = (
+        splat(*half, [0, 20], view, [0], light.half().float()),
+        splat(*full, [0, 20], view, [0], light.half().float()),
+    )
     assert a.color.dtype == torch.float32 and torch.equal(a.color, b.color)
     for g, h in zip(grads(a, half), grads(b, full), strict=True):
         assert g.dtype == torch.float16 and torch.equal(g, h.half())
@@ -266,7 +326,9 @@ def test_autocast_changes_nothing(device):
     with torch.autocast(device.type, torch.bfloat16):
         mixed = splat(*inputs, [0, 20], view, [0], light)
         got = grads(mixed, inputs)
-    assert torch.equal(mixed.color, image.color) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(mixed.color, image.color) and all(
+        torch.equal(a, b) for a, b in zip(got, want, strict=True)
+    )
 
 
 def test_gradient_of_one_output_alone(device):
@@ -315,7 +377,10 @@ def test_torch_compile_keeps_one_graph(device):
         ({"rotation": torch.zeros(4, 3)}, r"rotation must be \[4, 4\], not \[4, 3\]"),
         ({"opacity": torch.zeros(4)}, r"opacity must be \[4, 1\], not \[4\]"),
         ({"sh": torch.zeros(4, 3)}, r"sh must be \[4, 1, 3\], not \[4, 3\]"),
-        ({"sh": torch.zeros(4, 4, 3)}, "sh has 4 coefficients per channel: only degree 0, 1 coefficient"),
+        (
+            {"sh": torch.zeros(4, 4, 3)},
+            "sh has 4 coefficients per channel: only degree 0, 1 coefficient",
+        ),
         ({"starts": [0, 3]}, r"from 0 to the 4 Gaussians, not be \[0, 3\]"),
         ({"starts": torch.tensor([1, 4])}, r"from 0 to the 4 Gaussians, not be \[1, 4\]"),
         ({"starts": [0, 3, 2, 4]}, r"from 0 to the 4 Gaussians, not be \[0, 3, 2, 4\]"),
@@ -332,7 +397,10 @@ def test_torch_compile_keeps_one_graph(device):
 )
 def test_wrong_input_says_what_is_wrong(change, message):
     names = ("center", "scale", "rotation", "opacity", "sh")
-    args = dict(zip(names, scene(4, "cpu"), strict=True)) | {"starts": [0, 4], "camera": camera(2, 8, 8)}
+    args = dict(zip(names, scene(4, "cpu"), strict=True)) | {
+        "starts": [0, 4],
+        "camera": camera(2, 8, 8),
+    }
     args |= {"view_scene": [0, 0], "background": colors(2)}
     with pytest.raises(ValueError, match=message):
         splat(**(args | change))
@@ -340,7 +408,9 @@ def test_wrong_input_says_what_is_wrong(change, message):
 
 def test_too_many_instances_are_refused(kernel_device):
     rect = torch.tensor([[0, 0, 30000, 30000]] * 3, dtype=torch.int32, device=kernel_device)
-    p = Projected(torch.zeros(3, 9), torch.ones(3, device=kernel_device), rect, torch.zeros_like(rect[:, 0]))
+    p = Projected(
+        torch.zeros(3, 9), torch.ones(3, device=kernel_device), rect, torch.zeros_like(rect[:, 0])
+    )
     with pytest.raises(ValueError, match="2700000000 instances .* more than 2147483647"):
         bin_tiles(p, 1, 480000, 480000)
 

@@ -20,11 +20,13 @@ def pair(shape, device, grad=(True, True), dtype=torch.float32):
 
 
 def total(f):
-    """Sums over pixels instead of their mean: gradients of order one, which the tolerance can see."""
+    """Sums over pixels, not their mean: gradients of order one, which the tolerance can see."""
     return lambda a, b: f(a, b) * a[0].numel() if a.numel() else f(a, b)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 37, 20), (1, 1, 1, 1), (0, 3, 8, 8), (1, 2, 3, 19)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 37, 20), (1, 1, 1, 1), (0, 3, 8, 8), (1, 2, 3, 19)], ids=str
+)
 def test_ssim_and_both_gradients(device, few_programs, shape):
     assert_same(total(ssim), total(ssim_reference), *pair(shape, device))
 
@@ -33,16 +35,22 @@ def test_ssim_at_the_shipped_tile_size(device):
     """An image of two programs: the last lanes idle, strips and channels straddle programs."""
     shape = (1, 3, 18, 40)  # 240 lanes
     tiles = module._tiles()
-    assert 1 < module._programs(*shape[1:], tiles) * tiles["LANES"] / 240 < 2, "choose a shape that leaves lanes idle"
+    assert 1 < module._programs(*shape[1:], tiles) * tiles["LANES"] / 240 < 2, (
+        "choose a shape that leaves lanes idle"
+    )
     assert triton.cdiv(shape[2], tiles["ROWS"]) > 1
     assert_same(total(ssim), total(ssim_reference), *pair(shape, device))
 
 
 def test_ssim_fp16(device, few_programs):
-    assert_same(total(ssim), total(ssim_reference), *pair((1, 3, 17, 23), device, dtype=torch.float16))
+    assert_same(
+        total(ssim), total(ssim_reference), *pair((1, 3, 17, 23), device, dtype=torch.float16)
+    )
 
 
-@pytest.mark.parametrize("grad", [(True, False), (False, True), (False, False)], ids=["first", "second", "neither"])
+@pytest.mark.parametrize(
+    "grad", [(True, False), (False, True), (False, False)], ids=["first", "second", "neither"]
+)
 def test_only_what_needs_a_gradient_is_computed(kernel_device, few_programs, grad):
     seen = []
     with backend.observe(lambda kernel, grid, args, constants: seen.append(constants)):
@@ -78,7 +86,8 @@ def test_ssim_agrees_with_the_published_loss(device, few_programs):
 def test_batched_is_looped_and_repeats_to_the_bit(device, few_programs):
     a, b = pair((2, 1, 12, 20), device, grad=(True, False))
     both, alone, again = (
-        (value.detach(), *torch.autograd.grad(value.sum(), [a])) for value in (ssim(a, b), ssim(a[1:], b[1:]), ssim(a[1:], b[1:]))
+        (value.detach(), *torch.autograd.grad(value.sum(), [a]))
+        for value in (ssim(a, b), ssim(a[1:], b[1:]), ssim(a[1:], b[1:]))
     )
     for batched, looped, repeated in zip(both, alone, again, strict=True):
         assert torch.equal(looped, repeated)
@@ -87,8 +96,12 @@ def test_batched_is_looped_and_repeats_to_the_bit(device, few_programs):
 
 def test_transposed_views_are_read_as_they_look(device, few_programs):
     a, b = pair((1, 10, 14, 3), device)
-    assert_same(total(lambda a, b: ssim(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2))),
-                total(lambda a, b: ssim_reference(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2))), a, b)  # fmt: skip
+    assert_same(
+        total(lambda a, b: ssim(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2))),
+        total(lambda a, b: ssim_reference(a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2))),
+        a,
+        b,
+    )
 
 
 def test_equal_images_have_ssim_one_and_no_gradient(device, few_programs):

@@ -1,4 +1,6 @@
-"""What stops a run of train.gaussian once its flags are read, what it says then, and that it can go on."""
+"""What stops a run of train.gaussian once its flags are read, what it says then, and that it can go
+on.
+"""
 
 import re
 from contextlib import ExitStack
@@ -23,20 +25,38 @@ def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, c
     data, out = own_data(tmp_path), tmp_path / "run"
     message = refused(capsys, *TINY, *data, "--views", "4", "--out", out)
     assert "transforms.json: 3 train views, 4 wanted" in message and "--resume" not in message
-    assert "lists 5 frames: 5 held-out views leave none" in refused(capsys, *TINY, *data, "--holdout-views", "5", "--out", out)
+    assert "lists 5 frames: 5 held-out views leave none" in refused(
+        capsys, *TINY, *data, "--holdout-views", "5", "--out", out
+    )
     assert not out.exists()
 
 
 def test_an_object_that_breaks_a_run_is_named_and_the_run_can_go_on(tmp_path, capsys):
     data, out = own_data(tmp_path), tmp_path / "run"
     seed = next(s for s in range(9) if np.random.default_rng([s, 0]).permutation(3)[1] == 1)
-    files = [tmp_path / "data" / "renders" / BB / f"{view:03d}.png" for view in range(3)]  # 3 and 4 are held out
+    files = [
+        tmp_path / "data" / "renders" / BB / f"{view:03d}.png" for view in range(3)
+    ]  # 3 and 4 are held out
     whole = [file.read_bytes() for file in files]
     for file in files:
         file.write_bytes(file.read_bytes()[:-60])
-    flags = ["--batch-size", "1", "--steps", "3", "--save-every", "1", "--seed", str(seed), "--out", out]
+    flags = [
+        "--batch-size",
+        "1",
+        "--steps",
+        "3",
+        "--save-every",
+        "1",
+        "--seed",
+        str(seed),
+        "--out",
+        out,
+    ]
     message = refused(capsys, *TINY, *data, *flags)
-    assert re.search(r"error: \S+bb.00\d.png is truncated or damaged", message) and f"--resume {out}" in message, message
+    assert (
+        re.search(r"error: \S+bb.00\d.png is truncated or damaged", message)
+        and f"--resume {out}" in message
+    ), message
     for file, content in zip(files, whole, strict=True):
         file.write_bytes(content)
     train("--resume", out)
@@ -50,7 +70,11 @@ def test_steps_are_saved_before_their_picture_is_drawn(tmp_path, capsys, monkeyp
     monkeypatch.setattr(loop.report, "picture", failing)
     with pytest.raises(SystemExit) as stopped:
         fresh(tmp_path, "--steps", "2", "--save-every", "1", "--sample-every", "1")
-    assert stopped.value.code == 1 and f"--resume {tmp_path}" in capsys.readouterr().err and state(tmp_path)[1]["step"] == 1
+    assert (
+        stopped.value.code == 1
+        and f"--resume {tmp_path}" in capsys.readouterr().err
+        and state(tmp_path)[1]["step"] == 1
+    )
 
 
 def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -65,12 +89,18 @@ def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         fresh(tmp_path, "--steps", "2", "--save-every", "1")
     message = capsys.readouterr().err
-    assert stopped.value.code == 130 and "interrupted\ncontinue with" in message and f"--resume {tmp_path}" in message
+    assert (
+        stopped.value.code == 130
+        and "interrupted\ncontinue with" in message
+        and f"--resume {tmp_path}" in message
+    )
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])  # each looks before the other has made its folder
+    monkeypatch.setattr(
+        Path, "glob", lambda self, pattern: []
+    )  # each looks before the other has made its folder
     with ExitStack() as stack:
         made = [stack.enter_context(loop.new_folder("gaussian", None)) for _ in range(3)]
     assert made == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]
@@ -79,12 +109,17 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
 def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(tmp_path, capsys):
     fresh(tmp_path, "--steps", "2", "--eval-objects", "1")
     before = (tmp_path / "config.json").read_text()
-    assert f"--steps 1 are fewer than the 2 that {tmp_path} has done" in refused(capsys, "--resume", tmp_path, "--steps", "1")
+    assert f"--steps 1 are fewer than the 2 that {tmp_path} has done" in refused(
+        capsys, "--resume", tmp_path, "--steps", "1"
+    )
     assert (tmp_path / "config.json").read_text() == before
     train("--resume", tmp_path, "--steps", "2")
     assert "another cosine" not in capsys.readouterr().out
     train("--resume", tmp_path, "--steps", "4")  # before: 3e-3 * 0.03, the end of its cosine
-    said = "--steps 4 instead of 2 is another cosine: the learning rate after step 2 is 0.0015, not 9e-05"
+    said = (
+        "--steps 4 instead of 2 is another cosine: the learning rate after step 2 is 0.0015, "
+        "not 9e-05"
+    )
     assert said in capsys.readouterr().out and len(rows(tmp_path)) == 4
 
 
@@ -92,7 +127,9 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
     fresh(run := tmp_path / "run", "--steps", "2", "--eval-objects", "1")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with loop.locked(run):
-        assert f"error: run folder {run} is in use by another process" in refused(capsys, "--resume", run, "--steps", "9")
+        assert f"error: run folder {run} is in use by another process" in refused(
+            capsys, "--resume", run, "--steps", "9"
+        )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     held = []
 

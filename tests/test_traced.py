@@ -1,4 +1,6 @@
-"""What torch.compile traces for a device that is not the CPU, on any machine: one graph, in which nothing is copied there."""
+"""What torch.compile traces for a device that is not the CPU, on any machine: one graph, in which
+nothing is copied there.
+"""
 
 import copy
 from collections.abc import Callable
@@ -33,7 +35,9 @@ def moved(value):
         if value.__closure__ is None:
             return value
         cells = tuple(CellType(moved(cell.cell_contents)) for cell in value.__closure__)
-        return FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        return FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+        )
     move = lambda t, memo: t.detach().to(ELSEWHERE).requires_grad_(t.requires_grad)
     with patch.object(Tensor, "__deepcopy__", move):
         return copy.deepcopy(value)
@@ -45,7 +49,10 @@ def graph_of(function: Callable, *args) -> fx.Graph:
 
     def keep(module, inputs):
         graphs.append(module.graph)
-        outputs = [out.meta["val"] if isinstance(out, fx.Node) else out for out in module.graph.output_node().args[0]]
+        outputs = [
+            out.meta["val"] if isinstance(out, fx.Node) else out
+            for out in module.graph.output_node().args[0]
+        ]
         return make_boxed_func(lambda *_: outputs)
 
     torch._dynamo.reset()
@@ -60,7 +67,11 @@ def device_of(value) -> str | None:
 
 def copies(graph: fx.Graph) -> list[fx.Node]:
     """From the host: it would wait for each."""
-    made = [node for node in graph.nodes if node.op == "call_function" and device_of(node) == ELSEWHERE.type]
+    made = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and device_of(node) == ELSEWHERE.type
+    ]
     return [node for node in made if "cpu" in map(device_of, node.all_input_nodes)]
 
 
@@ -69,7 +80,9 @@ def test_ops(name):
     with backend.use("interpreter"):
         case = DRAWS[name](Draw(5, torch.device("cpu")))
     graph = graph_of(moved(case.op), *moved(case.tensors))
-    assert any(node.target.namespace == "trislat" for node in graph.nodes if node.op == "call_function") and not copies(graph)
+    assert any(
+        node.target.namespace == "trislat" for node in graph.nodes if node.op == "call_function"
+    ) and not copies(graph)
 
 
 @pytest.mark.parametrize("small", [small_decoder, small_radiance], ids=["gaussian", "radiance"])

@@ -1,4 +1,6 @@
-"""The layers of the mesh decoder's upsampling: published numbers, and the block against its plain form."""
+"""The layers of the mesh decoder's upsampling: published numbers, and the block against its plain
+form.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ def test_published_convolutions(device):
     cache, x = SpatialCache(tensors["coords"].to(device)), tensors["feats"].to(device).float()
     for name, size in (("conv3", 3), ("conv1", 1)):
         layer = SparseConv3d(32, 16, size, skip_weight="spconv").to(device)
-        layer.conv.load_state_dict({key: tensors[f"{name}/{key}"].float() for key in ("weight", "bias")})
+        layer.conv.load_state_dict(
+            {key: tensors[f"{name}/{key}"].float() for key in ("weight", "bias")}
+        )
         assert_close(layer(x, cache), tensors[f"{name}/out"], 1e-5)
     weight, bias = layer.conv.weight, layer.conv.bias
     layer.skip_weight = "linear"
@@ -32,12 +36,16 @@ def plain_block(block: SubdivideBlock, x, cache):
     children = cache.subdivide()
     first, norm, last = (block.out_layers[i] for i in "013")
     act = block.act_layers["0"]
-    h = group_norm_reference(x, act.weight, act.bias, cache.starts, act.groups, silu=True).repeat_interleave(8, 0)
+    h = group_norm_reference(
+        x, act.weight, act.bias, cache.starts, act.groups, silu=True
+    ).repeat_interleave(8, 0)
     h = sparse_conv_reference(h, first.conv.weight, first.conv.bias, neighbours(children.coords))
     h = group_norm_reference(h, norm.weight, norm.bias, children.starts, norm.groups, silu=True)
     h = sparse_conv_reference(h, last.conv.weight, last.conv.bias, neighbours(children.coords))
     skip = block.skip_connection
-    return h + (x if skip is None else F.linear(x, skip.conv.weight.flatten(1), skip.conv.bias)).repeat_interleave(8, 0)
+    return h + (
+        x if skip is None else F.linear(x, skip.conv.weight.flatten(1), skip.conv.bias)
+    ).repeat_interleave(8, 0)
 
 
 @pytest.mark.parametrize("channels", [(8, 4), (4, 4)])
@@ -62,12 +70,17 @@ def test_parameters_have_published_names_and_shapes():
     block = SubdivideBlock(128, 32)
     shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
     assert shapes == {
-        "act_layers.0.weight": (128,), "act_layers.0.bias": (128,),
-        "out_layers.0.conv.weight": (32, 3, 3, 3, 128), "out_layers.0.conv.bias": (32,),
-        "out_layers.1.weight": (32,), "out_layers.1.bias": (32,),
-        "out_layers.3.conv.weight": (32, 3, 3, 3, 32), "out_layers.3.conv.bias": (32,),
-        "skip_connection.conv.weight": (32, 1, 1, 1, 128), "skip_connection.conv.bias": (32,),
-    }  # fmt: skip
+        "act_layers.0.weight": (128,),
+        "act_layers.0.bias": (128,),
+        "out_layers.0.conv.weight": (32, 3, 3, 3, 128),
+        "out_layers.0.conv.bias": (32,),
+        "out_layers.1.weight": (32,),
+        "out_layers.1.bias": (32,),
+        "out_layers.3.conv.weight": (32, 3, 3, 3, 32),
+        "out_layers.3.conv.bias": (32,),
+        "skip_connection.conv.weight": (32, 1, 1, 1, 128),
+        "skip_connection.conv.bias": (32,),
+    }
     weight = block.out_layers["0"].conv.weight
     assert 0.9 < weight.abs().max() * (27 * 128) ** 0.5 <= 1
 

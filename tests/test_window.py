@@ -1,4 +1,6 @@
-"""Windows: the partition against a dictionary and against the published one; what windows promise to attention."""
+"""Windows: the partition against a dictionary and against the published one; what windows promise
+to attention.
+"""
 
 import re
 
@@ -52,8 +54,12 @@ def test_partition_equals_the_dictionary(device, counts, size, shift):
     assert windows.order.dtype == windows.starts.dtype == torch.int32
     assert windows.starts[0] == 0 and windows.starts[-1] == len(coords)
     assert windows.bound >= max([len(rows) for _, rows in expected], default=0)
-    assert windows.lengths.tolist() == windows.starts.diff().tolist() and len(windows) == len(windows.lengths)
-    assert windows.segment.tolist() == [m for m, n in enumerate(windows.lengths.tolist()) for _ in range(n)]
+    assert windows.lengths.tolist() == windows.starts.diff().tolist() and len(windows) == len(
+        windows.lengths
+    )
+    assert windows.segment.tolist() == [
+        m for m, n in enumerate(windows.lengths.tolist()) for _ in range(n)
+    ]
 
 
 @pytest.mark.parametrize("size, shift", [(4, 2), (5, -1), ((4, 2, 8), (1, 0, 3))], ids=str)
@@ -90,12 +96,19 @@ def test_published_partition(device, case):
     meta, tensors = golden("ops_window_partition")
     config = meta["configs"][f"cfg{case}"]
     coords = tensors["coords"]
-    windows = window_partition(coords.to(device), int(coords[:, 0].max()) + 1, config["window_size"], config["shift_window"])
+    windows = window_partition(
+        coords.to(device),
+        int(coords[:, 0].max()) + 1,
+        config["window_size"],
+        config["shift_window"],
+    )
     ours = groups(windows)
     lengths = tensors[f"cfg{case}/seq_lens"].tolist()
     published = [p.tolist() for p in tensors[f"cfg{case}/fwd_indices"].split(lengths)]
     assert [set(rows) for rows in ours] == [set(rows) for rows in published]
-    assert [int(coords[rows[0], 0]) for rows in ours] == tensors[f"cfg{case}/seq_batch_indices"].tolist()
+    assert [int(coords[rows[0], 0]) for rows in ours] == tensors[
+        f"cfg{case}/seq_batch_indices"
+    ].tolist()
     rank = torch.empty(len(coords), dtype=torch.int32)
     for r, rows in enumerate(ours):
         rank[rows] = r
@@ -109,7 +122,10 @@ def test_batched_equals_looped(device):
     for b in range(3):
         part = coords[coords[:, 0] == b].clone()
         part[:, 0] = 0
-        looped += [[r + offset for r in rows] for rows in groups(window_partition(part.to(device), 1, 4, 2, extent=16))]
+        looped += [
+            [r + offset for r in rows]
+            for rows in groups(window_partition(part.to(device), 1, 4, 2, extent=16))
+        ]
         offset += len(part)
     assert whole == looped
 
@@ -117,7 +133,9 @@ def test_batched_equals_looped(device):
 def test_full_windows(device):
     starts = torch.tensor([0, 3, 3, 8], dtype=torch.int32, device=device)
     windows = full_windows(starts, 8)
-    assert groups(windows) == [[0, 1, 2], [3, 4, 5, 6, 7]] and windows.bound == 8 and len(windows) == 3
+    assert (
+        groups(windows) == [[0, 1, 2], [3, 4, 5, 6, 7]] and windows.bound == 8 and len(windows) == 3
+    )
     assert windows.segment.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
     coords = voxels([3, 0, 5]).to(device)
     cached = full_windows(SpatialCache(coords))
@@ -133,7 +151,11 @@ def test_two_launches_whatever_the_batch(kernel_device):
 
 
 def test_rows_outside_the_promised_extent_write_nowhere(kernel_device, monkeypatch):
-    coords = torch.tensor([[0, 1, 1, 1], [0, 99, 0, 0], [7, 0, 0, 0], [0, -1, 0, 0]], dtype=torch.int32, device=kernel_device)
+    coords = torch.tensor(
+        [[0, 1, 1, 1], [0, 99, 0, 0], [7, 0, 0, 0], [0, -1, 0, 0]],
+        dtype=torch.int32,
+        device=kernel_device,
+    )
     windows = window_partition(coords, 1, 4, 0, extent=4)
     assert windows.starts.tolist() == [0, 1] and windows.order.tolist() == [0, -1, -1, -1]
     monkeypatch.setattr("kernels.window.DENSE_CELLS", 0)
@@ -142,7 +164,9 @@ def test_rows_outside_the_promised_extent_write_nowhere(kernel_device, monkeypat
 
 
 @pytest.mark.parametrize("dense", [0, 1 << 25])
-@pytest.mark.parametrize("wrong", [[0, 4, 0, 0], [0, 0, 0, 9], [2, 0, 0, 0], [-1, 0, 0, 0], [0, 0, -1, 0]], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [[0, 4, 0, 0], [0, 0, 0, 9], [2, 0, 0, 0], [-1, 0, 0, 0], [0, 0, -1, 0]], ids=str
+)
 def test_the_torch_path_refuses_rows_outside_the_promised_extent(monkeypatch, dense, wrong):
     monkeypatch.setattr("kernels.window.DENSE_CELLS", dense)
     coords = torch.tensor([[0, 1, 1, 1], wrong], dtype=torch.int32)
@@ -173,7 +197,9 @@ def test_compiles_without_breaking_the_graph(device):
     coords = voxels([40, 30]).to(device)
     compiled = torch.compile(partition, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(coords), partition(coords), strict=True))
-    torch.library.opcheck(torch.ops.trislat.window_partition, (coords, 2, [16] * 3, [4] * 3, [2] * 3))
+    torch.library.opcheck(
+        torch.ops.trislat.window_partition, (coords, 2, [16] * 3, [4] * 3, [2] * 3)
+    )
 
 
 def test_wrong_input_is_refused():

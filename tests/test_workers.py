@@ -1,4 +1,6 @@
-"""Processes that read for another one: order, errors, deaths, signals to the group, and that none is left over."""
+"""Processes that read for another one: order, errors, deaths, signals to the group, and that none
+is left over.
+"""
 
 import multiprocessing
 import os
@@ -17,7 +19,9 @@ from tests.answering import respond
 from train import loader
 from train.workers import STOPS, Worker, answers, end, read_ahead
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 about fork
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process:DeprecationWarning"
+)  # Python 3.12 about fork
 
 
 @pytest.fixture
@@ -46,7 +50,10 @@ def test_answers_come_in_order_and_the_processes_end_with_the_iterator():
         begin = time.perf_counter()
     assert set(multiprocessing.active_children()) == before and time.perf_counter() - begin < 2
     assert list(read_ahead("reader", respond, iter("abcde"), 2)) == list("abcde")
-    assert list(read_ahead("reader", respond, iter([]), 2)) == [] and set(multiprocessing.active_children()) == before
+    assert (
+        list(read_ahead("reader", respond, iter([]), 2)) == []
+        and set(multiprocessing.active_children()) == before
+    )
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
@@ -70,7 +77,9 @@ DEATHS = {
 def test_a_death_is_one_line_that_names_the_process(capfd, worker, question):
     process = pid(worker)
     worker.ask(question)
-    with pytest.raises(ChildProcessError, match=rf"^reader 7 \(process {process}\) {DEATHS[question]}$"):
+    with pytest.raises(
+        ChildProcessError, match=rf"^reader 7 \(process {process}\) {DEATHS[question]}$"
+    ):
         worker.answer()
     with pytest.raises(ChildProcessError, match=rf"^reader 7 \(process {process}\) "):
         worker.ask(1), worker.answer()
@@ -95,9 +104,21 @@ def test_a_process_that_does_not_listen_is_killed(worker):
 
 
 def test_a_program_ends_with_processes_that_it_never_ended():
-    code = "import multiprocessing as m; from train.workers import *; from tests.answering import respond; "
-    code += "w = Worker('reader', respond, m.get_context(), STOPS); w.ask('pid'); print(w.answer()); w.ask('sleep')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[1])
+    code = (
+        "import multiprocessing as m; from train.workers import *; from tests.answering "
+        "import respond; "
+    )
+    code += (
+        "w = Worker('reader', respond, m.get_context(), STOPS); w.ask('pid'); "
+        "print(w.answer()); w.ask('sleep')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        cwd=Path(__file__).parents[1],
+    )
     assert run.returncode == 0 and not alive(int(run.stdout)), run.stderr
 
 
@@ -130,9 +151,16 @@ def test_a_question_that_kills_costs_itself_alone():
     questions = [1, "die", 2, TypeError, ValueError, 3]
     found = dict(answers("reader", respond, questions, 2))
     assert {q: found[q] for q in (1, 2, 3)} == {1: 1, 2: 2, 3: 3} and len(found) == 6
-    assert re.fullmatch(r"reader \d \(process \d+\) was ended by SIGKILL, perhaps .*", str(found["die"]))
-    assert re.fullmatch(r"reader \d \(process \d+\) failed: TypeError: what is wrong \(.*\)", str(found[TypeError]))
-    assert type(found["die"]) is type(found[TypeError]) is ChildProcessError and type(found[ValueError]) is ValueError
+    assert re.fullmatch(
+        r"reader \d \(process \d+\) was ended by SIGKILL, perhaps .*", str(found["die"])
+    )
+    assert re.fullmatch(
+        r"reader \d \(process \d+\) failed: TypeError: what is wrong \(.*\)", str(found[TypeError])
+    )
+    assert (
+        type(found["die"]) is type(found[TypeError]) is ChildProcessError
+        and type(found[ValueError]) is ValueError
+    )
     assert set(multiprocessing.active_children()) == before
 
 

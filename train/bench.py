@@ -1,7 +1,8 @@
-"""What `python -m kernels.bench` measures beyond single ops: a transformer block, a transformer, a Gaussian training step.
+"""What `python -m kernels.bench` measures beyond single ops: a transformer block, a transformer, a
+Gaussian training step.
 
-They need models and the training loop, which kernels may not import: the registry of kernels.bench names this module,
-and it is looked up only when one of its ops is asked for.
+They need models and the training loop, which kernels may not import: the registry of kernels.bench
+names this module, and it is looked up only when one of its ops is asked for.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.bench_attention import WINDOW, Attend, Layout, attention_work, flash, one_by_one, sizes, voxels
+from kernels.bench_attention import (
+    WINDOW,
+    Attend,
+    Layout,
+    attention_work,
+    flash,
+    one_by_one,
+    sizes,
+    voxels,
+)
 from kernels.bench_splat import gsplat
 from kernels.cache import SpatialCache
 from kernels.camera import Camera
@@ -35,15 +45,23 @@ NO_GRAPHS = "absent: a CPU has no CUDA graphs"
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
     """The stages of a fully fused block, forward and backward, one after another.
 
-    Forward: norm (2 passes over N C), qkv, attention, out, norm with residual (2), MLP. Products count as flops alone
-    (their operands stay in flight); 24 N C^2 flops forward in all, twice that backward.
+    Forward: norm (2 passes over N C), qkv, attention, out, norm with residual (2), MLP. Products
+    count as flops alone (their operands stay in flight); 24 N C^2 flops forward in all, twice that
+    backward.
     """
     C = H * D
     forward, backward = attention_work(N, squares, H, D, width)
     passes = Work(2 * N * C * width)
     product = lambda factor: Work(flops=factor * N * C * C)
     stages = [passes, product(6), forward, product(2), passes, product(16)]
-    reverse = [product(32), Work(4 * N * C * width), product(4), backward, product(12), Work(4 * N * C * width)]
+    reverse = [
+        product(32),
+        Work(4 * N * C * width),
+        product(4),
+        backward,
+        product(12),
+        Work(4 * N * C * width),
+    ]
     return stages, reverse
 
 
@@ -58,11 +76,18 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         block = Trunk(8, H * D, num_blocks=1, num_heads=H, window_size=WINDOW).blocks[0].to(device)
         attend = layout.padded().run if device.type == "cpu" else layout.published(flash).run
         published = published_block(block, attend)
-        what = "published path on torch ops, " + ("padded attention" if device.type == "cpu" else "varlen_attn")
-        fused, naive = compiled(published, device), published_block(block, layout.published(one_by_one).run)
+        what = "published path on torch ops, " + (
+            "padded attention" if device.type == "cpu" else "varlen_attn"
+        )
+        fused, naive = (
+            compiled(published, device),
+            published_block(block, layout.published(one_by_one).run),
+        )
 
         def ours(x: Tensor, block=block, cache=cache) -> Tensor:
-            x, bias = block.on_a_copy(x, None, cache)  # a copy that no block inside a transformer makes
+            x, bias = block.on_a_copy(
+                x, None, cache
+            )  # a copy that no block inside a transformer makes
             return x + bias
 
         for dtype in dtypes:
@@ -74,23 +99,38 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
                 return (x.to(device, DTYPES[dtype]).requires_grad_(),)
 
             yield Case(
-                op="block", size=f"{name}, N = {N}", dtype=dtype, inputs=inputs, ours=ours, forward=forward, backward=backward,
-                peers={what: Impl(published), "torch.compile of it": fused if isinstance(fused, str) else Impl(fused)},
-                reference=naive, naive=size == "small", parameters=list(block.parameters()),
-            )  # fmt: skip
+                op="block",
+                size=f"{name}, N = {N}",
+                dtype=dtype,
+                inputs=inputs,
+                ours=ours,
+                forward=forward,
+                backward=backward,
+                peers={
+                    what: Impl(published),
+                    "torch.compile of it": fused if isinstance(fused, str) else Impl(fused),
+                },
+                reference=naive,
+                naive=size == "small",
+                parameters=list(block.parameters()),
+            )
 
 
 def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host, with CUDA graphs and without.
+    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host, with
+    CUDA graphs and without.
 
-    The device's time, then that of the host, which issues the work and does not wait for it. Windows are made in every call, as
-    for every batch of a training. `ours` is without graphs; a graph has more rows (see models.graphs) and copies of what goes
-    in and out.
+    The device's time, then that of the host, which issues the work and does not wait for it.
+    Windows are made in every call, as for every batch of a training. `ours` is without graphs; a
+    graph has more rows (see models.graphs) and copies of what goes in and out.
     """
     (H, D), blocks = sizes(size), 2 if size == "small" else 12
     for resolution in (16,) if size == "small" else (16, 32, 64):
         coords = batch(shell("sphere", resolution)).to(device)
-        N, squares = len(coords), int(window_partition(coords, 1, WINDOW).lengths.long().square().sum())
+        N, squares = (
+            len(coords),
+            int(window_partition(coords, 1, WINDOW).lengths.long().square().sum()),
+        )
         torch.manual_seed(0)
         eager = Encoder(resolution, 8, H * D, 8, blocks, num_heads=H, window_size=WINDOW).to(device)
         graphed = deepcopy(eager)
@@ -100,7 +140,9 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         def inputs(seed: int, N=N) -> tuple[Tensor]:
             return (torch.randn(N, 8, generator=torch.Generator().manual_seed(seed)).to(device),)
 
-        def step(model: Encoder, dtype: str, feats: Tensor, coords=coords, extent=(resolution,) * 3) -> tuple[Tensor, ...]:
+        def step(
+            model: Encoder, dtype: str, feats: Tensor, coords=coords, extent=(resolution,) * 3
+        ) -> tuple[Tensor, ...]:
             model.set_activation_dtype(DTYPES[dtype])
             out = model.trunk(feats, SpatialCache.unread(coords, 1, extent))
             weights = [*model.input_layer.parameters(), *model.blocks.parameters()]
@@ -111,26 +153,39 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
             graphs = Impl(partial(step, graphed, dtype)) if device.type == "cuda" else NO_GRAPHS
             for on_host in (False, True):
                 yield Case(
-                    op="trunk", size=f"sphere {resolution}^3, N = {N}, {blocks} blocks" + (", host" if on_host else ""),
-                    dtype=dtype, inputs=inputs, ours=partial(step, eager, dtype), peers={"ours, as CUDA graphs": graphs},
-                    forward=[] if on_host else blocks * (forward + backward), on_host=on_host, forward_name="both passes",
-                )  # fmt: skip
+                    op="trunk",
+                    size=f"sphere {resolution}^3, N = {N}, {blocks} blocks"
+                    + (", host" if on_host else ""),
+                    dtype=dtype,
+                    inputs=inputs,
+                    ours=partial(step, eager, dtype),
+                    peers={"ours, as CUDA graphs": graphs},
+                    forward=[] if on_host else blocks * (forward + backward),
+                    on_host=on_host,
+                    forward_name="both passes",
+                )
 
 
 def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Batch:
-    """Objects with random features and pictures, one view each: what a step computes on does not change its time."""
+    """Objects with random features and pictures, one view each: what a step computes on does not
+    change its time.
+    """
     generator = torch.Generator().manual_seed(0)
     B = int(coords[-1, 0]) + 1
     camera = Camera.orbit([0.3 + b for b in range(B)], [0.2] * B, width=edge)
     features = torch.randn(len(coords), channels, generator=generator)
     picture = torch.rand(B, 4, edge, edge, generator=generator)
-    return Batch(features, coords, B, camera, list(range(B)), picture, [f"object {b}" for b in range(B)]).to(device)
+    return Batch(
+        features, coords, B, camera, list(range(B)), picture, [f"object {b}" for b in range(B)]
+    ).to(device)
 
 
 def _trainer(
     vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor], graphs: int = 0
 ) -> Callable[..., Tensor]:
-    """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns the loss."""
+    """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns
+    the loss.
+    """
     vae = deepcopy(vae)
     vae.use_graphs(graphs)
     scale = LossScale() if precision == "fp16" else LossScale(0, 0, 0)
@@ -145,7 +200,9 @@ def _trainer(
     return step
 
 
-def _published(attend: Attend | None, rasterize: Rasterize, batch: Batch, background: Tensor, weights: dict) -> Callable:
+def _published(
+    attend: Attend | None, rasterize: Rasterize, batch: Batch, background: Tensor, weights: dict
+) -> Callable:
     def loss(vae: VAE, noise: Tensor) -> Tensor:
         x = SparseTensor(batch.features, batch.coords, batch.batch_size)
         return published_loss(vae, weights, attend, rasterize, x, noise, batch, background)
@@ -155,14 +212,18 @@ def _published(attend: Attend | None, rasterize: Rasterize, batch: Batch, backgr
 
 def _gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
     peer = gsplat(camera, background)
-    return peer.restore(peer.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color))[0]
+    return peer.restore(
+        peer.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
+    )[0]
 
 
 def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One micro-batch of two objects, forward, backward and optimiser, with the demo's or the published sizes.
+    """One micro-batch of two objects, forward, backward and optimiser, with the demo's or the
+    published sizes.
 
-    Each implementation trains a model of its own from the same weights; the first losses are compared. The floor is that
-    of the transformer blocks alone, which is most of the work: 3 passes of the encoder's and decoder's.
+    Each implementation trains a model of its own from the same weights; the first losses are
+    compared. The floor is that of the transformer blocks alone, which is most of the work: 3 passes
+    of the encoder's and decoder's.
     """
     config = gaussian.DEMO if size == "small" else gaussian.BASE
     shells = list(voxels(size).values())
@@ -174,7 +235,10 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         config = replace(config, precision=dtype, resolution=16 if size == "small" else 64)
         torch.manual_seed(0)
         vae = gaussian.build(config, channels)
-        for part in (vae.encoder, vae.decoder):  # zero at the start: no loss would depend on what is compared
+        for part in (
+            vae.encoder,
+            vae.decoder,
+        ):  # zero at the start: no loss would depend on what is compared
             torch.nn.init.xavier_uniform_(part.out_layer.weight, gain=0.3)
         vae.set_activation_dtype(DTYPES[dtype])
         vae = vae.to(device)
@@ -183,18 +247,37 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         compare, background = Pictures(None), torch.ones(batch.batch_size, 3, device=device)
 
         def inputs(seed: int, coords=coords, latent=config.model.latent) -> tuple[Tensor]:
-            return (torch.randn(len(coords), latent, generator=torch.Generator().manual_seed(seed)).to(device),)
+            return (
+                torch.randn(len(coords), latent, generator=torch.Generator().manual_seed(seed)).to(
+                    device
+                ),
+            )
 
-        def ours(vae: VAE, noise: Tensor, batch=batch, weights=weights, compare=compare, background=background) -> Tensor:
-            x = SparseTensor(batch.features, batch.coords, batch.batch_size)  # its windows are made in every step
+        def ours(
+            vae: VAE,
+            noise: Tensor,
+            batch=batch,
+            weights=weights,
+            compare=compare,
+            background=background,
+        ) -> Tensor:
+            x = SparseTensor(
+                batch.features, batch.coords, batch.batch_size
+            )  # its windows are made in every step
             return Objective(vae, compare, weights)(x, noise, batch, background)[0]
 
-        train = lambda loss, most=0, vae=vae, config=config: _trainer(vae, config.precision, config.max_norm, loss, most)
+        train = lambda loss, most=0, vae=vae, config=config: _trainer(
+            vae, config.precision, config.max_norm, loss, most
+        )
         common = batch, background, weights
         absent, name = optional("gsplat"), f"published composition, {where}, "
-        peers = {name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))}
+        peers = {
+            name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))
+        }
         peers[name + "gsplat a view at a time"] = (
-            absent if isinstance(absent, str) else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
+            absent
+            if isinstance(absent, str)
+            else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
         )
         graphs = Impl(train(ours, len(coords))) if device.type == "cuda" else NO_GRAPHS
         peers["ours, transformers as CUDA graphs"] = graphs
@@ -203,7 +286,12 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         squares = int(windows.lengths.long().square().sum())
         forward, backward = block_work(len(coords), squares, H, D, DTYPES[dtype].itemsize)
         yield Case(
-            op="train_step", size=f"{batch.batch_size} objects, N = {len(coords)}, {config.image_size}^2", dtype=dtype,
-            inputs=inputs, ours=train(ours), forward=2 * config.model.blocks * (forward + backward),
-            peers=peers, forward_name="step",
-        )  # fmt: skip
+            op="train_step",
+            size=f"{batch.batch_size} objects, N = {len(coords)}, {config.image_size}^2",
+            dtype=dtype,
+            inputs=inputs,
+            ours=train(ours),
+            forward=2 * config.model.blocks * (forward + backward),
+            peers=peers,
+            forward_name="step",
+        )

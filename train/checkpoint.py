@@ -1,8 +1,9 @@
 """Checkpoints of a run: one safetensors file a step, complete or absent, the last few kept.
 
-A file holds every tensor of the run's state (weights, averaged weights, optimizer moments, ...) and, as JSON in its
-header, what is not a tensor (step, loss scale, ...). Nothing in it is executed when it is read. One
-that is saved while steps are skipped is marked as doubtful: it may be why they are.
+A file holds every tensor of the run's state (weights, averaged weights, optimizer moments, ...)
+and, as JSON in its header, what is not a tensor (step, loss scale, ...). Nothing in it is executed
+when it is read. One that is saved while steps are skipped is marked as doubtful: it may be why they
+are.
 """
 
 import json
@@ -27,7 +28,8 @@ def save(
     keep: int = KEEP,
     doubtful: bool = False,
 ) -> Path:
-    """Write FOLDER/step_NNNNNNNN.safetensors; delete all but the newest `keep` and what a killed run left; returns the file.
+    """Write FOLDER/step_NNNNNNNN.safetensors; delete all but the newest `keep` and what a killed
+    run left; returns the file.
 
     The newest sound one is never deleted. The data reach the disk under another name before the
     file takes its own, so a crash or a full disk leaves the previous checkpoints as they were.
@@ -85,8 +87,8 @@ def newest(folder: Path) -> Path:
 def load(file: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors (on the CPU) and the state that `save` was given.
 
-    Raises ValueError that names a file which cannot be read, or its first tensor that is not finite,
-    the newest older checkpoint that is whole, and how to go on from there.
+    Raises ValueError that names a file which cannot be read, or its first tensor that is not
+    finite, the newest older checkpoint that is whole, and how to go on from there.
     """
     try:
         with safe_open(file, framework="pt") as content:
@@ -97,9 +99,13 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict]:
     except NotFinite as error:
         raise NotFinite(f"{error}{_older(file)}") from error
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}{_older(file)}") from error
+        raise ValueError(
+            f"{file} is truncated or not a safetensors file: {error}{_older(file)}"
+        ) from error
     except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not a checkpoint of a run: its header has no state{_older(file)}") from error
+        raise ValueError(
+            f"{file} is not a checkpoint of a run: its header has no state{_older(file)}"
+        ) from error
 
 
 def _older(file: Path) -> str:
@@ -117,4 +123,8 @@ def _older(file: Path) -> str:
 
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under `prefix.`, without it."""
-    return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
+    return {
+        name.removeprefix(prefix + "."): t
+        for name, t in tensors.items()
+        if name.startswith(prefix + ".")
+    }

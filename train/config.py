@@ -1,7 +1,8 @@
 """What a run is told: frozen dataclasses, the command line generated from them, config.json.
 
-A preset is a whole Config; a flag replaces one of its fields (`--lr 1e-3`), a dotted flag a field of a nested group
-(`--model.channels 96`, `--weights.kl 0`). The defaults below are the published recipe (microsoft/TRELLIS).
+A preset is a whole Config; a flag replaces one of its fields (`--lr 1e-3`), a dotted flag a field
+of a nested group (`--model.channels 96`, `--weights.kl 0`). The defaults below are the published
+recipe (microsoft/TRELLIS).
 """
 
 import argparse
@@ -19,7 +20,15 @@ from train.files import write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
-CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")  # of a run that is resumed
+CHANGEABLE = (
+    "steps",
+    "device",
+    "data",
+    "workers",
+    "sample_every",
+    "save_every",
+    "eval_objects",
+)  # of a run that is resumed
 
 
 def flag(default, help: str):
@@ -35,22 +44,32 @@ class Sizes:
     blocks: int = flag(12, "transformer blocks, in the encoder and in the decoder")
     heads: int = flag(12, "attention heads; channels / heads is a multiple of 8 up to 128")
     mlp_ratio: float = flag(4.0, "width of the MLP inside a block, in channels")
-    window: int = flag(8, "edge of an attention window in voxels; odd blocks are shifted by half of it")
+    window: int = flag(
+        8, "edge of an attention window in voxels; odd blocks are shifted by half of it"
+    )
     latent: int = flag(8, "latent channels per voxel")
-    logvar_init: float | None = flag(None, "log variance to start from (none: zero output layer, as published)")
-    recompute: bool = flag(False, "keep no activations inside blocks: less memory, a third more time")
+    logvar_init: float | None = flag(
+        None, "log variance to start from (none: zero output layer, as published)"
+    )
+    recompute: bool = flag(
+        False, "keep no activations inside blocks: less memory, a third more time"
+    )
 
     def __post_init__(self):
         for name in ("channels", "blocks", "heads", "window", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} {getattr(self, name)} must be at least 1")
         if not 1 <= self.channels * self.mlp_ratio < math.inf:
-            raise ValueError(f"model.mlp_ratio {self.mlp_ratio} gives {self.channels} channels no finite width of at least 1")
+            raise ValueError(
+                f"model.mlp_ratio {self.mlp_ratio} gives {self.channels} channels no finite "
+                "width of at least 1"
+            )
         if self.logvar_init is not None and not math.isfinite(self.logvar_init):
             raise ValueError(f"model.logvar_init {self.logvar_init} must be finite")
         if self.channels % (8 * self.heads) or self.channels > 128 * self.heads:
             raise ValueError(
-                f"model.channels {self.channels} must be model.heads {self.heads} times a multiple of 8 that is at most 128"
+                f"model.channels {self.channels} must be model.heads {self.heads} times a "
+                "multiple of 8 that is at most 128"
             )
 
 
@@ -61,7 +80,9 @@ class Weights:
     l1: float = flag(1.0, "weight of the mean absolute difference of the pictures")
     ssim: float = flag(0.2, "weight of 1 - SSIM")
     lpips: float = flag(0.2, "weight of LPIPS; needs --lpips")
-    kl: float = flag(1e-6, "weight of the posterior's divergence from a unit Gaussian; off with --encoder")
+    kl: float = flag(
+        1e-6, "weight of the posterior's divergence from a unit Gaussian; off with --encoder"
+    )
 
     def __post_init__(self):
         for name, weight in asdict(self).items():
@@ -75,7 +96,9 @@ class Config:
 
     preset: str = "base"
     # data
-    data: tuple[str, ...] = flag((), "dataset folder; may be repeated (default: the embedded objects)")
+    data: tuple[str, ...] = flag(
+        (), "dataset folder; may be repeated (default: the embedded objects)"
+    )
     features: str = flag("dinov2_vitl14_reg", "which features of the dataset the encoder reads")
     resolution: int = flag(64, "voxels along each side of the unit cube")
     image_size: int = flag(512, "edge of the views in pixels")
@@ -84,44 +107,73 @@ class Config:
     # the run
     out: str | None = flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
     resume: str | None = flag(None, "run folder to continue, exactly where it stopped")
-    seed: int = flag(0, "of the untrained weights, the order of objects, views, noise and backgrounds")
+    seed: int = flag(
+        0, "of the untrained weights, the order of objects, views, noise and backgrounds"
+    )
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     deterministic: bool = flag(False, "only algorithms that give the same bits every time")
     cuda_graphs: int = flag(
-        0, "run transformers as CUDA graphs where a micro-batch has at most so many voxels, so that the GPU need not wait for "
-        "its host; 0: nowhere"
-    )  # fmt: skip
+        0,
+        "run transformers as CUDA graphs where a micro-batch has at most so many voxels, so "
+        "that the GPU need not wait for "
+        "its host; 0: nowhere",
+    )
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
     threads: int = flag(
-        0, "threads that torch computes with on a CPU; 0: what OMP_NUM_THREADS says, else one, or one a CPU for a large model; "
-        "recorded, because it changes how sums are rounded"
-    )  # fmt: skip
+        0,
+        "threads that torch computes with on a CPU; 0: what OMP_NUM_THREADS says, else one, or "
+        "one a CPU for a large model; "
+        "recorded, because it changes how sums are rounded",
+    )
     sample_every: int = flag(1000, "steps between sample pictures and curves")
     save_every: int = flag(1000, "steps between checkpoints")
     eval_objects: int = flag(64, "most objects of each kind in the evaluation at the end")
     # the optimiser
     steps: int = flag(
-        750_000, "optimiser steps of the whole run; changed with --resume, a learning rate that decays jumps to the new cosine"
+        750_000,
+        "optimiser steps of the whole run; changed with --resume, a learning rate that decays "
+        "jumps to the new cosine",
     )
     batch_size: int = flag(256, "objects in an optimiser step, over all ranks")
     micro_batch: int = flag(2, "objects in one forward pass on one rank")
-    optimizer: str = flag("adamw", "adamw; or muon, orthogonal steps for the matrices inside blocks and adamw for the rest")
-    precision: str = flag("fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32")
+    optimizer: str = flag(
+        "adamw",
+        "adamw; or muon, orthogonal steps for the matrices inside blocks and adamw for the rest",
+    )
+    precision: str = flag(
+        "fp16", "of activations: fp32, bf16 or fp16; weights and optimiser are fp32"
+    )
     lr: float = flag(1e-4, "learning rate")
     warmup: int = flag(0, "steps until the full learning rate")
-    final_lr: float = flag(1.0, "fraction of lr that a cosine reaches at the last step; 1 is a constant lr")
+    final_lr: float = flag(
+        1.0, "fraction of lr that a cosine reaches at the last step; 1 is a constant lr"
+    )
     weight_decay: float = flag(0.0, "decoupled weight decay")
-    max_norm: float = flag(1.0, "clip gradients to this norm or the 95th percentile of the last 1000, whichever is less")
+    max_norm: float = flag(
+        1.0,
+        "clip gradients to this norm or the 95th percentile of the last 1000, whichever is less",
+    )
     ema: float = flag(0.9999, "decay of the averaged weights")
     # what is trained
-    encoder: str | None = flag(None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a finished run")
+    encoder: str | None = flag(
+        None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a finished run"
+    )
     lpips: str | None = flag(None, "file with the LPIPS (VGG16) weights")
     model: Sizes = Sizes()
     weights: Weights = Weights()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch", "resolution", "views", "holdout_views", "sample_every", "save_every",
-                     "eval_objects"):  # fmt: skip
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch",
+            "resolution",
+            "views",
+            "holdout_views",
+            "sample_every",
+            "save_every",
+            "eval_objects",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         for name in ("seed", "workers", "threads", "warmup", "cuda_graphs"):
@@ -145,57 +197,99 @@ class Config:
             if not fits:
                 raise ValueError(f"{name} {getattr(self, name)} must {rule}")
         if self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}"
+            )
         if self.resume and self.out:
-            raise ValueError(f"resume {self.resume} continues in its own folder, not in {self.out!r}")
+            raise ValueError(
+                f"resume {self.resume} continues in its own folder, not in {self.out!r}"
+            )
 
     def micro_batches(self, world: int) -> int:
-        """Forward passes of each of `world` ranks in a step; ValueError where the batch does not divide."""
+        """Forward passes of each of `world` ranks in a step; ValueError where the batch does not
+        divide.
+        """
         if self.batch_size % (world * self.micro_batch):
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {world} ranks x micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of {world} ranks x micro_batch "
+                f"{self.micro_batch}"
+            )
         return self.batch_size // (world * self.micro_batch)
 
     def trunk(self) -> dict:
-        """The constructor arguments that the encoder and the decoder share, with the published construction."""
+        """The constructor arguments that the encoder and the decoder share, with the published
+        construction.
+        """
         size = self.model
         return dict(
-            resolution=self.resolution, model_channels=size.channels, latent_channels=size.latent, num_blocks=size.blocks,
-            num_heads=size.heads, mlp_ratio=size.mlp_ratio, attn_mode="swin", window_size=size.window,
+            resolution=self.resolution,
+            model_channels=size.channels,
+            latent_channels=size.latent,
+            num_blocks=size.blocks,
+            num_heads=size.heads,
+            mlp_ratio=size.mlp_ratio,
+            attn_mode="swin",
+            window_size=size.window,
             use_checkpoint=size.recompute,
-        )  # fmt: skip
+        )
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of optimiser step `step`, counted from 0: linear warm-up, then a cosine to final_lr."""
+        """The learning rate of optimiser step `step`, counted from 0: linear warm-up, then a cosine
+        to final_lr.
+        """
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1.0))
         ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return self.lr * ramp * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
-def _leaves(config, prefix: str = ""):  # (dotted name, type, value, help) of every field, nested groups flattened
+def _leaves(
+    config, prefix: str = ""
+):  # (dotted name, type, value, help) of every field, nested groups flattened
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
             yield from _leaves(value, f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, get_type_hints(type(config))[f.name], value, f.metadata.get("help", "")
+            yield (
+                prefix + f.name,
+                get_type_hints(type(config))[f.name],
+                value,
+                f.metadata.get("help", ""),
+            )
 
 
 def _replaced(config, values: dict):
-    """`config` with dotted names replaced, each group rebuilt once so that its fields are checked together."""
+    """`config` with dotted names replaced, each group rebuilt once so that its fields are checked
+    together.
+    """
     own = {name: value for name, value in values.items() if "." not in name}
     for group in {name.split(".")[0] for name in values if "." in name}:
-        nested = {name.split(".", 1)[1]: value for name, value in values.items() if name.startswith(group + ".")}
+        nested = {
+            name.split(".", 1)[1]: value
+            for name, value in values.items()
+            if name.startswith(group + ".")
+        }
         own[group] = _replaced(getattr(config, group), nested)
     return replace(config, **own)
 
 
 def _parser(script: str, presets: dict[str, Config]) -> argparse.ArgumentParser:
     name = f"python -m train.{script}"
-    usage = f"{name} [--preset NAME] [--FLAG VALUE ...]   (--help lists the flags)"  # not 50 flags before every error
-    parser = argparse.ArgumentParser(name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    # not 50 flags before every error
+    usage = f"{name} [--preset NAME] [--FLAG VALUE ...]   (--help lists the flags)"
+    parser = argparse.ArgumentParser(
+        name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     first = next(iter(presets))
-    parser.description = f"Values in brackets are the defaults of the presets {', '.join(presets)}, or of all of them."
-    parser.add_argument("--preset", choices=list(presets), help=f"where every other value comes from (default: {first})")
+    parser.description = (
+        "Values in brackets are the defaults of the presets "
+        f"{', '.join(presets)}, or of all of them."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(presets),
+        help=f"where every other value comes from (default: {first})",
+    )
     values = [{name: value for name, _, value, _ in _leaves(config)} for config in presets.values()]
     for name, kind, _, help in _leaves(presets[first]):
         flag = "--" + name.replace("_", "-")
@@ -206,21 +300,46 @@ def _parser(script: str, presets: dict[str, Config]) -> argparse.ArgumentParser:
         elif get_origin(kind) is tuple:
             parser.add_argument(flag, dest=name, action="append", metavar="DIR", help=help)
         elif name != "preset":
-            parser.add_argument(flag, dest=name, type=own, metavar={int: "N", float: "X", str: "TEXT"}[own], help=help)
+            parser.add_argument(
+                flag,
+                dest=name,
+                type=own,
+                metavar={int: "N", float: "X", str: "TEXT"}[own],
+                help=help,
+            )
     return parser
 
 
 def _defaults(values: list) -> str:
-    """What --help shows of a flag's value in each preset; nothing where its text says what absence means."""
-    shown = ["off" if v is False else "none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-    return "" if not any(v or v == 0 for v in values) else f" [{', '.join(shown if len(set(shown)) > 1 else shown[:1])}]"
+    """What --help shows of a flag's value in each preset; nothing where its text says what absence
+    means.
+    """
+    shown = [
+        "off"
+        if v is False
+        else "none"
+        if v is None
+        else f"{v:g}"
+        if isinstance(v, float)
+        else str(v)
+        for v in values
+    ]
+    return (
+        ""
+        if not any(v or v == 0 for v in values)
+        else f" [{', '.join(shown if len(set(shown)) > 1 else shown[:1])}]"
+    )
 
 
-def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None = None, world: int = 1) -> Config:
-    """The config that the flags describe. A wrong flag or value prints what is wrong and exits with status 2.
+def from_cli(
+    script: str, presets: dict[str, Config], argv: Sequence[str] | None = None, world: int = 1
+) -> Config:
+    """The config that the flags describe. A wrong flag or value prints what is wrong and exits with
+    status 2.
 
-    With --batch-size but no --micro-batch, the preset's micro-batch shrinks to the largest that divides a rank's share.
-    With --resume the recorded config is taken, and only flags that do not change the training may be given.
+    With --batch-size but no --micro-batch, the preset's micro-batch shrinks to the largest that
+    divides a rank's share. With --resume the recorded config is taken, and only flags that do not
+    change the training may be given.
     """
     parser = _parser(script, presets)
     given = vars(parser.parse_args(argv))
@@ -229,7 +348,9 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
     try:
         if given.get("resume"):
             if fixed := sorted(given.keys() - {"resume", *CHANGEABLE}):
-                raise ValueError(f"--resume keeps the recorded config; it cannot change {', '.join(fixed)}")
+                raise ValueError(
+                    f"--resume keeps the recorded config; it cannot change {', '.join(fixed)}"
+                )
             config = read_config(Path(given["resume"]) / "config.json", script, presets)
         else:
             config = presets[given.get("preset", next(iter(presets)))]
@@ -237,7 +358,9 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
                 given.setdefault("features", "rgb")  # the embedded objects have no others
         if "batch_size" in given and "micro_batch" not in given:
             share = max(given["batch_size"] // world, 1)
-            given["micro_batch"] = next(m for m in range(min(config.micro_batch, share), 0, -1) if share % m == 0)
+            given["micro_batch"] = next(
+                m for m in range(min(config.micro_batch, share), 0, -1) if share % m == 0
+            )
         config = _replaced(config, given)
         config.micro_batches(world)
         return config
@@ -247,12 +370,16 @@ def from_cli(script: str, presets: dict[str, Config], argv: Sequence[str] | None
 
 def write_config(config: Config, script: str, file: Path) -> None:
     """Record the config in its own run folder, whose path is not part of it."""
-    values = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
+    values = {
+        name: value for name, value in asdict(config).items() if name not in ("out", "resume")
+    }
     write_whole(file, json.dumps({"script": script} | values, indent=2) + "\n")
 
 
 def _check_kind(name: str, kind, recorded: dict) -> None:
-    """ValueError that names a field whose recorded value is not of its kind; an absent one has the preset's."""
+    """ValueError that names a field whose recorded value is not of its kind; an absent one has the
+    preset's.
+    """
     group, _, leaf = name.rpartition(".")
     values = recorded[group] if group else recorded
     if leaf not in values:
@@ -264,7 +391,9 @@ def _check_kind(name: str, kind, recorded: dict) -> None:
 
 
 def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
-    """The Config that `write_config` recorded; ValueError that names the file where it is missing or does not fit."""
+    """The Config that `write_config` recorded; ValueError that names the file where it is missing
+    or does not fit.
+    """
     if not file.is_file():
         raise ValueError(f"{file} is not there: {file.parent} is not a run folder")
     try:
@@ -275,7 +404,9 @@ def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
         for name, kind, _, _ in _leaves(template):
             _check_kind(name, kind, recorded)
         recorded["data"] = tuple(recorded["data"])
-        nested = {name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")}
+        nested = {
+            name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")
+        }
         return replace(template, **recorded | nested)
     except (KeyError, TypeError, ValueError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)

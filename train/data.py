@@ -1,7 +1,9 @@
-"""Objects for training: a dataset over folders in the published layout, batches of them, and the order they come in.
+"""Objects for training: a dataset over folders in the published layout, batches of them, and the
+order they come in.
 
-    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
-    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # train.loader; never ends
+dataset = Dataset([folder], resolution=64, features="rgb", image_size=256) for batch in
+loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # train.loader;
+never ends
 """
 
 import re
@@ -19,7 +21,9 @@ from kernels.camera import Camera
 from train.layout import read_metadata
 from train.read import number, picture_size, read_features, read_frames, read_mesh, read_picture
 
-EMBEDDED = Path(__file__).parent / "assets" / "demo"  # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
+EMBEDDED = (
+    Path(__file__).parent / "assets" / "demo"
+)  # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,17 @@ class Item:
     features: Tensor  # [V, C] float32
     camera: Camera  # of k views
     image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
-    mesh: tuple[Tensor, Tensor] | None = None  # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
+    mesh: tuple[Tensor, Tensor] | None = (
+        None  # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
+    )
 
 
 @dataclass(frozen=True)
 class Batch:
     """Several objects, voxels in one list, views in another.
 
-    Raises ValueError for coords of another shape: the batch column comes first, and dropping it mixes up objects.
+    Raises ValueError for coords of another shape: the batch column comes first, and dropping it
+    mixes up objects.
     """
 
     features: Tensor  # [N, C] float32
@@ -63,15 +70,27 @@ class Batch:
     def __post_init__(self) -> None:
         shape = list(self.coords.shape)
         if len(shape) != 2 or shape[1] != 4:
-            hint = " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), value=b) puts object b before x, y, z)"
-            raise ValueError(f"coords must be [N, 4], not {shape}{hint if shape[1:] == [3] else ''}")
+            hint = (
+                " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), "
+                "value=b) puts object b before x, y, z)"
+            )
+            raise ValueError(
+                f"coords must be [N, 4], not {shape}{hint if shape[1:] == [3] else ''}"
+            )
         if len(self.features) != shape[0]:
             raise ValueError(f"{len(self.features)} rows of features but {shape[0]} of coords")
         if not len(self.image) == len(self.camera) == len(self.view_scene):
-            raise ValueError(f"{len(self.image)} images, {len(self.camera)} cameras, {len(self.view_scene)} scenes of views")
+            raise ValueError(
+                f"{len(self.image)} images, {len(self.camera)} cameras, {len(self.view_scene)} "
+                "scenes of views"
+            )
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        camera = replace(self.camera, extrinsics=move(self.camera.extrinsics), intrinsics=move(self.camera.intrinsics))
+        camera = replace(
+            self.camera,
+            extrinsics=move(self.camera.extrinsics),
+            intrinsics=move(self.camera.intrinsics),
+        )
         moved = {name: move(getattr(self, name)) for name in ("features", "coords", "image")}
         m = self.meshes
         meshes = None if m is None else replace(m, vertices=move(m.vertices), faces=move(m.faces))
@@ -86,23 +105,31 @@ class Batch:
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """One batch of items: adds the batch column. ValueError, naming both objects, where their channels or views differ."""
+    """One batch of items: adds the batch column. ValueError, naming both objects, where their
+    channels or views differ.
+    """
     if not items:
         raise ValueError("a batch needs at least one object")
     first = items[0]
     for item in items[1:]:
-        for what, a, b in (("channels", first.features.shape[1], item.features.shape[1]),
-                           ("pixels a side", first.camera.width, item.camera.width)):  # fmt: skip
+        for what, a, b in (
+            ("channels", first.features.shape[1], item.features.shape[1]),
+            ("pixels a side", first.camera.width, item.camera.width),
+        ):
             if a != b:
                 raise ValueError(f"object {first.name} has {a} {what}, but {item.name} has {b}")
     cameras = [item.camera for item in items]
     meshes = None
     if first.mesh is not None:
         parts = [list(part) for part in zip(*(item.mesh for item in items), strict=True)]
-        meshes = Meshes(*map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts))
+        meshes = Meshes(
+            *map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts)
+        )
     return Batch(
         torch.cat([item.features for item in items]),
-        torch.cat([torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]),
+        torch.cat(
+            [torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]
+        ),
         len(items),
         replace(
             first.camera,
@@ -117,22 +144,26 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class Dataset(torch.utils.data.Dataset):
-    """The objects of several folders that pass the published filters, each with `num_views` random views per fetch.
+    """The objects of several folders that pass the published filters, each with `num_views` random
+    views per fetch.
 
-    An object takes part if its feature flag (column feature_NAME, feature_NAME_R for R != 64) is true, it has at most
-    `max_voxels` (num_voxels, num_voxels_R) and an aesthetic_score of at least `min_aesthetic`, and belongs to `split`
-    (column split; None takes all). An empty cell or absent column never excludes, except the feature flag's; without a
-    split an object is a training object. `skipped` counts the others by reason, `summary()` says it in a line.
+    An object takes part if its feature flag (column feature_NAME, feature_NAME_R for R != 64) is
+    true, it has at most `max_voxels` (num_voxels, num_voxels_R) and an aesthetic_score of at least
+    `min_aesthetic`, and belongs to `split` (column split; None takes all). An empty cell or absent
+    column never excludes, except the feature flag's; without a split an object is a training
+    object. `skipped` counts the others by reason, `summary()` says it in a line.
 
-    The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them, "train" only the rest.
-    Where transforms.json says how many frames the `rgb` features were made without, more than those cannot be kept apart:
-    the features would show the model what it is scored on. Fewer can.
-    `dataset[index, draw]` picks its views by (seed, draw, index) alone; `dataset[index]` is draw 0. A broken object raises
-    ValueError that names its file; no other object ever takes its place. `cache=True` keeps what was decoded in memory.
-    `meshes=True` reads every object's mesh.ply too.
+    The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them,
+    "train" only the rest. Where transforms.json says how many frames the `rgb` features were made
+    without, more than those cannot be kept apart: the features would show the model what it is
+    scored on. Fewer can. `dataset[index, draw]` picks its views by (seed, draw, index) alone;
+    `dataset[index]` is draw 0. A broken object raises ValueError that names its file; no other
+    object ever takes its place. `cache=True` keeps what was decoded in memory. `meshes=True` reads
+    every object's mesh.ply too.
 
-    Raises ValueError for a folder that is no dataset, one without these features, where no object is left
-    (unless `required` is False), and for a first object of a folder whose transforms.json cannot be used.
+    Raises ValueError for a folder that is no dataset, one without these features, where no object
+    is left (unless `required` is False), and for a first object of a folder whose transforms.json
+    cannot be used.
     """
 
     def __init__(
@@ -154,23 +185,44 @@ class Dataset(torch.utils.data.Dataset):
         meshes: bool = False,
     ):
         if split not in ("train", "test", None) or views not in ("train", "holdout"):
-            raise ValueError(f"split {split!r} is not train, test or None, or views {views!r} is not train or holdout")
-        if num_views < 1 or holdout_views < (views == "holdout") or image_size < 1 or resolution < 1:
             raise ValueError(
-                f"num_views {num_views}, image_size {image_size} and resolution {resolution} must be at least 1, "
-                f"holdout_views {holdout_views} at least {int(views == 'holdout')} for views={views!r}"
+                f"split {split!r} is not train, test or None, or views {views!r} is not train "
+                "or holdout"
+            )
+        if (
+            num_views < 1
+            or holdout_views < (views == "holdout")
+            or image_size < 1
+            or resolution < 1
+        ):
+            raise ValueError(
+                f"num_views {num_views}, image_size {image_size} and resolution {resolution} "
+                "must be at least 1, "
+                f"holdout_views {holdout_views} at least {int(views == 'holdout')} for "
+                f"views={views!r}"
             )
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
             raise ValueError(f"features {features!r} is no name of a folder of features")
-        self.resolution, self.image_size, self.num_views, self.max_voxels = resolution, image_size, num_views, max_voxels
+        self.resolution, self.image_size, self.num_views, self.max_voxels = (
+            resolution,
+            image_size,
+            num_views,
+            max_voxels,
+        )
         self.views, self.holdout_views, self.seed = views, holdout_views, seed
         self.min_aesthetic, self.split, self.features = min_aesthetic, split, features
         suffix = "" if resolution == 64 else f"_{resolution}"
-        self._flag, self._count, self._folder = f"feature_{features}{suffix}", f"num_voxels{suffix}", f"{features}{suffix}"
+        self._flag, self._count, self._folder = (
+            f"feature_{features}{suffix}",
+            f"num_voxels{suffix}",
+            f"{features}{suffix}",
+        )
         self._memory: dict | None = {} if cache else None
         self._meshes = meshes
         self.skipped: Counter[str] = Counter()
-        self._objects: dict[str, tuple[Path, int | None]] = {}  # sha256 -> root, voxels that metadata.csv promises
+        self._objects: dict[
+            str, tuple[Path, int | None]
+        ] = {}  # sha256 -> root, voxels that metadata.csv promises
         self._files: dict[str, str] = {}  # sha256 -> local_path
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:
@@ -187,12 +239,24 @@ class Dataset(torch.utils.data.Dataset):
         file = root / "metadata.csv"
         rows = read_metadata(root)
         if rows and self._flag not in rows[0]:
-            columns = [column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)]
-            have = [m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))]
+            columns = [
+                column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)
+            ]
+            have = [
+                m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))
+            ]
             fits = [f"--features {m[1]} --resolution {m[2] or 64}" for m in have]
             same = any(int(m[2] or 64) == self.resolution for m in have)
-            make = "" if same else f"; train.prepare --resolution {self.resolution} makes rgb features of that resolution"
-            raise ValueError(f"{file} has no column {self._flag}: it fits {' or '.join(fits) or 'no --features'}{make}")
+            make = (
+                ""
+                if same
+                else f"; train.prepare --resolution {self.resolution} makes rgb features of "
+                "that resolution"
+            )
+            raise ValueError(
+                f"{file} has no column {self._flag}: it fits "
+                f"{' or '.join(fits) or 'no --features'}{make}"
+            )
         for row in rows:
             voxels, score = number(row, self._count, file), number(row, "aesthetic_score", file)
             reason = None
@@ -222,7 +286,9 @@ class Dataset(torch.utils.data.Dataset):
         return f"{of} in {', '.join(map(str, self.roots)) or 'no folder'}"
 
     def title(self, name: str) -> str:
-        """What a reader calls an object: the stem of its local_path, or else the beginning of its sha256."""
+        """What a reader calls an object: the stem of its local_path, or else the beginning of its
+        sha256.
+        """
         return Path(self._files[name]).stem or name[:8]
 
     @property
@@ -247,21 +313,34 @@ class Dataset(torch.utils.data.Dataset):
         return self.item(index, rng.choice(len(views), self.num_views, replace=False).tolist())
 
     def item(self, which: int | str, views: Sequence[int] | None = None) -> Item:
-        """An object by index or sha256, with these of its views (numbered within `views` of this dataset) or all of them."""
+        """An object by index or sha256, with these of its views (numbered within `views` of this
+        dataset) or all of them.
+        """
         name = self.names[which] if isinstance(which, int) else which
         if name not in self._objects:
             raise ValueError(f"{name} is not an object of {self.summary()}")
         coords, features = self._features(name)
         if features.shape[1] != self.channels:
             a, b = self._feature_file(name), self._feature_file(self.names[0])
-            raise ValueError(f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}")
+            raise ValueError(
+                f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}"
+            )
         frames, own = self._frames(name)
         chosen = [own[v] for v in (range(len(own)) if views is None else views)]
         like = self._cached(picture_size, frames.files[0])
-        images = [self._cached(read_picture, frames.files[v], self.image_size, like) for v in chosen]
-        matrix, fov = torch.from_numpy(frames.matrix[chosen]), torch.from_numpy(frames.fov[chosen]).float()
+        images = [
+            self._cached(read_picture, frames.files[v], self.image_size, like) for v in chosen
+        ]
+        matrix, fov = (
+            torch.from_numpy(frames.matrix[chosen]),
+            torch.from_numpy(frames.fov[chosen]).float(),
+        )
         camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
-        mesh = self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply") if self._meshes else None
+        mesh = (
+            self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply")
+            if self._meshes
+            else None
+        )
         return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
 
     def _cached(self, read: Callable, *args):
@@ -279,9 +358,14 @@ class Dataset(torch.utils.data.Dataset):
         file = self._feature_file(name)
         coords, features = self._cached(read_features, file, self.resolution)
         if promised is not None and promised != len(coords):
-            raise ValueError(f"{file} has {len(coords)} voxels, but {self._count} in {root / 'metadata.csv'} says {promised}")
+            raise ValueError(
+                f"{file} has {len(coords)} voxels, but {self._count} in {root / 'metadata.csv'} "
+                f"says {promised}"
+            )
         if len(coords) > self.max_voxels:
-            raise ValueError(f"{file} has {len(coords)} voxels, over the limit of {self.max_voxels}")
+            raise ValueError(
+                f"{file} has {len(coords)} voxels, over the limit of {self.max_voxels}"
+            )
         return coords, features
 
     def _frames(self, name: str) -> tuple:
@@ -295,9 +379,14 @@ class Dataset(torch.utils.data.Dataset):
             )
         if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
             raise ValueError(
-                f"{file}: {held} held-out views, but its rgb features were made without only {frames.holdout} of {count} frames: "
+                f"{file}: {held} held-out views, but its rgb features were made without only "
+                f"{frames.holdout} of {count} frames: "
                 f"use --holdout-views {frames.holdout} or fewer"
-                + ("" if frames.holdout else "; prepare it again with train.prepare --holdout-views")
+                + (
+                    ""
+                    if frames.holdout
+                    else "; prepare it again with train.prepare --holdout-views"
+                )
             )
         return frames, range(count - held) if self.views == "train" else range(count - held, count)
 
@@ -307,25 +396,39 @@ def _true(cell: str) -> bool:
 
 
 class Sampler:
-    """Which objects each step takes: endless, reshuffled every epoch, the same for every number of ranks.
+    """Which objects each step takes: endless, reshuffled every epoch, the same for every number of
+    ranks.
 
-    Yields lists of (object, epoch), the key that Dataset picks its views by: one micro-batch of this rank after the other
-    (without `micro_batch`, the rank's whole share of a step). Step s takes `batch_size` consecutive places of
-    the stream of shuffled epochs, rank r the r-th part of them, so ranks share no place and get lists of one length.
-    Raises ValueError where the sizes do not divide.
+    Yields lists of (object, epoch), the key that Dataset picks its views by: one micro-batch of
+    this rank after the other (without `micro_batch`, the rank's whole share of a step). Step s
+    takes `batch_size` consecutive places of the stream of shuffled epochs, rank r the r-th part of
+    them, so ranks share no place and get lists of one length. Raises ValueError where the sizes do
+    not divide.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, micro_batch: int | None = None, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ):
         if length < 1 or not 0 <= rank < world:
-            raise ValueError(f"there is nothing to sample for rank {rank} of {world} from {length} objects")
+            raise ValueError(
+                f"there is nothing to sample for rank {rank} of {world} from {length} objects"
+            )
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
         self.share = batch_size // world
         self.micro_batch = micro_batch or self.share
         if self.share % self.micro_batch:
-            raise ValueError(f"a rank's {self.share} objects of a step are not a multiple of micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"a rank's {self.share} objects of a step are not a multiple of micro_batch "
+                f"{self.micro_batch}"
+            )
         self.length, self.batch_size, self.seed, self.rank = length, batch_size, seed, rank
         self.step = 0
 
@@ -346,14 +449,20 @@ class Sampler:
                 yield keys[i : i + self.micro_batch]
 
     def state_dict(self, step: int | None = None) -> dict[str, int]:
-        """Where to go on: after `step` steps, for a loader fetches ahead of training; by default after those handed out."""
+        """Where to go on: after `step` steps, for a loader fetches ahead of training; by default
+        after those handed out.
+        """
         sizes = {"length": self.length, "batch_size": self.batch_size, "seed": self.seed}
         return {"step": self.step if step is None else step} | sizes
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly; ValueError where the saved order is of other objects, another batch or seed."""
+        """Continue exactly; ValueError where the saved order is of other objects, another batch or
+        seed.
+        """
         for name in ("length", "batch_size", "seed"):
             if state[name] != getattr(self, name):
                 what = "number of objects" if name == "length" else name
-                raise ValueError(f"{what} {getattr(self, name)} is not the saved order's {state[name]}")
+                raise ValueError(
+                    f"{what} {getattr(self, name)} is not the saved order's {state[name]}"
+                )
         self.step = state["step"]

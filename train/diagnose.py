@@ -12,7 +12,7 @@ from models.finite import finite, portion
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in what a layer takes or gives: containers, sparse tensors, posteriors, scenes."""
+    """Tensors in what a layer takes or gives: containers, sparse tensors, posteriors, scenes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, SparseTensor):

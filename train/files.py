@@ -17,8 +17,8 @@ def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
 
     Where the block raises, `file` is what it was. Its permissions are those of the umask, whatever
     writes it. With `sync` the data are on the disk before the file has its name, so that no loss of
-    power leaves half of it. `tag` tells writers apart that may meet at one file. Raises OSError that
-    names the file where the disk is full or cannot be written.
+    power leaves half of it. `tag` tells writers apart that may meet at one file. Raises OSError
+    that names the file where the disk is full or cannot be written.
     """
     partial = file.with_name(".".join([file.name, *([tag] if tag else [])]) + PARTIAL)
     try:

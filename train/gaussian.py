@@ -1,9 +1,9 @@
 """Train the Gaussian VAE.
 
-    python -m train.gaussian                              # embedded objects, minutes on a CPU
-    python -m train.gaussian --preset small --data DIR    # one GPU with 24 GB
-    torchrun --nproc-per-node 8 -m train.gaussian --preset base --data DIR
-    python -m train.gaussian --help                       # every flag; --resume RUN continues
+python -m train.gaussian                              # embedded objects, minutes on a CPU
+python -m train.gaussian --preset small --data DIR    # one GPU with 24 GB
+torchrun --nproc-per-node 8 -m train.gaussian --preset base --data DIR
+python -m train.gaussian --help                       # every flag; --resume RUN continues
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,9 @@ class GaussianSizes(Sizes):
 
     per_voxel: int = flag(32, "Gaussians in a voxel")
     opacity_bias: float = flag(0.1, "opacity of an untrained Gaussian")
-    scaling_bias: float = flag(4e-3, "size of an untrained Gaussian, world units; 0.004 is 0.256 voxels at 64^3")
+    scaling_bias: float = flag(
+        4e-3, "size of an untrained Gaussian, world units; 0.004 is 0.256 voxels at 64^3"
+    )
     scaling_activation: str = flag("softplus", "what makes sizes positive: softplus or exp")
 
 
@@ -33,18 +35,48 @@ class GaussianWeights(Weights):
 
 BASE = Config(model=GaussianSizes(), weights=GaussianWeights())
 SMALL = replace(
-    BASE, preset="small", features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
+    BASE,
+    preset="small",
+    features="rgb",
+    image_size=256,
+    batch_size=16,
+    precision="bf16",
+    ema=0.999,
+    steps=100_000,
     model=GaussianSizes(channels=384, blocks=6, heads=6),
-)  # fmt: skip
+)
 DEMO = replace(
-    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=2, steps=800, batch_size=4, micro_batch=4,
-    precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=200, save_every=400,
+    BASE,
+    preset="demo",
+    features="rgb",
+    resolution=16,
+    image_size=128,
+    views=2,
+    steps=800,
+    batch_size=4,
+    micro_batch=4,
+    precision="fp32",
+    optimizer="muon",
+    lr=3e-3,
+    warmup=20,
+    final_lr=0.03,
+    ema=0.98,
+    workers=0,
+    sample_every=200,
+    save_every=400,
     # a quarter of a voxel, as published at 64^3, and relative steps in size: 1.3 dB after 400 steps
     model=GaussianSizes(
-        channels=64, blocks=2, heads=2, per_voxel=8, logvar_init=-4.0, scaling_bias=0.016, scaling_activation="exp"
+        channels=64,
+        blocks=2,
+        heads=2,
+        per_voxel=8,
+        logvar_init=-4.0,
+        scaling_bias=0.016,
+        scaling_activation="exp",
     ),
-    weights=GaussianWeights(volume=1e4 * (16 / 64) ** 3),  # a voxel's volume in units of the published one
-)  # fmt: skip
+    # a voxel's volume in units of the published one
+    weights=GaussianWeights(volume=1e4 * (16 / 64) ** 3),
+)
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
 
@@ -52,10 +84,16 @@ def build(config: Config, in_channels: int) -> GaussianVAE:
     """The VAE for features of `in_channels`, with the published construction."""
     size, trunk = config.model, config.trunk()
     representation = {
-        "lr": {"_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5, "num_gaussians": size.per_voxel,
-        "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": size.scaling_bias,
-        "opacity_bias": size.opacity_bias, "scaling_activation": size.scaling_activation,
-    }  # fmt: skip
+        "lr": {"_rotation": 0.1},
+        "perturb_offset": True,
+        "voxel_size": 1.5,
+        "num_gaussians": size.per_voxel,
+        "2d_filter_kernel_size": 0.1,
+        "3d_filter_kernel_size": 9e-4,
+        "scaling_bias": size.scaling_bias,
+        "opacity_bias": size.opacity_bias,
+        "scaling_activation": size.scaling_activation,
+    }
     encoder = Encoder(in_channels=in_channels, logvar_init=size.logvar_init, **trunk)
     return GaussianVAE(encoder, GaussianDecoder(representation_config=representation, **trunk))
 

@@ -1,9 +1,11 @@
-"""GLB and glTF 2.0 files as triangles (Khronos specification 2.0): scene transforms, instances and skins applied.
+"""GLB and glTF 2.0 files as triangles (Khronos specification 2.0): scene transforms, instances and
+skins applied.
 
-Of a material the base colour is taken: texture times factor times vertex colour, multiplied in linear light as the
-specification says (textures are sRGB, factors and vertex colours linear); of the old specular-glossiness extension, the
-diffuse colour. What cannot be shown as meant is a ValueError with the file's name (compressed geometry, an unknown required
-extension) or a note (points and lines, morph targets, texture borders that do not repeat).
+Of a material the base colour is taken: texture times factor times vertex colour, multiplied in
+linear light as the specification says (textures are sRGB, factors and vertex colours linear); of
+the old specular-glossiness extension, the diffuse colour. What cannot be shown as meant is a
+ValueError with the file's name (compressed geometry, an unknown required extension) or a note
+(points and lines, morph targets, texture borders that do not repeat).
 """
 
 import base64
@@ -23,19 +25,54 @@ TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: 
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 REPEAT, TRIANGLES, STRIP, FAN = 10497, 4, 5, 6
 GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
-UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}  # of those that a file may require
+UNDERSTOOD = {
+    "KHR_texture_transform",
+    "EXT_texture_webp",
+    "KHR_mesh_quantization",
+}  # of those that a file may require
 TABLES = (
-    "accessors", "buffers", "bufferViews", "images", "materials", "meshes", "nodes", "samplers", "scenes", "skins", "textures",
-)  # fmt: skip
+    "accessors",
+    "buffers",
+    "bufferViews",
+    "images",
+    "materials",
+    "meshes",
+    "nodes",
+    "samplers",
+    "scenes",
+    "skins",
+    "textures",
+)
 KINDS = {  # of the fields of their entries that are read, wherever they stand in one
     str: ("uri", "type", "alphaMode"),
     int: (
-        "byteLength", "byteOffset", "byteStride", "buffer", "bufferView", "componentType", "count", "index", "material", "mesh",
-        "mode", "sampler", "skin", "source", "texCoord", "inverseBindMatrices",
+        "byteLength",
+        "byteOffset",
+        "byteStride",
+        "buffer",
+        "bufferView",
+        "componentType",
+        "count",
+        "index",
+        "material",
+        "mesh",
+        "mode",
+        "sampler",
+        "skin",
+        "source",
+        "texCoord",
+        "inverseBindMatrices",
     ),
     list: ("children", "nodes", "joints", "primitives", "baseColorFactor", "diffuseFactor"),
-    dict: ("attributes", "extensions", "sparse", "pbrMetallicRoughness", "baseColorTexture", "diffuseTexture"),
-}  # fmt: skip
+    dict: (
+        "attributes",
+        "extensions",
+        "sparse",
+        "pbrMetallicRoughness",
+        "baseColorTexture",
+        "diffuseTexture",
+    ),
+}
 KIND_OF = {field: kind for kind, fields in KINDS.items() for field in fields}
 FEW = 1 << 26  # values of an accessor without data of its own: nothing in the file limits them
 
@@ -55,7 +92,11 @@ def gltf_files(path: Path) -> list[str]:
     """The files that a .glb or .gltf names: buffers and images."""
     document, _ = _document(path)
     entries = [entry for table in ("buffers", "images") for entry in document.get(table) or []]
-    return [unquote(entry["uri"]) for entry in entries if not entry.get("uri", "data:").startswith("data:")]
+    return [
+        unquote(entry["uri"])
+        for entry in entries
+        if not entry.get("uri", "data:").startswith("data:")
+    ]
 
 
 def _document(path: Path) -> tuple[dict, bytes | None]:
@@ -71,7 +112,9 @@ def _document(path: Path) -> tuple[dict, bytes | None]:
             if version != 2:
                 raise ValueError(f"glTF version {version}, not 2")
             if len(data) < length:
-                raise ValueError(f"truncated: its header says {length} bytes, the file has {len(data)}")
+                raise ValueError(
+                    f"truncated: its header says {length} bytes, the file has {len(data)}"
+                )
             chunks, at = {}, 12
             while at + 8 <= length:
                 size, kind = struct.unpack_from("<I4s", data, at)
@@ -98,7 +141,11 @@ def _check(value, where: str) -> None:
             if name in KIND_OF:
                 expect(inner, KIND_OF[name], f"{where}.{name}")
             if name == "extensions":  # others may mean other things by the same names
-                inner = {extension: inner[extension] for extension in (GLOSSINESS, *UNDERSTOOD) if extension in inner}
+                inner = {
+                    extension: inner[extension]
+                    for extension in (GLOSSINESS, *UNDERSTOOD)
+                    if extension in inner
+                }
             if name != "extras":
                 _check(inner, f"{where}.{name}")
     elif isinstance(value, list):
@@ -125,7 +172,9 @@ class _Reader:
         self.pictures: dict[int, np.ndarray] = {}
         self.buffers: dict[int, bytes] = {}
         required = set(document.get("extensionsRequired", ()))
-        unknown = {e for e in required if e not in UNDERSTOOD and not e.startswith("KHR_materials_")}
+        unknown = {
+            e for e in required if e not in UNDERSTOOD and not e.startswith("KHR_materials_")
+        }
         if unknown:
             raise ValueError(f"it needs {', '.join(sorted(unknown))}, which is not supported")
 
@@ -153,11 +202,16 @@ class _Reader:
         uv = corners("uv")
         uv[..., 1] = 1 - uv[..., 1]
         return assemble(
-            self.name, np.concatenate([p.vertices for p in parts]),
+            self.name,
+            np.concatenate([p.vertices for p in parts]),
             np.concatenate([p.faces + start for p, start in zip(parts, first, strict=False)]),
-            corners("normals"), uv, corners("tint"), np.repeat(np.arange(len(parts)), [len(p.faces) for p in parts]),
-            [p.material for p in parts], self.notes,
-        )  # fmt: skip
+            corners("normals"),
+            uv,
+            corners("tint"),
+            np.repeat(np.arange(len(parts)), [len(p.faces) for p in parts]),
+            [p.material for p in parts],
+            self.notes,
+        )
 
     # the scene
 
@@ -167,7 +221,9 @@ class _Reader:
         if self.document.get("scenes"):
             roots = self._entry("scenes", self.document.get("scene", 0)).get("nodes", [])
         else:
-            roots = sorted(set(range(len(nodes))) - {c for node in nodes for c in node.get("children", ())})
+            roots = sorted(
+                set(range(len(nodes))) - {c for node in nodes for c in node.get("children", ())}
+            )
         world, todo = {}, [(number, np.eye(4)) for number in reversed(roots)]
         while todo:
             number, parent = todo.pop()
@@ -183,7 +239,9 @@ class _Reader:
         skin = self._entry("skins", number)
         joints = np.stack([world[j] for j in skin["joints"]])
         if "inverseBindMatrices" in skin:
-            joints = joints @ self._accessor(skin["inverseBindMatrices"]).reshape(-1, 4, 4).transpose(0, 2, 1)
+            joints = joints @ self._accessor(skin["inverseBindMatrices"]).reshape(
+                -1, 4, 4
+            ).transpose(0, 2, 1)
         return joints
 
     def _part(self, primitive: dict, matrix: np.ndarray, skin: np.ndarray | None) -> list[_Part]:
@@ -196,10 +254,16 @@ class _Reader:
             return []
         if primitive.get("targets"):
             self.note("morph targets are not applied")
-        get = lambda name: self._accessor(attributes[name]).astype(float) if name in attributes else None
+        get = lambda name: (
+            self._accessor(attributes[name]).astype(float) if name in attributes else None
+        )
         vertices, normals, color = get("POSITION"), get("NORMAL"), get("COLOR_0")
         P = len(vertices)
-        index = self._accessor(primitive["indices"])[:, 0].astype(np.int64) if "indices" in primitive else np.arange(P)
+        index = (
+            self._accessor(primitive["indices"])[:, 0].astype(np.int64)
+            if "indices" in primitive
+            else np.arange(P)
+        )
         if len(index) and index.max() >= P:
             raise ValueError(f"a face uses vertex {index.max()} of {P}")
         faces = _triangles(index, mode)
@@ -220,7 +284,11 @@ class _Reader:
         uv = get(f"TEXCOORD_{coords.get('texCoord', 0)}")
         if material.texture is not None and uv is None:
             self.note("faces of a textured material have no texture coordinates")
-        uv = np.zeros((P, 2)) if uv is None else uv * coords.get("scale", (1, 1)) + coords.get("offset", (0, 0))
+        uv = (
+            np.zeros((P, 2))
+            if uv is None
+            else uv * coords.get("scale", (1, 1)) + coords.get("offset", (0, 0))
+        )
         if coords.get("clamped") and len(uv) and not (-1e-3 <= uv.min() and uv.max() <= 1 + 1e-3):
             self.note("a texture that ends at its border is repeated instead")
         tint = np.ones((P, 3)) if color is None else color[:, :3]
@@ -231,13 +299,23 @@ class _Reader:
     # materials
 
     def _material(self, number: int | None, colored: bool) -> tuple[Material, dict]:
-        """A material, and where its texture takes its coordinates: texCoord, offset, scale, clamped."""
+        """A material, and where its texture takes its coordinates: texCoord, offset, scale,
+        clamped.
+        """
         if number is None:
             return Material((1.0, 1.0, 1.0), linear=True) if colored else Material(GREY), {}
         material = self._entry("materials", number)
-        base, factor, slot = material.get("pbrMetallicRoughness", {}), "baseColorFactor", "baseColorTexture"
+        base, factor, slot = (
+            material.get("pbrMetallicRoughness", {}),
+            "baseColorFactor",
+            "baseColorTexture",
+        )
         if GLOSSINESS in material.get("extensions", {}):
-            base, factor, slot = material["extensions"][GLOSSINESS], "diffuseFactor", "diffuseTexture"
+            base, factor, slot = (
+                material["extensions"][GLOSSINESS],
+                "diffuseFactor",
+                "diffuseTexture",
+            )
         r, g, b, opacity = (float(x) for x in base.get(factor, (1, 1, 1, 1)))
         texture, place, mode = None, {}, material.get("alphaMode", "OPAQUE")
         if slot in base:
@@ -247,7 +325,10 @@ class _Reader:
             if texture is None:
                 opacity = float(opacity >= cutoff)
             else:
-                texture[..., 3], opacity = np.where(texture[..., 3] / 255 * opacity >= cutoff, 255, 0), 1.0
+                texture[..., 3], opacity = (
+                    np.where(texture[..., 3] / 255 * opacity >= cutoff, 255, 0),
+                    1.0,
+                )
         elif mode != "BLEND":
             opacity = 1.0
             if texture is not None:
@@ -258,16 +339,33 @@ class _Reader:
         texture, place = self._entry("textures", info["index"]), dict(info)
         place |= info.get("extensions", {}).get("KHR_texture_transform", {})
         if place.get("rotation"):
-            raise ValueError(f"texture of material {material!r} is turned by {place['rotation']}, which is not supported")
+            raise ValueError(
+                f"texture of material {material!r} is turned by {place['rotation']}, which is "
+                "not supported"
+            )
         sampler = self._entry("samplers", texture["sampler"]) if "sampler" in texture else {}
         place["clamped"] = {sampler.get("wrapS", REPEAT), sampler.get("wrapT", REPEAT)} != {REPEAT}
-        source = texture.get("extensions", {}).get("EXT_texture_webp", {}).get("source", texture.get("source"))
+        source = (
+            texture.get("extensions", {})
+            .get("EXT_texture_webp", {})
+            .get("source", texture.get("source"))
+        )
         if source is None:
-            raise ValueError(f"texture of material {material!r} is in no format that can be read: {texture}")
+            raise ValueError(
+                f"texture of material {material!r} is in no format that can be read: {texture}"
+            )
         if source not in self.pictures:
             image = self._entry("images", source)
-            data = self._view(image["bufferView"]) if "bufferView" in image else self._file(image["uri"])
-            label = repr(image.get("name") or (image.get("uri", "") if len(image.get("uri", "")) < 99 else "") or source)
+            data = (
+                self._view(image["bufferView"])
+                if "bufferView" in image
+                else self._file(image["uri"])
+            )
+            label = repr(
+                image.get("name")
+                or (image.get("uri", "") if len(image.get("uri", "")) < 99 else "")
+                or source
+            )
             self.pictures[source] = decode(data, self.name, f"{label} of material {material!r}")
         return self.pictures[source].copy(), place
 
@@ -277,7 +375,11 @@ class _Reader:
         if uri.startswith("data:"):
             head, _, body = uri.partition(",")
             try:
-                return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote(body).encode("latin-1")
+                return (
+                    base64.b64decode(body, validate=True)
+                    if head.endswith(";base64")
+                    else unquote(body).encode("latin-1")
+                )
             except binascii.Error as error:
                 raise ValueError(f"data of {head} is not base64: {error}") from error
         found = find(self.path.parent, unquote(uri))
@@ -288,11 +390,19 @@ class _Reader:
     def _buffer(self, number: int) -> bytes:
         if number not in self.buffers:
             buffer = self._entry("buffers", number)
-            data = self._file(buffer["uri"]) if "uri" in buffer else self.binary if number == 0 else None
+            data = (
+                self._file(buffer["uri"])
+                if "uri" in buffer
+                else self.binary
+                if number == 0
+                else None
+            )
             if data is None:
                 raise ValueError(f"buffer {number} has no data")
             if len(data) < buffer["byteLength"]:
-                raise ValueError(f"buffer {number} has {len(data)} of its {buffer['byteLength']} bytes")
+                raise ValueError(
+                    f"buffer {number} has {len(data)} of its {buffer['byteLength']} bytes"
+                )
             self.buffers[number] = data
         return self.buffers[number]
 
@@ -308,10 +418,20 @@ class _Reader:
         """[count, width] of integers or, normalised ones included, floats."""
         entry = self._entry("accessors", number)
         if entry["componentType"] not in TYPES or entry["type"] not in WIDTHS:
-            raise ValueError(f"accessor {number} is of {entry['componentType']} {entry['type']}, which glTF 2.0 does not know")
-        dtype, width, count = np.dtype(TYPES[entry["componentType"]]), WIDTHS[entry["type"]], entry["count"]
+            raise ValueError(
+                f"accessor {number} is of {entry['componentType']} {entry['type']}, which glTF "
+                "2.0 does not know"
+            )
+        dtype, width, count = (
+            np.dtype(TYPES[entry["componentType"]]),
+            WIDTHS[entry["type"]],
+            entry["count"],
+        )
         if "bufferView" in entry:
-            stride = self._entry("bufferViews", entry["bufferView"]).get("byteStride") or dtype.itemsize * width
+            stride = (
+                self._entry("bufferViews", entry["bufferView"]).get("byteStride")
+                or dtype.itemsize * width
+            )
             data, begin = self._view(entry["bufferView"]), entry.get("byteOffset", 0)
             values = _strided(data, begin, count, width, stride, dtype, number)
         elif count * width > FEW:
@@ -321,7 +441,11 @@ class _Reader:
         if sparse := entry.get("sparse"):
             rows, new = sparse["indices"], sparse["values"]
             kind = np.dtype(TYPES[rows["componentType"]])
-            data, begin, count = self._view(rows["bufferView"]), rows.get("byteOffset", 0), sparse["count"]
+            data, begin, count = (
+                self._view(rows["bufferView"]),
+                rows.get("byteOffset", 0),
+                sparse["count"],
+            )
             at = _strided(data, begin, count, 1, kind.itemsize, kind, number)[:, 0]
             data, begin = self._view(new["bufferView"]), new.get("byteOffset", 0)
             values[at] = _strided(data, begin, count, width, dtype.itemsize * width, dtype, number)
@@ -330,7 +454,9 @@ class _Reader:
         return values
 
 
-def _strided(data: bytes, begin: int, count: int, width: int, stride: int, dtype: np.dtype, number: int) -> np.ndarray:
+def _strided(
+    data: bytes, begin: int, count: int, width: int, stride: int, dtype: np.dtype, number: int
+) -> np.ndarray:
     needed = begin + (stride * (count - 1) + dtype.itemsize * width if count else 0)
     if needed > len(data) or min(begin, count) < 0:
         raise ValueError(f"accessor {number} needs {needed} bytes of a buffer view of {len(data)}")
@@ -347,9 +473,17 @@ def _triangles(index: np.ndarray, mode: int) -> np.ndarray:
         return index.reshape(-1, 3)
     k = np.arange(max(len(index) - 2, 0))
     if mode == FAN:
-        return np.stack([index[k * 0], index[k + 1], index[k + 2]], 1) if len(k) else index[:0].reshape(0, 3)
+        return (
+            np.stack([index[k * 0], index[k + 1], index[k + 2]], 1)
+            if len(k)
+            else index[:0].reshape(0, 3)
+        )
     odd = k % 2
-    return np.stack([index[k], index[k + 1 + odd], index[k + 2 - odd]], 1) if len(k) else index[:0].reshape(0, 3)
+    return (
+        np.stack([index[k], index[k + 1 + odd], index[k + 2 - odd]], 1)
+        if len(k)
+        else index[:0].reshape(0, 3)
+    )
 
 
 def _local(node: dict) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""The door for files from strangers: what malformed ones raise, how their parts are checked, which pictures are opened."""
+"""The door for files from strangers: what malformed ones raise, how their parts are checked, which
+pictures are opened.
+"""
 
 import struct
 import warnings
@@ -10,13 +12,23 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-# What code raises on input that is not what it takes it for: another structure, too deep a one, numbers out of range, damaged
-# archives. An OSError is none of them: it names its file itself.
-# Readers check what they can with `expect` and say it well; this is for the rest, and the one list of it.
+# What code raises on input that is not what it takes it for: another structure, too deep a one,
+# numbers out of range, damaged archives. An OSError is none of them: it names its file itself.
+# Readers check what they can with `expect` and say it well; this is for the rest, and the one list
+# of it.
 MALFORMED = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError,
-    struct.error, zlib.error,
-)  # fmt: skip
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 VIEWS = ("PNG", "WEBP", "JPEG")  # what pictures of a dataset come in
 TEXTURES = (*VIEWS, "TGA", "BMP", "TIFF", "GIF", "DDS")
 NAMES = {int: "a whole number from 0 up", str: "text", list: "a list", dict: "an object"}
@@ -27,7 +39,11 @@ def reason(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, KeyError):
         return f"it has no {text}"
-    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return (
+        text
+        if text and isinstance(error, ValueError | OSError)
+        else f"{type(error).__name__}: {text}".removesuffix(": ")
+    )
 
 
 @contextmanager
@@ -42,22 +58,29 @@ def reading(name: str) -> Iterator[None]:
 
 
 def expect(value, kind: type, where: str):
-    """`value`, if it is of that kind (of NAMES; numbers are not negative), else a ValueError that says where it stands."""
+    """`value`, if it is of that kind (of NAMES; numbers are not negative), else a ValueError that
+    says where it stands.
+    """
     if type(value) is not kind or (kind is int and value < 0):
         shown = repr(value)
-        raise ValueError(f"{where} is {shown if len(shown) < 60 else shown[:60] + '...'}, not {NAMES[kind]}")
+        raise ValueError(
+            f"{where} is {shown if len(shown) < 60 else shown[:60] + '...'}, not {NAMES[kind]}"
+        )
     return value
 
 
 def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:
-    """A picture of one of these formats, its pixels not yet decoded: others run programs (EPS) or are rarely tested.
+    """A picture of one of these formats, its pixels not yet decoded: others run programs (EPS) or
+    are rarely tested.
 
-    What counts is the content, not the name. ValueError for another format, for over 179 million pixels (Pillow's limit)
-    and for what is damaged.
+    What counts is the content, not the name. ValueError for another format, for over 179 million
+    pixels (Pillow's limit) and for what is damaged.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half of that limit on
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # from half of that limit on
             return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no picture ({', '.join(formats)})") from error

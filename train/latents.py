@@ -1,4 +1,6 @@
-"""A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and kept on disk."""
+"""A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and
+kept on disk.
+"""
 
 import hashlib
 import json
@@ -18,10 +20,11 @@ from train.files import whole
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
-    """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of its weights' file.
+    """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of
+    its weights' file.
 
-    Raises ValueError for another kind of model, for one of other feature channels or another resolution, and for a run
-    without an encoder of its own.
+    Raises ValueError for another kind of model, for one of other feature channels or another
+    resolution, and for a run without an encoder of its own.
     """
     path = Path(path)
     prefix = path / "checkpoints" / "encoder" if path.is_dir() else path
@@ -30,25 +33,34 @@ def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Enco
     encoder = models.load_pretrained(prefix)
     if not isinstance(encoder, Encoder):
         raise ValueError(f"{prefix}.json is a {type(encoder).__name__}, not an encoder")
-    for what, own, given in (("channels", encoder.args["in_channels"], channels), ("resolution", encoder.resolution, resolution)):
+    for what, own, given in (
+        ("channels", encoder.args["in_channels"], channels),
+        ("resolution", encoder.resolution, resolution),
+    ):
         if own != given:
             raise ValueError(f"{prefix}.json takes features of {what} {own}, the data has {given}")
-    return encoder.eval().requires_grad_(False), hashlib.sha256(Path(f"{prefix}.safetensors").read_bytes()).hexdigest()
+    return encoder.eval().requires_grad_(False), hashlib.sha256(
+        Path(f"{prefix}.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def _why_not(config: Path) -> str:
     if not config.is_file():
         return "it is not a run folder"
     encoder = json.loads(config.read_text()).get("encoder")
-    return f"it was trained on that of --encoder {encoder}" if encoder else "the run is not finished, --resume it"
+    return (
+        f"it was trained on that of --encoder {encoder}"
+        if encoder
+        else "the run is not finished, --resume it"
+    )
 
 
 class Latents:
     """Batch -> latents [N, latent] on its voxels, from FOLDER/<object>.safetensors.
 
-    An object that is not there yet is encoded alone, so its latents do not depend on the batch it first appears in.
-    Raises ValueError that names a cached file which is truncated or belongs to other voxels, OSError that names one which
-    cannot be written.
+    An object that is not there yet is encoded alone, so its latents do not depend on the batch it
+    first appears in. Raises ValueError that names a cached file which is truncated or belongs to
+    other voxels, OSError that names one which cannot be written.
     """
 
     def __init__(self, encoder: Encoder, folder: Path):
@@ -68,16 +80,28 @@ class Latents:
             mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
             own = str(os.getpid())  # ranks may meet the same object at once
             with whole(file, sync=False, tag=own) as partial:
-                save_file({"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}, partial)
+                save_file(
+                    {"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()},
+                    partial,
+                )
             return mean
         try:
             saved = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is truncated: delete it and it will be made again ({error})") from error
+            raise ValueError(
+                f"{file} is truncated: delete it and it will be made again ({error})"
+            ) from error
         if saved.keys() != {"mean", "coords"}:
-            raise ValueError(f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords")
+            raise ValueError(
+                f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords"
+            )
         as_many = len(saved["coords"]) == len(coords)
-        if not as_many or not (name in self._known or torch.equal(saved["coords"], coords[:, 1:].cpu())):
-            raise ValueError(f"{file} holds {len(saved['coords'])} voxels that are not the object's {len(coords)}")
+        if not as_many or not (
+            name in self._known or torch.equal(saved["coords"], coords[:, 1:].cpu())
+        ):
+            raise ValueError(
+                f"{file} holds {len(saved['coords'])} voxels that are not the object's "
+                f"{len(coords)}"
+            )
         self._known.add(name)  # reading the object's voxels waits for the device: once
         return to_device(saved["mean"].to(features.dtype), features.device)

@@ -1,6 +1,8 @@
-"""Files of a prepared dataset, written so that a partial one never looks finished: under another name, then renamed.
+"""Files of a prepared dataset, written so that a partial one never looks finished: under another
+name, then renamed.
 
-Names that come out of files (sha256, file_path, lines of a list) become paths here only, once they are known to stay inside.
+Names that come out of files (sha256, file_path, lines of a list) become paths here only, once they
+are known to stay inside.
 """
 
 import csv
@@ -11,13 +13,30 @@ import numpy as np
 
 from train.files import whole, write_whole
 
-PUBLISHED = ["sha256", "file_identifier", "local_path", "aesthetic_score", "captions", "rendered", "voxelized", "num_voxels"]
+PUBLISHED = [
+    "sha256",
+    "file_identifier",
+    "local_path",
+    "aesthetic_score",
+    "captions",
+    "rendered",
+    "voxelized",
+    "num_voxels",
+]
 
 
 def inside(folder: Path, name: str) -> Path:
-    """FOLDER/NAME, where NAME comes out of a file; ValueError where it is no relative path or leads out of the folder."""
+    """FOLDER/NAME, where NAME comes out of a file; ValueError where it is no relative path or leads
+    out of the folder.
+    """
     parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or any(c in name for c in "\\\0") or name[0] == "/" or PureWindowsPath(name).drive:
+    if (
+        not parts
+        or ".." in parts
+        or any(c in name for c in "\\\0")
+        or name[0] == "/"
+        or PureWindowsPath(name).drive
+    ):
         raise ValueError(f"{name!r} is no path below {folder}")
     return folder / name
 
@@ -25,8 +44,9 @@ def inside(folder: Path, name: str) -> Path:
 def read_metadata(root: Path) -> list[dict[str, str]]:
     """The rows of ROOT/metadata.csv; an absent cell is "".
 
-    ValueError without the folder, the file or its sha256 column, and for a row whose sha256 is not 64 digits 0-9 a-f: it is
-    part of file names. (Capitals are refused as well: where case does not count, two rows would share their files.)
+    ValueError without the folder, the file or its sha256 column, and for a row whose sha256 is not
+    64 digits 0-9 a-f: it is part of file names. (Capitals are refused as well: where case does not
+    count, two rows would share their files.)
     """
     file = root / "metadata.csv"
     if not root.is_dir():
@@ -34,7 +54,9 @@ def read_metadata(root: Path) -> list[dict[str, str]]:
     if not file.is_file():
         raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a byte order mark first
+        with file.open(
+            newline="", encoding="utf-8-sig"
+        ) as stream:  # spreadsheets put a byte order mark first
             reader = csv.DictReader(stream)
             columns = reader.fieldnames or []
             rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
@@ -44,19 +66,26 @@ def read_metadata(root: Path) -> list[dict[str, str]]:
         raise ValueError(f"{file} has no column sha256, only: {', '.join(columns) or 'nothing'}")
     for i, row in enumerate(rows):
         if not re.fullmatch("[0-9a-f]{64}", row["sha256"]):
-            raise ValueError(f"{file}: sha256 of row {i + 1} of {len(rows)} is {row['sha256']!r}, not 64 digits of 0-9 a-f")
+            raise ValueError(
+                f"{file}: sha256 of row {i + 1} of {len(rows)} is {row['sha256']!r}, not 64 "
+                "digits of 0-9 a-f"
+            )
     return rows
 
 
 def write_metadata(out: Path, rows: list[dict]) -> None:
-    """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one says nothing of them."""
+    """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one
+    says nothing of them.
+    """
     path, merged = out / "metadata.csv", {}
     if path.is_file():
         merged = {row["sha256"]: row for row in read_metadata(out)}
     for row in rows:
         was = merged.get(row["sha256"], {})
         row = {k: v for k, v in row.items() if v not in ("", "[]")}
-        merged[row["sha256"]] = {"captions": "[]"} | was | row | {k: was[k] for k in ("aesthetic_score",) if was.get(k)}
+        merged[row["sha256"]] = (
+            {"captions": "[]"} | was | row | {k: was[k] for k in ("aesthetic_score",) if was.get(k)}
+        )
     seen = dict.fromkeys(key for row in merged.values() for key in row)
     columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
     with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -77,8 +106,15 @@ def write_npz(path: Path, **arrays) -> None:
 
 
 def _ply_header(vertices: int, faces: int | None = None) -> bytes:
-    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {vertices}", *(f"property float {a}" for a in "xyz")]
-    lines += [] if faces is None else [f"element face {faces}", "property list uchar int vertex_indices"]
+    lines = [
+        "ply",
+        "format binary_little_endian 1.0",
+        f"element vertex {vertices}",
+        *(f"property float {a}" for a in "xyz"),
+    ]
+    lines += (
+        [] if faces is None else [f"element face {faces}", "property list uchar int vertex_indices"]
+    )
     return "\n".join([*lines, "end_header", ""]).encode()
 
 
@@ -89,11 +125,16 @@ def ply_points(points: np.ndarray) -> bytes:
 def ply_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     table = np.empty(len(faces), np.dtype([("n", "u1"), ("v", "<i4", 3)]))
     table["n"], table["v"] = 3, faces
-    return _ply_header(len(vertices), len(faces)) + vertices.astype("<f4").tobytes() + table.tobytes()
+    return (
+        _ply_header(len(vertices), len(faces)) + vertices.astype("<f4").tobytes() + table.tobytes()
+    )
 
 
 def ply_count(path: Path) -> int | None:
     """The vertices that a .ply announces; None where it is no such file."""
     with path.open("rb") as file:
-        announced = next((line.split()[2] for line in file if re.fullmatch(rb"element vertex \d+\s*", line)), None)
+        announced = next(
+            (line.split()[2] for line in file if re.fullmatch(rb"element vertex \d+\s*", line)),
+            None,
+        )
     return None if announced is None else int(announced)

@@ -1,9 +1,11 @@
-"""The training loop of every decoder: `main` reads the flags, `fit` runs, `Run.step` is the one function that trains.
+"""The training loop of every decoder: `main` reads the flags, `fit` runs, `Run.step` is the one
+function that trains.
 
-A step takes `batch_size` objects over all ranks, in micro-batches. What it draws (views, posterior noise, backgrounds)
-depends only on the seed, the step and the object's place in the batch, so neither the number of ranks nor an
-interruption changes it; where the rays of a radiance field start depends on the rank too. Loss terms are means over a
-micro-batch, as published, averaged over micro-batches and ranks.
+A step takes `batch_size` objects over all ranks, in micro-batches. What it draws (views, posterior
+noise, backgrounds) depends only on the seed, the step and the object's place in the batch, so
+neither the number of ranks nor an interruption changes it; where the rays of a radiance field start
+depends on the rank too. Loss terms are means over a micro-batch, as published, averaged over
+micro-batches and ranks.
 """
 
 import json
@@ -43,7 +45,9 @@ from train.threads import computing
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
-Compare = type[Pictures]  # what compares scenes with a batch: Pictures, or a class with the same methods
+Compare = type[
+    Pictures
+]  # what compares scenes with a batch: Pictures, or a class with the same methods
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -63,7 +67,9 @@ class Objective(nn.Module):
         super().__init__()
         self.vae, self.compare, self.weights = vae, compare, weights
 
-    def forward(self, x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` [N, latent] and `background` [V, 3] are the step's random draws."""
         posterior, scenes = self.vae(x, noise)
         terms, psnr = self.compare(scenes, batch, background)
@@ -76,11 +82,13 @@ class Objective(nn.Module):
 class Run:
     """What a training run holds on one rank; `enter` gives it the folder that it writes to.
 
-    `done` steps are done, `kept` of them saved. Raises ValueError or OSError for whatever it is told
-    that cannot be.
+    `done` steps are done, `kept` of them saved. Raises ValueError or OSError for whatever it is
+    told that cannot be.
     """
 
-    def __init__(self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures):
+    def __init__(
+        self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures
+    ):
         self.script, self.config, self.here, self.kept = script, config, here, 0
         self.objects = Objects(config, here, compare.meshes)
         self._build = build
@@ -93,7 +101,11 @@ class Run:
         off = {"kl": "the encoder is frozen"} if config.encoder else {}
         weights = asdict(config.weights)
         if not config.lpips:
-            off |= {name: "no weights given (--lpips FILE)" for name in weights if name.endswith("lpips")}
+            off |= {
+                name: "no weights given (--lpips FILE)"
+                for name in weights
+                if name.endswith("lpips")
+            }
         self.weights = {name: weight for name, weight in weights.items() if name not in off}
         self.recipe = report.recipe(self.weights, off)
         self.compare = compare(config.lpips).to(here.device)
@@ -103,7 +115,12 @@ class Run:
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
         self.optimizer = Optimizer(
-            self.vae.named_parameters(), self.clipper, scale, config.weight_decay, config.ema, config.optimizer == "muon"
+            self.vae.named_parameters(),
+            self.clipper,
+            scale,
+            config.weight_decay,
+            config.ema,
+            config.optimizer == "muon",
         )
         self.latents: Latents | None = None
         if config.resume:
@@ -146,8 +163,14 @@ class Run:
         if self.here.leads:
             self._continued(json.loads((folder / "config.json").read_text())["steps"])
 
-    def _voxels(self, batch: Batch) -> SparseTensor:  # the model's input: features, or latents of a frozen encoder
-        return self.latents(batch) if self.latents else SparseTensor(batch.features, batch.coords, batch.batch_size)
+    def _voxels(
+        self, batch: Batch
+    ) -> SparseTensor:  # the model's input: features, or latents of a frozen encoder
+        return (
+            self.latents(batch)
+            if self.latents
+            else SparseTensor(batch.features, batch.coords, batch.batch_size)
+        )
 
     @torch.no_grad()
     def decode(self, batch: Batch, vae: VAE | None = None) -> list[Scene]:
@@ -157,22 +180,41 @@ class Run:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Draw held-out views of a few objects, the true ones above the model's, to samples/step_NNNNNNNN.png."""
+        """Draw held-out views of a few objects, the true ones above the model's, to
+        samples/step_NNNNNNNN.png.
+        """
         self.vae.eval()
         batch = self.objects.gallery()
-        title = f"train.{self.script}, step {self.done}: views never trained on (unseen: no view of that object was)"
+        title = (
+            f"train.{self.script}, step {self.done}: views never trained on (unseen: no "
+            "view of that object was)"
+        )
         file = self.folder / "samples" / f"step_{self.done:08d}.png"
-        report.picture(self.compare.show(self.decode(batch), batch), self.objects.captions(batch), title, file)
+        report.picture(
+            self.compare.show(self.decode(batch), batch), self.objects.captions(batch), title, file
+        )
 
-    def _draws(self, step: int, micro: int, x: SparseTensor, views: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _draws(
+        self, step: int, micro: int, x: SparseTensor, views: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Posterior noise [N, latent] and black or white backgrounds [V, 3] of a micro-batch."""
-        first = (self.here.rank * self.config.micro_batches(self.here.world) + micro) * self.config.micro_batch
+        first = (
+            self.here.rank * self.config.micro_batches(self.here.world) + micro
+        ) * self.config.micro_batch
         noise, black_or_white = [], []
         for sample, voxels in enumerate(x.cache.counts):
-            generator = torch.Generator().manual_seed(seed_of(self.config.seed, step, first + sample))
+            generator = torch.Generator().manual_seed(
+                seed_of(self.config.seed, step, first + sample)
+            )
             noise.append(torch.randn(voxels, self.config.model.latent, generator=generator))
-            black_or_white.append(torch.randint(2, (views.count(sample), 1), generator=generator).float().expand(-1, 3))
-        return to_device(torch.cat(noise), self.here.device), to_device(torch.cat(black_or_white), self.here.device)
+            black_or_white.append(
+                torch.randint(2, (views.count(sample), 1), generator=generator)
+                .float()
+                .expand(-1, 3)
+            )
+        return to_device(torch.cat(noise), self.here.device), to_device(
+            torch.cat(black_or_white), self.here.device
+        )
 
     def _inputs(self, step: int, micro: int, batch: Batch) -> tuple:
         """The objective's arguments for a micro-batch of a step."""
@@ -182,10 +224,12 @@ class Run:
         return x, noise, batch, background
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Train one step on this rank's micro-batches; returns its row of the log, means over all ranks.
+        """Train one step on this rank's micro-batches; returns its row of the log, means over all
+        ranks.
 
-        The host waits for a GPU twice, for the norm of the gradients and for the row, and in each micro-batch where
-        SparseTensor, the renderers and isosurface say that they read: never in a backward pass.
+        The host waits for a GPU twice, for the norm of the gradients and for the row, and in each
+        micro-batch where SparseTensor, the renderers and isosurface say that they read: never in a
+        backward pass.
         """
         begin, device = time.perf_counter(), self.here.device
         seed_all(self.config.seed, self.done, self.here.rank)
@@ -193,7 +237,9 @@ class Run:
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             inputs = self._inputs(self.done, micro, batch)
-            waits = self.here.world > 1 and micro + 1 < len(batches)  # gradients are exchanged after the last micro-batch
+            waits = self.here.world > 1 and micro + 1 < len(
+                batches
+            )  # gradients are exchanged after the last micro-batch
             with self.objective.no_sync() if waits else nullcontext():
                 loss, values = self.objective(*inputs)
                 self.optimizer.backward(loss / len(batches))
@@ -201,10 +247,18 @@ class Run:
                 totals[name] = totals.get(name, 0) + value.detach() / len(batches)
         norm = self.optimizer.step(self.config.lr_at(self.done))
         voxels = float(sum(len(batch.coords) for batch in batches))
-        means = self.here.mean(torch.stack([*totals.values(), torch.full((), voxels, device=device)])).tolist()
+        means = self.here.mean(
+            torch.stack([*totals.values(), torch.full((), voxels, device=device)])
+        ).tolist()
         row = dict(zip(totals, means, strict=False))
         rate = means[-1] * self.here.world / (time.perf_counter() - begin)
-        return {"step": self.done, **row, "grad_norm": norm, "skipped": self.optimizer.skipped, "voxels_per_second": rate}
+        return {
+            "step": self.done,
+            **row,
+            "grad_norm": norm,
+            "skipped": self.optimizer.skipped,
+            "voxels_per_second": rate,
+        }
 
     def why(self, batches: Sequence[Batch]) -> str:
         """What was not finite in the last step, of these micro-batches: the same on every rank."""
@@ -217,11 +271,13 @@ class Run:
             found = f"the step cannot be repeated: {error}"
         for other, text in enumerate(self.here.every(found)):
             if text:
-                return f"{text} (rank {other} of {self.here.world})" if self.here.world > 1 else text
+                return (
+                    f"{text} (rank {other} of {self.here.world})" if self.here.world > 1 else text
+                )
         return "repeated, the step is finite"
 
     def unsaved(self) -> bool:
-        """Whether this rank should save what an error would lose: no weights that are half moved."""
+        """Whether this rank should save what an error would lose: no half moved weights."""
         return self.here.leads and not self.optimizer.moving and self.kept != self.done
 
     def save(self) -> None:
@@ -232,7 +288,11 @@ class Run:
         folder = self.folder / "checkpoints"
         if not self.here.leads:
             return check_finite(tensors, f"{checkpoint.path(folder, self.done)} is not saved")
-        state = {"step": self.done, "optimizer": self.optimizer.state(), "clipper": self.clipper.state_dict()}
+        state = {
+            "step": self.done,
+            "optimizer": self.optimizer.state(),
+            "clipper": self.clipper.state_dict(),
+        }
         state["sampler"] = self.objects.sampler.state_dict(self.done)
         checkpoint.save(folder, self.done, tensors, state, doubtful=self.optimizer.stuck > 0)
 
@@ -249,10 +309,14 @@ class Run:
 
     def _continued(self, steps: int) -> None:
         """Say where another number of steps than before changes the learning rate."""
-        before, now = replace(self.config, steps=steps).lr_at(self.done), self.config.lr_at(self.done)
+        before, now = (
+            replace(self.config, steps=steps).lr_at(self.done),
+            self.config.lr_at(self.done),
+        )
         if before != now and self.done < self.config.steps:
             print(
-                f"--steps {self.config.steps} instead of {steps} is another cosine: the learning rate after step {self.done} "
+                f"--steps {self.config.steps} instead of {steps} is another cosine: the "
+                f"learning rate after step {self.done} "
                 f"is {now:.2g}, not {before:.2g}"
             )
 
@@ -260,9 +324,9 @@ class Run:
 def fit(run: Run) -> None:
     """Train to the last step with a progress line, checkpoints and pictures, then conclude.
 
-    Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits with 128 + the signal.
-    An error saves first. Raises NotFinite on every rank after PATIENCE skipped steps in a row, and
-    where what is to be saved is not finite.
+    Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits
+    with 128 + the signal. An error saves first. Raises NotFinite on every rank after PATIENCE
+    skipped steps in a row, and where what is to be saved is not finite.
     """
     config, here, folder = run.config, run.here, run.folder
     if here.leads:
@@ -278,7 +342,9 @@ def fit(run: Run) -> None:
         due = False
         for batches in run.objects.steps():
             row = run.step(batches)
-            stop = here.mean(torch.full((), float(interrupt.received), device=here.device)).item() > 0
+            stop = (
+                here.mean(torch.full((), float(interrupt.received), device=here.device)).item() > 0
+            )
             last = run.done == config.steps or stop
             due |= run.done % config.save_every == 0
             # weights that may be why steps are skipped would push sound ones out
@@ -306,24 +372,34 @@ def fit(run: Run) -> None:
 
 
 def conclude(run: Run) -> floors.Scores:
-    """Keep the trained models as pretrained files, score them beside the floors, print the table, write evaluation.json.
+    """Keep the trained models as pretrained files, score them beside the floors, print the table,
+    write evaluation.json.
 
-    What is kept and scored are the averaged weights, unless the untrained ones still weigh over 5 % in the average.
+    What is kept and scored are the averaged weights, unless the untrained ones still weigh over 5 %
+    in the average.
     """
     run.vae.eval()
     averaged = run.optimizer.remembers_start < 0.05
     with run.optimizer.averaged() if averaged else nullcontext():
         for part, model in run.vae.named_children():
             models.save_pretrained(model, run.folder / "checkpoints" / part)
-        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=run.untrained().eval())}
+        decoders = {
+            "trained": run.decode,
+            "untrained": partial(run.decode, vae=run.untrained().eval()),
+        }
         rgb = run.config.features == "rgb"
         scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
         more, table = run.compare.measure(decoders, run.objects)
     weights = "averaged" if averaged else "last"
-    values = {name: {group: report.finite(asdict(s)) for group, s in row.items()} for name, row in scores.items()}
+    values = {
+        name: {group: report.finite(asdict(s)) for group, s in row.items()}
+        for name, row in scores.items()
+    }
     content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
     if more:
-        content["surface"] = {name: {g: report.finite(s) for g, s in row.items()} for name, row in more.items()}
+        content["surface"] = {
+            name: {g: report.finite(s) for g, s in row.items()} for name, row in more.items()
+        }
     write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     tables = "\n".join([floors.table(scores), *([table] if table else [])])
     print(f"{tables}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
@@ -331,13 +407,18 @@ def conclude(run: Run) -> floors.Scores:
 
 
 def main(
-    script: str, presets: Mapping[str, Config], build: Build, argv: Sequence[str] | None = None, compare: Compare = Pictures
+    script: str,
+    presets: Mapping[str, Config],
+    build: Build,
+    argv: Sequence[str] | None = None,
+    compare: Compare = Pictures,
 ) -> None:
     """The command line of a training script.
 
-    Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a disk that is full, or fails,
-    with a message and status 1; numbers that are not finite with status 3, or 2 before the training;
-    a second Ctrl-C with status 130. Once there is a folder, the message says how to go on.
+    Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a
+    disk that is full, or fails, with a message and status 1; numbers that are not finite with
+    status 3, or 2 before the training; a second Ctrl-C with status 130. Once there is a folder, the
+    message says how to go on.
     """
     config = from_cli(script, presets, argv, world_size())
     here = run = None

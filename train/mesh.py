@@ -1,9 +1,9 @@
 """Train the mesh VAE.
 
-    python -m train.mesh                              # embedded objects, minutes on a CPU
-    python -m train.mesh --preset small --data DIR    # one GPU with 24 GB
-    torchrun --nproc-per-node 8 -m train.mesh --preset base --data DIR --encoder RUN    # on a trained, frozen encoder
-    python -m train.mesh --help                       # every flag; --resume RUN continues
+python -m train.mesh                              # embedded objects, minutes on a CPU python -m
+train.mesh --preset small --data DIR    # one GPU with 24 GB torchrun --nproc-per-node 8 -m
+train.mesh --preset base --data DIR --encoder RUN    # on a trained, frozen encoder python -m
+train.mesh --help                       # every flag; --resume RUN continues
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,13 @@ from train.surfaces import Surfaces
 
 @dataclass(frozen=True)
 class MeshWeights(Weights):
-    """The published terms. l1, ssim and lpips are of the colours, whose published sum overwrites itself: l1 + 0.1 (l1 + ...)."""
+    """The published terms. l1, ssim and lpips are of the colours, whose published sum overwrites
+    itself: l1 + 0.1 (l1 + ...).
+    """
 
-    l1: float = flag(1.1, "weight of the mean absolute difference of the colours on black; 1 + 0.1 as published")
+    l1: float = flag(
+        1.1, "weight of the mean absolute difference of the colours on black; 1 + 0.1 as published"
+    )
     ssim: float = flag(0.02, "weight of 1 - SSIM of the colours")
     lpips: float = flag(0.02, "weight of LPIPS of the colours; needs --lpips")
     mask: float = flag(1.0, "weight of the coverage's difference")
@@ -34,21 +38,49 @@ class MeshWeights(Weights):
 class MeshSizes(Sizes):
     """The surface."""
 
-    silhouettes: str = flag("edges", "what moves them: edges of triangles, as published, or pixels beside the background")
+    silhouettes: str = flag(
+        "edges",
+        "what moves them: edges of triangles, as published, or pixels beside the background",
+    )
 
 
 BASE = Config(model=MeshSizes(), weights=MeshWeights(), steps=290_000, micro_batch=1)
 SMALL = replace(
-    # an untrained surface rests on distances of 1 / 256; without a warm-up two or three steps of AdamW move all of them beyond 0
-    # and it is gone for a while. base is as published: --warmup 1000 is worth giving it too
-    BASE, preset="small", warmup=1000, features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
+    # an untrained surface rests on distances of 1 / 256; without a warm-up two or three steps of
+    # AdamW move all of them beyond 0 and it is gone for a while. base is as published: --warmup
+    # 1000 is worth giving it too
+    BASE,
+    preset="small",
+    warmup=1000,
+    features="rgb",
+    image_size=256,
+    batch_size=16,
+    precision="bf16",
+    ema=0.999,
+    steps=100_000,
     model=MeshSizes(channels=512, blocks=6, heads=8),
-)  # fmt: skip
+)
 DEMO = replace(
-    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=4, steps=240, batch_size=2, micro_batch=2,
-    precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=80, save_every=120,
+    BASE,
+    preset="demo",
+    features="rgb",
+    resolution=16,
+    image_size=128,
+    views=4,
+    steps=240,
+    batch_size=2,
+    micro_batch=2,
+    precision="fp32",
+    optimizer="muon",
+    lr=3e-3,
+    warmup=20,
+    final_lr=0.03,
+    ema=0.98,
+    workers=0,
+    sample_every=80,
+    save_every=120,
     model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
-)  # fmt: skip
+)
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
 

@@ -1,8 +1,10 @@
-"""Textured meshes from files: OBJ with its MTL and images read here, GLB and glTF in train.gltf, PLY in train.ply.
+"""Textured meshes from files: OBJ with its MTL and images read here, GLB and glTF in train.gltf,
+PLY in train.ply.
 
-Everything is flat after reading: F triangles over P vertices, and per corner a normal, a texture coordinate and a tint.
-z is up in the datasets and in PLY, y in OBJ and glTF: their (x, y, z) becomes (x, -z, y). Nothing is repaired or thrown
-away silently: what cannot be shown as its author meant it is a ValueError with the file's name, or a line in `Mesh.notes`.
+Everything is flat after reading: F triangles over P vertices, and per corner a normal, a texture
+coordinate and a tint. z is up in the datasets and in PLY, y in OBJ and glTF: their (x, y, z)
+becomes (x, -z, y). Nothing is repaired or thrown away silently: what cannot be shown as its author
+meant it is a ValueError with the file's name, or a line in `Mesh.notes`.
 """
 
 import hashlib
@@ -17,24 +19,42 @@ from train.ply import read_ply
 from train.surface import Material, Mesh, assemble, decode, find
 
 READABLE = (".obj", ".glb", ".gltf", ".ply")
-MAP_OPTIONS = {"-blendu": 1, "-blendv": 1, "-boost": 1, "-bm": 1, "-cc": 1, "-clamp": 1, "-imfchan": 1, "-texres": 1, "-mm": 2}
+MAP_OPTIONS = {
+    "-blendu": 1,
+    "-blendv": 1,
+    "-boost": 1,
+    "-bm": 1,
+    "-cc": 1,
+    "-clamp": 1,
+    "-imfchan": 1,
+    "-texres": 1,
+    "-mm": 2,
+}
 
 
 def read_mesh(path: Path) -> Mesh:
     """Read one file of READABLE; a ValueError names the file and what is wrong with it."""
     if path.suffix.lower() not in READABLE:
-        raise ValueError(f"{path.name}: unknown extension {path.suffix or '(none)'}; known are {', '.join(READABLE)}")
+        raise ValueError(
+            f"{path.name}: unknown extension {path.suffix or '(none)'}; known are "
+            f"{', '.join(READABLE)}"
+        )
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
     reader = {".obj": _read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
-    with reading(path.name), np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is refused
+    with (
+        reading(path.name),
+        np.errstate(over="ignore", invalid="ignore", divide="ignore"),
+    ):  # what is not finite is refused
         return reader(path)
 
 
 def content_hash(path: Path) -> str:
-    """sha256 over the file and every file that it names (MTL, images, glTF buffers); of a file that names none, its own.
+    """sha256 over the file and every file that it names (MTL, images, glTF buffers); of a file that
+    names none, its own.
 
-    Raises OSError for what is no file, ValueError, with its name, for a file whose names cannot be read.
+    Raises OSError for what is no file, ValueError, with its name, for a file whose names cannot be
+    read.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is not a file")  # a pipe or a device would never end
@@ -57,7 +77,8 @@ def _digest(path: Path) -> str:
 
 
 def normalize(mesh: Mesh) -> tuple[float, np.ndarray]:
-    """Move the mesh into [-0.5, 0.5]^3 in place, its largest side 1 and its box centred; returns (scale, offset [3]).
+    """Move the mesh into [-0.5, 0.5]^3 in place, its largest side 1 and its box centred; returns
+    (scale, offset [3]).
 
     p becomes p * scale + offset, the two numbers that transforms.json records.
     """
@@ -67,7 +88,9 @@ def normalize(mesh: Mesh) -> tuple[float, np.ndarray]:
     if not side > 0:
         raise ValueError(f"all {len(mesh.vertices)} vertices are the same point")
     if not 1e-150 < side < 1e150:
-        raise ValueError(f"its largest side is {side:.3g}, too small or too large for double precision")
+        raise ValueError(
+            f"its largest side is {side:.3g}, too small or too large for double precision"
+        )
     scale = 1 / side
     offset = -(low + high) / 2 * scale
     mesh.vertices = mesh.vertices * scale + offset
@@ -75,7 +98,13 @@ def normalize(mesh: Mesh) -> tuple[float, np.ndarray]:
 
 
 def _text(path: Path) -> list[str]:
-    return path.read_bytes().decode("utf-8", "surrogateescape").replace("\\\r\n", " ").replace("\\\n", " ").splitlines()
+    return (
+        path.read_bytes()
+        .decode("utf-8", "surrogateescape")
+        .replace("\\\r\n", " ")
+        .replace("\\\n", " ")
+        .splitlines()
+    )
 
 
 def _values(path: Path, keyword: str) -> list[str]:
@@ -91,7 +120,9 @@ def _libraries(folder: Path, value: str) -> dict[str, Path | None]:
 
 
 def _map_name(value: str) -> tuple[str, str | None]:
-    """The file name of a map statement, and the first option in front of it that changes where the image lands."""
+    """The file name of a map statement, and the first option in front of it that changes where the
+    image lands.
+    """
     words, moved = value.split(), None
     while words and words[0].startswith("-") and len(words) > 1:
         option = words.pop(0)
@@ -107,7 +138,9 @@ def _map_name(value: str) -> tuple[str, str | None]:
 def _image(folder: Path, owner: str, value: str, material: str) -> np.ndarray:
     name, moved = _map_name(value)
     if moved:
-        raise ValueError(f"{owner}: texture option {moved} of material {material!r} is not supported")
+        raise ValueError(
+            f"{owner}: texture option {moved} of material {material!r} is not supported"
+        )
     path = find(folder, name)
     if path is None:
         raise ValueError(f"{owner}: texture {name!r} of material {material!r} does not exist")
@@ -115,10 +148,16 @@ def _image(folder: Path, owner: str, value: str, material: str) -> np.ndarray:
 
 
 def _read_mtl(path: Path) -> dict[str, dict[str, str]]:
-    """Material name -> its statements (lower-case keyword -> rest of the line); the last of a repeated statement counts."""
+    """Material name -> its statements (lower-case keyword -> rest of the line); the last of a
+    repeated statement counts.
+    """
     found, current = {}, {}
     for line in _text(path):
-        keyword, _, value = line.strip().partition(" ") if "\t" not in line else line.strip().replace("\t", " ").partition(" ")
+        keyword, _, value = (
+            line.strip().partition(" ")
+            if "\t" not in line
+            else line.strip().replace("\t", " ").partition(" ")
+        )
         if keyword == "newmtl":
             current = found[value.strip()] = {"": path.name}
         elif keyword and not keyword.startswith("#"):
@@ -153,8 +192,12 @@ def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
         if texture is None:
             texture = np.full((mask.height, mask.width, 4), 255, np.uint8)
         mask = np.asarray(mask.resize(texture.shape[1::-1]), np.float32) / 255
-        texture = np.concatenate([texture[..., :3], np.rint(texture[..., 3:] * mask[..., None]).astype(np.uint8)], -1)
-    return Material(color if len(color) == 3 else color[:1] * 3, min(max(opacity, 0.0), 1.0), texture)
+        texture = np.concatenate(
+            [texture[..., :3], np.rint(texture[..., 3:] * mask[..., None]).astype(np.uint8)], -1
+        )
+    return Material(
+        color if len(color) == 3 else color[:1] * 3, min(max(opacity, 0.0), 1.0), texture
+    )
 
 
 def _read_obj(path: Path) -> Mesh:
@@ -178,7 +221,9 @@ def _read_obj(path: Path) -> Mesh:
                 normals.append([float(words[1]), float(words[2]), float(words[3])])
             elif keyword == "f":
                 polygon = [_corner(word, tables) for word in words[1:]]
-                for i in range(1, len(polygon) - 1):  # a fan: exact for the convex polygons that OBJ files hold
+                for i in range(
+                    1, len(polygon) - 1
+                ):  # a fan: exact for the convex polygons that OBJ files hold
                     corners.append((polygon[0], polygon[i], polygon[i + 1]))
                     face_material.append(current)
             elif keyword == "usemtl":
@@ -191,9 +236,17 @@ def _read_obj(path: Path) -> Mesh:
                     libraries |= _read_mtl(library)
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
-    notes = [f"{path.name}: material {name!r} is defined nowhere; shown grey" for name in names if name not in libraries]
-    materials = [_material(path.parent, n, libraries[n]) if n in libraries else Material() for n in names] + [Material()]
-    index = np.array(corners, np.int64).reshape(-1, 3, 3)  # [F, corner, (position, uv, normal)], -1 where absent
+    notes = [
+        f"{path.name}: material {name!r} is defined nowhere; shown grey"
+        for name in names
+        if name not in libraries
+    ]
+    materials = [
+        _material(path.parent, n, libraries[n]) if n in libraries else Material() for n in names
+    ] + [Material()]
+    index = np.array(corners, np.int64).reshape(
+        -1, 3, 3
+    )  # [F, corner, (position, uv, normal)], -1 where absent
     tint = np.array(tints, np.float32).reshape(-1, 3)
 
     def pick(table: list, column: int, width: int) -> np.ndarray:
@@ -204,7 +257,10 @@ def _read_obj(path: Path) -> Mesh:
     material = np.array([len(materials) - 1 if m is None else m for m in face_material], np.int32)
     bare = set(material[(index[..., 1] < 0).any(1)])
     textured = [name for name, m in names.items() if m in bare and materials[m].texture is not None]
-    notes += [f"{path.name}: faces of textured material {name!r} have no texture coordinates" for name in textured]
+    notes += [
+        f"{path.name}: faces of textured material {name!r} have no texture coordinates"
+        for name in textured
+    ]
     corner_tint = tint[index[..., 0]] if len(tint) else tint.reshape(0, 3, 3)
     corner = (pick(normals, 2, 3), pick(uvs, 1, 2), corner_tint)
     return assemble(path.name, vertices, index[..., 0], *corner, material, materials, notes)

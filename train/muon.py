@@ -39,7 +39,8 @@ def orthogonal(
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982): 0.2 sqrt(max(A, B)).
+    """Steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982): 0.2 sqrt(max(A,
+    B)).
 
     That factor times the learning rate times an orthogonal matrix.
     """

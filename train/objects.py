@@ -1,4 +1,6 @@
-"""The objects of a run: batches to train on, and views that training never sees, to look at and to score."""
+"""The objects of a run: batches to train on, and views that training never sees, to look at and to
+score.
+"""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +16,8 @@ GALLERY = {"held-out views": 5, "held-out objects": 3}  # objects in a sample pi
 
 
 class Objects:
-    """Training batches of one rank, held-out views of some training objects and of objects held out whole.
+    """Training batches of one rank, held-out views of some training objects and of objects held out
+    whole.
 
     Raises ValueError for a dataset that cannot be used (train.data says why).
     """
@@ -22,11 +25,19 @@ class Objects:
     def __init__(self, config: Config, here: Machine, meshes: bool = False):
         roots, self.config, self.here = config.data or [EMBEDDED], config, here
         common = dict(
-            resolution=config.resolution, features=config.features, image_size=config.image_size, seed=config.seed,
-            holdout_views=config.holdout_views, cache=not config.data, meshes=meshes,
-        )  # fmt: skip
+            resolution=config.resolution,
+            features=config.features,
+            image_size=config.image_size,
+            seed=config.seed,
+            holdout_views=config.holdout_views,
+            cache=not config.data,
+            meshes=meshes,
+        )
         self.train = Dataset(roots, num_views=config.views, **common)
-        self.all = {views: Dataset(roots, split=None, views=views, **common) for views in ("train", "holdout")}
+        self.all = {
+            views: Dataset(roots, split=None, views=views, **common)
+            for views in ("train", "holdout")
+        }
         self.channels = self.train.channels
         own = set(self.train.names)
         order = np.random.default_rng(config.seed).permutation(len(self.all["train"])).tolist()
@@ -37,17 +48,29 @@ class Objects:
         }
         self.held_out = len(names) - len(own)
         self.sampler = Sampler(
-            len(self.train), config.batch_size, micro_batch=config.micro_batch, seed=config.seed, rank=here.rank, world=here.world
+            len(self.train),
+            config.batch_size,
+            micro_batch=config.micro_batch,
+            seed=config.seed,
+            rank=here.rank,
+            world=here.world,
         )
-        self.train[0], self.gallery()  # what is wrong with every object, or with what is looked at, shows before the first step
+        (
+            self.train[0],
+            self.gallery(),
+        )  # what is wrong with every object, or with what is looked at, shows before the first step
 
     def summary(self) -> str:
         voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"
-        held = f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
+        held = (
+            f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
+        )
         return f"{self.train.summary()}; {voxels}; {held}"
 
     def steps(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every step that the run still has, from the sampler's step on."""
+        """This rank's micro-batches of every step that the run still has, from the sampler's step
+        on.
+        """
         left = self.config.steps - self.sampler.step
         pin = self.here.device.type == "cuda"
         with closing(loader(self.train, self.sampler, self.config.workers, pin)) as batches:
@@ -59,9 +82,14 @@ class Objects:
         return collate([self.all[views].item(name)]).to(self.here.device)
 
     def captions(self, batch: Batch) -> list[str]:
-        """What a picture says under each object of a batch: the stem of its file, and whether it is held out whole."""
+        """What a picture says under each object of a batch: the stem of its file, and whether it is
+        held out whole.
+        """
         held_out = set(self.groups["held-out objects"])
-        return [self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "") for name in batch.names]
+        return [
+            self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "")
+            for name in batch.names
+        ]
 
     def gallery(self) -> Batch:
         """One fixed held-out view of a few objects."""

@@ -1,10 +1,12 @@
-"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW or Muon, averaged weights.
+"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW or Muon,
+averaged weights.
 
-The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
-loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is not finite. Such a
-step is skipped: no weight moves, but the average of the weights and the learning-rate schedule go on.
-Unlike there, s ends at -40, where overflow of fp16 can no longer be why, and the gradients of several
-micro-batches are summed in fp32; one micro-batch's still pass through fp16 and can overflow there.
+The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in
+range by multiplying the loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls
+by 1 where a gradient is not finite. Such a step is skipped: no weight moves, but the average of the
+weights and the learning-rate schedule go on. Unlike there, s ends at -40, where overflow of fp16
+can no longer be why, and the gradients of several micro-batches are summed in fp32; one
+micro-batch's still pass through fp16 and can overflow there.
 """
 
 import math
@@ -47,10 +49,10 @@ def _is_hidden_matrix(name: str, p: nn.Parameter) -> bool:
 class Optimizer:
     """AdamW over named fp32 parameters with everything that surrounds a step.
 
-    `clip(parameters) -> norm` clips their gradients in place and returns the norm before (a tensor or a float).
-    `muon` gives the matrices inside blocks orthogonal steps instead (train.muon), as large as AdamW's would be, so that one
-    learning rate serves all.
-    Raises ValueError for parameters that are not fp32: eps = 1e-8 is zero in fp16, and the first step would give NaN.
+    `clip(parameters) -> norm` clips their gradients in place and returns the norm before (a tensor
+    or a float). `muon` gives the matrices inside blocks orthogonal steps instead (train.muon), as
+    large as AdamW's would be, so that one learning rate serves all. Raises ValueError for
+    parameters that are not fp32: eps = 1e-8 is zero in fp16, and the first step would give NaN.
     """
 
     def __init__(
@@ -64,11 +66,18 @@ class Optimizer:
     ):
         self.parameters = dict(parameters)
         if low := [name for name, p in self.parameters.items() if p.dtype != torch.float32]:
-            raise ValueError(f"{low[0]} is {self.parameters[low[0]].dtype}: master weights are fp32; precision is of activations")
+            raise ValueError(
+                f"{low[0]} is {self.parameters[low[0]].dtype}: master weights are fp32; "
+                "precision is of activations"
+            )
         self.clip, self.scale, self.decay = clip, scale, ema
         hidden = [p for name, p in self.parameters.items() if muon and _is_hidden_matrix(name, p)]
-        others = [p for name, p in self.parameters.items() if not (muon and _is_hidden_matrix(name, p))]
-        self.methods: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, weight_decay=weight_decay, foreach=True)]
+        others = [
+            p for name, p in self.parameters.items() if not (muon and _is_hidden_matrix(name, p))
+        ]
+        self.methods: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, weight_decay=weight_decay, foreach=True)
+        ]
         if hidden:
             self.methods.append(Muon(hidden, weight_decay))
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -85,10 +94,14 @@ class Optimizer:
         self.scaled(loss).backward()
 
     def step(self, lr: float) -> float:
-        """Apply and clear the gradients; returns their norm before clipping, NaN or inf where the step was skipped."""
+        """Apply and clear the gradients; returns their norm before clipping, NaN or inf where the
+        step was skipped.
+        """
         parameters = list(self.parameters.values())
         if without := [name for name, p in self.parameters.items() if p.grad is None]:
-            raise ValueError(f"{without[0]} and {len(without) - 1} other parameters got no gradient")
+            raise ValueError(
+                f"{without[0]} and {len(without) - 1} other parameters got no gradient"
+            )
         self.moving = True
         torch._foreach_mul_([p.grad for p in parameters], 2.0**-self.scale.log2)
         norm = float(self.clip(parameters))
@@ -131,10 +144,14 @@ class Optimizer:
         return self.decay**self.steps
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights: average.NAME and optimizer.NAME.{step, exp_avg, ...}."""
+        """What a checkpoint holds beside the weights: average.NAME and optimizer.NAME.{step,
+        exp_avg, ...}.
+        """
         states = {p: state for method in self.methods for p, state in method.state.items()}
         moments = {
-            f"optimizer.{name}.{key}": value for name, p in self.parameters.items() for key, value in states.get(p, {}).items()
+            f"optimizer.{name}.{key}": value
+            for name, p in self.parameters.items()
+            for key, value in states.get(p, {}).items()
         }
         return {f"average.{name}": t for name, t in self.average.items()} | moments
 
@@ -144,12 +161,30 @@ class Optimizer:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Continue from `tensors()` and `state()`."""
-        self.steps, self.skipped, self.scale.log2 = state["steps"], state["skipped"], state["log2_scale"]
+        self.steps, self.skipped, self.scale.log2 = (
+            state["steps"],
+            state["skipped"],
+            state["log2_scale"],
+        )
         self.stuck = state.get("stuck", 0)  # earlier versions did not count them
-        owner = {p: method for method in self.methods for group in method.param_groups for p in group["params"]}
+        owner = {
+            p: method
+            for method in self.methods
+            for group in method.param_groups
+            for p in group["params"]
+        }
         for name, p in self.parameters.items():
             self.average[name].copy_(tensors[f"average.{name}"])
             prefix = f"optimizer.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if moments:  # none before the first step that was not skipped; AdamW keeps its count of steps on the host
-                owner[p].state[p] = {k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in moments.items()}
+            moments = {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+            # none before the first step that was not skipped; AdamW keeps its count of steps on the
+            # host
+            if moments:
+                owner[p].state[p] = {
+                    k: v.to("cpu" if k == "step" else p.device, copy=True)
+                    for k, v in moments.items()
+                }

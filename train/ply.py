@@ -1,4 +1,5 @@
-"""PLY files as triangles: ASCII and binary, polygons, vertex or face colours (display values); z is up.
+"""PLY files as triangles: ASCII and binary, polygons, vertex or face colours (display values); z is
+up.
 
 That is how the published datasets, Blender's exporter and train.prepare's own mesh.ply write them.
 """
@@ -13,9 +14,23 @@ from train.intake import MALFORMED, reason
 from train.surface import GREY, Z_UP, Material, Mesh, assemble
 
 TYPES = {
-    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
-    "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
-}  # fmt: skip
+    "char": "i1",
+    "int8": "i1",
+    "uchar": "u1",
+    "uint8": "u1",
+    "short": "i2",
+    "int16": "i2",
+    "ushort": "u2",
+    "uint16": "u2",
+    "int": "i4",
+    "int32": "i4",
+    "uint": "u4",
+    "uint32": "u4",
+    "float": "f4",
+    "float32": "f4",
+    "double": "f8",
+    "float64": "f8",
+}
 FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 RGB = ("red", "green", "blue")
 NUMBERS = {"x", "y", "z", "nx", "ny", "nz", "alpha", *RGB}  # properties that are no lists
@@ -26,7 +41,9 @@ CORNERS = ("vertex_indices", "vertex_index")  # and that is one
 class _Element:
     name: str
     count: int
-    fields: dict[str, tuple[str, str | None]]  # property -> its type, and the type of its length if it is a list
+    fields: dict[
+        str, tuple[str, str | None]
+    ]  # property -> its type, and the type of its length if it is a list
 
 
 def read_ply(path: Path) -> Mesh:
@@ -66,7 +83,9 @@ def read_ply(path: Path) -> Mesh:
     if any("alpha" in table and (_scaled(table["alpha"]) < 1).any() for table in (vertex, face)):
         notes.append(f"{name}: the alpha of its colours is not shown")
     uv, material = np.zeros((F, 3, 2)), np.zeros(F, int)
-    return assemble(name, vertices, faces, normals, uv, tint, material, [Material(color)], notes, up=Z_UP)
+    return assemble(
+        name, vertices, faces, normals, uv, tint, material, [Material(color)], notes, up=Z_UP
+    )
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
@@ -102,7 +121,9 @@ def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
         elif words[:1] == ["property"] and elements:
             _property(elements[-1], words[1:], line)
         elif words[:2] == ["comment", "TextureFile"]:
-            raise ValueError(f"its texture {' '.join(words[2:])!r} is not supported: convert it to GLB")
+            raise ValueError(
+                f"its texture {' '.join(words[2:])!r} is not supported: convert it to GLB"
+            )
         elif words and words[0] not in ("comment", "obj_info"):
             raise ValueError(f"header line {line!r} is not understood")
     if order is None:
@@ -111,7 +132,9 @@ def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
 
 
 def _property(element: _Element, words: list[str], line: str) -> None:
-    """Add the property that a header line names; ValueError where it is not of the kind that its name asks for."""
+    """Add the property that a header line names; ValueError where it is not of the kind that its
+    name asks for.
+    """
     is_list = words[0] == "list"
     if len(words) != (4 if is_list else 2) or not set(words[:-1]) - {"list"} <= TYPES.keys():
         raise ValueError(f"header line {line!r} is not understood")
@@ -131,7 +154,11 @@ def _typed(numbers: list[float], kind: str) -> np.ndarray:
     """The numbers in a type of TYPES; ValueError where it cannot hold one."""
     values = np.array(numbers, float)
     if kind[0] != "f":
-        wrong = (values != np.rint(values)) | (values < np.iinfo(kind).min) | (values > np.iinfo(kind).max)
+        wrong = (
+            (values != np.rint(values))
+            | (values < np.iinfo(kind).min)
+            | (values > np.iinfo(kind).max)
+        )
         if wrong.any():
             raise ValueError(f"{values[wrong][0]} is no number of type {np.dtype(kind)}")
     with np.errstate(over="ignore"):  # infinite is what follows, and is refused where it matters
@@ -150,12 +177,16 @@ def _text(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:
                     size = int(words[at])
                     at += 1
                 if not 0 <= size <= len(words) - at:
-                    raise ValueError(f"truncated: it has {row} of {element.count} rows of element {element.name}")
+                    raise ValueError(
+                        f"truncated: it has {row} of {element.count} rows of element {element.name}"
+                    )
                 numbers[name] += map(float, words[at : at + size])
                 sizes[name].append(size)
                 at += size
         tables[element.name] = {
-            name: _split(_typed(numbers[name], kind), sizes[name]) if length else _typed(numbers[name], kind)
+            name: _split(_typed(numbers[name], kind), sizes[name])
+            if length
+            else _typed(numbers[name], kind)
             for name, (kind, length) in element.fields.items()
         }
     return tables
@@ -174,7 +205,9 @@ def _binary(body: bytes, elements: list[_Element], order: str) -> dict[str, dict
 
 
 def _rows(body: bytes, at: int, element: _Element, order: str) -> tuple[dict, int]:
-    """Columns of an element that begins at byte `at`, and where it ends. Rows of one length are read in one go."""
+    """Columns of an element that begins at byte `at`, and where it ends. Rows of one length are
+    read in one go.
+    """
     sizes = {}
     here = at
     for name, (kind, length) in element.fields.items():  # list lengths of the first row
@@ -185,7 +218,11 @@ def _rows(body: bytes, at: int, element: _Element, order: str) -> tuple[dict, in
         here += np.dtype(kind).itemsize * sizes.get(name, 1)
     row = []
     for name, (kind, length) in element.fields.items():
-        row += [(f"#{name}", order + length), (name, order + kind, (sizes.get(name, 0),))] if length else [(name, order + kind)]
+        row += (
+            [(f"#{name}", order + length), (name, order + kind, (sizes.get(name, 0),))]
+            if length
+            else [(name, order + kind)]
+        )
     needed = np.dtype(row).itemsize * element.count
     table = np.frombuffer(body[at : at + needed], np.uint8)
     if len(table) == needed:
@@ -193,7 +230,9 @@ def _rows(body: bytes, at: int, element: _Element, order: str) -> tuple[dict, in
         if all((table[f"#{name}"] == size).all() for name, size in sizes.items()):
             return {name: table[name] for name in element.fields}, at + table.nbytes
     if not sizes:
-        raise ValueError(f"truncated: element {element.name} needs {needed} bytes, {len(table)} are left")
+        raise ValueError(
+            f"truncated: element {element.name} needs {needed} bytes, {len(table)} are left"
+        )
     columns = {name: [] for name in element.fields}
     for number in range(element.count):
         for name, (kind, length) in element.fields.items():
@@ -203,12 +242,20 @@ def _rows(body: bytes, at: int, element: _Element, order: str) -> tuple[dict, in
                 size = int(size[0])
             value, at = _take(body, at, order + kind, size, element, number)
             columns[name].append(value if length else value[0])
-    fixed = {name: np.array(columns[name], kind) for name, (kind, length) in element.fields.items() if length is None}
+    fixed = {
+        name: np.array(columns[name], kind)
+        for name, (kind, length) in element.fields.items()
+        if length is None
+    }
     return columns | fixed, at
 
 
-def _take(body: bytes, at: int, kind: str, size: int, element: _Element, number: int) -> tuple[np.ndarray, int]:
+def _take(
+    body: bytes, at: int, kind: str, size: int, element: _Element, number: int
+) -> tuple[np.ndarray, int]:
     end = at + np.dtype(kind).itemsize * size
     if end > len(body) or size < 0:
-        raise ValueError(f"truncated: it has {number} of {element.count} rows of element {element.name}")
+        raise ValueError(
+            f"truncated: it has {number} of {element.count} rows of element {element.name}"
+        )
     return np.frombuffer(body, kind, size, at), end

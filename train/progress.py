@@ -15,7 +15,8 @@ class Progress:
 
     Where `stream` (default: standard error) is no terminal, as in a batch job's log, there are no
     carriage returns: the first update, the last and those with `now` give a line each, any other
-    only where the line before is 30 s old. `clock` returns seconds. Nothing is shown at all unless `shown`.
+    only where the line before is 30 s old. `clock` returns seconds. Nothing is shown at all unless
+    `shown`.
     """
 
     def __init__(

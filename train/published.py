@@ -1,9 +1,11 @@
-"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours: what ours is set beside.
+"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours:
+what ours is set beside.
 
-Norms in fp32 between two casts, rows gathered before attention and scattered after it, windows by argsort and bincount,
-residual sums and GELU of their own, one call of the rasteriser a view, SSIM by five convolutions. Where the published code
-does more than that (a copy of segment bounds from the host at every attention, a loop over objects in the decoder's
-activations), ours is used, in the peer's favour.
+Norms in fp32 between two casts, rows gathered before attention and scattered after it, windows by
+argsort and bincount, residual sums and GELU of their own, one call of the rasteriser a view, SSIM
+by five convolutions. Where the published code does more than that (a copy of segment bounds from
+the host at every attention, a loop over objects in the decoder's activations), ours is used, in the
+peer's favour.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +47,9 @@ def _layout(cache: SpatialCache, window: int, shift: int) -> Layout:
 
 
 def published_trunk(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:
-    """The features before the output layer's norm, of a model with shifted windows; `attend` None: padded windows."""
+    """The features before the output layer's norm, of a model with shifted windows; `attend` None:
+    padded windows.
+    """
     h = model.input_layer(x.feats) + x.cache.get(position_embedding, model.model_channels)
     h = h.to(model.compute_dtype(x.feats))
     for block in model.blocks:
@@ -60,16 +64,29 @@ def _output(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:
 
 
 def published_loss(
-    vae: VAE, weights: Mapping[str, float], attend: Attend | None, rasterize: Rasterize,
-    x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor,
-) -> Tensor:  # fmt: skip
+    vae: VAE,
+    weights: Mapping[str, float],
+    attend: Attend | None,
+    rasterize: Rasterize,
+    x: SparseTensor,
+    noise: Tensor,
+    batch: Batch,
+    background: Tensor,
+) -> Tensor:
     """What train.loop.Objective computes."""
     mean, logvar = _output(vae.encoder, x, attend).chunk(2, dim=1)
     z = Posterior(mean, logvar, x).sample(noise=noise)
     scenes = vae.decoder.scenes(z.replace(_output(vae.decoder, z, attend)))
-    views = [rasterize(scenes[b], batch.camera[v], background[v : v + 1]) for v, b in enumerate(batch.view_scene)]
+    views = [
+        rasterize(scenes[b], batch.camera[v], background[v : v + 1])
+        for v, b in enumerate(batch.view_scene)
+    ]
     color, target = torch.cat(views), composite(batch.image, background)
-    terms = {"l1": (color - target).abs().mean(), "ssim": 1 - ssim_reference(color, target).mean(), "kl": kl(mean, logvar)}
+    terms = {
+        "l1": (color - target).abs().mean(),
+        "ssim": 1 - ssim_reference(color, target).mean(),
+        "kl": kl(mean, logvar),
+    }
     return weighted(terms | penalties(scenes), weights)
 
 

@@ -1,9 +1,9 @@
 """Train the radiance-field VAE.
 
-    python -m train.radiance                              # embedded objects, minutes on a CPU
-    python -m train.radiance --preset small --data DIR    # one GPU with 24 GB
-    torchrun --nproc-per-node 8 -m train.radiance --preset base --data DIR --encoder RUN    # on a trained, frozen encoder
-    python -m train.radiance --help                       # every flag; --resume RUN continues
+python -m train.radiance                              # embedded objects, minutes on a CPU python -m
+train.radiance --preset small --data DIR    # one GPU with 24 GB torchrun --nproc-per-node 8 -m
+train.radiance --preset base --data DIR --encoder RUN    # on a trained, frozen encoder python -m
+train.radiance --help                       # every flag; --resume RUN continues
 """
 
 from dataclasses import dataclass, replace
@@ -20,28 +20,66 @@ class RadianceSizes(Sizes):
     rank: int = flag(16, "products of three vectors that a voxel's field is the sum of")
     dim: int = flag(8, "samples along each of those vectors")
     density_scale: float = flag(1.0, "multiplies the raw densities; 1 as published")
-    trivec_std: float = flag(0.0, "spread of the untrained vectors around 1; at 0, as published, a voxel's ranks start equal")
+    trivec_std: float = flag(
+        0.0,
+        "spread of the untrained vectors around 1; at 0, as published, a voxel's ranks start equal",
+    )
 
 
 BASE = Config(model=RadianceSizes(), steps=500_000)
 SMALL = replace(
-    BASE, preset="small", features="rgb", image_size=256, batch_size=16, precision="bf16", ema=0.999, steps=100_000,
+    BASE,
+    preset="small",
+    features="rgb",
+    image_size=256,
+    batch_size=16,
+    precision="bf16",
+    ema=0.999,
+    steps=100_000,
     model=RadianceSizes(channels=384, blocks=6, heads=6, density_scale=30.0, trivec_std=0.5),
-)  # fmt: skip
+)
 DEMO = replace(
-    BASE, preset="demo", features="rgb", resolution=16, image_size=128, views=1, steps=900, batch_size=4, micro_batch=4,
-    precision="fp32", optimizer="muon", lr=3e-3, warmup=20, final_lr=0.03, ema=0.98, workers=0, sample_every=300, save_every=450,
+    BASE,
+    preset="demo",
+    features="rgb",
+    resolution=16,
+    image_size=128,
+    views=1,
+    steps=900,
+    batch_size=4,
+    micro_batch=4,
+    precision="fp32",
+    optimizer="muon",
+    lr=3e-3,
+    warmup=20,
+    final_lr=0.03,
+    ema=0.98,
+    workers=0,
+    sample_every=300,
+    save_every=450,
     model=RadianceSizes(
-        channels=64, blocks=2, heads=2, rank=4, dim=4, logvar_init=-4.0, density_scale=30.0, trivec_std=0.5
+        channels=64,
+        blocks=2,
+        heads=2,
+        rank=4,
+        dim=4,
+        logvar_init=-4.0,
+        density_scale=30.0,
+        trivec_std=0.5,
     ),
-)  # fmt: skip
+)
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
 
 def build(config: Config, in_channels: int) -> RadianceVAE:
     """The VAE for features of `in_channels`, with the published construction."""
     size, trunk = config.model, config.trunk()
-    representation = {"rank": size.rank, "dim": size.dim, "density_scale": size.density_scale, "trivec_std": size.trivec_std}
+    representation = {
+        "rank": size.rank,
+        "dim": size.dim,
+        "density_scale": size.density_scale,
+        "trivec_std": size.trivec_std,
+    }
     encoder = Encoder(in_channels=in_channels, logvar_init=size.logvar_init, **trunk)
     return RadianceVAE(encoder, RadianceDecoder(representation_config=representation, **trunk))
 

@@ -22,17 +22,25 @@ from train.files import whole, write_whole
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
-TEXT, LINE, MARGIN = 11, 15, 58  # of sample pictures, in pixels: font, distance of lines, room for the names of rows
+TEXT, LINE, MARGIN = (
+    11,
+    15,
+    58,
+)  # of sample pictures, in pixels: font, distance of lines, room for the names of rows
 LEAST = 96  # pixels of an image there, so that its caption fits
 
 
 def recipe(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
     """The loss as a sum, then what is off and why."""
-    total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+    total = " + ".join(
+        name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()
+    )
     return "; ".join([total, *(f"{name} off: {reason}" for name, reason in off.items())])
 
 
-def header(script: str, config: Config, here: Machine, model: nn.Module, loss: str, data: str, folder: Path) -> str:
+def header(
+    script: str, config: Config, here: Machine, model: nn.Module, loss: str, data: str, folder: Path
+) -> str:
     """Everything that says what runs, one fact a line."""
     try:
         triton = version("triton")
@@ -40,21 +48,30 @@ def header(script: str, config: Config, here: Machine, model: nn.Module, loss: s
         triton = "absent"
     device = here.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    parts = {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
-    schedule = f"{config.lr:g}" + (f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant")
+    parts = {
+        part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()
+    }
+    schedule = f"{config.lr:g}" + (
+        f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant"
+    )
     graphs = f", CUDA graphs up to {config.cuda_graphs:,} voxels" if config.cuda_graphs else ""
     lines = {
-        "run": f"{script}, preset {config.preset}, seed {config.seed}" + (", deterministic" if config.deterministic else ""),
+        "run": f"{script}, preset {config.preset}, seed {config.seed}"
+        + (", deterministic" if config.deterministic else ""),
         "device": f"{name} x {here.world}" if here.world > 1 else name,
         "threads": str(here.threads or torch.get_num_threads()),
-        "backend": f"{backend.name(torch.empty(0, device=device))} kernels, {config.precision} activations, fp32 weights{graphs}",
-        "versions": f"torch {torch.__version__}, triton {triton}, python {platform.python_version()}",
+        "backend": f"{backend.name(torch.empty(0, device=device))} kernels, {config.precision} "
+        f"activations, fp32 weights{graphs}",
+        "versions": f"torch {torch.__version__}, triton {triton}, python "
+        f"{platform.python_version()}",
         "parameters": ", ".join(f"{part} {count:,}" for part, count in parts.items()),
         "data": data,
         "loss": loss,
-        "optimiser": f"{OPTIMIZERS[config.optimizer]}, lr {schedule}, weight decay {config.weight_decay:g}, "
+        "optimiser": f"{OPTIMIZERS[config.optimizer]}, lr {schedule}, weight decay "
+        f"{config.weight_decay:g}, "
         f"clip {config.max_norm:g}, EMA {config.ema:g}",
-        "steps": f"{config.steps:,} of {config.batch_size} objects x {config.views} views at {config.image_size} px"
+        "steps": f"{config.steps:,} of {config.batch_size} objects x {config.views} views at "
+        f"{config.image_size} px"
         f", {config.micro_batches(here.world)} micro-batches a rank",
         "out": str(folder),
     }
@@ -76,8 +93,8 @@ def note(row: Mapping[str, float]) -> str:
 class Log:
     """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
 
-    Opened at `step`, it drops later rows: a resumed run repeats those steps. Raises ValueError for a file with a row that is
-    none, OSError where it cannot be written, both with the file's name.
+    Opened at `step`, it drops later rows: a resumed run repeats those steps. Raises ValueError for
+    a file with a row that is none, OSError where it cannot be written, both with the file's name.
     """
 
     def __init__(self, file: Path, step: int = 0):
@@ -89,9 +106,13 @@ class Log:
             for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
                 try:
                     if not line.endswith("\n") or json.loads(line)["step"] > step:
-                        break  # half a row, where the run was killed while writing it, or a step after the checkpoint
+                        # half a row, where the run was killed while writing it, or a step after the
+                        # checkpoint
+                        break
                 except (json.JSONDecodeError, TypeError, KeyError) as error:
-                    raise ValueError(f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}") from error
+                    raise ValueError(
+                        f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}"
+                    ) from error
                 kept.append(line)
         write_whole(file, "".join(kept))
         for line in kept:
@@ -127,20 +148,36 @@ class Log:
 
 
 def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file: Path) -> None:
-    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions; small images are enlarged."""
+    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions; small
+    images are enlarged.
+    """
     zoom = -(-LEAST // next(iter(rows.values())).shape[-1])
-    grid = torch.cat([torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows.values()], dim=1)
-    pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)
+    grid = torch.cat(
+        [torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows.values()], dim=1
+    )
+    pixels = (
+        (grid.clamp(0, 1) * 255)
+        .round()
+        .byte()
+        .permute(1, 2, 0)
+        .numpy()
+        .repeat(zoom, 0)
+        .repeat(zoom, 1)
+    )
     height, width = pixels.shape[0] // len(rows), pixels.shape[1] // len(columns)
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), TEXT)
     least = MARGIN + int(font.getlength(title))
-    sheet = Picture.new("RGB", (max(MARGIN + pixels.shape[1], least), 4 * LINE + pixels.shape[0]), "white")
+    sheet = Picture.new(
+        "RGB", (max(MARGIN + pixels.shape[1], least), 4 * LINE + pixels.shape[0]), "white"
+    )
     sheet.paste(Picture.fromarray(pixels), (MARGIN, 4 * LINE))
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 2), title, "black", font)
     for i, caption in enumerate(columns):
         lines = "\n".join(line[: width // TEXT + 6] for line in caption.split("\n"))
-        draw.multiline_text((MARGIN + (i + 0.5) * width, 4 * LINE - 3), lines, "black", font, "md", align="center")
+        draw.multiline_text(
+            (MARGIN + (i + 0.5) * width, 4 * LINE - 3), lines, "black", font, "md", align="center"
+        )
     for i, name in enumerate(rows):
         draw.multiline_text((4, 4 * LINE + (i + 0.5) * height), name, "black", font, "lm")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -158,17 +195,31 @@ def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
 
 
 def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) -> None:
-    """Draw the loss with its weighted terms (log scale) and the PSNR of the training views against the step."""
+    """Draw the loss with its weighted terms (log scale) and the PSNR of the training views against
+    the step.
+    """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps, width = [row["step"] for row in rows], max(1, len(rows) // 50)
     marker = "." if len(rows) == 1 else ""
     for i, (name, weight) in enumerate({"loss": 1.0, **weights}.items()):
-        values, style = [None if row.get(name) is None else weight * row[name] for row in rows], "-" if i < 10 else "--"
-        left.plot(steps, _smoothed(values, width), style, marker=marker, label=name, linewidth=2 if name == "loss" else 1)
+        values, style = (
+            [None if row.get(name) is None else weight * row[name] for row in rows],
+            "-" if i < 10 else "--",
+        )
+        left.plot(
+            steps,
+            _smoothed(values, width),
+            style,
+            marker=marker,
+            label=name,
+            linewidth=2 if name == "loss" else 1,
+        )
     left.set(xlabel="step", yscale="log", title="loss and its weighted terms")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6
+    )
     psnr = [row.get("psnr") for row in rows]
     right.plot(steps, [float("nan") if p is None else p for p in psnr], alpha=0.25, linewidth=0.7)
     right.plot(steps, _smoothed(psnr, width), color="C0", marker=marker)

@@ -1,4 +1,6 @@
-"""What a mesh file holds, whatever its format: flat triangles with colours; and what the readers of all formats share."""
+"""What a mesh file holds, whatever its format: flat triangles with colours; and what the readers of
+all formats share.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -9,18 +11,23 @@ from train.intake import TEXTURES, load_picture, open_picture
 
 HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
-Y_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)  # (x, y, z) becomes (x, -z, y); the datasets are z-up
+Y_UP = np.array(
+    [[1, 0, 0], [0, 0, -1], [0, 1, 0]], float
+)  # (x, y, z) becomes (x, -z, y); the datasets are z-up
 Z_UP = np.eye(3)
 
 
 @dataclass
 class Material:
-    """What colours a surface: `texture` (rows from the top, uint8 RGBA [H, W, 4]) times `color` and `opacity`."""
+    """What colours a surface: `texture` (rows from the top, uint8 RGBA [H, W, 4]) times `color` and
+    `opacity`.
+    """
 
     color: tuple[float, float, float] = GREY
     opacity: float = 1.0
     texture: np.ndarray | None = None
-    linear: bool = False  # glTF: colours multiply in linear light; `color` and the mesh's `tint` are given in it
+    # glTF: colours multiply in linear light; `color` and the mesh's `tint` are given in it
+    linear: bool = False
 
 
 @dataclass
@@ -37,8 +44,12 @@ class Mesh:
     notes: list[str] = field(default_factory=list)
 
 
-def assemble(name: str, vertices, faces, normals, uv, tint, material, materials, notes=(), up=Y_UP) -> Mesh:
-    """Checks shared by all formats, unused vertices dropped, turned to z-up. A ValueError names the file."""
+def assemble(
+    name: str, vertices, faces, normals, uv, tint, material, materials, notes=(), up=Y_UP
+) -> Mesh:
+    """Checks shared by all formats, unused vertices dropped, turned to z-up. A ValueError names the
+    file.
+    """
     if len(faces) == 0:
         raise ValueError(f"{name} has no faces")
     if faces.min() < 0 or faces.max() >= len(vertices):
@@ -47,10 +58,15 @@ def assemble(name: str, vertices, faces, normals, uv, tint, material, materials,
     vertices = vertices[used]
     bad = np.flatnonzero(~np.isfinite(vertices).all(1))
     if len(bad):
-        raise ValueError(f"{name}: {len(bad)} of {len(vertices)} vertices are not finite, the first is vertex {used[bad[0]] + 1}")
+        raise ValueError(
+            f"{name}: {len(bad)} of {len(vertices)} vertices are not finite, the first is "
+            f"vertex {used[bad[0]] + 1}"
+        )
     if not all(np.isfinite([*m.color, m.opacity]).all() for m in materials):
         raise ValueError(f"{name}: a material's colour or opacity is not finite")
-    with np.errstate(over="ignore", invalid="ignore"):  # of normals, texture coordinates and tints that are no numbers
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # of normals, texture coordinates and tints that are no numbers
         return Mesh(
             vertices=vertices @ up.T,
             faces=faces.reshape(-1, 3).astype(np.int32),
@@ -69,9 +85,11 @@ def _finite(values) -> np.ndarray:
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """A file that another one names, with either slash and in any case: such files travelled through Windows.
+    """A file that another one names, with either slash and in any case: such files travelled
+    through Windows.
 
-    An absolute path is of the author's machine: only the file of that name beside the mesh is taken for it.
+    An absolute path is of the author's machine: only the file of that name beside the mesh is taken
+    for it.
     """
     path = PurePosixPath(name.strip().strip('"').replace("\\", "/"))
     absolute = path.is_absolute() or PureWindowsPath(path).drive
@@ -86,7 +104,9 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def decode(data: Path | bytes, owner: str, name: str) -> np.ndarray:
-    """A picture as uint8 RGBA [H, W, 4]; ValueError, "OWNER: texture NAME ...", where it cannot be read."""
+    """A picture as uint8 RGBA [H, W, 4]; ValueError, "OWNER: texture NAME ...", where it cannot be
+    read.
+    """
     try:
         with open_picture(data, TEXTURES) as image:
             return np.asarray(load_picture(image).convert("RGBA"))

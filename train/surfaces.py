@@ -1,7 +1,9 @@
-"""How decoded meshes differ from the mesh and the views of an object: loss terms, pictures and scores. V views.
+"""How decoded meshes differ from the mesh and the views of an object: loss terms, pictures and
+scores. V views.
 
-The truth is the dataset's mesh.ply, drawn by the same rasterizer as the decoded mesh: coverage, depth, and normals turned to
-the camera, for files disagree on which way faces turn. Terms and weights are those of microsoft/TRELLIS (slat_vae_dec_mesh).
+The truth is the dataset's mesh.ply, drawn by the same rasterizer as the decoded mesh: coverage,
+depth, and normals turned to the camera, for files disagree on which way faces turn. Terms and
+weights are those of microsoft/TRELLIS (slat_vae_dec_mesh).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,22 +29,31 @@ LAMP = (0.4, 0.75, 0.55)  # of shaded pictures: the way to it in camera axes (ri
 
 @torch.no_grad()
 def truth(batch: Batch) -> Image:
-    """The true meshes from the batch's views: alpha, depth (0 in the background), normal turned to the camera."""
+    """The true meshes from the batch's views: alpha, depth (0 in the background), normal turned to
+    the camera.
+    """
     m = batch.meshes
-    image = render_mesh(m.vertices, m.faces, None, m.vertex_starts, m.face_starts, batch.camera, batch.view_scene)
+    image = render_mesh(
+        m.vertices, m.faces, None, m.vertex_starts, m.face_starts, batch.camera, batch.view_scene
+    )
     return Image(None, image.alpha, image.depth, face_camera(image.normal, batch.camera))
 
 
 def tsdf(position: Tensor, value: Tensor, depth: Tensor, camera: Camera, resolution: int) -> Tensor:
-    """How far signed distances are from the truncated distance to the true surface along each view's rays: [V].
+    """How far signed distances are from the truncated distance to the true surface along each
+    view's rays: [V].
 
-    position [T, 3], value [T] negative inside, depth [V, 1, H, W] true camera depth, 0 in the background. Corners that lie
-    farther than the truncation behind the surface, or project outside it, do not count; a view where none is left gives 0.
+    position [T, 3], value [T] negative inside, depth [V, 1, H, W] true camera depth, 0 in the
+    background. Corners that lie farther than the truncation behind the surface, or project outside
+    it, do not count; a view where none is left gives 0.
     """
     limit = TRUNCATION / resolution
     uv, z = camera.project(position.detach())
-    # published: align_corners, though uv is measured from the picture's edge and not from the middle of its first pixel
-    surface = F.grid_sample(depth, (2 * uv - 1)[:, None], padding_mode="border", align_corners=True)[:, 0, 0]
+    # published: align_corners, though uv is measured from the picture's edge and not from the
+    # middle of its first pixel
+    surface = F.grid_sample(
+        depth, (2 * uv - 1)[:, None], padding_mode="border", align_corners=True
+    )[:, 0, 0]
     ahead = surface - z
     kept = ahead > -limit
     error = (value - ahead.clamp(-limit, limit)).square() * kept
@@ -58,10 +69,14 @@ class Surfaces(nn.Module):
         super().__init__()
         self.reconstruction = Reconstruction(lpips)
 
-    def forward(self, scenes: Sequence[MeshScene], batch: Batch, background: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss terms by name, unweighted, and the mean PSNR of the colours on black; `background` is not used.
+    def forward(
+        self, scenes: Sequence[MeshScene], batch: Batch, background: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms by name, unweighted, and the mean PSNR of the colours on black; `background`
+        is not used.
 
-        Views of a scene without a surface take no part in the terms of pictures; its regulariser and signed distances do.
+        Views of a scene without a surface take no part in the terms of pictures; its regulariser
+        and signed distances do.
         """
         black, true = torch.zeros_like(background), truth(batch)
         image = models.render(scenes, batch.camera, batch.view_scene, black)
@@ -71,14 +86,23 @@ class Surfaces(nn.Module):
         if len(seen) < len(batch.view_scene):
             rows = make_index(seen, true.depth.device)
             pick = lambda t: t.index_select(0, rows)
-        terms = self.pictures(*(Image(*map(pick, _fields(i))) for i in (image, true)), pick(target), scenes[0].resolution)
+        terms = self.pictures(
+            *(Image(*map(pick, _fields(i))) for i in (image, true)),
+            pick(target),
+            scenes[0].resolution,
+        )
         if not seen:
             terms = {name: torch.zeros_like(value) for name, value in terms.items()}
         terms["tsdf"] = self.distances(scenes, batch, true.depth)
-        return terms | models.penalties(scenes), psnr(image.color.detach().clamp(0, 1), target).mean()
+        return terms | models.penalties(scenes), psnr(
+            image.color.detach().clamp(0, 1), target
+        ).mean()
 
-    def pictures(self, image: Image, true: Image, target: Tensor, resolution: int) -> dict[str, Tensor]:
-        """Terms of coverage, depth, normals and colours; `target` [V, 3, H, W] the true colours on black.
+    def pictures(
+        self, image: Image, true: Image, target: Tensor, resolution: int
+    ) -> dict[str, Tensor]:
+        """Terms of coverage, depth, normals and colours; `target` [V, 3, H, W] the true colours on
+        black.
 
         Depth and normals count where the true mesh is, by its coverage.
         """
@@ -86,7 +110,11 @@ class Surfaces(nn.Module):
         terms = {"mask": (image.alpha - mask).abs().mean()}
         terms["depth"] = smooth_l1(image.depth * mask, true.depth * mask, 1 / (2 * resolution))
         normal = self.reconstruction(image.normal * mask, true.normal * mask)
-        return terms | {f"normal_{name}": value for name, value in normal.items()} | self.reconstruction(image.color, target)
+        return (
+            terms
+            | {f"normal_{name}": value for name, value in normal.items()}
+            | self.reconstruction(image.color, target)
+        )
 
     def distances(self, scenes: Sequence[MeshScene], batch: Batch, depth: Tensor) -> Tensor:
         """The mean of `tsdf` over all views; 0 without views of corners."""
@@ -95,25 +123,39 @@ class Surfaces(nn.Module):
             views = [view for view, of in enumerate(batch.view_scene) if of == i]
             if views and len(scene.tsdf_value):
                 rows = make_index(views, depth.device)
-                distances = scene.tsdf_position, scene.tsdf_value, depth[rows], batch.camera[rows], scene.resolution
+                distances = (
+                    scene.tsdf_position,
+                    scene.tsdf_value,
+                    depth[rows],
+                    batch.camera[rows],
+                    scene.resolution,
+                )
                 total = total + tsdf(*distances).sum()
         return total / max(len(batch.view_scene), 1)
 
     def show(self, scenes: Sequence[MeshScene], batch: Batch) -> dict[str, Tensor]:
-        """Rows of a sample picture by name, the true one above ours: grey under a lamp, normals, colours."""
+        """Rows of a sample picture by name, the true one above ours: grey under a lamp, normals,
+        colours.
+        """
         white, true = batch.image.new_ones(len(batch.image), 3), truth(batch)
         ours = models.render(scenes, batch.camera, batch.view_scene, white)
         return {
-            "truth\nshaded": shaded(true, batch.camera), "ours\nshaded": shaded(ours, batch.camera),
-            "truth\nnormals": true.normal, "ours\nnormals": ours.normal,
-            "truth\ncolours": composite(batch.image, white), "ours\ncolours": ours.color,
-        }  # fmt: skip
+            "truth\nshaded": shaded(true, batch.camera),
+            "ours\nshaded": shaded(ours, batch.camera),
+            "truth\nnormals": true.normal,
+            "ours\nnormals": ours.normal,
+            "truth\ncolours": composite(batch.image, white),
+            "ours\ncolours": ours.color,
+        }
 
     def measure(self, decoders: Mapping[str, Callable], objects: Objects) -> tuple[dict, str]:
-        """Scores of the surface on held-out views by decoder and group of objects, and their table."""
+        """Scores of the surface on held-out views by decoder and group of objects; their table."""
         groups = {group: names for group, names in objects.groups.items() if names}
         scores = {
-            name: {group: geometry(decode, [objects.views(n, "holdout") for n in names]) for group, names in groups.items()}
+            name: {
+                group: geometry(decode, [objects.views(n, "holdout") for n in names])
+                for group, names in groups.items()
+            }
             for name, decode in decoders.items()
         }
         head = "surface: mask IoU, normal PSNR in dB and mean depth error in voxels where both are:"
@@ -121,12 +163,16 @@ class Surfaces(nn.Module):
         for name, row in scores.items():
             cells = (f"{s.iou:.3f}  {s.normal:.2f}  {s.depth:.3f}" for s in row.values())
             lines.append(f"{name:<12}" + "".join(f"{cell:>32}" for cell in cells))
-        return {name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()}, "\n".join(lines)
+        return {
+            name: {group: asdict(s) for group, s in row.items()} for name, row in scores.items()
+        }, "\n".join(lines)
 
 
 def shaded(image: Image, camera: Camera) -> Tensor:
     """Grey surfaces under a lamp beside the camera, on white: [V, 3, H, W]."""
-    lamp = F.normalize(image.normal.new_tensor(LAMP), dim=0) * image.normal.new_tensor([1, -1, -1])  # the camera's y is down
+    lamp = F.normalize(image.normal.new_tensor(LAMP), dim=0) * image.normal.new_tensor(
+        [1, -1, -1]
+    )  # the camera's y is down
     towards = (lamp @ camera.extrinsics[:, :3, :3])[:, :, None, None]  # world axes
     lit = ((2 * image.normal - 1) * towards).sum(1, keepdim=True).clamp(min=0)
     return ((0.2 + 0.75 * lit) * image.alpha + 1 - image.alpha).expand(-1, 3, -1, -1)
@@ -153,7 +199,9 @@ def geometry(decode: Callable[[Batch], list[MeshScene]], batches: Sequence[Batch
     ious, normals, depths = [], [], []
     for batch in batches:
         scenes, true = decode(batch), truth(batch)
-        image = models.render(scenes, batch.camera, batch.view_scene, batch.image.new_zeros(len(batch.image), 3))
+        image = models.render(
+            scenes, batch.camera, batch.view_scene, batch.image.new_zeros(len(batch.image), 3)
+        )
         ours, theirs = image.alpha > 0.5, true.alpha > 0.5
         both = ours & theirs
         ious.append(both.sum((1, 2, 3)) / (ours | theirs).sum((1, 2, 3)).clamp(min=1))

@@ -1,9 +1,9 @@
 """How many threads torch computes with on a CPU: as many as do not harm.
 
 Threads of OpenMP spin where one of them waits for its core: beside a single other busy process two
-threads on two cores are ten to a hundred times slower than one, and where tensors are small they gain
-a tenth on an idle machine. So small models take one thread, large ones a thread a core. The number
-changes how sums are rounded; a run records it.
+threads on two cores are ten to a hundred times slower than one, and where tensors are small they
+gain a tenth on an idle machine. So small models take one thread, large ones a thread a core. The
+number changes how sums are rounded; a run records it.
 """
 
 import os
@@ -33,7 +33,8 @@ class Threads:
 
 
 def available(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: those it is bound to, within the quota of its cgroup; at least 1.
+    """CPUs that this process may use: those it is bound to, within the quota of its cgroup; at
+    least 1.
 
     `root` is where proc and sys are found.
     """
@@ -44,7 +45,9 @@ def available(root: Path = Path("/")) -> int:
 
 
 def _quota(root: Path) -> float:
-    """CPUs' worth of time that the cgroup and those above it leave, infinite where nothing limits it."""
+    """CPUs' worth of time that the cgroup and those above it leave, infinite where nothing limits
+    it.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -76,14 +79,17 @@ def _limit(group: Path) -> float:
 
 
 def choose(wanted: int, activations: int, environment: Mapping[str, str], cpus: int) -> Threads:
-    """The threads of a run: `wanted` of the flag or the record (0: none), else the user's environment, else by size.
+    """The threads of a run: `wanted` of the flag or the record (0: none), else the user's
+    environment, else by size.
 
-    `activations` are the numbers that a layer makes in one micro-batch. Only the environment may exceed `cpus`.
+    `activations` are the numbers that a layer makes in one micro-batch. Only the environment may
+    exceed `cpus`.
     """
     if wanted > cpus:
         return Threads(
             cpus,
-            f"the run says {wanted}, more than the CPUs of this process: sums are rounded otherwise",
+            f"the run says {wanted}, more than the CPUs of this process: sums are rounded "
+            "otherwise",
         )
     if wanted:
         return Threads(wanted, "as the run says")

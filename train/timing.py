@@ -32,8 +32,10 @@ from train.surfaces import Surfaces
 from train.threads import computing
 
 DECODERS = {  # the script, and what compares its scenes
-    "gaussian": (gaussian, Pictures), "radiance": (radiance, Pictures), "mesh": (mesh, Surfaces),
-}  # fmt: skip
+    "gaussian": (gaussian, Pictures),
+    "radiance": (radiance, Pictures),
+    "mesh": (mesh, Surfaces),
+}
 Interval = tuple[str, float, float]  # name, start and end in microseconds
 
 
@@ -85,9 +87,13 @@ class Timed:
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if self.gpu else None
         voxels = sum(len(batch.coords) for step in steps for batch in step) / len(steps)
         return {
-            "median_ms": median(times), "best_ms": min(times), "worst_ms": max(times),
-            "steps": len(steps), "voxels": voxels, "peak_gib": peak,
-        }  # fmt: skip
+            "median_ms": median(times),
+            "best_ms": min(times),
+            "worst_ms": max(times),
+            "steps": len(steps),
+            "voxels": voxels,
+            "peak_gib": peak,
+        }
 
     def profiled(self, steps: list[list[Batch]]) -> dict:
         """Wall time, busy time and every kernel, of one step on average."""
@@ -101,9 +107,11 @@ class Timed:
             if event.device_type == where and not getattr(event, "is_user_annotation", False)
         ]
         return {
-            "profiled_ms": sum(wall) / len(steps), "busy_ms": busy(intervals) / 1e3 / len(steps),
-            "calls": len(intervals) / len(steps), "kernels": by_name(intervals, len(steps)),
-        }  # fmt: skip
+            "profiled_ms": sum(wall) / len(steps),
+            "busy_ms": busy(intervals) / 1e3 / len(steps),
+            "calls": len(intervals) / len(steps),
+            "kernels": by_name(intervals, len(steps)),
+        }
 
 
 def measure(run: Run, warm_up: int, steps: int, profiled: int) -> Iterator[dict]:
@@ -111,11 +119,16 @@ def measure(run: Run, warm_up: int, steps: int, profiled: int) -> Iterator[dict]
     batches, timed, config = iter(run.objects.steps()), Timed(run), run.config
     first = [timed.ms(next(batches)) for _ in range(warm_up)]
     result = {
-        "decoder": run.script, "preset": config.preset, "precision": config.precision,
-        "batch_size": config.batch_size, "micro_batch": config.micro_batch,
-        "resolution": config.resolution, "image_size": config.image_size,
-        "first_ms": first[0], "warm_up_ms": sum(first),
-    }  # fmt: skip
+        "decoder": run.script,
+        "preset": config.preset,
+        "precision": config.precision,
+        "batch_size": config.batch_size,
+        "micro_batch": config.micro_batch,
+        "resolution": config.resolution,
+        "image_size": config.image_size,
+        "first_ms": first[0],
+        "warm_up_ms": sum(first),
+    }
     yield result
     if steps:
         kept = [next(batches) for _ in range(steps)]  # loaded before the clock

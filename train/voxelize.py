@@ -1,9 +1,12 @@
-"""Surface voxels of a mesh, and `rgb` features that need no network: what the training views saw of each voxel.
+"""Surface voxels of a mesh, and `rgb` features that need no network: what the training views saw of
+each voxel.
 
-A cell of the R^3 grid over [-0.5, 0.5]^3 is active where a triangle meets its closed box; touching counts, so a wall in
-a cell plane activates both sides, and the interior stays empty (the rule of TRELLIS's voxelize.py).
+A cell of the R^3 grid over [-0.5, 0.5]^3 is active where a triangle meets its closed box; touching
+counts, so a wall in a cell plane activates both sides, and the interior stays empty (the rule of
+TRELLIS's voxelize.py).
 
-Channels of `rgb` features, 50 a voxel. Sub-cell s = 4 x + 2 y + z, each 0 or 1, of the 2 x 2 x 2 halves of the voxel:
+Channels of `rgb` features, 50 a voxel. Sub-cell s = 4 x + 2 y + z, each 0 or 1, of the 2 x 2 x 2
+halves of the voxel:
 
 | channels | what | range |
 |---|---|---|
@@ -15,8 +18,9 @@ Channels of `rgb` features, 50 a voxel. Sub-cell s = 4 x + 2 y + z, each 0 or 1,
 | 34-41 | per sub-cell: fraction of the views that saw it | 0 to 1 |
 | 42-49 | per sub-cell: 1 where the surface passes through it | 0 or 1 |
 
-A point counts by the share of its pixel's light that it gives (transparent layers in front take theirs); what no view
-saw is zero in every channel but occupancy. Colours are lit because lit views are what the models reconstruct.
+A point counts by the share of its pixel's light that it gives (transparent layers in front take
+theirs); what no view saw is zero in every channel but occupancy. Colours are lit because lit views
+are what the models reconstruct.
 """
 
 import numpy as np
@@ -29,38 +33,53 @@ NEAR = np.stack(np.meshgrid(*[[0, 1, 2]] * 3, indexing="ij"), -1).reshape(27, 3)
 
 
 def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
-    """Cells [V, 3] int32, in (x, y, z) order, that the triangles vertices [P, 3], faces [F, 3] meet; the cube clips vertices.
+    """Cells [V, 3] int32, in (x, y, z) order, that the triangles vertices [P, 3], faces [F, 3]
+    meet; the cube clips vertices.
 
-    Each triangle starts in at most 27 blocks of its own size, and blocks that it meets are halved until they are cells, so
-    the work follows the surface: 200k faces take seconds at 64^3, and a diagonal through the cube is no worse.
+    Each triangle starts in at most 27 blocks of its own size, and blocks that it meets are halved
+    until they are cells, so the work follows the surface: 200k faces take seconds at 64^3, and a
+    diagonal through the cube is no worse.
     """
     if not 1 <= resolution <= 1024:
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
     limit = 0.5 - 1e-6
-    triangles = ((np.clip(np.asarray(vertices, np.float64), -limit, limit) + 0.5) * resolution)[faces]  # in cells
+    triangles = ((np.clip(np.asarray(vertices, np.float64), -limit, limit) + 0.5) * resolution)[
+        faces
+    ]  # in cells
     extent = np.ptp(triangles, axis=1).max(1)
-    level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)  # a block is 2^level cells wide, not less than the triangle
+    level = np.ceil(np.log2(np.maximum(extent, 1))).astype(
+        int
+    )  # a block is 2^level cells wide, not less than the triangle
     pairs, blocks = np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
     for size_log in range(max(level.max(initial=0), 0), -1, -1):
         size = 1 << size_log
         born = np.flatnonzero(level == size_log)
-        low = np.ceil(triangles[born].min(1) / size).astype(np.int64) - 1  # closed boxes: the one that only touches counts
+        low = (
+            np.ceil(triangles[born].min(1) / size).astype(np.int64) - 1
+        )  # closed boxes: the one that only touches counts
         high = np.floor(triangles[born].max(1) / size).astype(np.int64)
         first = low[:, None] + NEAR
         inside = ((first <= high[:, None]) & (first >= 0) & (first * size < resolution)).all(-1)
         owner = np.broadcast_to(born[:, None], inside.shape)[inside]
         children = (blocks[:, None] * 2 + CORNERS).reshape(-1, 3)
-        pairs, blocks = np.concatenate([pairs.repeat(8), owner]), np.concatenate([children, first[inside]])
+        pairs, blocks = (
+            np.concatenate([pairs.repeat(8), owner]),
+            np.concatenate([children, first[inside]]),
+        )
         keep = (blocks * size < resolution).all(1)
         pairs, blocks = pairs[keep], blocks[keep]
         meets = [
-            _overlap(triangles[pairs[i : i + PAIRS]], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size)
+            _overlap(
+                triangles[pairs[i : i + PAIRS]], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size
+            )
             for i in range(0, len(pairs), PAIRS)
         ]
         keep = np.concatenate(meets) if meets else np.zeros(0, bool)
         pairs, blocks = pairs[keep], blocks[keep]
     hits = np.unique(cell_id(blocks, resolution))
-    return np.stack([hits // resolution**2, hits // resolution % resolution, hits % resolution], -1).astype(np.int32)
+    return np.stack(
+        [hits // resolution**2, hits // resolution % resolution, hits % resolution], -1
+    ).astype(np.int32)
 
 
 def cell_id(cells: np.ndarray, resolution: int) -> np.ndarray:
@@ -70,7 +89,8 @@ def cell_id(cells: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _overlap(triangles: np.ndarray, centers: np.ndarray, half: float) -> np.ndarray:
-    """Which of T triangles [T, 3, 3] meet their closed cube (centre [T, 3], half side): 13 separating axes in float64.
+    """Which of T triangles [T, 3, 3] meet their closed cube (centre [T, 3], half side): 13
+    separating axes in float64.
 
     Akenine-Moller, "Fast 3D triangle-box overlap testing", 2001.
     """
@@ -92,7 +112,9 @@ class Features:
     """Accumulates `rgb` features (the table above) of one grid, one view after the other."""
 
     def __init__(self, cells: np.ndarray, sub_cells: np.ndarray, resolution: int):
-        """cells [V, 3] of `voxelize(..., resolution)`, sub_cells of `voxelize(..., 2 * resolution)`."""
+        """cells [V, 3] of `voxelize(..., resolution)`, sub_cells of `voxelize(..., 2 *
+        resolution)`.
+        """
         self.cells, self.resolution, self.views = cells, resolution, 0
         self.ids = cell_id(cells, resolution)
         V = len(cells)
@@ -103,21 +125,32 @@ class Features:
         self.occupied[row[known] * 8 + s[known]] = 1
 
     def _rows(self, sub_cells: np.ndarray):
-        """Row of the voxel and number 0 to 7 within it for each sub-cell [M, 3]; known [M] says where a voxel exists."""
+        """Row of the voxel and number 0 to 7 within it for each sub-cell [M, 3]; known [M] says
+        where a voxel exists.
+        """
         ids = cell_id(sub_cells // 2, self.resolution)
         row = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
         return row, (sub_cells % 2) @ np.array([4, 2, 1]), self.ids[row] == ids
 
-    def add_view(self, points: np.ndarray, weights: np.ndarray, colors: np.ndarray, normals: np.ndarray) -> None:
-        """One view's surface points [M, 3] in the unit cube with weight [M] (share of a pixel), colour and normal [M, 3]."""
+    def add_view(
+        self, points: np.ndarray, weights: np.ndarray, colors: np.ndarray, normals: np.ndarray
+    ) -> None:
+        """One view's surface points [M, 3] in the unit cube with weight [M] (share of a pixel),
+        colour and normal [M, 3].
+        """
         self.views += 1
         position = (points + 0.5) * self.resolution
         sub_cell = np.floor(position * 2).astype(np.int64).clip(0, 2 * self.resolution - 1)
         row, s, known = self._rows(sub_cell)
-        known &= self.occupied[row * 8 + s] > 0  # rounding can put a point beyond the face of the last cell it belongs to
+        known &= (
+            self.occupied[row * 8 + s] > 0
+        )  # rounding can put a point beyond the face of the last cell it belongs to
         row, s, w = row[known], s[known], weights[known]
         offset = (position[known] - sub_cell[known] // 2 - 0.5).clip(-0.5, 0.5)
-        values = np.concatenate([colors[known], normals[known], offset, np.ones((len(w), 1))], 1) * w[:, None]
+        values = (
+            np.concatenate([colors[known], normals[known], offset, np.ones((len(w), 1))], 1)
+            * w[:, None]
+        )
         V = len(self.ids)
         seen = np.stack([np.bincount(row, x, V) for x in values.T], 1)
         self.cell += seen
@@ -131,5 +164,11 @@ class Features:
         V, views = len(self.ids), max(self.views, 1)
         sub = (self.sub[:, :3] / np.maximum(self.sub[:, 3:], 1e-12)).reshape(V, 24)
         cell = self.cell[:, :9] / np.maximum(self.cell[:, 9:], 1e-12)
-        parts = [cell, self.cell_seen[:, None] / views, sub, self.sub_seen.reshape(V, 8) / views, self.occupied.reshape(V, 8)]
+        parts = [
+            cell,
+            self.cell_seen[:, None] / views,
+            sub,
+            self.sub_seen.reshape(V, 8) / views,
+            self.occupied.reshape(V, 8),
+        ]
         return np.concatenate(parts, 1).astype(np.float16)

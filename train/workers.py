@@ -1,7 +1,8 @@
-"""Processes that answer questions for another one and end with it: they read batches for a run, meshes for train.prepare.
+"""Processes that answer questions for another one and end with it: they read batches for a run,
+meshes for train.prepare.
 
-Each has a pipe of its own and shares no lock with another, so one that dies takes nothing along: whoever waits for its
-answer learns at once that none will come, and why.
+Each has a pipe of its own and shares no lock with another, so one that dies takes nothing along:
+whoever waits for its answer learns at once that none will come, and why.
 """
 
 import atexit
@@ -24,7 +25,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-STOPS = (signal.SIGINT, signal.SIGTERM)  # what terminals and schedulers send to a whole process group
+STOPS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # what terminals and schedulers send to a whole process group
 AHEAD = 2  # questions that a process has before their answers are needed
 GRACE = 0.5  # seconds for the answer under way, of a process that is told to end
 WATCH = 0.5  # seconds between two looks at whether the parent lives
@@ -38,24 +42,33 @@ PERHAPS = {
 class _Failure:
     """Stands in the place of an answer."""
 
-    kind: type[ValueError] | type[OSError] | None  # None: of another kind, and the last words of its process
+    kind: (
+        type[ValueError] | type[OSError] | None
+    )  # None: of another kind, and the last words of its process
     message: str
 
 
 class Worker:
     """A process that answers one question after the other with `answer(question)`.
 
-    It ignores the signals `ignored` from its first moment on: its parent hears them and decides. It ends when it is told to,
-    and within a second of its parent, however that ended. ValueError and OSError of `answer` are raised where the answer is
-    awaited, and the process goes on; any other error ends it. What awaits an answer of a process that ended, killed or by
-    such an error, raises ChildProcessError: one line that says which process it was and why.
+    It ignores the signals `ignored` from its first moment on: its parent hears them and decides. It
+    ends when it is told to, and within a second of its parent, however that ended. ValueError and
+    OSError of `answer` are raised where the answer is awaited, and the process goes on; any other
+    error ends it. What awaits an answer of a process that ended, killed or by such an error, raises
+    ChildProcessError: one line that says which process it was and why.
     """
 
-    def __init__(self, name: str, answer: Callable, context: BaseContext, ignored: Sequence[signal.Signals]):
+    def __init__(
+        self, name: str, answer: Callable, context: BaseContext, ignored: Sequence[signal.Signals]
+    ):
         self.name = name
-        self.pipe, theirs = context.Pipe()  # multiprocessing.connection.wait says which of several has an answer
+        self.pipe, theirs = (
+            context.Pipe()
+        )  # multiprocessing.connection.wait says which of several has an answer
         self._process = context.Process(target=_serve, args=(theirs, answer, ignored), daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)  # inherited: none comes before it is ignored
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, ignored
+        )  # inherited: none comes before it is ignored
         try:
             self._process.start()
         finally:
@@ -77,7 +90,11 @@ class Worker:
         """Wait for the answer to the oldest question; raises what stands in its place."""
         try:
             answer = self.pipe.recv()
-        except (EOFError, OSError, RuntimeError) as error:  # the last two: of shared tensors, whose owner died since
+        except (
+            EOFError,
+            OSError,
+            RuntimeError,
+        ) as error:  # the last two: of shared tensors, whose owner died since
             self._raise_death(error)
         if not isinstance(answer, _Failure):
             return answer
@@ -122,9 +139,11 @@ def end(workers: Sequence[Worker], grace: float = GRACE) -> None:
 
 
 def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> Iterator:
-    """`read(question)` of every question, in their order, by `workers` processes, some questions before they are needed.
+    """`read(question)` of every question, in their order, by `workers` processes, some questions
+    before they are needed.
 
-    The processes end with the iterator, whether it is closed, dropped or raises what Worker.answer raises.
+    The processes end with the iterator, whether it is closed, dropped or raises what Worker.answer
+    raises.
     """
     context, team, turns = multiprocessing.get_context(), [], deque()
     try:
@@ -141,19 +160,35 @@ def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> 
         end(team)
 
 
-def answers(name: str, answer: Callable, questions: Sequence[T], workers: int) -> Iterator[tuple[T, object]]:
-    """Each question with its answer, as they come, from `workers` processes that have one question each.
+def answers(
+    name: str, answer: Callable, questions: Sequence[T], workers: int
+) -> Iterator[tuple[T, object]]:
+    """Each question with its answer, as they come, from `workers` processes that have one question
+    each.
 
-    In the place of an answer stands the error that Worker.answer raises: a ChildProcessError where a process died of the
-    question; a new one goes on. Of signals to the group they ignore Ctrl-C alone. They end with the iterator.
+    In the place of an answer stands the error that Worker.answer raises: a ChildProcessError where
+    a process died of the question; a new one goes on. Of signals to the group they ignore Ctrl-C
+    alone. They end with the iterator.
     """
-    context, waiting, busy, idle, begun = multiprocessing.get_context("spawn"), deque(questions), {}, [], count()
+    context, waiting, busy, idle, begun = (
+        multiprocessing.get_context("spawn"),
+        deque(questions),
+        {},
+        [],
+        count(),
+    )
     try:
         while waiting or busy:
-            while waiting and len(busy) < workers:  # a fork of a process with threads can hang: spawn
+            while (
+                waiting and len(busy) < workers
+            ):  # a fork of a process with threads can hang: spawn
                 while idle and not idle[-1].alive:
                     idle.pop().end(grace=0)
-                worker = idle.pop() if idle else Worker(f"{name} {next(begun)}", answer, context, STOPS[:1])
+                worker = (
+                    idle.pop()
+                    if idle
+                    else Worker(f"{name} {next(begun)}", answer, context, STOPS[:1])
+                )
                 busy[worker.pipe] = worker, waiting.popleft()
                 worker.ask(busy[worker.pipe][1])
             for pipe in wait(list(busy)):
@@ -193,7 +228,8 @@ def _reply(pipe: Connection, answer: Callable, question) -> None:
             result = _Failure(OSError, str(error))
         pipe.send(result)
         replied = True
-    finally:  # no handler: an error that nobody foresaw ends this process, once it has said what it was
+    # no handler: an error that nobody foresaw ends this process, once it has said what it was
+    finally:
         if not replied:
             with suppress(OSError):
                 pipe.send(_Failure(None, _last_words(sys.exception())))
@@ -207,7 +243,9 @@ def _last_words(error: BaseException) -> str:
 
 
 def _leave_with(parent: int) -> None:
-    """End this process once its parent is gone: a pipe does not tell, for the parent's other children hold its end too."""
+    """End this process once its parent is gone: a pipe does not tell, for the parent's other
+    children hold its end too.
+    """
     while os.getppid() == parent:
         time.sleep(WATCH)
     os._exit(1)
