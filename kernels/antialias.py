@@ -95,11 +95,10 @@ def antialias(
     clip: Tensor,  # [P, 4], as `rasterize` had them
     faces: Tensor,  # [F, 3], as `rasterize` had them
     table: Tensor | None = None,  # [V, 4]: clip_table of a MeshLayout
-    opposite: Tensor
-    | None = None,  # [F, 3] of `kernels.meshes.opposite_vertices`; needed with a table
-    order: Tensor
+    # [F, 3] of `kernels.meshes.opposite_vertices`; needed with a table
+    opposite: Tensor | None = None,
     # of `kernels.raster.corner_order`, where one is at hand; else the backward sorts
-    | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:  # [V, H, W, C]
     """Blend the image's pixels across the silhouettes of the mesh.
 

@@ -282,12 +282,11 @@ def window_attention(
     windows: Windows,
     *,
     scale: float | None = None,  # of the scores; D ** -0.5
-    q_gamma: Tensor
-    | None = None,  # [H, D], with k_gamma: q and k are RMS-normed over D and scaled by them first
+    # [H, D], with k_gamma: q and k are RMS-normed over D and scaled by them first
+    q_gamma: Tensor | None = None,
     k_gamma: Tensor | None = None,
-    phases: Tensor
     # [N, D / 2] complex: q and k, in pairs of channels (2 i, 2 i + 1), are multiplied by them
-    | None = None,
+    phases: Tensor | None = None,
 ) -> Tensor:  # [N, H, D]
     """softmax(scale q k^T) v of each window's rows over its keys, every window and head in one
     launch per size class.

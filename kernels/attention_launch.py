@@ -20,10 +20,8 @@ KEPT = 16  # how many plans and tile lists are kept
 # choice. Products of matrices stay fused all the same.
 UNFUSED = {"enable_fp_fusion": False}
 LISTED = 1024  # segments that are listed at a time; not yet measured on a GPU
-SUM_ROWS, SUM_CHANNELS = (
-    16,
-    256,
-)  # of a program that sums over the uses of keys; not yet measured on a GPU
+# of a program that sums over the uses of keys; not yet measured on a GPU
+SUM_ROWS, SUM_CHANNELS = 16, 256
 
 
 class Tile(NamedTuple):
@@ -60,9 +58,8 @@ def _tiles(
             Tile(64, 256, 256, 128, 4, 1),
             Tile(256, ANY, 128, 256, 4, 1),
         ]
-    elif (
-        dtype == torch.float32
-    ):  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
+    # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
+    elif dtype == torch.float32:
         forward = [Tile(0, ANY, 32, 16, 4, 1)]
         step = 32 if pad_d <= 32 and not treated else 16
         backward = [Tile(0, ANY, 32, step, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
@@ -71,9 +68,8 @@ def _tiles(
                 Tile(0, 64, 64, 16, 8, 2 if target.startswith("sm_8") else 1),
                 backward[0]._replace(low=64),
             ]
-        if (
-            pad_d == 64 and normed and rotated and target.startswith("sm_10")
-        ):  # ptxas spills steps of 16 at 80 registers
+        # ptxas spills steps of 16 at 80 registers
+        if pad_d == 64 and normed and rotated and target.startswith("sm_10"):
             forward = [Tile(0, ANY, 32, 32, 4, 1)]
         if pad_d == 64 and target.startswith("sm_8") and rotated and not normed:
             backward = [Tile(0, ANY, 16, 16, 4, 1)]
@@ -95,9 +91,8 @@ def _tiles(
         warps = 8 if target.startswith("sm_10") and pad_d <= 32 else 4  # bf16 spills there with 4
         forward = [Tile(0, 64, 64, 64, warps, 1), Tile(64, ANY, 64, 32, 4, 1)]
         backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
-        if not target.startswith(
-            ("sm_9", "sm_10")
-        ):  # products from registers: a short segment's tile spills
+        # products from registers: a short segment's tile spills
+        if not target.startswith(("sm_9", "sm_10")):
             forward = [Tile(0, ANY, 64, 32, 4, 1)]
         if target.startswith(("sm_8", "sm_12")):
             backward = [Tile(0, ANY, 32, 16, 8, 1)]
@@ -110,9 +105,8 @@ def _tiles(
         ]
         if not normed:
             backward[2:] = [Tile(128, 256, 256, 16, 8, 1), Tile(256, ANY, 64, 16, 4, 2)]
-    elif (
-        90 <= int(target.removeprefix("sm_")) < 120
-    ):  # 227 KB of shared memory, and products from it
+    # 227 KB of shared memory, and products from it
+    elif 90 <= int(target.removeprefix("sm_")) < 120:
         step = 64 if target == "sm_90" else 32
         forward = [
             Tile(0, 64, 64, 64, 4, 2),
@@ -202,9 +196,8 @@ class Segments(NamedTuple):
     keys: Tensor | None  # [K] int32: the key at each position
     key_starts: Tensor  # [M + 1] int32; `starts` itself where segments attend to themselves
     bound: int | None = None  # no segment has more rows; None: keys are separate
-    uses: tuple[Tensor, Tensor] | None = (
-        None  # where each row is among the keys, if more than once: `Windows.uses`
-    )
+    # where each row is among the keys, if more than once: `Windows.uses`
+    uses: tuple[Tensor, Tensor] | None = None
 
 
 def _constants(q: Tensor, segments: Segments, tile: Tile) -> dict[str, int]:

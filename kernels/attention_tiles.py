@@ -265,9 +265,8 @@ def _attention_short_backward(
                 x = _rotate(x, phases_ptr, row, live, 1, D, PAD_D)
             q = x if gamma_ptr is None else _norm(x, gamma_ptr + h * D, D, PAD_D)
             delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (
-                scale * LOG2E
-            )  # [ROWS, STEP]: keys x queries
+            # [ROWS, STEP]: keys x queries
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(tl.where(k_live[:, None], s, float("-inf")) - lse[None, :])
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
@@ -448,9 +447,8 @@ def _attention_long_dkv(
                 q = _rotate(q, phases_ptr, row, live, 1, D, PAD_D)
             if gamma_ptr is not None:
                 q = _norm(q, gamma_ptr + h * D, D, PAD_D)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (
-                scale * LOG2E
-            )  # [ROWS, STEP]: keys x queries
+            # [ROWS, STEP]: keys x queries
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(tl.where(k_live[:, None], s, float("-inf")) - lse[None, :])
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCORES = (
-    1 << 18
-)  # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
+# scores of one product at most: bounds memory, and keeps the passes over them inside a cache
+SCORES = 1 << 18
 WASTE = 1 << 13  # padded scores per head for which another batch is not worth its overhead
 
 
@@ -226,9 +225,8 @@ def rotate(x: Tensor, phases: Tensor, back: bool = False) -> Tensor:
     """Pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] turned by phases [N, D / 2, 2], or back,
     in its type.
     """
-    even, odd = (
-        x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    )  # not view_as_complex, which needs an even storage offset
+    # not view_as_complex, which needs an even storage offset
+    even, odd = x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = phases[:, None, None].unbind(-1)
     sin = -sin if back else sin
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)

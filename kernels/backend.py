@@ -19,9 +19,8 @@ from torch import Tensor
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
-_observers: list[
-    Callable
-] = []  # of every thread: on a GPU, backward passes run in threads of autograd's
+# of every thread: on a GPU, backward passes run in threads of autograd's
+_observers: list[Callable] = []
 
 
 def name(tensor: Tensor) -> str:
@@ -89,9 +88,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         return
     if _observers:
         _observers[-1](kernel, grid, args, constants)
-    if hasattr(
-        kernel, "warmup"
-    ):  # a JITFunction; the interpreter's functions take no launch options
+    # a JITFunction; the interpreter's functions take no launch options
+    if hasattr(kernel, "warmup"):
         constants.setdefault("enable_fp_fusion", True)
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
     if device is not None and device.type == "cuda":

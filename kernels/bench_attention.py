@@ -24,9 +24,8 @@ from kernels.shells import batch, shell
 from kernels.window import Windows, window_partition
 
 WINDOW = 8
-Attend = Callable[
-    [Tensor, Tensor, Tensor, Tensor, int], Tensor
-]  # q, k, v [rows, H, D], starts [M + 1] int32, longest
+# q, k, v [rows, H, D], starts [M + 1] int32, longest
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 @cache
@@ -90,9 +89,8 @@ class Layout:
     out.
     """
 
-    def __init__(
-        self, order: Tensor, lengths: Tensor
-    ):  # rows [N] in window order, rows of each window [M]; int32
+    # rows [N] in window order, rows of each window [M]; int32
+    def __init__(self, order: Tensor, lengths: Tensor):
         lengths = lengths[lengths > 0]
         self.order, self.longest = order.long(), int(lengths.max())
         self.starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()

@@ -18,10 +18,8 @@ from kernels.measure import Case, Work
 from kernels.raymarch import raymarch, raymarch_reference
 from kernels.shells import shell
 
-STAGES = {
-    "early": 0.0,
-    "late": 10.0,
-}  # of training: mean density of a rank; half transparent, and opaque within two samples
+# of training: mean density of a rank; half transparent, and opaque within two samples
+STAGES = {"early": 0.0, "late": 10.0}
 
 
 def fields(size: str, stage: str, seed: int) -> tuple[Tensor, list[Tensor], int]:

@@ -18,10 +18,8 @@ from kernels.hash import LIMIT
 from kernels.measure import Case
 from kernels.shells import batch, occupied, shell
 
-GRIDS = {
-    "small": (8, 16, 32),
-    "base": (16, 32, 48, 64, 96, 128),
-}  # resolutions of a sphere: N grows with their square
+# resolutions of a sphere: N grows with their square
+GRIDS = {"small": (8, 16, 32), "base": (16, 32, 48, 64, 96, 128)}
 SIDES = {"small": (4, 8, 16), "base": (4, 8, 12, 16)}  # of windows
 ROWS = {"small": (8, 32, 128, 512), "base": (8, 16, 32, 64, 128, 256, 512)}  # in each window of 8^3
 TOTAL = {"small": 2048, "base": 16384}  # rows in all, at every occupancy

@@ -61,9 +61,8 @@ def bin_torch(
         & (det > 1e-5 * product)
         & (mx.abs() + my.abs() + product + cut.abs() < torch.inf)
     )
-    level = (
-        2 * (cut + 1e-5) * (1 + 4e-6 * product / det)
-    )  # the ellipse: c11 dx^2 + 2 c12 dx dy + c22 dy^2 <= level
+    # the ellipse: c11 dx^2 + 2 c12 dx dy + c22 dy^2 <= level
+    level = 2 * (cut + 1e-5) * (1 + 4e-6 * product / det)
 
     def known(value: Tensor, otherwise: float) -> Tensor:
         return torch.where(sound, value, otherwise)
@@ -88,16 +87,14 @@ def bin_torch(
     row = _of(_of(top, order) - offset, run) + torch.arange(
         len(run), dtype=torch.int32, device=run.device
     )
-    lean = _of(
-        known(-c12 / c22 * (level * c22 / det).sqrt(), 0), pair
-    )  # dy of the rightmost point; leftmost: -dy
+    # dy of the rightmost point; leftmost: -dy
+    lean = _of(known(-c12 / c22 * (level * c22 / det).sqrt(), 0), pair)
     square, bend = _of(known(level / c11, torch.inf), pair), _of(known(det / (c11 * c11), 0), pair)
     skew, middle = _of(known(c12 / c11, 0), pair), _of(mx, pair)
     first = row * TILE - _of(my, pair)
     last = first + (TILE - 1)
-    right = torch.clamp(
-        lean, first, last
-    )  # dy at which the ellipse reaches furthest inside the row
+    # dy at which the ellipse reaches furthest inside the row
+    right = torch.clamp(lean, first, last)
     left = torch.clamp(lean.neg_(), first, last)
     lowest = middle - (square - bend * left * left).clamp_(min=0).sqrt_() - skew * left
     highest = middle + (square - bend * right * right).clamp_(min=0).sqrt_() - skew * right

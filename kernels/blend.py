@@ -70,11 +70,8 @@ def _records(record_ptr, pair_ptr, n, live):
 def _alpha(mx, my, c11, c12, c22, opacity, x, y):
     """[K, 256]: offsets, opacity exp(e), and the alpha that is blended (0 where skipped)."""
     dx, dy = mx[:, None] - x.to(tl.float32)[None, :], my[:, None] - y.to(tl.float32)[None, :]
-    h11, h12, h22 = (
-        c11 * (-0.5 * LOG2E),
-        c12 * LOG2E,
-        c22 * (-0.5 * LOG2E),
-    )  # [K]: cheaper here than per pixel
+    # [K]: cheaper here than per pixel
+    h11, h12, h22 = c11 * (-0.5 * LOG2E), c12 * LOG2E, c22 * (-0.5 * LOG2E)
     e = dx * (h11[:, None] * dx - h12[:, None] * dy) + h22[:, None] * dy * dy  # exponent of 2
     raw = opacity[:, None] * tl.exp2(e)
     alpha = tl.minimum(raw, OPAQUE)
@@ -99,9 +96,8 @@ def _blend(
     tile = tl.program_id(0)
     v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
     begin, end = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
-    light = tl.where(
-        inside, 1.0, 0.0
-    )  # (256,) transmittance; below STOP for good once the pixel has stopped
+    # (256,) transmittance; below STOP for good once the pixel has stopped
+    light = tl.where(inside, 1.0, 0.0)
     final = tl.full([256], 1.0, tl.float32)
     reach = tl.zeros([256], tl.int32)  # instances before the stop
     red, green, blue = (
@@ -159,9 +155,8 @@ def _blend_backward(
     image, grad = image_ptr + v * 3 * size, grad_image_ptr + v * 3 * size
     gr, gg = tl.load(grad + at, inside, 0.0), tl.load(grad + size + at, inside, 0.0)
     gb = tl.load(grad + 2 * size + at, inside, 0.0)
-    behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(
-        image + size + at, inside, 0.0
-    )  # (256,)
+    # (256,)
+    behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(image + size + at, inside, 0.0)
     behind += gb * tl.load(image + 2 * size + at, inside, 0.0)
     behind += tl.load(grad_final_ptr + v * size + at, inside, 0.0) * tl.load(
         final_ptr + v * size + at, inside, 0.0
@@ -174,9 +169,8 @@ def _blend_backward(
         live = n < seen
         mx, my, c11, c12, c22, opacity, r, g, b = _records(record_ptr, pair_ptr, n, live)
         dx, dy, raw, alpha = _alpha(mx, my, c11, c12, c22, opacity, x, y)
-        alpha = tl.where(
-            n[:, None] < reach[None, :], alpha, 0.0
-        )  # the stop of the forward pass, whatever rounds
+        # the stop of the forward pass, whatever rounds
+        alpha = tl.where(n[:, None] < reach[None, :], alpha, 0.0)
         inverse = 1 / (1 - alpha)
         through = light[None, :] * tl.cumprod(1 - alpha, 0)
         before = through * inverse

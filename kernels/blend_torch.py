@@ -121,9 +121,8 @@ def composite_torch_backward(
     upstream, arriving = upstream[:3].transpose(0, 1).contiguous(), final * upstream[3]
     x = torch.arange(TILE, dtype=mean.dtype, device=mean.device) - (TILE - 1) / 2
     x, y = x.repeat(TILE), x.repeat_interleave(TILE)
-    powers = torch.stack(
-        [torch.ones_like(x), x, y, x * x, y * y, x * y]
-    )  # about the middle of a tile: nothing cancels
+    # about the middle of a tile: nothing cancels
+    powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])
     walks = [
         _Walk(start, count, segment)
         for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)
@@ -150,9 +149,8 @@ def composite_torch_backward(
             torch.bmm(g.transpose(1, 2), piece.color, out=slope).mul_(piece.weight)
             total = torch.cumsum(slope, 2, out=light)[..., -1:] + behind[part, :, None]
             behind[part] = total[..., 0]
-            if (
-                shade.bright
-            ):  # past the clamp alpha is 0.99, and its derivative is that of opacity exp(e)
+            # past the clamp alpha is 0.99, and its derivative is that of opacity exp(e)
+            if shade.bright:
                 slope.mul_((piece.ratio / shade.ratio_max).clamp_(min=1))
             slope.addcmul_(piece.ratio, torch.sub(total, light, out=light), value=-1)
             moments = torch.bmm(powers.expand(len(slope), 6, PIXELS), slope).transpose(0, 1)

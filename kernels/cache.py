@@ -32,9 +32,8 @@ class _Scale:
     counts: list[int] | None
     extent: tuple[int, int, int]
     made: dict = field(default_factory=dict)
-    links: dict[tuple[str, int], tuple[int, Tensor]] = field(
-        default_factory=dict
-    )  # ("pool", 2) -> (scale number, index)
+    # ("pool", 2) -> (scale number, index)
+    links: dict[tuple[str, int], tuple[int, Tensor]] = field(default_factory=dict)
     hits: int = 0
     misses: int = 0
 
@@ -42,9 +41,8 @@ class _Scale:
 @dataclass(eq=False)
 class _Family:
     scales: list[_Scale] = field(default_factory=list)
-    caches: WeakValueDictionary = field(
-        default_factory=WeakValueDictionary
-    )  # scale number -> the cache of it
+    # scale number -> the cache of it
+    caches: WeakValueDictionary = field(default_factory=WeakValueDictionary)
 
     def add(self, scale: _Scale) -> int:
         self.scales.append(scale)
@@ -201,15 +199,13 @@ class SpatialCache:
         keys, order = pack(coarse).sort(stable=True)
         new = torch.ones_like(keys, dtype=torch.int32)
         new[1:] = keys[1:] != keys[:-1]
-        rank = torch.cat(
-            [new.new_zeros(1), new.cumsum(0, dtype=torch.int32)]
-        )  # coarse voxels before each sorted position
+        # coarse voxels before each sorted position
+        rank = torch.cat([new.new_zeros(1), new.cumsum(0, dtype=torch.int32)])
         starts = rank[self.starts.long()]
         edges = starts.tolist()  # the one wait for the device
         index = torch.empty_like(new).scatter_(0, order, rank[1:] - 1)
-        distinct = keys.new_empty(edges[-1]).scatter_(
-            0, rank[1:].long() - 1, keys
-        )  # equal keys meet in one place
+        # equal keys meet in one place
+        distinct = keys.new_empty(edges[-1]).scatter_(0, rank[1:].long() - 1, keys)
         extent = tuple((e - 1) // factor + 1 for e in self.extent)
         counts = [b - a for a, b in pairwise(edges)]
         return _Scale(unpack(distinct), starts, counts, extent), index

@@ -29,9 +29,8 @@ class Image:
     alpha: Tensor  # [V, 1, H, W], 1 - transmittance
     depth: Tensor | None = None  # [V, 1, H, W], world units
     normal: Tensor | None = None  # [V, 3, H, W]
-    normal_map: Tensor | None = (
-        None  # [V, 3, H, W], what a mesh's vertices carry beyond their colour
-    )
+    # [V, 3, H, W], what a mesh's vertices carry beyond their colour
+    normal_map: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +193,8 @@ class Camera:
         yaw, pitch, radius, fov = torch.broadcast_tensors(*[v.reshape(-1) for v in values])
         zero = torch.zeros_like(yaw)
         forward = -torch.stack([yaw.sin() * pitch.cos(), yaw.cos() * pitch.cos(), pitch.sin()], -1)
-        right = torch.stack(
-            [-yaw.cos(), yaw.sin(), zero], -1
-        )  # (-up) x forward, normalised: has a limit at the poles
+        # (-up) x forward, normalised: has a limit at the poles
+        right = torch.stack([-yaw.cos(), yaw.sin(), zero], -1)
         rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], 1)
         extrinsics = torch.eye(4, dtype=torch.float64, device=yaw.device).repeat(len(yaw), 1, 1)
         extrinsics[:, :3, :3] = rotation
@@ -212,9 +210,8 @@ def _numbers(
     a GPU they are not read.
     """
     numbers = torch.as_tensor(values, dtype=torch.float64)
-    if (
-        numbers.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # a graph does not branch on values
+    # a graph does not branch on values
+    if numbers.device.type == "cpu" and not torch.compiler.is_compiling():
         good = (numbers > low) & (numbers < high)
         if not good.all():
             wrong = numbers[~good][0].item()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-Host = (
-    list[int] | Tensor
-)  # numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
+# numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
+Host = list[int] | Tensor
 
 
 def check_tensors(**values: object) -> None:

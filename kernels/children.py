@@ -26,9 +26,8 @@ def parent_size(kernel_size: int) -> int:
 def _child_neighbours(
     parents_ptr, out_ptr, entries, k: tl.constexpr, PARENT_K: tl.constexpr, TILE: tl.constexpr
 ):
-    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(
-        0, TILE
-    )  # one (child, tap) a lane: stores are contiguous
+    # one (child, tap) a lane: stores are contiguous
+    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     child, tap = entry // (k * k * k), (entry % (k * k * k)).to(tl.int32)
     octant = (child % 8).to(tl.int32)
     # the tap's cell from the corner of the parents' kernel, in children
@@ -55,9 +54,8 @@ def _child_neighbours_op(parents: Tensor, k: int) -> Tensor:
             axis.view(1, 2, 1, 1, k, 1),
             axis.view(1, 1, 2, 1, 1, k),
         )
-        column = (
-            (x // 2 * parent_k + y // 2) * parent_k + z // 2
-        ).flatten()  # of every (octant, tap)
+        # of every (octant, tap)
+        column = ((x // 2 * parent_k + y // 2) * parent_k + z // 2).flatten()
         octant = (x % 2 * 4 + y % 2 * 2 + z % 2).flatten().int()
         near = parents[:, column]
         return torch.where(near >= 0, near * 8 + octant, -1).view(8 * N, k**3)

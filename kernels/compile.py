@@ -220,9 +220,8 @@ def _read_amd(compiled) -> dict:
 def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
     """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
-    reserved = (
-        1024 if target.backend == "cuda" else 0
-    )  # NVIDIA keeps this much of every block's for itself
+    # NVIDIA keeps this much of every block's for itself
+    reserved = 1024 if target.backend == "cuda" else 0
     by_shared = target.shared_unit // (shared + reserved) if shared else 32
     return max(0, min(by_registers, by_shared, target.warps // warps, 32))
 
@@ -449,9 +448,8 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
         began, rows = time.perf_counter(), _build_all(chosen, args.workers)
-        rows = json.loads(
-            json.dumps(rows)
-        )  # as another version's rows come: lists where there were tuples
+        # as another version's rows come: lists where there were tuples
+        rows = json.loads(json.dumps(rows))
         reports = [{"triton": triton.__version__, "torch": torch.__version__, "rows": rows}]
         if args.also:
             reports = sorted(

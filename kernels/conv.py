@@ -27,14 +27,8 @@ from kernels.hash import neighbours
 
 LISTED = 128  # rows of a tile of which a weight gradient knows whether it has a tap
 PROGRAMS = 512  # of a weight gradient, shares of the rows included; not yet measured on a GPU
-WIDTHS = (
-    (128, 64),
-    (128, 0),
-    (64, 32),
-    (64, 0),
-    (32, 0),
-    (16, 0),
-)  # channels of a program: wide and narrow accumulator
+# channels of a program: wide and narrow accumulator
+WIDTHS = ((128, 64), (128, 0), (64, 32), (64, 0), (32, 0), (16, 0))
 
 
 class Tile(NamedTuple):
@@ -55,9 +49,8 @@ def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
     """
     if target == "interpreter":  # a program costs milliseconds whatever its size
         return Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
-    if (
-        dtype == torch.float32
-    ):  # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
+    # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
+    if dtype == torch.float32:
         return Tile(64, 16, 64, 4, 3), Tile(128, 16, 64, 8, 3)
     if target.startswith("gfx"):
         return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
@@ -156,9 +149,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     wide, narrow = _widths(CO, tile.widest)
     rows = min(tile.rows, max(16, triton.next_power_of_2(CI)))
     some = taps.lists(LISTED)[1]
-    listed = some.sort(
-        dim=1, descending=True, stable=True
-    ).indices.int()  # the tiles that have a tap, in order
+    # the tiles that have a tap, in order
+    listed = some.sort(dim=1, descending=True, stable=True).indices.int()
     blocks = triton.cdiv(CI, rows) * triton.cdiv(CO, wide + narrow)
     shares = max(1, min(PROGRAMS // (blocks * G * T), some.shape[1]))
     part = x.new_empty(shares, G * T, CI, CO, dtype=torch.float32)
@@ -195,9 +187,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
 
 def _octants(neighbours: Tensor) -> Tensor:
     """[N, 8, 8] int32: parents under the 2x2x2 taps of each child, of the parents' map [N, 27]."""
-    cube = neighbours.view(
-        -1, 3, 3, 3
-    )  # child (i, j, k) reads parents i to i + 1, j to j + 1, k to k + 1 of it
+    # child (i, j, k) reads parents i to i + 1, j to j + 1, k to k + 1 of it
+    cube = neighbours.view(-1, 3, 3, 3)
     return cube.unfold(1, 2, 1).unfold(2, 2, 1).unfold(3, 2, 1).reshape(-1, 8, 8)
 
 
@@ -205,9 +196,8 @@ def _children(neighbours: Tensor) -> Tensor:
     """[N, 1, 64] int32: the children that read a parent, by octant and tap: the map `_octants`
     backwards.
     """
-    parents = _octants(
-        neighbours.flip(1)
-    )  # a parent is under tap t of those that are under its opposite tap
+    # a parent is under tap t of those that are under its opposite tap
+    parents = _octants(neighbours.flip(1))
     octant = torch.arange(8, dtype=torch.int32, device=neighbours.device)[:, None]
     return torch.where(parents >= 0, parents * 8 + octant, -1).view(-1, 1, 64)
 
@@ -361,8 +351,8 @@ def sparse_conv(
     bias: Tensor | None,  # [Co]
     neighbours: Tensor,  # [N, k^3] int32: the row under each tap, -1 for none
     *,
-    order: Tensor
-    | None = None,  # [N] int32: `tap_order` of the same voxels; the result does not depend on it
+    # [N] int32: `tap_order` of the same voxels; the result does not depend on it
+    order: Tensor | None = None,
 ) -> Tensor:  # [N, Co], as x
     """Submanifold convolution: bias + the sum over taps of weight[:, i, j, k] @ the row of x under
     tap (i, j, k).
@@ -403,8 +393,8 @@ def subdivide_conv(
     bias: Tensor | None,  # [Co]
     parent_neighbours: Tensor,  # [N, 27] int32
     *,
-    order: Tensor
-    | None = None,  # [9, N] int32: `octant_order` of the parents; the result does not depend on it
+    # [9, N] int32: `octant_order` of the parents; the result does not depend on it
+    order: Tensor | None = None,
 ) -> Tensor:  # [8N, Co], as x
     """sparse_conv of x copied to the 8 children of every voxel, on the children, without making the
     copies.
@@ -426,9 +416,8 @@ def subdivide_conv(
 def _sorted_rows(present: Tensor) -> Tensor:
     """Rows of present [N, ..., T] with the same taps beside each other: [..., N] int32."""
     T = present.shape[-1]
-    bit = (
-        1 << torch.arange(T, device=present.device) % 62
-    )  # more taps share bits: only neighbourhoods of rows suffer
+    # more taps share bits: only neighbourhoods of rows suffer
+    bit = 1 << torch.arange(T, device=present.device) % 62
     return (present * bit).sum(-1).argsort(dim=0, stable=True).movedim(0, -1).int().contiguous()
 
 

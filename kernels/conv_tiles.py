@@ -103,9 +103,10 @@ def _conv_product(
         )
         matrix = weight_ptr + (g * T + (T - 1 - t if MIRROR else t)) * CI
         at_a = matrix + a[:, None] * IN_STRIDE
+        # [STEP, WIDE]
         w = tl.load(
             at_a + c[None, :] * OUT_STRIDE, mask=in_mask[:, None] & (c < OUT)[None, :], other=0.0
-        )  # [STEP, WIDE]
+        )
         total = tl.dot(x, w, total, input_precision="ieee")
         if NARROW > 0:
             w2 = tl.load(

@@ -14,9 +14,8 @@ from torch import Tensor
 
 CHUNK = 2048  # rows of one product
 
-Live = list[
-    tuple[int, Tensor, Tensor | None]
-]  # (matrix, rows of x, which of the chunk's rows they go to; None: all)
+# (matrix, rows of x, which of the chunk's rows they go to; None: all)
+Live = list[tuple[int, Tensor, Tensor | None]]
 
 
 def _wide(x: Tensor) -> Tensor:

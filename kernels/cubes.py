@@ -100,9 +100,8 @@ def find_cubes(
     mixed = (case > 0) & (case < 255)
 
     cubes = mixed.view(B, R**3).sum(1).cumsum(0)
-    tsdf_starts, (*_, C) = (
-        [0, *e] for e in torch.stack([vertices.long(), cubes]).tolist()
-    )  # the first wait for the device
+    # the first wait for the device
+    tsdf_starts, (*_, C) = ([0, *e] for e in torch.stack([vertices.long(), cubes]).tolist())
     T = tsdf_starts[-1]
     vertex = base.new_empty(T)
     for i, o in enumerate(offset):
@@ -123,17 +122,14 @@ def find_cubes(
     duals = tables.duals[resolved]
     order = (4 * b + duals).sort(stable=True).indices  # cubes with fewer dual vertices come first
     first = torch.empty_like(cube).index_copy_(0, order, duals[order].cumsum(0) - duals[order])
-    negative = torch.stack(
-        [original & 1, original & 1, original >> 2 & 1], 1
-    )  # where the edges along x, z, y begin
+    # where the edges along x, z, y begin
+    negative = torch.stack([original & 1, original & 1, original >> 2 & 1], 1)
     begin = torch.stack([base, base, base + S], 1) - (b * S**3)[:, None]
     crosses = tables.component[resolved][:, tables.quad_edge[:, 3]] >= 0
-    interior = torch.stack(
-        [(y > 0) & (z > 0), (x > 0) & (y > 0), (x > 0) & (z > 0)], 1
-    )  # four cubes around the edge
-    towards = torch.arange(
-        2, -1, -1, device=device
-    )  # edges of one beginning in order of their ends: along y, z, x
+    # four cubes around the edge
+    interior = torch.stack([(y > 0) & (z > 0), (x > 0) & (y > 0), (x > 0) & (z > 0)], 1)
+    # edges of one beginning in order of their ends: along y, z, x
+    towards = torch.arange(2, -1, -1, device=device)
     key = ((2 * b[:, None] + negative) * S**3 + begin) * 3 + towards
     key = torch.where(crosses & interior, key, NONE)
     totals = torch.nn.functional.pad(torch.stack([duals, (key < NONE).sum(1)]).cumsum(1), (1, 0))

@@ -218,27 +218,23 @@ def _vertex_bwd(
     """
     t = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
     q, n = tl.arange(0, 32)[None, :] // 4, tl.arange(0, 32)[None, :] % 4
-    cube = tl.load(cube_ptr + t * 8 + q, mask=(t < T) & (n < 3), other=-1).to(
-        tl.int64
-    )  # [TILE, 32]
+    # [TILE, 32]
+    cube = tl.load(cube_ptr + t * 8 + q, mask=(t < T) & (n < 3), other=-1).to(tl.int64)
     case = tl.load(case_ptr + cube, mask=cube >= 0, other=0)
     edge = tl.load(meeting_ptr + q * 3 + n, mask=n < 3, other=0).to(tl.int32)  # [1, 32]
     part = tl.load(component_ptr + case * 12 + edge).to(tl.int32)
     on = (cube >= 0) & (part >= 0)
     p = tl.load(first_ptr + cube, mask=on, other=0) + tl.where(on, part, 0)
-    other = (
-        tl.load(ends_ptr + 2 * edge) + tl.load(ends_ptr + 2 * edge + 1) - q
-    )  # the edge's far corner
+    # the edge's far corner
+    other = tl.load(ends_ptr + 2 * edge) + tl.load(ends_ptr + 2 * edge + 1) - q
     v = tl.load(corner_ptr + cube * 8 + other, mask=on, other=0).to(tl.int64)
     alpha = tl.load(weights_ptr + cube * 21 + 12 + q, mask=on, other=1.0)
     s = tl.load(values_ptr + t * (1 + M), mask=t < T, other=0.0)  # [TILE, 1]
     so = tl.load(values_ptr + v * (1 + M), mask=on, other=0.0)
     a, ao = s * alpha, so * tl.load(weights_ptr + cube * 21 + 12 + other, mask=on, other=1.0)
     gap, plain_gap = tl.where(on, ao - a, 1.0), tl.where(on, so - s, 1.0)
-    share, plain = (
-        ao / gap,
-        so / plain_gap,
-    )  # of this vertex in the weighted and in the plain crossing
+    # of this vertex in the weighted and in the plain crossing
+    share, plain = ao / gap, so / plain_gap
     beta = tl.load(weights_ptr + cube * 21 + edge, mask=on, other=0.0)
     slope = tl.load(slope_ptr + cube * 12 + edge, mask=on, other=0.0)
     along, plain_along = tl.zeros([TILE, 32], tl.float32), tl.zeros([TILE, 32], tl.float32)
@@ -310,9 +306,8 @@ def dual_vertices_backward(
         g.corner.new_full((T + 1, 8), -1),
         torch.arange(C, dtype=torch.int32, device=out.device),
     )
-    for q in range(
-        8
-    ):  # q-th corners of different cubes are different vertices, but for those without a voxel
+    # q-th corners of different cubes are different vertices, but for those without a voxel
+    for q in range(8):
         cubes[:, q].index_copy_(0, g.corner[:, q].long(), row)
     grad_values, grad_alpha = torch.zeros_like(g.values), out.new_zeros(C, 8)
     _launch(

@@ -66,10 +66,8 @@ def _gelu_bwd(
     dbias = tl.zeros([TILE_C], tl.float32)
     for tile in range(program, tl.cdiv(M, ROWS), programs):
         m = tile * ROWS + tl.arange(0, ROWS)
-        live, at = (
-            (m < M)[:, None] & (c < C)[None, :],
-            m.to(tl.int64)[:, None] * C + c[None, :],
-        )  # [ROWS, TILE_C]
+        # [ROWS, TILE_C]
+        live, at = (m < M)[:, None] & (c < C)[None, :], m.to(tl.int64)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         s, ds, dv = _gelu_parts(x)

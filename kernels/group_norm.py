@@ -39,9 +39,8 @@ def _partial_statistics(
     p, b = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
-    own = (
-        begin + p * ROWS
-    )  # the program's first row: means start from it, so those of equal values stay what they are
+    # the program's first row: means start from it, so those of equal values stay what they are
+    own = begin + p * ROWS
     mean = tl.load(x_ptr + own * C + c, mask=c < tl.where(own < end, C, 0), other=0.0).to(
         tl.float32
     )
@@ -53,9 +52,8 @@ def _partial_statistics(
         x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=live, other=0.0).to(tl.float32)
         count = tl.minimum(end - first, ROWS).to(tl.float32)
         deviation = tl.where(live, x - mean[None, :], 0.0)
-        step = tl.sum(deviation, 0) * (
-            1.0 / count
-        )  # from the mean so far to that of these rows, [TILE_C]
+        # from the mean so far to that of these rows, [TILE_C]
+        step = tl.sum(deviation, 0) * (1.0 / count)
         deviation = tl.where(live, deviation - step[None, :], 0.0)
         total = seen + count
         squares += tl.sum(deviation * deviation, 0) + step * step * (seen * count / total)
@@ -84,21 +82,17 @@ def _merge_statistics(
     W: tl.constexpr = C // GROUPS
     rows = tl.load(starts_ptr + b + 1) - tl.load(starts_ptr + b)
     p, w = tl.arange(0, P), tl.arange(0, TILE_W)
-    full, rest = (
-        rows // (P * ROWS),
-        rows % (P * ROWS),
-    )  # rows of program p: its turns, and its share of the last turn
-    count = (full * ROWS + tl.minimum(tl.maximum(rest - p * ROWS, 0), ROWS)).to(tl.float32)[
-        :, None
-    ]  # [P, 1]
+    # rows of program p: its turns, and its share of the last turn
+    full, rest = rows // (P * ROWS), rows % (P * ROWS)
+    # [P, 1]
+    count = (full * ROWS + tl.minimum(tl.maximum(rest - p * ROWS, 0), ROWS)).to(tl.float32)[:, None]
     part = part_ptr + (b * P + p)[:, None] * 2 * C + g * W + w[None, :]
     live = (p >= 0)[:, None] & (w < W)[None, :]
     means = tl.load(part, mask=live, other=0.0)  # [P, TILE_W]
     squares = tl.load(part + C, mask=live, other=0.0)
     elements = tl.maximum(rows, 1).to(tl.float32) * W
-    some = tl.load(
-        part_ptr + b * P * 2 * C + g * W
-    )  # one of the means; from it that of equal values is exact
+    # one of the means; from it that of equal values is exact
+    some = tl.load(part_ptr + b * P * 2 * C + g * W)
     offsets = tl.where(live, count * (means - some), 0.0)
     mean = some + tl.div_rn(tl.sum(tl.sum(offsets, 1), 0), elements)
     squares += tl.where(live, count * (means - mean) * (means - mean), 0.0)
@@ -345,9 +339,8 @@ def _group_norm_backward(
             )
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
     tiles, TILE_C = _tiles(x), triton.next_power_of_2(C)
-    warps = (
-        8 if TILE_C > 512 else 4
-    )  # four warps of a wide row's six vectors spill in fp32 on sm_80
+    # four warps of a wide row's six vectors spill in fp32 on sm_80
+    warps = 8 if TILE_C > 512 else 4
     constants = dict(C=C, GROUPS=groups, SILU=silu, TILE_C=TILE_C, num_warps=warps, **tiles)
     part = x.new_empty(B, tiles["P"], 2, C, dtype=torch.float32)
     args = (x, weight, bias, starts, mean, rstd, dy)

@@ -88,22 +88,19 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     starts = torch.searchsorted(
         batch, torch.arange(samples + 1, dtype=torch.int32, device=coords.device), out_int32=True
     )
-    keys, order = pack(coords).sort(
-        stable=True
-    )  # nonsense for coordinates out of range, which are reported first
+    # nonsense for coordinates out of range, which are reported first
+    keys, order = pack(coords).sort(stable=True)
     second = torch.where((keys == shifted(keys)) & (row > 0), order, N)
-    twin = shifted(order).index_select(
-        0, second.argmin()[None]
-    )  # an index without a dimension would be read
+    # an index without a dimension would be read
+    twin = shifted(order).index_select(0, second.argmin()[None])
     facts = [
         first((coords < 0).any(1)),
         first((coords[:, 1:] >= LIMIT).any(1)),
         first(batch < shifted(batch)),
     ]
     facts += [first(batch >= samples), second.amin(), twin[0], batch[-1], *coords[:, 1:].amax(0)]
-    read = torch.cat(
-        [torch.stack([f.long() for f in facts]), starts.long()]
-    ).tolist()  # the one wait for the device
+    # the one wait for the device
+    read = torch.cat([torch.stack([f.long() for f in facts]), starts.long()]).tolist()
     negative, large, unsorted, beyond, second, twin, last, *largest = read[: len(facts)]
 
     def at(i: int) -> str:
@@ -255,9 +252,8 @@ def _neighbours(
     DENSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(
-        0, TILE
-    )  # one (row, tap) a lane: stores are contiguous
+    # one (row, tap) a lane: stores are contiguous
+    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row, tap = entry // (k * k * k), (entry % (k * k * k)).to(tl.int32)
     live = row < N
     c = coords_ptr + row * 4

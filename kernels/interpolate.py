@@ -177,12 +177,10 @@ def interpolate(
     # [F, 3]; as `rasterize` had them, or others of as many rows, such as three corners of each
     # face's own
     faces: Tensor,
-    table: Tensor
     # [V, 4]: vertex_table of a MeshLayout for values of vertices, clip_table for those of clip rows
-    | None = None,
-    order: Tensor
+    table: Tensor | None = None,
     # of `kernels.raster.corner_order`, where one is at hand; else the backward sorts
-    | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:  # [V, H, W, C]
     """The attributes at every pixel, 0 where there is no face.
 

@@ -166,13 +166,10 @@ def _geometry(mean: Tensor, fields: Tensor, surface: Tensor, cube: Tensor, *rest
     Geometry.
     """
     R = rest[-1]
-    values = mean.new_full(
-        (len(mean) + 1, mean.shape[1]), 0.5
-    )  # the color of a vertex without a voxel
-    values[:-1, 0], values[-1:, 0] = (
-        mean[:, 0],
-        1,
-    )  # one element alone would be copied to the device, which waits
+    # the color of a vertex without a voxel
+    values = mean.new_full((len(mean) + 1, mean.shape[1]), 0.5)
+    # one element alone would be copied to the device, which waits
+    values[:-1, 0], values[-1:, 0] = mean[:, 0], 1
     values[:-1, 1:4], values[-1:, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R)), 0
     values[:-1, 4:] = torch.sigmoid(mean[:, 4:])
     raw = _raw_weights(fields, surface, len(cube))
@@ -242,10 +239,8 @@ def _reverse(
     grad_weights[:, :20] *= 0.99 * (1 - torch.tanh(raw[:, :20]).square_())
     gate = torch.sigmoid(raw[:, 20])
     grad_weights[:, 20] *= 0.99 * gate * (1 - gate)
-    pull, shrink = (
-        2 * scale[0],
-        scale[2].clone(),
-    )  # else its alignment, and so the compiled kernel, would depend on B
+    # else its alignment, and so the compiled kernel, would depend on B
+    pull, shrink = 2 * scale[0], scale[2].clone()
     return fields_backward(
         fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R
     )
@@ -282,9 +277,8 @@ _isosurface.register_autograd(_backward, setup_context=_setup_context)
 
 
 def isosurface(
-    voxels: Tensor
     # coords [N, 4] int32 (batch, x, y, z), each below `resolution`, or a cache over them
-    | SpatialCache,
+    voxels: Tensor | SpatialCache,
     # [N, 53 or 101]: sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corners with x fastest
     fields: Tensor,
     resolution: int,  # cubes along a side of the grid

@@ -304,10 +304,8 @@ def _march_backward(
                 behind -= tl.sum(part, 1)
                 light = tl.min(through, 1)
                 gs = tl.where(taken, step * (through * a - rest) * slope, 0.0)
-                r, g = (
-                    weight * gr[:, None] * r * (1 - r),
-                    weight * gg[:, None] * g * (1 - g),
-                )  # of the logits from here on
+                # of the logits from here on
+                r, g = weight * gr[:, None] * r * (1 - r), weight * gg[:, None] * g * (1 - g)
                 b = weight * gb[:, None] * b * (1 - b)
                 which = tl.arange(0, 4)[None, None, :]
                 heads = tl.where(

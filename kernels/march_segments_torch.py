@@ -21,9 +21,8 @@ def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tenso
     v = (torch.arange(height).to(cameras) + 0.5 - middle[:, 1]) / focal[:, 1]
     u, v = u[:, None, :], v[:, :, None]
     r = cameras[:, :9].view(-1, 3, 3)[..., None, None]
-    d = torch.stack(
-        [u * r[:, 0, a] + v * r[:, 1, a] + r[:, 2, a] for a in range(3)]
-    )  # [3, V, H, W]
+    # [3, V, H, W]
+    d = torch.stack([u * r[:, 0, a] + v * r[:, 1, a] + r[:, 2, a] for a in range(3)])
     shrink = 1 / torch.sqrt((d * d).sum(0))
     return d.mul_(shrink).view(3, -1), shrink.view(-1)
 
@@ -43,9 +42,10 @@ def _rectangles(
     their number [N].
     """
     rotation, center = camera[:9].view(3, 3), camera[9:12, None]
+    # [8, 3, N]
     at = torch.stack(
         [torch.stack([(high if i >> a & 1 else low)[a] for a in range(3)]) for i in range(8)]
-    )  # [8, 3, N]
+    )
     local = rotation @ (at - center)
     nearest, z = local[:, 2].amin(0), local[:, 2:].clamp(min=CLIP)
     pixel = local[:, :2] / z * camera[12:14, None] + camera[14:16, None]
@@ -88,9 +88,8 @@ def find_segments_torch(
         while a < end - begin and done < int(ends[-1]):
             b = max(a + 1, int(torch.searchsorted(ends, done + TESTS, right=True)))
             total = int(ends[b - 1]) - done
-            n = torch.repeat_interleave(
-                area[a:b], output_size=total
-            )  # the voxel of each test, from a on
+            # the voxel of each test, from a on
+            n = torch.repeat_interleave(area[a:b], output_size=total)
             k = torch.arange(total) - (ends[a:b] - area[a:b] - done)[n]
             x0, y0, x1, _ = rect[:, a:b]
             across = (x1 - x0)[n]

@@ -72,9 +72,8 @@ class _Part:
         self.live = k <= last
         k = torch.minimum(k, last).to(path.dtype)
         first, further = self.of(path).view(2, 4, m)
-        q, self.z = torch.addcmul(first, further, k).split(
-            [3, 1]
-        )  # in taps [3, m], camera depth [1, m]
+        # in taps [3, m], camera depth [1, m]
+        q, self.z = torch.addcmul(first, further, k).split([3, 1])
         self.weights = _weights(q.view(3, G, 1, self.L), dim).view(3 * G, dim, self.L)
         rows = field.voxels.index_select(0, voxel)
         taps, self.heads = rows[:, : 3 * dim * R], rows[:, 3 * dim * R :].reshape(G, 4, R)
@@ -233,9 +232,10 @@ def march_torch_backward(
     ray, voxel, path, used, state = (
         t.index_select(0, visited) for t in (ray, voxel, path, used, state)
     )
+    # [4, segments]
     upstream = (
         torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)
-    )  # [4, segments]
+    )
     behind = arriving.view(-1)[ray] - (upstream * state[:, 1:].t()).sum(0)
     grad, entering = torch.zeros_like(voxels), state[:, 0].contiguous()
     for part, which in _parts(_Field(voxels, step, rank, dim), voxel, path, used):

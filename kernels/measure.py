@@ -76,9 +76,8 @@ class Case:
     op: str
     size: str
     dtype: str
-    inputs: Callable[
-        [int], tuple
-    ]  # seed -> arguments on the device; those that require a gradient get one
+    # seed -> arguments on the device; those that require a gradient get one
+    inputs: Callable[[int], tuple]
     ours: Callable
     forward: Sequence[Work]
     backward: Sequence[Work] = ()  # empty: no backward pass
@@ -385,9 +384,8 @@ def errors(case: Case) -> list[dict]:
         case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args)
     )
     rows, impls = [], implementations(case)
-    if (
-        os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16"
-    ):  # the interpreter's bf16 arithmetic is wrong
+    # the interpreter's bf16 arithmetic is wrong
+    if os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16":
         impls = {OURS: impls.pop(OURS), INTERPRETED: Impl(case.ours, restore=case.restore)} | impls
     for name, impl in impls.items():
         row = {

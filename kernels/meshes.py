@@ -25,15 +25,12 @@ class MeshLayout:
 
     vertices: Layout  # which view sees which vertices; its pairs are the clip rows
     face_starts: list[int]  # [B + 1]
-    vertex_table: (
-        Tensor  # [V, 4] int64: first face, number of faces, first vertex, number of vertices
-    )
-    clip_table: (
-        Tensor  # [V, 4] int64: first face, number of faces, first clip row, number of clip rows
-    )
-    scene_table: (
-        Tensor  # [B, 4] int64: first face, number of faces, first vertex, number of vertices
-    )
+    # [V, 4] int64: first face, number of faces, first vertex, number of vertices
+    vertex_table: Tensor
+    # [V, 4] int64: first face, number of faces, first clip row, number of clip rows
+    clip_table: Tensor
+    # [B, 4] int64: first face, number of faces, first vertex, number of vertices
+    scene_table: Tensor
 
     @property
     def rows(self) -> int:
@@ -112,14 +109,11 @@ def opposite_vertices(
     F = len(faces)
     if F == 0:
         return faces.new_empty(0, 3)
-    scene = torch.repeat_interleave(
-        scene_table[:, 2], scene_table[:, 1], output_size=F
-    )  # first vertex of the face's scene
+    # first vertex of the face's scene
+    scene = torch.repeat_interleave(scene_table[:, 2], scene_table[:, 1], output_size=F)
     corner = faces.long() + scene[:, None]
-    a, b = (
-        corner.roll(-1, 1),
-        corner.roll(1, 1),
-    )  # a list as an index would be copied to the device, which waits
+    # a list as an index would be copied to the device, which waits
+    a, b = corner.roll(-1, 1), corner.roll(1, 1)
     good = (a != b) & (corner != a) & (corner != b)
     good &= ((faces >= 0) & (faces < 2**31 - 1)).all(1, keepdim=True)
     key = torch.where(good, torch.minimum(a, b) * vertices + torch.maximum(a, b), -1).flatten()
@@ -131,9 +125,8 @@ def opposite_vertices(
     first = torch.cummax(torch.where(begins, at, 0), 0).values  # where the edge's faces begin
     one = third[first]
     other = torch.where(third != one, at, 3 * F)
-    later = (
-        other.flip(0).cummin(0).values.flip(0)[first]
-    )  # the first face with another third corner, perhaps of another edge
+    # the first face with another third corner, perhaps of another edge
+    later = other.flip(0).cummin(0).values.flip(0)[first]
     found = later.clamp(max=3 * F - 1)
     two = torch.where((later < 3 * F) & (key[found] == key), third[found], -1)
     across = torch.where(third == one, two, torch.where(third == two, one, -1))

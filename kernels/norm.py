@@ -128,9 +128,8 @@ def _rms_norm_fwd(
     ROWS: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(
-        0, ROWS
-    )  # row m is head m % H of voxel m // H
+    # row m is head m % H of voxel m // H
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, TILE_D)
     live = (m < M)[:, None] & (d < D)[None, :]  # [ROWS, TILE_D]
     at = m[:, None] * D + d[None, :]
@@ -173,9 +172,8 @@ def _rms_norm_bwd(
         y = x * inverse[:, None]
         dgamma += tl.sum(dy * y, 0) * root
         g = dy * gamma[None, :] * root
-        along = tl.where(
-            length >= tiny, tl.sum(g * y, 1), 0.0
-        )  # below it the divisor is a constant
+        # below it the divisor is a constant
+        along = tl.where(length >= tiny, tl.sum(g * y, 1), 0.0)
         tl.store(
             dx_ptr + at,
             ((g - y * along[:, None]) * inverse[:, None]).to(dx_ptr.dtype.element_ty),
@@ -241,9 +239,10 @@ def _layer_norm_backward(
             (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1)),
             [True, False, False],
         )
+        # y is its own norm
         dx = torch.ops.aten.native_layer_norm_backward(
             wide(dy), wide(y), [C], *still, None, None, keep
-        )[0]  # y is its own norm
+        )[0]
         dx.mul_(rstd.view(N, 1))
         dbias = y.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)
         return (dx if dsum is None else dx.add_(dsum)).to(y.dtype), dbias

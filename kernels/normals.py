@@ -179,9 +179,8 @@ def flat_normals(
     rast: Tensor,  # [V, H, W, 4] of `rasterize`
     faces: Tensor,  # [F, 3], as `rasterize` had them
     table: Tensor | None = None,  # [V, 4]: vertex_table of a MeshLayout
-    order: Tensor
     # of `kernels.raster.corner_order`, where one is at hand; else the backward sorts
-    | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:  # [V, H, W, 3]
     """The unit normal of the face that each pixel shows, by the right-hand rule on its corners; 0
     where there is no face.

@@ -12,9 +12,8 @@ from torch import Tensor
 
 # floats of a packed Gaussian: center 3, scale 3, rotation wxyz 4, opacity 1, colour coefficients 3
 GAUSSIAN = 14
-RECORD = (
-    9  # floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
-)
+# floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
+RECORD = 9
 TILE = 16  # pixels along a side of a tile
 
 

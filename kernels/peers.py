@@ -41,7 +41,6 @@ def inductor(function: Callable) -> Callable:
     """
     import torch._functorch.config
 
-    torch._functorch.config.donated_buffer = (
-        False  # else the backward pass overwrites what it was given
-    )
+    # else the backward pass overwrites what it was given
+    torch._functorch.config.donated_buffer = False
     return torch.compile(function, fullgraph=True)

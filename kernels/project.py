@@ -184,9 +184,8 @@ def _project(
     a, c = a + kernel_size, c + kernel_size
     half = 0.5 * (a - c)
     radius = tl.ceil(3 * tl.sqrt(0.5 * (a + c) + tl.sqrt(tl.maximum(0.1, half * half + b * b))))
-    fading = 2 * tl.log(
-        tl.maximum(blended * 255, 1.0)
-    )  # alpha = 1/255 where the exponent is -fading / 2
+    # alpha = 1/255 where the exponent is -fading / 2
+    fading = 2 * tl.log(tl.maximum(blended * 255, 1.0))
     x0, x1 = _tile_range(mx, radius, 1.001 * tl.sqrt(fading * a) + 0.01, tl.cdiv(W, 16))
     y0, y1 = _tile_range(my, radius, 1.001 * tl.sqrt(fading * c) + 0.01, tl.cdiv(H, 16))
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)

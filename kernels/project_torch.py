@@ -54,9 +54,10 @@ class _Pairs:
         low, high = -(centre + 0.15 * size) / self.focal, (size - centre + 0.15 * size) / self.focal
         self.ratio, self.free = ratio.clamp(low, high), (ratio >= low) & (ratio <= high)
         self.rotated = _product(self.r, _rotation(self.quaternion))  # rows o0, o1, o2
+        # J R Q
         self.rows = (self.focal / self.z)[:, None] * (
             self.rotated[:2] - self.ratio[:, None] * self.rotated[2]
-        )  # J R Q
+        )
         self.n = self.rows * self.scale  # [2, 3, P]
         n0, n1 = self.n
         self.cross = _cross(n0, n1)
@@ -179,9 +180,8 @@ def project_torch_backward(
     g = g * t.scale  # of the rows of J R Q
     f = t.focal / t.z
     g_ratio = -f * (g * t.rotated[2]).sum(1)
-    g_z = (
-        -((g * t.rows).sum((0, 1)) + (g_ratio * t.ratio).sum(0)) / t.z
-    )  # the published rule: clamped or not
+    # the published rule: clamped or not
+    g_z = -((g * t.rows).sum((0, 1)) + (g_ratio * t.ratio).sum(0)) / t.z
     g_rows = f[:, None] * g
     g_rotated = torch.cat([g_rows, -(t.ratio[:, None] * g_rows).sum(0, keepdim=True)])
     back = t.r.transpose(0, 1)

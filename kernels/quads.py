@@ -64,9 +64,8 @@ def centres_backward(
         grad_w * gamma[:, 0],
         grad_w_ * gamma[:, 1],
     ]
-    at = around.new_full(
-        (12 * C,), 4 * Q
-    )  # 4 * quad + slot of every edge of a cube; 4 Q: it has none
+    # 4 * quad + slot of every edge of a cube; 4 Q: it has none
+    at = around.new_full((12 * C,), 4 * Q)
     at.index_copy_(
         0, around.view(-1).long(), torch.arange(4 * Q, dtype=torch.int32, device=at.device)
     )

@@ -43,9 +43,8 @@ def _tiles(target: str) -> dict:
 
 @triton.jit
 def _rounded(x):
-    return (
-        tl.minimum(tl.maximum(x, -LARGEST), LARGEST) + ROUND
-    ) - ROUND  # the clamp keeps the sum out of a fused product
+    # the clamp keeps the sum out of a fused product
+    return (tl.minimum(tl.maximum(x, -LARGEST), LARGEST) + ROUND) - ROUND
 
 
 @triton.jit(do_not_specialize=["P", "W", "H"])
@@ -69,9 +68,8 @@ def _raster_snap(clip_ptr, snapped_ptr, depth_ptr, P, W, H, BLOCK: tl.constexpr)
     finite = tl.abs(x) + tl.abs(y) + tl.abs(z) + tl.abs(w) < float("inf")
     code = tl.where(finite & ((w != 0) | (code != 0)), code, OFF)
     inside = code == 0
-    scale = tl.div_rn(
-        1.0, tl.where(inside, w, 1.0)
-    )  # rounded as IEEE does: every kernel and the torch path agree
+    # rounded as IEEE does: every kernel and the torch path agree
+    scale = tl.div_rn(1.0, tl.where(inside, w, 1.0))
     px, py = _rounded(x * scale * (W * 8.0)), _rounded(y * scale * (H * 8.0))
     out = snapped_ptr + n * 3
     tl.store(out, tl.where(inside, px, 0.0).to(tl.int32), live)
@@ -304,9 +302,8 @@ def _raster_resolve(
         p0[0] * p1[1] - p0[1] * p1[0],
     )
     total = a0 + a1 + a2
-    total = tl.where(
-        total != 0, total, 1.0
-    )  # 0: a face without area that covers a pixel as snapped
+    # 0: a face without area that covers a pixel as snapped
+    total = tl.where(total != 0, total, 1.0)
     u = tl.minimum(tl.maximum(a0 / total, 0.0), 1.0)
     v = tl.minimum(tl.maximum(a1 / total, 0.0), 1.0)
     over = tl.maximum(u + v, 1.0)

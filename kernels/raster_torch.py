@@ -60,9 +60,8 @@ def _on_grid(ndc: Tensor, height: int, width: int) -> Tensor:
     overwrites its argument.
     """
     ndc[..., 0] *= STEPS // 2 * width
-    ndc[..., 1] *= (
-        STEPS // 2 * height
-    )  # one after the other: a tensor of both would be copied to the device, which waits
+    # one after the other: a tensor of both would be copied to the device, which waits
+    ndc[..., 1] *= STEPS // 2 * height
     return ndc.round_()
 
 
@@ -87,9 +86,8 @@ def clip_faces(
     for axis in range(3):
         for sign in (1, -1):
             distance = polygon[..., 3] + sign * polygon[..., axis]
-            before = torch.where(slot == 0, count - 1, slot - 1).clamp_(
-                min=0
-            )  # the neighbour that comes first
+            # the neighbour that comes first
+            before = torch.where(slot == 0, count - 1, slot - 1).clamp_(min=0)
             last = distance.gather(1, before)
             previous = polygon.gather(1, before[..., None].expand(-1, -1, 4))
             live = slot < count
@@ -106,10 +104,8 @@ def clip_faces(
             cut = start + share * (end - start)
             emitted = crosses.int() + stays.int()
             at = emitted.cumsum(1) - emitted
-            new, old = (
-                polygon.new_zeros(n, 10, 4),
-                origin.new_full((n, 10), -1),
-            )  # the last entry takes what is dropped
+            # the last entry takes what is dropped
+            new, old = polygon.new_zeros(n, 10, 4), origin.new_full((n, 10), -1)
             for take, place, vertex, name in (
                 (crosses, at, cut, torch.full_like(origin, -1)),
                 (stays, at + crosses, polygon, origin),
@@ -132,9 +128,8 @@ def clip_faces(
     z = torch.where(known, depth.gather(1, corner), polygon[..., 2] * scale)
     fan = [torch.zeros(7, dtype=torch.int64, device=z.device), slot[1:8], slot[2:9]]
     there = slot[2:9] < count
-    pieces = torch.stack(
-        [torch.where(there[..., None], cut[:, f], 0) for f in fan], 2
-    )  # [n, 7, 3, 2]
+    # [n, 7, 3, 2]
+    pieces = torch.stack([torch.where(there[..., None], cut[:, f], 0) for f in fan], 2)
     z = torch.stack([z[:, f] for f in fan], 2)
     return Pieces(
         pieces.reshape(-1, 6),
@@ -193,9 +188,8 @@ def _cover(keys: Tensor, pieces: Pieces, height: int, width: int) -> None:
     xy = pieces.xy.double().view(-1, 3, 2)
     area = _cross(xy[:, 1] - xy[:, 0], xy[:, 2] - xy[:, 0])
     low, high = xy.amin(1), xy.amax(1)
-    half = (
-        xy.new_tensor([width, height]) * (STEPS // 2) - STEPS // 2
-    )  # of pixel centre (0, 0), negated
+    # of pixel centre (0, 0), negated
+    half = xy.new_tensor([width, height]) * (STEPS // 2) - STEPS // 2
     first = ((low + half) / STEPS).ceil().clamp_(min=0)
     last = torch.minimum(((high + half) / STEPS).floor(), xy.new_tensor([width - 1, height - 1]))
     size = (last - first + 1).clamp_(min=0)
@@ -214,9 +208,8 @@ def _cover(keys: Tensor, pieces: Pieces, height: int, width: int) -> None:
 def _cover_part(
     keys, xy, area, top, rows, left, right, depth, view, face, height: int, width: int
 ) -> None:
-    sign = torch.where(
-        area > 0, 1.0, -1.0
-    ).double()  # instead of swapping two vertices: edges turn around
+    # instead of swapping two vertices: edges turn around
+    sign = torch.where(area > 0, 1.0, -1.0).double()
     run = torch.repeat_interleave(rows.long())
     step = torch.arange(len(run), device=run.device) - (rows.cumsum(0) - rows).long()[run]
     y = top[run] + step
@@ -226,9 +219,8 @@ def _cover_part(
         a, b = xy[:, (k + 1) % 3], xy[:, (k + 2) % 3]
         dx, dy = (b - a).unbind(1)
         dx, dy = dx * sign, dy * sign
-        bias = torch.where(
-            (dy < 0) | ((dy == 0) & (dx > 0)), 0.0, 1.0
-        ).double()  # left and smallest-row edges are inside
+        # left and smallest-row edges are inside
+        bias = torch.where((dy < 0) | ((dy == 0) & (dx > 0)), 0.0, 1.0).double()
         # E at the centre of column 0 of row y: (a - s) x d, s = 16 pixel + 8 - 8 size
         origin = (a[:, 0] + (STEPS // 2 * width - STEPS // 2)) * dy - (
             a[:, 1] + (STEPS // 2 * height - STEPS // 2)
@@ -305,9 +297,8 @@ def resolve(
             for k in range(3)
         ]
     )
-    nonzero = lambda value: torch.where(
-        value != 0, value, 1
-    )  # 0: a face without area that covers a pixel as snapped
+    # 0: a face without area that covers a pixel as snapped
+    nonzero = lambda value: torch.where(value != 0, value, 1)
     u, v = (a[:2] / nonzero(a.sum(0))).clamp_(0, 1)
     over = (u + v).clamp_(min=1)
     z = ((corner[..., 2].mT * a).sum(0) / nonzero((corner[..., 3].mT * a).sum(0))).clamp_(-1, 1)

@@ -258,9 +258,8 @@ def rasterize_reference(clip: Tensor, faces: Tensor, height: int, width: int) ->
     total = a.sum(-1, keepdim=True)
     true = (a[..., :2] / total).clamp(0, 1).detach()
     true = true / true.sum(-1, keepdim=True).clamp(min=1)
-    uv = a[..., :2] / (
-        total + torch.copysign(torch.full_like(total, 1e-6), total)
-    )  # published rule: for the gradient
+    # published rule: for the gradient
+    uv = a[..., :2] / (total + torch.copysign(torch.full_like(total, 1e-6), total))
     uv = true + uv - uv.detach()
     depth = ((z * a).sum(-1) / (w * a).sum(-1)).clamp(-1, 1).detach()
     rast = torch.cat([uv, depth[..., None], (shown + 1.0)[..., None]], -1)

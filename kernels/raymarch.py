@@ -164,8 +164,8 @@ def raymarch(
     view_scene: Host,  # [V]: the scene that each view shows
     background: Tensor,  # [V, 3]
     resolution: int,  # voxels along an edge of the world cube [-0.5, 0.5]^3
-    offset: Tensor
-    | None = None,  # [V, H, W] in [0, 1), of the first sample in steps; None: drawn anew
+    # [V, H, W] in [0, 1), of the first sample in steps; None: drawn anew
+    offset: Tensor | None = None,
 ) -> Image:
     """Render every view of its scene in one launch per stage: colour, alpha (1 - final
     transmittance), and depth.
@@ -291,9 +291,8 @@ def _view_reference(position, trivec, density, sh, camera, background, resolutio
     low = torch.floor(position.to(exact) * resolution) / resolution - 0.5
     keep = ((low + 0.5 / resolution) @ extrinsics[2, :3] + extrinsics[2, 3]) > 0.2
     inverse = torch.where(d == 0, 1e10, 1 / d)
-    a, b = (
-        (low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution)
-    )  # [rays, N, 3]
+    # [rays, N, 3]
+    a, b = ((low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution))
     t_in, t_out = torch.minimum(a, b).amax(2), torch.maximum(a, b).amin(2)
     first, last = (
         torch.ceil(t_in / step - offset[:, None]),
@@ -318,9 +317,8 @@ def _view_reference(position, trivec, density, sh, camera, background, resolutio
     color = torch.sigmoid((SH0 * sh[voxel] * e[..., None]).sum(1))
     alpha = 1 - torch.exp(-rho * step)
     # published rule: past the clamp, the gradient is that of rho with the factor step * (1 - clamp)
-    clamp = torch.tensor(
-        0.999
-    ).item()  # in fp32, as published: one such sample leaves less than 1e-3
+    # in fp32, as published: one such sample leaves less than 1e-3
+    clamp = torch.tensor(0.999).item()
     alpha = torch.where(alpha > clamp, clamp + (1 - clamp) * step * (rho - rho.detach()), alpha)
     rays = len(d)
     count = torch.bincount(ray, minlength=rays)

@@ -35,8 +35,8 @@ SILHOUETTES = ("edges", "pixels")
 def render_mesh(
     vertices: Tensor,  # [N, 3] world units
     faces: Tensor,  # [F, 3] int32 or int64: indices into the vertices of the face's own scene
-    attributes: Tensor
-    | None,  # [N, 3] colours or [N, 6] colours and normal_map; None: geometry only
+    # [N, 3] colours or [N, 6] colours and normal_map; None: geometry only
+    attributes: Tensor | None,
     # [B + 1]: scene b owns the vertices vertex_starts[b] : vertex_starts[b + 1]
     vertex_starts: Host,
     face_starts: Host,  # [B + 1]: and the faces face_starts[b] : face_starts[b + 1]

@@ -24,12 +24,8 @@ from kernels.window import Windows, per_axis
 
 BITS = 10  # of a coordinate in a code
 TILE = 512  # rows per program; not yet measured on a GPU (the kernel is launch-bound)
-MODES = (
-    "z_order",
-    "z_order_transposed",
-    "hilbert",
-    "hilbert_transposed",
-)  # transposed: x and y change places
+# transposed: x and y change places
+MODES = ("z_order", "z_order_transposed", "hilbert", "hilbert_transposed")
 
 
 @triton.jit
@@ -148,8 +144,8 @@ def serialized_windows(
     window: int,  # rows that a query attends to
     mode: str = "z_order",  # one of MODES
     shift_sequence: int = 0,  # rows along the curve by which the windows of a sample move, any sign
-    shift_window: int
-    | tuple[int, int, int] = 0,  # voxels per axis by which the curve moves, none negative
+    # voxels per axis by which the curve moves, none negative
+    shift_window: int | tuple[int, int, int] = 0,
 ) -> Windows:
     """Group voxels along a space-filling curve into overlapping windows; `Windows.keys` lists the
     rows of each.
@@ -163,9 +159,8 @@ def serialized_windows(
     if batch_size != cache.batch_size:
         raise ValueError(f"batch_size {batch_size} of a cache over {cache.batch_size} samples")
     codes = curve_codes(cache, mode, shift_window)
-    line = ((cache.coords[:, 0].long() << 3 * BITS) | codes).argsort(
-        stable=True
-    )  # [N]: samples in order, along the curve
+    # [N]: samples in order, along the curve
+    line = ((cache.coords[:, 0].long() << 3 * BITS) | codes).argsort(stable=True)
     runs = [-(-n // window) for n in cache.counts]
     M, K = sum(runs), sum(min(n, window) * r for n, r in zip(cache.counts, runs, strict=True))
     arange = {"dtype": torch.int64, "device": line.device}

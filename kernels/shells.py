@@ -93,9 +93,8 @@ def shell(field: str | Field, resolution: int = 64) -> Tensor:  # [N, 3] int32, 
     return torch.from_numpy(np.concatenate(active)).int()
 
 
-def occupied(
-    windows: int, rows: int, window: int = 8, seed: int = 0
-) -> Tensor:  # [windows * rows, 3] int32, sorted by x, y, z
+# [windows * rows, 3] int32, sorted by x, y, z
+def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:
     """`rows` voxels at random in each of `windows` cubes. ValueError for more rows than a cube has
     cells.
     """

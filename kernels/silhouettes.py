@@ -20,9 +20,8 @@ from kernels import backend
 from kernels.raster import pixel_block, spread
 from kernels.reduce import sum_rows
 
-MARGIN = tl.constexpr(
-    0.0625
-)  # how far outside the stretch between two centres an edge may cross it
+# how far outside the stretch between two centres an edge may cross it
+MARGIN = tl.constexpr(0.0625)
 FAR = tl.constexpr(-3.4028234663852886e38)
 STEEP = tl.constexpr(1e-3)  # added to the magnitude of dy where its inverse is differentiated
 
@@ -113,15 +112,12 @@ def _silhouette_pairs(
         u1, v1, there1 = _third(clip_ptr, opposite_ptr + f + 1, base, ox, oy, W, H, pair)
         u2, v2, there2 = _third(clip_ptr, opposite_ptr + f + 2, base, ox, oy, W, H, pair)
         turn = _negative(_area(x0, y0, x1, y1, x2, y2))
-        fold0 = ~there0 | (
-            _negative(_area(u0, v0, x1, y1, x2, y2)) == turn
-        )  # an open edge, or both faces on one side
+        # an open edge, or both faces on one side
+        fold0 = ~there0 | (_negative(_area(u0, v0, x1, y1, x2, y2)) == turn)
         fold1 = ~there1 | (_negative(_area(x0, y0, u1, v1, x2, y2)) == turn)
         fold2 = ~there2 | (_negative(_area(x0, y0, x1, y1, u2, v2)) == turn)
-        a0, b0 = (
-            tl.where(down, y0, x0),
-            tl.where(down, x0, y0),
-        )  # along and across the line to the neighbour
+        # along and across the line to the neighbour
+        a0, b0 = tl.where(down, y0, x0), tl.where(down, x0, y0)
         a1, b1 = tl.where(down, y1, x1), tl.where(down, x1, y1)
         a2, b2 = tl.where(down, y2, x2), tl.where(down, x2, y2)
         r0, dx0, dy0 = _crossing(a1, b1, a2, b2, ds)
@@ -221,10 +217,8 @@ def _edge_grad(code, alpha, delta, screen, corner, W, H, FIRST: tl.constexpr, DO
     """
     mine = (code > 0) & ((code <= 3) if FIRST else (code > 3)) & (tl.abs(alpha) < 0.5)
     m = (code - 1) % 3
-    p, q = (
-        tl.where(mine, (m + 1) % 3, -1),
-        tl.where(mine, (m + 2) % 3, -1),
-    )  # the edge runs from P to Q
+    # the edge runs from P to Q
+    p, q = tl.where(mine, (m + 1) % 3, -1), tl.where(mine, (m + 2) % 3, -1)
     px, py = (
         _pick(p, screen[0][0], screen[1][0], screen[2][0]),
         _pick(p, screen[0][1], screen[1][1], screen[2][1]),

@@ -47,9 +47,8 @@ def find_pairs(
         )
         other = first + (W if d else 1)
         f0, f1 = number[first], number[other]
-        second = (f0 == 0) | (
-            (f1 != 0) & (depth[other] <= depth[first])
-        )  # whose face is the nearer one
+        # whose face is the nearer one
+        second = (f0 == 0) | ((f1 != 0) & (depth[other] <= depth[first]))
         ds = torch.where(second, -1.0, 1.0).to(clip.dtype)
         view = table[torch.div(first, H * W, rounding_mode="floor")]
         face = view[:, 0] + torch.where(second, f1, f0).long() - 1
@@ -61,9 +60,8 @@ def find_pairs(
         folds = []
         for k in range(3):
             replaced = [[o[k] if k == c else p[c] for c in range(3)] for p, o in ((x, ox), (y, oy))]
-            folds.append(
-                (across[k] < 0) | (_area(*replaced).signbit() == turn)
-            )  # open, or both faces on one side
+            # open, or both faces on one side
+            folds.append((across[k] < 0) | (_area(*replaced).signbit() == turn))
         if d:
             x, y = y, x  # along and across the line to the neighbour
         dx, dy = x[[2, 0, 1]] - x[[1, 2, 0]], y[[2, 0, 1]] - y[[1, 2, 0]]

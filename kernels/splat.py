@@ -179,17 +179,8 @@ def _backward(ctx, grad_image, grad_final, grad_saved):
         view_scene,
         kernel_size,
     )
-    return (
-        grad,
-        None,
-        None,
-        None,
-        None if view_scene else [],
-        None,
-        None,
-        None,
-        None,
-    )  # torch wants an empty list's structure
+    # torch wants an empty list's structure
+    return grad, None, None, None, None if view_scene else [], None, None, None, None
 
 
 _splat.register_autograd(_backward, setup_context=_setup_context)
@@ -381,9 +372,8 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
     )
     px, py = column.to(m.dtype)[:, None], row.to(m.dtype)[:, None]
 
-    def touched(
-        low, pixel, size
-    ):  # whether the pixel's tile is in the rectangle: C truncation, clamped to the grid
+    # whether the pixel's tile is in the rectangle: C truncation, clamped to the grid
+    def touched(low, pixel, size):
         first, last = (
             (low / 16).trunc().clamp(0, -(-size // 16)),
             ((low + 2 * radius + 15) / 16).trunc().clamp(0, -(-size // 16)),
@@ -395,9 +385,8 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
     dx, dy = mx - px, my - py
     e = -0.5 * (C * dx * dx + A * dy * dy) / D1 + b * dx * dy / D1
     alpha = strength * e.exp()
-    alpha = (
-        alpha - (alpha - 0.99).clamp(min=0).detach()
-    )  # published rule 2: the clamp passes the gradient
+    # published rule 2: the clamp passes the gradient
+    alpha = alpha - (alpha - 0.99).clamp(min=0).detach()
     alpha = torch.where(inside & (e <= 0) & (alpha >= 1 / 255), alpha, 0)
     through = torch.cumprod(1 - alpha, 1)
     kept = through >= 1e-4

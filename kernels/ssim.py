@@ -40,10 +40,8 @@ def _taps() -> list[float]:
 
 TAPS = _taps()
 T0, T1, T2, T3, T4, T5 = (tl.constexpr(w) for w in TAPS)
-C1, C2 = (
-    tl.constexpr(0.01**2),
-    tl.constexpr(0.03**2),
-)  # in kernels a constant stands to the right: the interpreter needs it
+# in kernels a constant stands to the right: the interpreter needs it
+C1, C2 = tl.constexpr(0.01**2), tl.constexpr(0.03**2)
 
 
 def _tiles() -> dict:
@@ -68,9 +66,8 @@ def _place(programs, C, H, W, LANES: tl.constexpr, ROWS: tl.constexpr):
     image = (tl.program_id(0) // programs).to(tl.int64)
     channel = lane // W // strips
     first = tl.where(channel < C, lane // W % strips * ROWS, H + 5)
-    size = (
-        (tl.num_programs(0) // programs).to(tl.int64) * C * H * W
-    )  # elements of the batch: the stride of the saved maps
+    # elements of the batch: the stride of the saved maps
+    size = (tl.num_programs(0) // programs).to(tl.int64) * C * H * W
     return lane % W, first, (image * C + channel) * H * W, size
 
 
@@ -170,9 +167,8 @@ def _ssim_fwd(
         mb, ring_b = _push(ring_b, hb)
         sq, ring_sq = _push(ring_sq, hsq)
         ab, ring_ab = _push(ring_ab, hab)
-        live = (y - 5 >= first) & (
-            y - 5 < H
-        )  # the completed row; before `first` it is the strip above's
+        # the completed row; before `first` it is the strip above's
+        live = (y - 5 >= first) & (y - 5 < H)
         square, cross = ma * ma + mb * mb, 2 * ma * mb
         A1, A2, B1, B2 = cross + C1, 2 * ab - cross + C2, square + C1, sq - square + C2
         value = A1 * A2 / (B1 * B2)

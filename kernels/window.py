@@ -23,9 +23,8 @@ from kernels.cache import SpatialCache
 from kernels.checks import host_list
 
 TILE = 512  # rows per program; not yet measured on a GPU (the kernels are launch-bound)
-DENSE_CELLS = (
-    1 << 25
-)  # grid cells up to which the scan is taken (128 MB of int32); above it, sorting N keys is cheaper
+# grid cells up to which the scan is taken (128 MB of int32); above it, sorting N keys is cheaper
+DENSE_CELLS = 1 << 25
 MOST_WINDOWS = 1 << 28  # starts is written for every window, empty ones included
 
 
@@ -59,9 +58,8 @@ class Windows:
     # the device
     bound: int
     keys: Tensor | None = None  # [K] int32: rows attended to
-    key_starts: Tensor | None = (
-        None  # [M + 1] int32: window m attends to keys[key_starts[m] : key_starts[m + 1]]
-    )
+    # [M + 1] int32: window m attends to keys[key_starts[m] : key_starts[m + 1]]
+    key_starts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -105,19 +103,8 @@ def _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz):
     return tl.where(inside, window * (wx * wy * wz) + local, -1)
 
 
-GEOMETRY = [
-    "N",
-    "wx",
-    "wy",
-    "wz",
-    "sx",
-    "sy",
-    "sz",
-    "nx",
-    "ny",
-    "nz",
-    "cells",
-]  # vary with the data: no specialised variants
+# vary with the data: no specialised variants
+GEOMETRY = ["N", "wx", "wy", "wz", "sx", "sy", "sz", "nx", "ny", "nz", "cells"]
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
@@ -209,9 +196,8 @@ def _partition(
         number, edges = number[order], torch.arange(M + 1, device=coords.device)
         order = torch.where(number < M, order, -1)
         return order.int(), torch.searchsorted(number, edges, out_int32=True)
-    occupied = coords.new_zeros(
-        cells + 1
-    )  # cell k at k + 1, so that the running sum counts the cells before k
+    # cell k at k + 1, so that the running sum counts the cells before k
+    occupied = coords.new_zeros(cells + 1)
     order = coords.new_full((N,), -1)
     if backend.is_torch(coords):
         cell = _cells(coords, batch_size, window, shift, grid)[1]
@@ -294,9 +280,8 @@ def window_partition(
 
 
 def full_windows(
-    voxels: Tensor
     # starts [B + 1] int32: sample b owns rows starts[b] : starts[b + 1]; or a cache
-    | SpatialCache,
+    voxels: Tensor | SpatialCache,
     N: int | None = None,  # rows in all; with starts alone
 ) -> Windows:
     """One window per sample, rows in their own order: attention among all voxels of an object."""

@@ -19,22 +19,16 @@ from kernels.splat import splat
 from models.sparse import SparseTensor
 from models.vae import VAE, Decoder
 
-FIELDS = {
-    "_xyz": 3,
-    "_features_dc": 3,
-    "_scaling": 3,
-    "_rotation": 4,
-    "_opacity": 1,
-}  # channels a Gaussian, in order
+# channels a Gaussian, in order
+FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}
 
 
 @dataclass(frozen=True)
 class GaussianConfig:
     """How raw channels become Gaussians: the published `representation_config`, parsed once."""
 
-    lr: dict[str, float] = field(
-        default_factory=dict
-    )  # multiplier of each raw field, by published name; 1 if absent
+    # multiplier of each raw field, by published name; 1 if absent
+    lr: dict[str, float] = field(default_factory=dict)
     perturb_offset: bool = True
     voxel_size: float = 1.5  # reach of an offset, in voxels
     num_gaussians: int = 32
@@ -122,10 +116,8 @@ class GaussianScene:
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different kernel sizes: {sorted(sizes)}")
         names = ("center", "scale", "rotation", "opacity", "color")
-        starts = [
-            0,
-            *accumulate(len(scene.center) for scene in scenes),
-        ]  # a list: torch.compile cannot trace what is read
+        # a list: torch.compile cannot trace what is read
+        starts = [0, *accumulate(len(scene.center) for scene in scenes)]
         tensors = [torch.cat([getattr(scene, name) for scene in scenes]) for name in names]
         return splat(*tensors, starts, camera, view_scene, background, kernel_size=sizes.pop())
 
@@ -188,9 +180,8 @@ class GaussianDecoder(Decoder):
         scale = torch.sqrt(
             activation(scaling + config.scaling_shift).square() + config.kernel_3d**2
         )
-        identity = F.pad(
-            rotation.new_ones(1), (0, 3)
-        )  # made on the device: from the host's numbers a copy would wait
+        # made on the device: from the host's numbers a copy would wait
+        identity = F.pad(rotation.new_ones(1), (0, 3))
         rotation = F.normalize(rotation + identity, dim=-1)
         opacity = torch.sigmoid(opacity + config.opacity_shift)
         counts = [n * K for n in z.cache.counts]

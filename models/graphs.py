@@ -81,9 +81,8 @@ class Size(NamedTuple):
     B: int
     channels: int
     dtype: torch.dtype
-    differentiable: tuple[
-        bool, bool
-    ]  # whether there is a backward pass, and whether it reaches the features
+    # whether there is a backward pass, and whether it reaches the features
+    differentiable: tuple[bool, bool]
     activation: torch.dtype
     recompute: bool
 

@@ -168,9 +168,8 @@ class MLP(nn.Module):
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         hidden = int(channels * ratio)
-        self.mlp = nn.ModuleDict(
-            {"0": Linear(channels, hidden), "2": Linear(hidden, channels)}
-        )  # the published names
+        # the published names
+        self.mlp = nn.ModuleDict({"0": Linear(channels, hidden), "2": Linear(hidden, channels)})
 
     def forward(self, stream: Tensor, x: Tensor) -> Tensor:
         """Add the MLP of x [N, C] to the stream, but for the second layer's bias."""
@@ -334,9 +333,8 @@ class Trunk(nn.Module):
                 f"{self.input_layer.in_features}"
             )
         expected = self.input_layer.weight.dtype
-        if feats.dtype != expected and not torch.is_autocast_enabled(
-            feats.device.type
-        ):  # which converts them itself
+        # which converts them itself
+        if feats.dtype != expected and not torch.is_autocast_enabled(feats.device.type):
             raise ValueError(
                 f"features are {feats.dtype}, the model takes {expected}: convert them with "
                 f".to({expected})"
@@ -360,9 +358,8 @@ class Trunk(nn.Module):
             x = x + cache.get(position_embedding, self.model_channels)
         x, bias = x.to(self.compute_dtype(feats)), None
         recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
-        if (
-            recompute
-        ):  # torch.compile allows no side effects, as a cache that fills, in what is computed again
+        # torch.compile allows no side effects, as a cache that fills, in what is computed again
+        if recompute:
             for block in self.blocks:
                 block.attn.look_up(cache)
         for block in self.blocks:

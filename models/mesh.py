@@ -23,10 +23,8 @@ from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder
 
-NEAR, FAR = (
-    1.0,
-    100.0,
-)  # world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
+# world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
+NEAR, FAR = 1.0, 100.0
 GROUPS = 32  # of the group norms, the last of which has model_channels / 8
 SUBDIVIDED = 4  # cubes along the side of a voxel
 

@@ -26,9 +26,8 @@ class RadianceConfig:
 
     rank: int = 16
     dim: int = 8  # numbers along each axis of a voxel
-    density_scale: float = (
-        1.0  # multiplies the raw densities; above 1 an untrained field turns opaque sooner
-    )
+    # multiplies the raw densities; above 1 an untrained field turns opaque sooner
+    density_scale: float = 1.0
     # spread of the untrained vectors around 1. At 0, as published, the ranks of a voxel start
     # equal, have equal gradients and, where gradients are deterministic, stay equal: a field of
     # rank 1
@@ -94,10 +93,8 @@ class RadianceScene:
         sizes = {scene.resolution for scene in scenes}
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different resolutions: {sorted(sizes)}")
-        starts = [
-            0,
-            *accumulate(len(scene.position) for scene in scenes),
-        ]  # a list: torch.compile cannot trace what is read
+        # a list: torch.compile cannot trace what is read
+        starts = [0, *accumulate(len(scene.position) for scene in scenes)]
         tensors = [
             torch.cat([getattr(scene, name) for scene in scenes])
             for name in ("position", "trivec", "density", "color")

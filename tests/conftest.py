@@ -12,15 +12,13 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-if workers := os.environ.get(
-    "PYTEST_XDIST_WORKER_COUNT"
-):  # they share the cores, and so do the processes that tests start
+# they share the cores, and so do the processes that tests start
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     threads = (
         len(os.sched_getaffinity(0)) // int(workers) if hasattr(os, "sched_getaffinity") else 1
     )
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, threads))
-    )  # before the first import of torch
+    # before the first import of torch
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 import torch  # noqa: E402
 

@@ -179,9 +179,10 @@ def norms(d: Draw) -> Case:
                     None,
                     CANCELLED,
                 )
+            # in place
             op = lambda x, *b: (lambda stream, y: (stream.add_(1), y))(
                 *stream_norm(x.contiguous() + 0, eps, *b)
-            )  # in place
+            )
             return Case(op, lambda x, *b: (x + 1, slow(x, eps, *b)), tensors, None, CANCELLED)
         slow, tensors = add_layer_norm_reference, [d.normal(N, C, dtype=dtype) for _ in range(2)]
         return Case(
@@ -322,14 +323,12 @@ def scales(d: Draw) -> Case:
 def similarity(d: Draw) -> Case:
     side = 24 if d.fast else 9
     shape = d.number(0, 2), d.number(1, 3), d.number(1, side), d.number(1, side)
-    dtype = d.pick(
-        torch.float32, torch.float16
-    )  # a variance of 16-bit numbers is not one of their roundings: 8 bits are too few
+    # a variance of 16-bit numbers is not one of their roundings: 8 bits are too few
+    dtype = d.pick(torch.float32, torch.float16)
     a = d.uniform(*shape, dtype=dtype)
     b = (a.detach() + 0.2 * d.normal(*shape, dtype=dtype).detach()).clamp(0, 1).requires_grad_()
-    pixels = (
-        a[0].numel() if len(a) else 1
-    )  # sums instead of means, so that the tolerance sees the gradients
+    # sums instead of means, so that the tolerance sees the gradients
+    pixels = a[0].numel() if len(a) else 1
     return Case(
         lambda a, b: ssim(a, b) * pixels, lambda a, b: ssim_reference(a, b) * pixels, [a, b]
     )

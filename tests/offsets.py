@@ -19,17 +19,8 @@ import triton.language as tl
 from kernels.compile import TARGETS, Build, _read, source
 
 SMALL, PROGRAM, ROW, PRODUCT = range(4)
-EXTENTS = {
-    "H",
-    "W",
-    "TX",
-    "TY",
-    "size",
-    "plane",
-    "C",
-    "R",
-    "programs",
-}  # of a picture (of fewer than 2^30 pixels) or a row
+# of a picture (of fewer than 2^30 pixels) or a row
+EXTENTS = {"H", "W", "TX", "TY", "size", "plane", "C", "R", "programs"}
 NAME = r"%[\w#]+"
 PASSES = ("minsi", "minui", "remsi", "remui")  # no larger than the smaller, at least
 
@@ -81,17 +72,15 @@ class Sizes:
     def source(self) -> str:
         """The line of a kernel that the current line comes from."""
         place = self.place
-        while (
-            "#" in place and '":' not in place
-        ):  # a name, or the place in an inlined function and that of its call
+        # a name, or the place in an inlined function and that of its call
+        while "#" in place and '":' not in place:
             place = self.places[re.search(r"#loc\d*", place)[0]]
         file, number = re.match(r'"(.*?)":(\d+)', place).groups()
         return Path(file).read_text().splitlines()[int(number) - 1].strip()
 
     def _walk(self) -> None:
-        regions: list[
-            tuple[str, list[str]]
-        ] = []  # (result, names of what is carried) of the regions a line is in
+        # (result, names of what is carried) of the regions a line is in
+        regions: list[tuple[str, list[str]]] = []
         for full in self.lines:
             self.place = (re.findall(r"loc\((#loc\d*)\)", full) or [""])[-1]
             line = re.sub(r" loc\(#loc\d*\)", "", full).strip()

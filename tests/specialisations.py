@@ -55,9 +55,8 @@ def _noted(request, monkeypatch):
     if path:
         for module in (request.module, importlib.import_module("tests.conftest")):
             monkeypatch.setattr(module, "assert_close", lambda *_, **__: None, raising=False)
-    always = hasattr(
-        request.module, "DEVICE"
-    )  # a module that takes a GPU without asking the fixture
+    # a module that takes a GPU without asking the fixture
+    always = hasattr(request.module, "DEVICE")
     with (
         backend.assume(request.config.getoption("assume")),
         backend.use("interpreter") if always else nullcontext(),

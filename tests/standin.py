@@ -43,12 +43,13 @@ WAITS = {
     "_linalg_check_errors",
     "_linalg_eigvals",
 }
+# 0-d tensors
 READ = {
     "masked_fill": "Tensor",
     "masked_fill_": "Tensor",
     "index_fill": "int_Tensor",
     "index_fill_": "int_Tensor",
-}  # 0-d tensors
+}
 INDEXED = {
     "index",
     "index_put",
@@ -124,9 +125,8 @@ class StandIn(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
-        self.pinned: dict[
-            int, Tensor
-        ] = {}  # by storage, kept so that its number is not given to another
+        # by storage, kept so that its number is not given to another
+        self.pinned: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.run(function, args, kwargs or {})

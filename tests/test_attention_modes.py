@@ -78,9 +78,8 @@ def test_keys_that_repeat(device, counts, window, H, D, dtype):
 @pytest.mark.parametrize("D, dtype", [(24, torch.float32), (64, torch.float16)], ids=str)
 def test_rotation(device, D, dtype, norm):
     windows = plain([3, 0, 64, 130, 300, 1], device)
-    tolerance = (
-        6e-3 if dtype == torch.float16 else None
-    )  # rounded after the rotation and after the norm, as published
+    # rounded after the rotation and after the norm, as published
+    tolerance = 6e-3 if dtype == torch.float16 else None
     compare(windows, *make(windows, 2, D, dtype, device, norm, rope=True), tolerance=tolerance)
 
 

@@ -116,25 +116,21 @@ def test_an_unknown_shell_is_refused():
 
 
 def test_bytes_and_flops_of_attention_by_hand():
-    forward, backward = attention_work(
-        N=4, squares=10, H=2, D=8, width=2
-    )  # windows of 1 and 3 rows; 16 channels
+    # windows of 1 and 3 rows; 16 channels
+    forward, backward = attention_work(N=4, squares=10, H=2, D=8, width=2)
     assert forward.bytes == 3 * 4 * 16 * 2 + 4 * 16 * 2 + 2 * 4 * 4  # qkv, out, fp32 log-sum-exp
-    assert (
-        backward.bytes == 3 * 4 * 16 * 2 + 2 * 4 * 16 * 2 + 2 * 4 * 4 + 3 * 4 * 16 * 2
-    )  # qkv, out, dout, lse -> dqkv
-    assert (
-        forward.flops == 2 * 2 * 16 * 10 and backward.flops == 5 * 2 * 16 * 10
-    )  # two products, five
+    # qkv, out, dout, lse -> dqkv
+    assert backward.bytes == 3 * 4 * 16 * 2 + 2 * 4 * 16 * 2 + 2 * 4 * 4 + 3 * 4 * 16 * 2
+    # two products, five
+    assert forward.flops == 2 * 2 * 16 * 10 and backward.flops == 5 * 2 * 16 * 10
 
 
 def test_floors_of_the_published_size():
     coords = batch(shell("sphere"))
     squares = _squares(window_partition(coords, 1, 8, 0))
     forward, backward = attention_work(len(coords), squares, 12, 64, 2)
-    assert H100.floor_us([forward], "fp16") == pytest.approx(
-        36.7, abs=0.1
-    )  # memory: the products would take 6.3
+    # memory: the products would take 6.3
+    assert H100.floor_us([forward], "fp16") == pytest.approx(36.7, abs=0.1)
     assert H100.floor_us([backward], "fp16") == pytest.approx(73.2, abs=0.1)
     stages, reverse = block_work(13362, 0, 12, 64, 2)
     products = 1e6 * 24 * 13362 * 768**2 / 798e12  # 237 us, and 16 N C elements of memory: 55 us

@@ -207,9 +207,8 @@ def test_no_pixel_is_lost_and_none_is_gained(dtype):
     e = -0.5 * (c11 * dx * dx + c22 * dy * dy) - c12 * dx * dy
     a = opacity[:, None, None] * e.exp()
     x0, y0, x1, y1 = rect[:, :, None, None].unbind(1)
-    limit = (
-        1000 * torch.finfo(dtype).eps
-    )  # of thin ellipses, whose exponent is a small difference of large terms
+    # of thin ellipses, whose exponent is a small difference of large terms
+    limit = 1000 * torch.finfo(dtype).eps
     sure = (a * 255 - 1).abs() > limit
     a = a.clamp(max=0.99) * (
         (a >= 1 / 255)

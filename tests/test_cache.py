@@ -165,9 +165,8 @@ def test_down_up_and_down_again_shares(device):
         n // 8 for n in range(len(fine))
     ]
     del fine
-    assert (
-        cache.subdivide().get(build_table) is table
-    )  # though nobody held the finer cache meanwhile
+    # though nobody held the finer cache meanwhile
+    assert cache.subdivide().get(build_table) is table
     quarter, _ = cache.pool(4)
     assert quarter is not half and quarter.unpool(4)[0] is cache
 

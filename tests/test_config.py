@@ -150,9 +150,8 @@ def test_impossible_values_exit_with_a_message(line, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(line)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 2, (
-        said
-    )  # usage and what is wrong
+    # usage and what is wrong
+    assert stopped.value.code == 2 and message in said and len(said.splitlines()) == 2, said
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,10 @@ def test_the_collapse_is_exact():
 def test_each_tap_is_in_one_matrix_of_each_octant():
     weight = 2.0 ** torch.arange(27, dtype=torch.float64).view(1, 3, 3, 3, 1)
     octants = octant_weights(weight).view(8, 8).long()
-    assert (
-        octants.sum(1).tolist() == [2**27 - 1] * 8
-    )  # sums of distinct bits: every tap once, none twice
-    assert (
-        octants[0, 0] == 1 and octants[7, 7] == 1 << 26
-    )  # a corner tap alone reaches the diagonal parent
+    # sums of distinct bits: every tap once, none twice
+    assert octants.sum(1).tolist() == [2**27 - 1] * 8
+    # a corner tap alone reaches the diagonal parent
+    assert octants[0, 0] == 1 and octants[7, 7] == 1 << 26
     assert octants[0, 7] == sum(
         1 << 9 * i + 3 * j + k for i in (1, 2) for j in (1, 2) for k in (1, 2)
     )
@@ -128,9 +126,8 @@ def test_weights_are_summed_in_fp32_and_rounded_once(device):
     cache = SpatialCache(torch.tensor([[0, 1, 1, 1]], dtype=torch.int32, device=device))
     weight = torch.randn(6, 3, 3, 3, 1, generator=torch.Generator().manual_seed(0)).to(device)
     y = subdivide_conv(torch.ones(1, 1, dtype=HALF, device=device), weight, None, neighbours(cache))
-    own = octant_weights(weight.double()).view(
-        6, 8, 8
-    )  # each octant's matrices; its own parent is the opposite corner
+    # each octant's matrices; its own parent is the opposite corner
+    own = octant_weights(weight.double()).view(6, 8, 8)
     expected = torch.stack([own[:, o, 7 - o] for o in range(8)])
     assert torch.equal(y, expected.float().half())
     rounded_first = octant_weights(weight.half()).view(6, 8, 8)
@@ -215,9 +212,8 @@ def test_orders_of_octants(device):
     for group, rows in enumerate(order):
         assert sorted(rows.tolist()) == list(range(90))
         masks = [tuple(m) for m in present[rows, group].tolist()]
-        assert (
-            sum(a != b for a, b in zip(masks, masks[1:], strict=False)) == len(set(masks)) - 1
-        )  # each set of taps once
+        # each set of taps once
+        assert sum(a != b for a, b in zip(masks, masks[1:], strict=False)) == len(set(masks)) - 1
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
@@ -231,9 +227,8 @@ def test_children_of_children_and_children_without_siblings(device):
     fine = SpatialCache(voxels([6, 5], (3, 2, 3)).to(device)).subdivide()
     assert fine.parent.parent is None and fine.subdivide().parent is fine
     assert torch.equal(neighbours(fine.subdivide()), neighbours(fine.subdivide().coords))
-    some = SpatialCache(
-        fine.coords[1:].contiguous()
-    )  # a set that pools to a parent but misses one of its children
+    # a set that pools to a parent but misses one of its children
+    some = SpatialCache(fine.coords[1:].contiguous())
     coarse, _ = some.pool(2)
     assert some.parent is None and coarse.subdivide().parent is coarse
     assert torch.equal(neighbours(some), neighbours(some.coords))

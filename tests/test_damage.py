@@ -313,9 +313,8 @@ def test_an_object_that_kills_its_process_is_named_and_the_others_are_made(tmp_p
         write_obj(tmp_path, name, *box((1, 0.2 + 0.1 * i, 0.5))) for i, name in enumerate("abc")
     ]
 
-    (tmp_path / "o" / "renders" / f"{content_hash(files[0])}.partial").mkdir(
-        parents=True
-    )  # as if it had begun
+    # as if it had begun
+    (tmp_path / "o" / "renders" / f"{content_hash(files[0])}.partial").mkdir(parents=True)
 
     def kill():
         while not (children := multiprocessing.active_children()):

@@ -206,9 +206,8 @@ def record_holdout(root, name, value):
 
 def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
     root, other = make(tmp_path / "one"), make(tmp_path / "two", [DD, EE])
-    assert (
-        len(opened(root, holdout_views=4)) == 3
-    )  # the published layout does not say what features saw
+    # the published layout does not say what features saw
+    assert len(opened(root, holdout_views=4)) == 3
     for name in (AA, BB):
         record_holdout(root, name, 2)
     assert len(opened(root, holdout_views=2, views="holdout").item(AA).image) == 2
@@ -223,9 +222,8 @@ def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
     shutil.copytree(root / "features" / f"rgb_{RES}", root / "features" / f"dino_{RES}")
     rows = [{"sha256": AA, f"feature_dino_{RES}": "True", f"feature_rgb_{RES}": "True"}]
     write_metadata(root, rows)
-    assert opened(root, features="dino", holdout_views=3).names == [
-        AA
-    ]  # of other features it says nothing
+    # of other features it says nothing
+    assert opened(root, features="dino", holdout_views=3).names == [AA]
     write_metadata(root, rows + [rows[0] | {"sha256": BB}])
     record_holdout(root, BB, 1)
     data = opened(root, holdout_views=2)
@@ -311,9 +309,8 @@ def test_the_order_resumes_exactly():
     expected, begun = take(whole, 9), take(first, 4)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert begun + take(second, 5) == expected
-    second.load_state_dict(
-        first.state_dict(step=2)
-    )  # the loader had fetched two steps ahead of training
+    # the loader had fetched two steps ahead of training
+    second.load_state_dict(first.state_dict(step=2))
     assert take(second, 3) == expected[2:5]
     for name, value in (("length", 8), ("batch_size", 8), ("seed", 6)):
         what = "number of objects" if name == "length" else name
@@ -354,9 +351,8 @@ def test_workers_read_the_same_batches_and_name_what_is_broken(tmp_path):
     broken = iter(loader(opened(root), Sampler(3, 3), 1))
     with pytest.raises(ValueError, match=r"renders.b{64}.transforms.json is missing") as caught:
         next(broken)
-    traceback.clear_frames(
-        caught.tb
-    )  # they hold the workers, which the garbage collector takes five seconds each to end
+    # they hold the workers, which the garbage collector takes five seconds each to end
+    traceback.clear_frames(caught.tb)
     del caught
 
 

@@ -43,15 +43,13 @@ def test_scores_of_known_errors():
     color, alpha = truth.image.split([3, 1], dim=1)
     exact = floors.score(lambda b: Image(color * alpha, alpha), [truth, truth])
     assert exact.full == exact.inside == float("inf") and exact.pictures == 2 * V * 2
-    off = floors.score(
-        lambda b: Image((color + 0.1) * alpha, alpha), [truth]
-    )  # 0.1 off in a quarter of the frame
+    # 0.1 off in a quarter of the frame
+    off = floors.score(lambda b: Image((color + 0.1) * alpha, alpha), [truth])
     assert off.inside == pytest.approx(20, abs=1e-3) and off.full == pytest.approx(
         20 + 10 * math.log10(4), abs=1e-3
     )
-    clear = floors.score(
-        lambda b: Image(torch.zeros_like(color), torch.zeros_like(alpha)), [truth]
-    )  # shows the background
+    # shows the background
+    clear = floors.score(lambda b: Image(torch.zeros_like(color), torch.zeros_like(alpha)), [truth])
     edge = batch()
     edge.image[:, 3, 8:24, 16:24] = 0.4  # a pixel that is less than half covered is not inside
     wrong = torch.where(edge.image[:, 3:] == 0.4, 0.9, 0.0)
@@ -119,8 +117,7 @@ def test_compare_scores_every_floor_and_every_group_that_has_objects():
     assert name == f"one Gaussian a voxel ({best} wide)" and best != max(held, key=held.get)
     assert scores[name]["held-out views"].full == pytest.approx(held[best])
     assert scores["empty"]["held-out views"].full < held[best]
-    assert all(
-        row.keys() == {"held-out views"} for row in scores.values()
-    )  # no object is held out whole
+    # no object is held out whole
+    assert all(row.keys() == {"held-out views"} for row in scores.values())
     text = floors.table(scores)
     assert name in text and f"{held[best]:.2f}" in text and "held-out views, 6 pictures" in text

@@ -54,10 +54,8 @@ def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(
     """Two compilations may round differently: here the count of one pair is too low, of another too
     high.
     """
-    few = {
-        "PAIRS": 8,
-        "PIXELS": 16,
-    }  # a pair finds its last hits after the next pair wrote its first
+    # a pair finds its last hits after the next pair wrote its first
+    few = {"PAIRS": 8, "PIXELS": 16}
     monkeypatch.setattr("kernels.march_segments._tiles", lambda target: few)
     position, tensors, starts = voxels([5], 16, 2, 4, kernel_device)
     view = camera(1, 24, 18, 16, kernel_device)

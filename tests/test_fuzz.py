@@ -29,9 +29,8 @@ def check(case: Case, draw: Draw) -> None:
         return
     op, reference = handing_on(draw.strided(case.op)), handing_on(case.reference)
     dtype = next(t.dtype for t in case.tensors)
-    tolerance = (
-        1e-7 if dtype == torch.float64 else case.tolerance
-    )  # places of samples and edges are rounded, then divided by
+    # places of samples and edges are rounded, then divided by
+    tolerance = 1e-7 if dtype == torch.float64 else case.tolerance
     assert_same(op, reference, *case.tensors, tolerance=tolerance, least=case.least)
 
 
@@ -61,9 +60,8 @@ def fuzz(name: str, device: torch.device, seeds: range) -> None:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("name", DRAWS)
 def test_random_inputs(device, name, request):
-    few = not backend.is_torch(
-        torch.empty(0, device=device)
-    )  # a kernel is built anew for most of the sizes
+    # a kernel is built anew for most of the sizes
+    few = not backend.is_torch(torch.empty(0, device=device))
     fuzz(
         name,
         device,
@@ -85,7 +83,6 @@ def test_the_same_bits_again(device, name):
         for _ in range(2):
             case = DRAWS[name](Draw(seed, device))
             out = [t for t in outputs(case.op(*case.tensors)) if t.requires_grad]
-            runs.append(
-                [*out, *torch.autograd.grad([t.sum() for t in out], case.tensors)]
-            )  # upstream of stride 0
+            # upstream of stride 0
+            runs.append([*out, *torch.autograd.grad([t.sum() for t in out], case.tensors)])
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

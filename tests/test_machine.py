@@ -19,9 +19,8 @@ def test_a_machine_without_torchrun_is_one_rank():
 
 
 def test_means_and_agreement_over_ranks(monkeypatch):
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda values: values.add_(5)
-    )  # another rank's numbers
+    # another rank's numbers
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(5))
     monkeypatch.setattr(
         torch.distributed,
         "broadcast_object_list",

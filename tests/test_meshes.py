@@ -18,9 +18,8 @@ from train import prepare, raycast
 from train.meshes import read_mesh
 from train.raycast import to_display, to_linear
 
-NORMALS = np.array(
-    [[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]]
-)  # sides of a box in the file's axes
+# sides of a box in the file's axes
+NORMALS = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]])
 COLORS = np.array(
     [[200, 20, 20], [20, 180, 30], [30, 40, 220], [230, 200, 10], [160, 30, 200], [90, 200, 210]]
 )
@@ -197,9 +196,8 @@ def test_world_space_is_trimeshs(tmp_path):
     moved().export(tmp_path / "a.glb")
     mesh = read_mesh(tmp_path / "a.glb")
     theirs = trimesh.load_scene(tmp_path / "a.glb").to_mesh().triangles
-    ours = (
-        mesh.vertices[mesh.faces] @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]).T
-    )  # back to y-up
+    # back to y-up
+    ours = mesh.vertices[mesh.faces] @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]).T
     key = lambda t: t.reshape(len(t), 9)[np.lexsort(t.reshape(len(t), 9).round(4).T)]
     assert np.allclose(key(ours), key(theirs), atol=1e-6)
 

@@ -147,10 +147,8 @@ def test_block_and_position_embedding_match_published(device):
     block = Block(32, 2, 2, block_windows("swin", 4, 1), False, qk_rms_norm=True).to(device)
     load_into(block, load_weights(tensors, "block/sd/"), "block")
     cache = SpatialCache(tensors["coords"], None)
-    for scale, name in (
-        (1.0, "out"),
-        (1e-3, "out_for_1e-3_input"),
-    ):  # the small input tells eps 1e-6 from 1e-5
+    # the small input tells eps 1e-6 from 1e-5
+    for scale, name in ((1.0, "out"), (1e-3, "out_for_1e-3_input")):
         x, bias = block(tensors["feats"].float() * scale, None, cache)
         assert_close(x + bias, tensors[f"block/{name}"], T1, name)
     coords = torch.nn.functional.pad(tensors["ape/pos"], (1, 0)).int()
@@ -211,9 +209,8 @@ def batch(counts, device, channels=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coords = []
     for sample, count in enumerate(counts):
-        cells = torch.randperm(6**3, generator=generator)[
-            :count
-        ]  # few windows: the interpreter pays for each
+        # few windows: the interpreter pays for each
+        cells = torch.randperm(6**3, generator=generator)[:count]
         xyz = torch.stack([cells // 36, cells // 6 % 6, cells % 6], dim=1) + sample
         coords.append(torch.nn.functional.pad(xyz, (1, 0), value=sample))
     coords = torch.cat(coords).int()

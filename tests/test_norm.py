@@ -19,10 +19,8 @@ from kernels.norm import (
 from tests.conftest import assert_close, assert_same, golden
 
 SIZES = [(0, 8), (1, 1), (5, 33), (300, 48), (2, 4096)]  # several tiles, one row a tile, none
-SIZED = [
-    *((*size, torch.float32) for size in SIZES),
-    (300, 48, torch.float16),
-]  # each is compiled for: a type for all sizes
+# each is compiled for: a type for all sizes
+SIZED = [*((*size, torch.float32) for size in SIZES), (300, 48, torch.float16)]
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -113,15 +111,8 @@ def test_a_row_of_equal_values_is_not_divided_by_zero(device):
     assert torch.equal(layer_norm(x), torch.zeros_like(x)) and x.grad.isfinite().all()
 
 
-EQUAL = [
-    7.0,
-    0.1,
-    1e3,
-    3.3,
-    1e-3,
-    -12345.678,
-    1e15,
-]  # sums of 3.3 round, and 1 / 100 times a sum of 7 is not 7
+# sums of 3.3 round, and 1 / 100 times a sum of 7 is not 7
+EQUAL = [7.0, 0.1, 1e3, 3.3, 1e-3, -12345.678, 1e15]
 
 
 @pytest.mark.parametrize("C", [1, 100, 1030])

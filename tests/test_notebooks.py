@@ -34,9 +34,8 @@ def test_committed_without_outputs(file):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning"
-)  # those of Jupyter's own packages
+# those of Jupyter's own packages
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_runs_from_top_to_bottom(file):
     """In a kernel of its own; an error in a cell raises. Every figure that is promised is there as
     a picture.
@@ -143,10 +142,8 @@ def test_throughput_is_rows_over_time_in_order_of_rows():
     figure = plots.throughput({"one": result(), "two": result(driver="none")}, "sort")
     assert len(figure.axes) == 2
     ours, floor, other = figure.axes[0].lines
-    assert list(ours.get_xdata()) == [100, 400] and list(ours.get_ydata()) == [
-        10,
-        10,
-    ]  # 100 rows in 10 us
+    # 100 rows in 10 us
+    assert list(ours.get_xdata()) == [100, 400] and list(ours.get_ydata()) == [10, 10]
     assert list(floor.get_ydata()) == [20, 20] and list(other.get_ydata()) == [5, 5]
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["100", "400"]
     assert plots.value({"op": "a", "size": "rows = 8, N = 64"}, "N") == 64

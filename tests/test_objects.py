@@ -46,11 +46,8 @@ def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
         assert [view_number(image) for image in objects.views(name, "train").image] == [0, 1, 2]
         assert [view_number(image) for image in objects.views(name, "holdout").image] == [3, 4]
     gallery = objects.gallery()
-    assert sorted(objects.captions(gallery)) == [
-        AA[:8],
-        BB[:8],
-        f"{CC[:8]}\n(unseen)",
-    ]  # without a local_path
+    # without a local_path
+    assert sorted(objects.captions(gallery)) == [AA[:8], BB[:8], f"{CC[:8]}\n(unseen)"]
     assert sorted(gallery.names) == [AA, BB, CC] and [
         view_number(image) for image in gallery.image
     ] == [3, 3, 3]
@@ -58,9 +55,8 @@ def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
 
 def test_views_that_the_features_saw_are_not_held_out():
     objects = lambda holdout: loop.Objects(config("--holdout-views", holdout), HERE)
-    assert (
-        "the last 4 views, 4 whole objects" in objects(4).summary()
-    )  # with which the embedded objects were made
+    # with which the embedded objects were made
+    assert "the last 4 views, 4 whole objects" in objects(4).summary()
     with pytest.raises(
         ValueError,
         match="5 held-out views, but its rgb features were made without only 4 of 20 frames",
@@ -86,9 +82,8 @@ def test_too_few_held_out_views_are_refused_before_anything_is_loaded(tmp_path, 
 
 def test_pictures_and_scores_are_of_posterior_means(data, tmp_path):
     run = loop.Run("gaussian", config(*data, "--out", tmp_path / "run"), build, HERE)
-    torch.nn.init.normal_(
-        run.vae.decoder.out_layer.weight
-    )  # untrained it is zero, and every latent gives the same scene
+    # untrained it is zero, and every latent gives the same scene
+    torch.nn.init.normal_(run.vae.decoder.out_layer.weight)
     batch = run.objects.gallery()
     posterior = run.vae.encoder(models.SparseTensor(batch.features, batch.coords, batch.batch_size))
     means, sampled = (run.vae.decoder(z) for z in (posterior.mode(), posterior.sample()))

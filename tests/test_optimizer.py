@@ -44,9 +44,8 @@ def traced(case: str, clip, ema_index: int = 0):
         ema=config["ema_rate"][ema_index],
     )
     for step, (g1, g2) in enumerate(zip(t["g1"], t["g2"], strict=True)):
-        used = (
-            w1.half() if fp16 else w1
-        )  # once a step: the published fp16 weights sum their micro-batches in fp16
+        # once a step: the published fp16 weights sum their micro-batches in fp16
+        used = w1.half() if fp16 else w1
         loss = sum((used * a).sum() + (w2 * b).sum() for a, b in zip(g1, g2, strict=True)) / len(g1)
         run.backward(loss)
         assert loss.item() == pytest.approx(

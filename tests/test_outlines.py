@@ -59,18 +59,16 @@ def growth(n: int, silhouettes: str, edge: int = 64) -> float:
         silhouettes=silhouettes,
     )
     focal, r = edge / (2 * math.tan(math.radians(20))), 0.35
-    exact = (
-        2 * math.pi * r * 4 / (4 - r * r) ** 2 * focal**2
-    )  # of the disc pi focal^2 r^2 / (d^2 - r^2), d = 2
+    # of the disc pi focal^2 r^2 / (d^2 - r^2), d = 2
+    exact = 2 * math.pi * r * 4 / (4 - r * r) ** 2 * focal**2
     return torch.autograd.grad(image.alpha.sum(), size)[0].item() / exact
 
 
 def test_an_outline_grows_as_the_surface_does_whatever_its_triangles():
     """6 pixels a triangle, and a tenth of one."""
     assert [growth(n, "pixels") for n in (8, 70)] == pytest.approx([0.97, 1.0], abs=0.02)
-    assert (
-        growth(70, "edges") < 0.02
-    )  # as published: of so small triangles hardly any silhouette moves
+    # as published: of so small triangles hardly any silhouette moves
+    assert growth(70, "edges") < 0.02
 
 
 def test_a_shifted_surface_takes_its_coverage_along():
@@ -94,9 +92,8 @@ def test_a_shifted_surface_takes_its_coverage_along():
         moment = (image.alpha[0, 0] * (place[None, :] if axis == 0 else place[:, None])).sum()
         focal = 48 / math.tan(0.35)
         speed = torch.autograd.grad(moment, shift)[0][0].item() / image.alpha.sum().item()
-        assert speed == pytest.approx(
-            focal * 2 / (4 - 0.09), rel=0.04
-        )  # nearer than the rim, so faster
+        # nearer than the rim, so faster
+        assert speed == pytest.approx(focal * 2 / (4 - 0.09), rel=0.04)
 
 
 def test_the_picture_is_the_published_one_and_batches_are_loops(device):

@@ -10,12 +10,8 @@ from models import SparseTensor
 from tests.conftest import assert_close, assert_same, golden
 from tests.test_window import voxels
 
-COUNTS = {
-    "none": [0, 0],
-    "one": [1],
-    "gaps": [70, 0, 40, 0],
-    "tiles": [90, 3],
-}  # rows of each sample
+# rows of each sample
+COUNTS = {"none": [0, 0], "one": [1], "gaps": [70, 0, 40, 0], "tiles": [90, 3]}
 
 
 def cached(counts, device, extent=(9, 12, 7)):
@@ -62,9 +58,8 @@ def test_a_coarse_row_without_children(device):
 def test_groups_are_made_once_and_read_nothing(device, monkeypatch):
     cache = cached([70, 0, 40], device)
     cache.pool(2)
-    monkeypatch.setattr(
-        torch.Tensor, "tolist", None
-    )  # the one way in which a coordinate set is read
+    # the one way in which a coordinate set is read
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
     groups = cache.get(pooling, 2)
     monkeypatch.undo()
     assert cache.get(pooling, 2) is groups
@@ -148,9 +143,8 @@ def test_sums_of_16_bit_rows_are_taken_in_fp32(device):
     groups = Pooling(
         *(t.to(device) for t in (index, order, torch.tensor([0, 8], dtype=torch.int32)))
     )
-    large = torch.full(
-        (8, 2), 2e4, dtype=torch.float16, device=device
-    )  # their sum is more than fp16 holds
+    # their sum is more than fp16 holds
+    large = torch.full((8, 2), 2e4, dtype=torch.float16, device=device)
     assert pool(large, groups).tolist() == [[2e4, 2e4]]
     one = torch.ones(1, 2, dtype=torch.float16, device=device, requires_grad=True)
     upstream = torch.tensor([1024.0] + [0.4] * 7, dtype=torch.float16, device=device)[

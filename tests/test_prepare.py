@@ -114,9 +114,8 @@ def test_features_see_the_training_views_only(tmp_path):
 
 
 def test_layout_and_transforms_round_trip(tmp_path):
-    text, mtl = box(
-        (2.0, 0.9, 0.4)
-    )  # after scaling no side lies in a cell plane of 8^3 but the longest, in the cube's
+    # after scaling no side lies in a cell plane of 8^3 but the longest, in the cube's
+    text, mtl = box((2.0, 0.9, 0.4))
     path = write_obj(tmp_path, "m", text, mtl)
     assert command(path, "--out", tmp_path / "o", *SMALL, "--size", 64, "--resolution", 8, 64) == 0
     (row,) = metadata(tmp_path / "o")
@@ -410,9 +409,8 @@ def test_no_progress_bar_among_the_lines_of_a_file(pair, tmp_path, capsys):
     assert "\r" not in output.err and [
         line.split("  ")[:2] for line in output.err.splitlines()
     ] == [["object 1 of 3", "gone"], ["object 3 of 3", "b"]]
-    assert (
-        "the training must be told: --holdout-views 1 (its default is 4)" in output.out
-    )  # as many as SMALL says
+    # as many as SMALL says
+    assert "the training must be told: --holdout-views 1 (its default is 4)" in output.out
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,8 @@ def test_radiance_decoder_matches_published(device):
         assert (
             torch.equal(scene.position, tensors[f"out/obj{i}/position"]) and scene.resolution == 16
         )
-        assert (
-            tensors[f"out/obj{i}/depth"] == math.log2(scene.resolution)
-        ).all()  # published scenes are octree leaves
+        # published scenes are octree leaves
+        assert (tensors[f"out/obj{i}/depth"] == math.log2(scene.resolution)).all()
     for ours, theirs in (("trivec", "trivec"), ("density", "density"), ("color", "features_dc")):
         assert_close(getattr(scenes[2], ours), tensors[f"out/obj2/{theirs}"], T1, ours)
     check_gradients(model, x, tensors, raw)
@@ -64,9 +63,8 @@ def test_ranks_start_equal_as_published_unless_they_are_spread(device):
         scene = decoder(x)[0]
         image = scene.render(cameras(1, device, 16), torch.zeros(1, 3, device=device))
         (image.color * torch.linspace(0, 1, 16, device=device)).sum().backward()
-        gradient = decoder.out_layer.weight.grad[
-            36:39
-        ]  # of the three densities, after 3 ranks x 3 axes x 4 numbers
+        # of the three densities, after 3 ranks x 3 axes x 4 numbers
+        gradient = decoder.out_layer.weight.grad[36:39]
         assert gradient.abs().max() > 0 and torch.equal(gradient[0], gradient[1]) == (std == 0)
         assert (
             scene.trivec.std().item() == pytest.approx(std, abs=0.15) and (scene.density == 0).all()

@@ -98,9 +98,8 @@ def test_shared_edges_cover_every_pixel_once(device, reach, monkeypatch):
     )
     grid[1:-1, 1:-1] += (torch.rand(n - 1, n - 1, 2, generator=rng) - 0.5) * 0.3
     grid[2, 2] = torch.tensor([1 / W, 1 / H])  # a pixel's centre
-    grid[3, 1] = grid[2, 1] * torch.tensor([1.0, 0]) + grid[3, 1] * torch.tensor(
-        [0, 1.0]
-    )  # a vertical edge
+    # a vertical edge
+    grid[3, 1] = grid[2, 1] * torch.tensor([1.0, 0]) + grid[3, 1] * torch.tensor([0, 1.0])
     w = 1 + torch.rand(n + 1, n + 1, 1, generator=rng)
     clip = torch.cat([grid * w, 0.5 * w, w], -1).view(-1, 4)
     i = torch.arange(n)[:, None] * (n + 1) + torch.arange(n)

@@ -15,10 +15,8 @@ from train.meshes import Material, Mesh, normalize, read_mesh
 from train.raycast import Caster, camera_to_world, direction
 from train.voxelize import voxelize
 
-FRONT, BACK = (
-    camera_to_world(-np.pi / 2, 0),
-    camera_to_world(np.pi / 2, 0),
-)  # from -y, where an OBJ's +z looks, and from +y
+# from -y, where an OBJ's +z looks, and from +y
+FRONT, BACK = camera_to_world(-np.pi / 2, 0), camera_to_world(np.pi / 2, 0)
 SIDE = 0.5  # light on a vertical surface that the key light does not reach
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -101,9 +99,8 @@ GRID = np.arange(-3, 4) / 8  # coordinates on cell planes of 8^3 and in the midd
 @pytest.mark.parametrize("resolution", [1, 3, 4, 8])
 def test_voxels_agree_with_exact_clipping(resolution):
     rng = np.random.default_rng(resolution)
-    on_planes = rng.choice(
-        GRID, (6, 3, 3)
-    )  # vertices, edges and planes that only touch cells; some triangles are degenerate
+    # vertices, edges and planes that only touch cells; some triangles are degenerate
+    on_planes = rng.choice(GRID, (6, 3, 3))
     on_planes[0, :, 0] = 0.25  # a wall in a cell plane
     on_planes[1, :, :2] = 0.125  # a segment along an edge of cells
     on_planes[2] = on_planes[2, :1]  # a point
@@ -127,9 +124,8 @@ def test_a_wall_in_a_cell_plane_has_two_sides_and_the_cube_clips():
 
 # colours
 
-CORNERS = (
-    np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(2, 0).repeat(2, 1)
-)  # 4 x 4, red at the top left
+# 4 x 4, red at the top left
+CORNERS = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(2, 0).repeat(2, 1)
 TEXTURED = "newmtl m\nKd 0 0 0\nmap_Kd q.png\n"  # the image replaces Kd
 
 

@@ -98,15 +98,8 @@ def grads(image, inputs, scale: float = 1.0) -> list[torch.Tensor]:
         (32, 1, 4, [6], [0], 900.0, True),
         (64, 16, 8, [5], [0, 0], 5.0, False),
         (8, 3, 5, [6], [0], 0.0, False),  # neither a power of two
-        (
-            20,
-            2,
-            2,
-            [6, 0],
-            [0, 1],
-            0.0,
-            False,
-        ),  # the least taps; a resolution that is no power of two
+        # the least taps; a resolution that is no power of two
+        (20, 2, 2, [6, 0], [0, 1], 0.0, False),
     ],
     ids=str,
 )

@@ -23,13 +23,8 @@ from tests.test_render_mesh import scenes
 from tests.test_window import voxels
 
 pytestmark = pytest.mark.usefixtures("few_programs")
-READS = {
-    "surfaces": 2,
-    "rasters": 1,
-    "mesh_pictures": 1,
-    "gaussians": 1,
-    "radiance": 1,
-}  # all others none
+# all others none
+READS = {"surfaces": 2, "rasters": 1, "mesh_pictures": 1, "gaussians": 1, "radiance": 1}
 SEEDS = range(4, 9)
 
 

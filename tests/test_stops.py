@@ -34,9 +34,8 @@ def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, c
 def test_an_object_that_breaks_a_run_is_named_and_the_run_can_go_on(tmp_path, capsys):
     data, out = own_data(tmp_path), tmp_path / "run"
     seed = next(s for s in range(9) if np.random.default_rng([s, 0]).permutation(3)[1] == 1)
-    files = [
-        tmp_path / "data" / "renders" / BB / f"{view:03d}.png" for view in range(3)
-    ]  # 3 and 4 are held out
+    # 3 and 4 are held out
+    files = [tmp_path / "data" / "renders" / BB / f"{view:03d}.png" for view in range(3)]
     whole = [file.read_bytes() for file in files]
     for file in files:
         file.write_bytes(file.read_bytes()[:-60])
@@ -98,9 +97,8 @@ def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        Path, "glob", lambda self, pattern: []
-    )  # each looks before the other has made its folder
+    # each looks before the other has made its folder
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [])
     with ExitStack() as stack:
         made = [stack.enter_context(loop.new_folder("gaussian", None)) for _ in range(3)]
     assert made == [Path(f"runs/gaussian-00{i}") for i in (1, 2, 3)]

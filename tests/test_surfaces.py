@@ -148,9 +148,8 @@ def test_an_empty_mesh_is_left_out_of_pictures_alone():
     terms, psnr = Surfaces()(nothing, batch([0.3, 0.3]), torch.zeros(2, 3))
     assert terms["mask"] == terms["depth"] == terms["l1"] == 0 and psnr.isfinite()
     sum(terms.values()).backward()
-    assert (
-        nothing[0].tsdf_value.grad.abs().sum() > 0
-    )  # the distances still say where the surface should be
+    # the distances still say where the surface should be
+    assert nothing[0].tsdf_value.grad.abs().sum() > 0
 
 
 def test_shading_follows_the_lamp_and_not_the_world():
@@ -172,9 +171,8 @@ def test_shading_follows_the_lamp_and_not_the_world():
 def test_no_corner_in_reach_of_the_surface_gives_zero():
     camera = Camera.orbit([0.0], [0.0], width=SIZE)
     value = torch.tensor([0.5], requires_grad=True)
-    loss = tsdf(
-        torch.zeros(1, 3), value, torch.zeros(1, 1, SIZE, SIZE), camera, 64
-    )  # background behind everything
+    # background behind everything
+    loss = tsdf(torch.zeros(1, 3), value, torch.zeros(1, 1, SIZE, SIZE), camera, 64)
     assert loss.tolist() == [0.0]
     loss.sum().backward()
     assert value.grad == 0

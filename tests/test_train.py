@@ -86,9 +86,8 @@ def test_a_run_leaves_everything_that_it_promises(finished):
         "step_00000006",
     ]
     width, height = size(finished / "samples" / "step_00000006.png")
-    assert (
-        width > 4 * 96 and height == 4 * report.LINE + 2 * 96
-    )  # 2 + 2 objects enlarged three times, truth above ours
+    # 2 + 2 objects enlarged three times, truth above ours
+    assert width > 4 * 96 and height == 4 * report.LINE + 2 * 96
     assert size(finished / "curves.png")[0] > 500
 
 
@@ -120,9 +119,8 @@ def test_trained_models_load_as_pretrained(finished):
     )
     saved = checkpoint.group(state(finished)[0], "model")
     assert vae.state_dict().keys() == saved.keys()
-    assert all(
-        torch.equal(t, saved[name]) for name, t in vae.state_dict().items()
-    )  # the last: six steps are no average
+    # the last: six steps are no average
+    assert all(torch.equal(t, saved[name]) for name, t in vae.state_dict().items())
 
 
 def test_the_header_says_what_runs(tmp_path, capsys):
@@ -192,9 +190,8 @@ def test_interrupted_and_resumed_equals_straight_to_the_bit(
 
 def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
-    checkpoint.newest(
-        out / "checkpoints"
-    ).unlink()  # as if killed after step 5, while writing a row
+    # as if killed after step 5, while writing a row
+    checkpoint.newest(out / "checkpoints").unlink()
     (out / "log.jsonl").write_text(
         "".join((out / "log.jsonl").read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo'
     )
@@ -262,18 +259,15 @@ def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path
     (apart,) = fresh(tmp_path / "b", *common, "--micro-batch", "2", "--steps", "1")
     assert len(drawn) == 4 and torch.equal(torch.cat([n for n, _ in drawn]), noise)
     assert torch.equal(torch.cat([b for _, b in drawn]), background)
-    assert sorted(background.unique(dim=0).tolist()) == [
-        [0.0] * 3,
-        [1.0] * 3,
-    ]  # black or white, view by view
+    # black or white, view by view
+    assert sorted(background.unique(dim=0).tolist()) == [[0.0] * 3, [1.0] * 3]
     assert (
         noise.std().item() == pytest.approx(1, abs=0.02)
         and noise.unique().numel() > 0.99 * noise.numel()
     )
     assert all(apart[k] == pytest.approx(together[k], rel=1e-5) for k in ("l1", "ssim", "psnr"))
-    assert apart["grad_norm"] == pytest.approx(
-        together["grad_norm"], rel=0.02
-    )  # penalties are means over a micro-batch
+    # penalties are means over a micro-batch
+    assert apart["grad_norm"] == pytest.approx(together["grad_norm"], rel=0.02)
 
 
 def test_ranks_draw_what_one_rank_draws():
@@ -328,9 +322,8 @@ def test_a_frozen_encoder_gives_cached_latents_and_no_kl(finished, tmp_path, cap
         not (out / "checkpoints" / "encoder.safetensors").exists()
         and (out / "checkpoints" / "decoder.safetensors").exists()
     )
-    monkeypatch.setattr(
-        models.Encoder, "forward", None
-    )  # a second run on the same cache encodes nothing
+    # a second run on the same cache encodes nothing
+    monkeypatch.setattr(models.Encoder, "forward", None)
     shutil.copytree(out / "latents", tmp_path / "again" / "latents")
     train("--resume", out, "--steps", "2")
 

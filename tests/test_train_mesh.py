@@ -75,12 +75,10 @@ def test_a_run_leaves_shaded_pictures_scores_and_models(finished):
         )
     with Picture.open(finished / "samples" / "step_00000003.png") as picture:
         left, top, one = report.MARGIN, 4 * report.LINE, 96  # 24 enlarged
-        assert (
-            picture.height == top + 6 * one
-        )  # shading, normals and colours, the true ones above ours
-        grey = np.asarray(picture)[
-            top : top + 2 * one, left : left + 2 * one
-        ]  # an object of each group
+        # shading, normals and colours, the true ones above ours
+        assert picture.height == top + 6 * one
+        # an object of each group
+        grey = np.asarray(picture)[top : top + 2 * one, left : left + 2 * one]
     assert (grey == grey[..., :1]).all() and grey[one:].std() > 0
     surface = json.loads((finished / "evaluation.json").read_text())["surface"]
     assert surface.keys() == {"trained", "untrained"}

@@ -19,9 +19,8 @@ from tests.answering import respond
 from train import loader
 from train.workers import STOPS, Worker, answers, end, read_ahead
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process:DeprecationWarning"
-)  # Python 3.12 about fork
+# Python 3.12 about fork
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
 @pytest.fixture

@@ -85,9 +85,8 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         )
 
         def ours(x: Tensor, block=block, cache=cache) -> Tensor:
-            x, bias = block.on_a_copy(
-                x, None, cache
-            )  # a copy that no block inside a transformer makes
+            # a copy that no block inside a transformer makes
+            x, bias = block.on_a_copy(x, None, cache)
             return x + bias
 
         for dtype in dtypes:
@@ -235,10 +234,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         config = replace(config, precision=dtype, resolution=16 if size == "small" else 64)
         torch.manual_seed(0)
         vae = gaussian.build(config, channels)
-        for part in (
-            vae.encoder,
-            vae.decoder,
-        ):  # zero at the start: no loss would depend on what is compared
+        # zero at the start: no loss would depend on what is compared
+        for part in (vae.encoder, vae.decoder):
             torch.nn.init.xavier_uniform_(part.out_layer.weight, gain=0.3)
         vae.set_activation_dtype(DTYPES[dtype])
         vae = vae.to(device)
@@ -261,9 +258,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             compare=compare,
             background=background,
         ) -> Tensor:
-            x = SparseTensor(
-                batch.features, batch.coords, batch.batch_size
-            )  # its windows are made in every step
+            # its windows are made in every step
+            x = SparseTensor(batch.features, batch.coords, batch.batch_size)
             return Objective(vae, compare, weights)(x, noise, batch, background)[0]
 
         train = lambda loss, most=0, vae=vae, config=config: _trainer(

@@ -20,15 +20,8 @@ from train.files import write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
-CHANGEABLE = (
-    "steps",
-    "device",
-    "data",
-    "workers",
-    "sample_every",
-    "save_every",
-    "eval_objects",
-)  # of a run that is resumed
+# of a run that is resumed
+CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")
 
 
 def flag(default, help: str):
@@ -242,9 +235,8 @@ class Config:
         return self.lr * ramp * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
-def _leaves(
-    config, prefix: str = ""
-):  # (dotted name, type, value, help) of every field, nested groups flattened
+# (dotted name, type, value, help) of every field, nested groups flattened
+def _leaves(config, prefix: str = ""):
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):

@@ -1,9 +1,9 @@
 """Objects for training: a dataset over folders in the published layout, batches of them, and the
 order they come in.
 
-dataset = Dataset([folder], resolution=64, features="rgb", image_size=256) for batch in
-loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   # train.loader;
-never ends
+    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256) for batch in
+    loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   #
+    train.loader; never ends
 """
 
 import re
@@ -21,9 +21,8 @@ from kernels.camera import Camera
 from train.layout import read_metadata
 from train.read import number, picture_size, read_features, read_frames, read_mesh, read_picture
 
-EMBEDDED = (
-    Path(__file__).parent / "assets" / "demo"
-)  # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
+# 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
+EMBEDDED = Path(__file__).parent / "assets" / "demo"
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ class Item:
     features: Tensor  # [V, C] float32
     camera: Camera  # of k views
     image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
-    mesh: tuple[Tensor, Tensor] | None = (
-        None  # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
-    )
+    # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
+    mesh: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -220,9 +218,8 @@ class Dataset(torch.utils.data.Dataset):
         self._memory: dict | None = {} if cache else None
         self._meshes = meshes
         self.skipped: Counter[str] = Counter()
-        self._objects: dict[
-            str, tuple[Path, int | None]
-        ] = {}  # sha256 -> root, voxels that metadata.csv promises
+        # sha256 -> root, voxels that metadata.csv promises
+        self._objects: dict[str, tuple[Path, int | None]] = {}
         self._files: dict[str, str] = {}  # sha256 -> local_path
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:

@@ -20,20 +20,12 @@ PROTOCOL = (
     "inside: the error over pixels "
     "whose true alpha exceeds 0.5"
 )
-SIZES = (
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.75,
-    0.9,
-    1.1,
-)  # of the one Gaussian in a voxel, standard deviations in voxels
+# of the one Gaussian in a voxel, standard deviations in voxels
+SIZES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.1)
 C0 = 0.28209479177387814  # the constant spherical harmonic
 
-Renderer = Callable[
-    [Batch], Image
-]  # the views of one object on black, row for row with batch.image
+# the views of one object on black, row for row with batch.image
+Renderer = Callable[[Batch], Image]
 Decoder = Callable[[Batch], list[Scene]]
 
 

@@ -25,11 +25,8 @@ TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: 
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 REPEAT, TRIANGLES, STRIP, FAN = 10497, 4, 5, 6
 GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
-UNDERSTOOD = {
-    "KHR_texture_transform",
-    "EXT_texture_webp",
-    "KHR_mesh_quantization",
-}  # of those that a file may require
+# of those that a file may require
+UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}
 TABLES = (
     "accessors",
     "buffers",

@@ -78,9 +78,8 @@ def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # from half of that limit on
+            # from half of that limit on
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no picture ({', '.join(formats)})") from error

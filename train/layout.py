@@ -54,9 +54,8 @@ def read_metadata(root: Path) -> list[dict[str, str]]:
     if not file.is_file():
         raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
     try:
-        with file.open(
-            newline="", encoding="utf-8-sig"
-        ) as stream:  # spreadsheets put a byte order mark first
+        # spreadsheets put a byte order mark first
+        with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             columns = reader.fieldnames or []
             rows = [{key: value or "" for key, value in row.items() if key} for row in reader]

@@ -35,9 +35,8 @@ def _read(dataset: Dataset, keys: Sequence[tuple[int, int]]) -> Batch:
 
 
 def _read_alone(dataset: Dataset, keys: Sequence[tuple[int, int]]) -> Batch:
-    torch.set_num_threads(
-        1
-    )  # the cores belong to training, and a pool of threads does not survive a fork
+    # the cores belong to training, and a pool of threads does not survive a fork
+    torch.set_num_threads(1)
     return _read(dataset, keys)
 
 

@@ -45,9 +45,8 @@ from train.threads import computing
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
-Compare = type[
-    Pictures
-]  # what compares scenes with a batch: Pictures, or a class with the same methods
+# what compares scenes with a batch: Pictures, or a class with the same methods
+Compare = type[Pictures]
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -163,9 +162,8 @@ class Run:
         if self.here.leads:
             self._continued(json.loads((folder / "config.json").read_text())["steps"])
 
-    def _voxels(
-        self, batch: Batch
-    ) -> SparseTensor:  # the model's input: features, or latents of a frozen encoder
+    # the model's input: features, or latents of a frozen encoder
+    def _voxels(self, batch: Batch) -> SparseTensor:
         return (
             self.latents(batch)
             if self.latents
@@ -237,9 +235,8 @@ class Run:
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             inputs = self._inputs(self.done, micro, batch)
-            waits = self.here.world > 1 and micro + 1 < len(
-                batches
-            )  # gradients are exchanged after the last micro-batch
+            # gradients are exchanged after the last micro-batch
+            waits = self.here.world > 1 and micro + 1 < len(batches)
             with self.objective.no_sync() if waits else nullcontext():
                 loss, values = self.objective(*inputs)
                 self.optimizer.backward(loss / len(batches))

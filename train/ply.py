@@ -41,9 +41,8 @@ CORNERS = ("vertex_indices", "vertex_index")  # and that is one
 class _Element:
     name: str
     count: int
-    fields: dict[
-        str, tuple[str, str | None]
-    ]  # property -> its type, and the type of its length if it is a list
+    # property -> its type, and the type of its length if it is a list
+    fields: dict[str, tuple[str, str | None]]
 
 
 def read_ply(path: Path) -> Mesh:

@@ -151,9 +151,8 @@ def collect(inputs: list[Path], root: Path) -> list[Source]:
                 raise ValueError(f"{entry} holds no {', '.join(READABLE)} file")
             sources += [Source(p, p.relative_to(entry).as_posix()) for p in found]
         elif entry.suffix.lower() == ".txt":
-            text = entry.read_text(
-                encoding="utf-8", errors="surrogateescape"
-            )  # as the names of files are read
+            # as the names of files are read
+            text = entry.read_text(encoding="utf-8", errors="surrogateescape")
             lines = [
                 line for line in text.splitlines() if line.strip() and not line.startswith("#")
             ]
@@ -201,9 +200,8 @@ def prepare_object(source: Source, settings: Settings) -> Result:
             return Result(source, _row(source, settings, counts))
         mesh = read_mesh(source.path)
         scale, offset = normalize(mesh)
-        mesh.vertices = mesh.vertices.astype(np.float32).astype(
-            np.float64
-        )  # as mesh.ply stores them
+        # as mesh.ply stores them
+        mesh.vertices = mesh.vertices.astype(np.float32).astype(np.float64)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         grids = {}
@@ -255,9 +253,8 @@ def _render(
     """Write the views, let the grids see those for training, and return the frames of
     transforms.json.
     """
-    mesh_file = hashlib.sha256(
-        source.path.read_bytes()
-    ).hexdigest()  # not SHA: repainted copies are seen from the same sides
+    # not SHA: repainted copies are seen from the same sides
+    mesh_file = hashlib.sha256(source.path.read_bytes()).hexdigest()
     r0, r1 = np.random.default_rng([settings.seed, int(mesh_file[:15], 16)]).random(2)
     caster, frames, shown = Caster(mesh), [], False
     for frame, i in enumerate(frame_order(settings.views, settings.holdout_views)):
@@ -337,9 +334,8 @@ def _hashed(sources: list[Source]) -> tuple[list[list[Source]], list[Result]]:
     copies, refused = {}, []
     for source in sources:
         try:
-            if (
-                source.identifier.encode(errors="replace").decode() != source.identifier
-            ):  # names of files can be any bytes
+            # names of files can be any bytes
+            if source.identifier.encode(errors="replace").decode() != source.identifier:
                 raise ValueError("its name is not UTF-8")
             hashed = replace(source, sha256=content_hash(source.path))
         except OSError as error:
@@ -371,9 +367,8 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
                 f"--out {settings.out} cannot be a folder: {error.strerror}"
             ) from error
         if (settings.out / "metadata.csv").is_file():
-            read_metadata(
-                settings.out
-            )  # what stands in the way of another row shows before the work
+            # what stands in the way of another row shows before the work
+            read_metadata(settings.out)
     bar = Progress(len(sources), unit="object")
     try:
         for result in chain(refused, _results(objects, settings, workers)):
@@ -394,10 +389,8 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
         f"{made * settings.views} views, "
         f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
     )
-    held, usual = (
-        settings.holdout_views,
-        Settings.holdout_views,
-    )  # the presets of the training hold out as many
+    # the presets of the training hold out as many
+    held, usual = settings.holdout_views, Settings.holdout_views
     if rows and settings.features and 0 < held < usual:
         print(f"the training must be told: --holdout-views {held} (its default is {usual})")
     if code == 130:
@@ -411,9 +404,8 @@ def _results(objects: list[list[Source]], settings: Settings, workers: int) -> I
     """The results of all objects: of several meshes of the same content, the first that can be used
     is prepared.
     """
-    left = {
-        copies[0]: copies[1:] for copies in objects
-    }  # of each mesh whose turn it is, those that stand in for it
+    # of each mesh whose turn it is, those that stand in for it
+    left = {copies[0]: copies[1:] for copies in objects}
     while left:
         turn, retry = left, {}
         for source, result in _prepared(list(turn), settings, workers):

@@ -110,9 +110,8 @@ class Caster:
                 break
             point = origin[hit] + found["tfar"][hit, None] * ray[live]
             color, alpha, normal = self._shade(face, found["u"][hit], found["v"][hit], ray[live])
-            alpha = np.where(
-                face == last, 0, alpha
-            )  # the same face again is rounding, not a second layer
+            # the same face again is rounding, not a second layer
+            alpha = np.where(face == last, 0, alpha)
             weight = through[live] * alpha
             result[live] += np.concatenate([color, np.ones((len(color), 1))], 1) * weight[:, None]
             through[live] -= weight

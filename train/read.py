@@ -1,14 +1,15 @@
 """Reads the files of a dataset in the published layout (microsoft/TRELLIS, dataset_toolkits); every
 error names its file.
 
-ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters of
-train.data use ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians),
-transform_matrix (4 x 4, Blender axes);
-                                     holdout, where train.prepare made it: how many of the last
-                                     frames no `rgb` feature saw
-ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha ROOT/renders/SHA/mesh.ply
-the object as triangles, in the same z-up unit cube ROOT/features/NAME/SHA.npz           indices [V,
-3] integers, patchtokens [V, C]; NAME_R where the grid is not 64^3
+    ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters
+    of train.data use ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x
+    (radians), transform_matrix (4 x 4, Blender axes);
+                                         holdout, where train.prepare made it: how many of the last
+                                         frames no `rgb` feature saw
+    ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
+    ROOT/renders/SHA/mesh.ply            the object as triangles, in the same z-up unit cube
+    ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where
+    the grid is not 64^3
 """
 
 import json
@@ -37,10 +38,8 @@ class Frames:
     files: list[Path]
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
-    holdout: int | None = (
-        # the last frames that `rgb` features were made without; None where the file does not say
-        None
-    )
+    # the last frames that `rgb` features were made without; None where the file does not say
+    holdout: int | None = None
 
 
 def number(row: dict[str, str], column: str, file: Path) -> float | None:

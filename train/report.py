@@ -22,11 +22,8 @@ from train.files import whole, write_whole
 from train.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
-TEXT, LINE, MARGIN = (
-    11,
-    15,
-    58,
-)  # of sample pictures, in pixels: font, distance of lines, room for the names of rows
+# of sample pictures, in pixels: font, distance of lines, room for the names of rows
+TEXT, LINE, MARGIN = 11, 15, 58
 LEAST = 96  # pixels of an image there, so that its caption fits
 
 

@@ -11,9 +11,8 @@ from train.intake import TEXTURES, load_picture, open_picture
 
 HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
-Y_UP = np.array(
-    [[1, 0, 0], [0, 0, -1], [0, 1, 0]], float
-)  # (x, y, z) becomes (x, -z, y); the datasets are z-up
+# (x, y, z) becomes (x, -z, y); the datasets are z-up
+Y_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)
 Z_UP = np.eye(3)
 
 
@@ -64,9 +63,8 @@ def assemble(
         )
     if not all(np.isfinite([*m.color, m.opacity]).all() for m in materials):
         raise ValueError(f"{name}: a material's colour or opacity is not finite")
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # of normals, texture coordinates and tints that are no numbers
+    # of normals, texture coordinates and tints that are no numbers
+    with np.errstate(over="ignore", invalid="ignore"):
         return Mesh(
             vertices=vertices @ up.T,
             faces=faces.reshape(-1, 3).astype(np.int32),

@@ -170,9 +170,8 @@ class Surfaces(nn.Module):
 
 def shaded(image: Image, camera: Camera) -> Tensor:
     """Grey surfaces under a lamp beside the camera, on white: [V, 3, H, W]."""
-    lamp = F.normalize(image.normal.new_tensor(LAMP), dim=0) * image.normal.new_tensor(
-        [1, -1, -1]
-    )  # the camera's y is down
+    # the camera's y is down
+    lamp = F.normalize(image.normal.new_tensor(LAMP), dim=0) * image.normal.new_tensor([1, -1, -1])
     towards = (lamp @ camera.extrinsics[:, :3, :3])[:, :, None, None]  # world axes
     lit = ((2 * image.normal - 1) * towards).sum(1, keepdim=True).clamp(min=0)
     return ((0.2 + 0.75 * lit) * image.alpha + 1 - image.alpha).expand(-1, 3, -1, -1)

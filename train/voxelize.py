@@ -43,20 +43,19 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
     if not 1 <= resolution <= 1024:
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
     limit = 0.5 - 1e-6
+    # in cells
     triangles = ((np.clip(np.asarray(vertices, np.float64), -limit, limit) + 0.5) * resolution)[
         faces
-    ]  # in cells
+    ]
     extent = np.ptp(triangles, axis=1).max(1)
-    level = np.ceil(np.log2(np.maximum(extent, 1))).astype(
-        int
-    )  # a block is 2^level cells wide, not less than the triangle
+    # a block is 2^level cells wide, not less than the triangle
+    level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)
     pairs, blocks = np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
     for size_log in range(max(level.max(initial=0), 0), -1, -1):
         size = 1 << size_log
         born = np.flatnonzero(level == size_log)
-        low = (
-            np.ceil(triangles[born].min(1) / size).astype(np.int64) - 1
-        )  # closed boxes: the one that only touches counts
+        # closed boxes: the one that only touches counts
+        low = np.ceil(triangles[born].min(1) / size).astype(np.int64) - 1
         high = np.floor(triangles[born].max(1) / size).astype(np.int64)
         first = low[:, None] + NEAR
         inside = ((first <= high[:, None]) & (first >= 0) & (first * size < resolution)).all(-1)
@@ -142,9 +141,8 @@ class Features:
         position = (points + 0.5) * self.resolution
         sub_cell = np.floor(position * 2).astype(np.int64).clip(0, 2 * self.resolution - 1)
         row, s, known = self._rows(sub_cell)
-        known &= (
-            self.occupied[row * 8 + s] > 0
-        )  # rounding can put a point beyond the face of the last cell it belongs to
+        # rounding can put a point beyond the face of the last cell it belongs to
+        known &= self.occupied[row * 8 + s] > 0
         row, s, w = row[known], s[known], weights[known]
         offset = (position[known] - sub_cell[known] // 2 - 0.5).clip(-0.5, 0.5)
         values = (

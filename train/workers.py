@@ -25,10 +25,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-STOPS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-)  # what terminals and schedulers send to a whole process group
+# what terminals and schedulers send to a whole process group
+STOPS = (signal.SIGINT, signal.SIGTERM)
 AHEAD = 2  # questions that a process has before their answers are needed
 GRACE = 0.5  # seconds for the answer under way, of a process that is told to end
 WATCH = 0.5  # seconds between two looks at whether the parent lives
@@ -42,9 +40,8 @@ PERHAPS = {
 class _Failure:
     """Stands in the place of an answer."""
 
-    kind: (
-        type[ValueError] | type[OSError] | None
-    )  # None: of another kind, and the last words of its process
+    # None: of another kind, and the last words of its process
+    kind: type[ValueError] | type[OSError] | None
     message: str
 
 
@@ -62,13 +59,11 @@ class Worker:
         self, name: str, answer: Callable, context: BaseContext, ignored: Sequence[signal.Signals]
     ):
         self.name = name
-        self.pipe, theirs = (
-            context.Pipe()
-        )  # multiprocessing.connection.wait says which of several has an answer
+        # multiprocessing.connection.wait says which of several has an answer
+        self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, answer, ignored), daemon=True)
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, ignored
-        )  # inherited: none comes before it is ignored
+        # inherited: none comes before it is ignored
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
         try:
             self._process.start()
         finally:
@@ -90,11 +85,8 @@ class Worker:
         """Wait for the answer to the oldest question; raises what stands in its place."""
         try:
             answer = self.pipe.recv()
-        except (
-            EOFError,
-            OSError,
-            RuntimeError,
-        ) as error:  # the last two: of shared tensors, whose owner died since
+        # the last two: of shared tensors, whose owner died since
+        except (EOFError, OSError, RuntimeError) as error:
             self._raise_death(error)
         if not isinstance(answer, _Failure):
             return answer
@@ -179,9 +171,8 @@ def answers(
     )
     try:
         while waiting or busy:
-            while (
-                waiting and len(busy) < workers
-            ):  # a fork of a process with threads can hang: spawn
+            # a fork of a process with threads can hang: spawn
+            while waiting and len(busy) < workers:
                 while idle and not idle[-1].alive:
                     idle.pop().end(grace=0)
                 worker = (
