@@ -1,9 +1,10 @@
 """Front-to-back compositing, one program per tile of 16 x 16 pixels, and its backward. I instances,
 see kernels.binning.
 
-    e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy,  alpha = min(0.99, opacity exp(e)), skipped where e
-    > 0 or alpha < 1/255, stop (exclusive) where the transmittance T would fall below 1e-4,  image =
-    sum color alpha T + T_final background.
+    e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy
+    alpha = min(0.99, opacity exp(e)), skipped where e > 0 or alpha < 1/255
+    stop (exclusive) where the transmittance T would fall below 1e-4
+    image = sum color alpha T + T_final background.
 (Kerbl et al. 2023.) A chunk is [K Gaussians, 256 pixels] with the K of a pixel in one thread, so
 the running products and sums along K are plain serial ones in registers (products of 1 - alpha, no
 logarithms: exact to rounding) while the loads of K records are in flight together and the

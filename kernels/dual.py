@@ -5,8 +5,8 @@ values [T + 1, 1 + M]: signed distance | displacement 3 | color; the last row is
 corner without a voxel. weights [C, 21]: beta 12 | alpha 8 | gamma, activated. A cube's edge with
 ends i, j of opposite sign is crossed at
 
-    u = (x_i s_j a_j - x_j s_i a_i) / (s_j a_j - s_i a_i),  a dual vertex is v = sum beta u / sum
-    beta over its edges
+    u = (x_i s_j a_j - x_j s_i a_i) / (s_j a_j - s_i a_i)
+    a dual vertex is v = sum beta u / sum beta over its edges
 
 (FlexiCubes, Shen et al. 2023, eqs. 4 and 5), colors alike. With z the plain crossing (a = 1) and d
 = |z - v|, the deviation of a dual vertex is the sum of |d - mean d| over its edges (eq. 8).

@@ -4,15 +4,19 @@ kernels.march_segments.
 With taps V [rank, axis, n] of a voxel, q = (x - low) * resolution * n - 1/2 at a sample, i =
 clip(trunc(q), 0, n - 2), w = q - i:
     f_a = (1 - w) V_a[i] + w V_a[i + 1]  (w reaches -1/2 and 3/2 in the outer half-cells: a linear
-    extrapolation), e = f_x f_y f_z  [rank],  s = <density, e>,  color = sigmoid(<k, e>),  alpha =
-    min(1 - exp(-softplus(s) step), 0.999), image = sum alpha T color + T_final background,  depth
-    likewise of the distance, stop where T < 1e-3 (inclusive).
+                                         extrapolation),
+    e = f_x f_y f_z  [rank]
+    s = <density, e>
+    color = sigmoid(<k, e>)
+    alpha = min(1 - exp(-softplus(s) step), 0.999)
+    image = sum alpha T color + T_final background
+    depth likewise of the distance, stop where T < 1e-3 (inclusive).
 (Trivec radiance field of TRELLIS, Xiang et al. 2024, after Gao et al. 2023 and Chen et al. 2022.)
 
 Backward, per sample, with a = <color, g_image> + distance g_depth, T behind the sample and B what
 arrives from further behind:
     gradient of softplus(s) = step (T a - B), also where alpha was clamped (the published rule: step
-    * 0.001 passes).
+        * 0.001 passes).
 B needs no walk from the back: it is <image, g> less what came before, stored per segment by the
 forward pass as (T, color, depth) at its entry. So segments do not depend on each other: a program
 owns a voxel, replays its segments of all views, contracts with the interpolation weights [samples,

@@ -4,10 +4,13 @@ Gaussians, P pairs.
 The ellipse is the first-order (EWA) projection of Zwicker et al. 2001; the fixed low-pass filter of
 kernel_size px^2 with the opacity compensation rho is that of Mip-Splatting (Yu et al. 2024), as
 TRELLIS trains with it:
-    p = R m + t,  J = first-order projection at p (x/z and y/z clamped to 1.3 times the field of
-    view), [a b; b c] = J R Q S^2 Q^T R^T J^T,  D = (a + kernel)(c + kernel) - b^2, rho = sqrt(D0 /
-    (D + 1e-6) + 1e-6), D0 = a c - b^2,  blended opacity = opacity * rho,  conic = inverse
-    covariance.
+    p = R m + t
+    J = first-order projection at p (x/z and y/z clamped to 1.3 times the field of view)
+    [a b; b c] = J R Q S^2 Q^T R^T J^T
+    D = (a + kernel)(c + kernel) - b^2
+    rho = sqrt(D0 / (D + 1e-6) + 1e-6), D0 = a c - b^2
+    blended opacity = opacity * rho
+    conic = inverse covariance.
 With n0, n1 the rows of J R Q S: D0 = |n0 x n1|^2 and D = D0 + kernel (a + c) + kernel^2, sums of
 squares. The textbook a c - b^2 loses every digit of a needle in fp32; these lose none, and the
 backward differentiates the same forms.

@@ -2,10 +2,12 @@
 views.
 
     _raster_snap     clip rows -> integer positions on a grid of 1/16 px, z / w, and which frustum
-    planes are crossed _raster_small    one face per thread: those of few pixels go straight to the
-    z-buffer, the others onto two lists _raster_large    the listed faces, those that reach out of
-    the frustum clipped to pieces first, a tile of pixels at a time _raster_resolve  the nearest
-    face of every pixel -> u, v, z / w, face + 1
+                     planes are crossed
+    _raster_small    one face per thread: those of few pixels go straight to the z-buffer, the
+                     others onto two lists
+    _raster_large    the listed faces, those that reach out of the frustum clipped to pieces first,
+                     a tile of pixels at a time
+    _raster_resolve  the nearest face of every pixel -> u, v, z / w, face + 1
 
 A pixel of the z-buffer is one integer, the depth in its high half and the complement of the face in
 its low half, so an atomic minimum gives the nearest face, the later one of equals, whatever the

@@ -2,9 +2,10 @@
 pixels, C channels.
 
     _silhouette_pairs     every pixel with its right (d = 0) and lower (d = 1) neighbour: alpha and
-    code [2, N] _silhouette_blend     a pixel's up to four pairs, gathered: no two programs write
-    one pixel _silhouette_backward  the same pairs, for the gradient of the image and, since the
-    edge of a pair belongs to its nearer
+                          code [2, N]
+    _silhouette_blend     a pixel's up to four pairs, gathered: no two programs write one pixel
+    _silhouette_backward  the same pairs, for the gradient of the image and, since the edge of a
+                          pair belongs to its nearer
                           pixel's face, for that of the three corners of each pixel's own face
 
 code = 0 for a pair that does not blend, else 1 + edge, + 3 where the nearer face is that of the

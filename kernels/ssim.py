@@ -2,8 +2,8 @@
 
 An 11 x 11 Gaussian window (sigma 1.5) slides over each plane with zero padding (no renormalisation
 at the border):
-    SSIM = (2 ma mb + C1) (2 cov + C2) / ((ma^2 + mb^2 + C1) (va + vb + C2)),   C1 = 0.01^2, C2 =
-    0.03^2,
+    SSIM = (2 ma mb + C1) (2 cov + C2) / ((ma^2 + mb^2 + C1) (va + vb + C2))
+    C1 = 0.01^2, C2 = 0.03^2
 with variances as E[x^2] - m^2 (Wang et al. 2004). Only va + vb enters, so four filtered maps are
 enough: ma, mb, E[a^2] + E[b^2], E[ab].
 
@@ -15,7 +15,7 @@ with no shared memory and no second pass; a strip pays for ten extra rows.
 The gradient is the same filter over three maps that the forward saves (d ssim / d ma, d E[a^2], d
 E[ab]):
     grad a = filter(dma) + 2 a filter(dsq) + b filter(dab);   b's shares the last two and adds a
-    fourth, d ssim / d mb.
+                                                              fourth, d ssim / d mb.
 """
 
 import math

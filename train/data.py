@@ -1,9 +1,9 @@
 """Objects for training: a dataset over folders in the published layout, batches of them, and the
 order they come in.
 
-    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256) for batch in
-    loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):   #
-    train.loader; never ends
+    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
+    # train.loader; never ends
+    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
 """
 
 import re

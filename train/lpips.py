@@ -13,8 +13,9 @@ and runs no code of theirs. The file made has 31 tensors, under the names that t
 `lpips` package use:
 
     features.{0,2,5,7,10,12,14,17,19,21,24,26,28}.{weight,bias}   VGG16 convolutions [out, in, 3, 3]
-    and [out], ImageNet lin{0..4}.model.1.weight                                      heads [1,
-    channels, 1, 1], non-negative
+                                                                  and [out], ImageNet
+    lin{0..4}.model.1.weight                                      heads [1, channels, 1, 1],
+                                                                  non-negative
 """
 
 import argparse

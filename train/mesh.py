@@ -1,9 +1,10 @@
 """Train the mesh VAE.
 
-python -m train.mesh                              # embedded objects, minutes on a CPU python -m
-train.mesh --preset small --data DIR    # one GPU with 24 GB torchrun --nproc-per-node 8 -m
-train.mesh --preset base --data DIR --encoder RUN    # on a trained, frozen encoder python -m
-train.mesh --help                       # every flag; --resume RUN continues
+python -m train.mesh                              # embedded objects, minutes on a CPU
+python -m train.mesh --preset small --data DIR    # one GPU with 24 GB
+# on a trained, frozen encoder
+torchrun --nproc-per-node 8 -m train.mesh --preset base --data DIR --encoder RUN
+python -m train.mesh --help                       # every flag; --resume RUN continues
 """
 
 from dataclasses import dataclass, replace

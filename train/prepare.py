@@ -1,23 +1,27 @@
 """Textured meshes -> a dataset in the layout of TRELLIS.
 
-    pip install '.[prepare]' python -m train.prepare MESHES... --out DIR                    # for
-    the presets small and base (with --features rgb) python -m train.prepare MESHES... --out DIR
-    --resolution 16    # for demo
+    pip install '.[prepare]'
+    # for the presets small and base (with --features rgb)
+    python -m train.prepare MESHES... --out DIR
+    python -m train.prepare MESHES... --out DIR --resolution 16    # for demo
 
 MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, folders that are searched for them, or
 lists: text files (.txt) of lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the
 paths relative to --root. What comes out:
 
-    metadata.csv                        one row an object; columns below renders/SHA/000.png ...
-    RGBA, straight alpha, cameras at radius 2 with a field of view of 40 degrees
+    metadata.csv                        one row an object; columns below
+    renders/SHA/000.png ...             RGBA, straight alpha, cameras at radius 2 with a field of
+                                        view of 40 degrees
     renders/SHA/transforms.json         aabb, scale, offset, frames (published keys); holdout: the
-    last that many frames
+                                        last that many frames
                                         are held out: features never see them; recipe: what the
-                                        views were made with
+                                            views were made with
     renders/SHA/mesh.ply                vertices float32 and triangles int32 in the same z-up unit
-    cube voxels/SHA.ply                      vertices (index + 0.5) / 64 - 0.5 of the surface cells;
-    voxels_R for other sizes features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens
-    float16 [V, 50] (train.voxelize); features/rgb_R
+                                        cube
+    voxels/SHA.ply                      vertices (index + 0.5) / 64 - 0.5 of the surface cells;
+                                        voxels_R for other sizes
+    features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens float16 [V, 50]
+                                        (train.voxelize); features/rgb_R
 
 SHA is the sha256 of the mesh file and of the materials, textures and buffers that it names: objects
 that differ in any of them are different objects, and copies are made once. (So an edited mesh is a

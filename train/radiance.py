@@ -1,10 +1,10 @@
 """Train the radiance-field VAE.
 
 python -m train.radiance                              # embedded objects, minutes on a CPU
-python -m train.radiance --preset small --data DIR    # one GPU with 24 GB torchrun
---nproc-per-node 8 -m train.radiance --preset base --data DIR --encoder RUN    # on a trained,
-frozen encoder python -m train.radiance --help                       # every flag; --resume RUN
-continues
+python -m train.radiance --preset small --data DIR    # one GPU with 24 GB
+# on a trained, frozen encoder
+torchrun --nproc-per-node 8 -m train.radiance --preset base --data DIR --encoder RUN
+python -m train.radiance --help                       # every flag; --resume RUN continues
 """
 
 from dataclasses import dataclass, replace

@@ -2,14 +2,15 @@
 error names its file.
 
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters
-    of train.data use ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x
-    (radians), transform_matrix (4 x 4, Blender axes);
+                                         of train.data use
+    ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians),
+                                         transform_matrix (4 x 4, Blender axes);
                                          holdout, where train.prepare made it: how many of the last
-                                         frames no `rgb` feature saw
+                                             frames no `rgb` feature saw
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
     ROOT/renders/SHA/mesh.ply            the object as triangles, in the same z-up unit cube
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where
-    the grid is not 64^3
+                                         the grid is not 64^3
 """
 
 import json
