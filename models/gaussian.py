@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.camera import Camera, Image
-from kernels.splat import splat
+from kernels import Camera, Image, splat
 from models.sparse import SparseTensor
 from models.vae import VAE, Decoder
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.cache import SpatialCache
+from kernels import SpatialCache
 
 LEAST = 1024  # rows of the smallest size
 STEPS = 8  # sizes per doubling: above LEAST at most an eighth of the rows is made up

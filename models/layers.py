@@ -12,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import window_attention
-from kernels.cache import SpatialCache
+from kernels import (
+    SpatialCache,
+    Windows,
+    full_windows,
+    gelu,
+    stream_norm,
+    window_attention,
+    window_partition,
+)
 from kernels.checks import check_whole
-from kernels.gelu import gelu
-from kernels.norm import alterable, stream_norm
-from kernels.serialize import MODES as CURVES
-from kernels.serialize import serialized_windows
-from kernels.window import Windows, full_windows, window_partition
+from kernels.norm.layer import alterable
+from kernels.voxels.curves import MODES as CURVES
+from kernels.voxels.curves import serialized_windows
 from models.graphs import Graphs
 
 BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5

@@ -15,10 +15,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from kernels.camera import Camera, Image
+from kernels import Camera, Image, isosurface, render_mesh
 from kernels.checks import check_tensors
-from kernels.isosurface import isosurface
-from kernels.render_mesh import SILHOUETTES, render_mesh
+from kernels.mesh.render import SILHOUETTES
 from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder
@@ -94,7 +93,7 @@ class MeshScene:
 
         Unlit colours (None without), alpha the coverage, depth the camera's z (0 in the
         background), normal (n + 1) / 2 of the faces in world axes (0.5 in the background); as
-        `kernels.render_mesh`.
+        `kernels.mesh.render`.
         """
         check_tensors(background=background)
         if background.shape != (len(camera), 3):

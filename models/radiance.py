@@ -14,8 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kernels.camera import Camera, Image
-from kernels.raymarch import raymarch
+from kernels import Camera, Image, raymarch
 from models.sparse import SparseTensor
 from models.vae import VAE, Decoder
 

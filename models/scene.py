@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.camera import Camera, Image
+from kernels import Camera, Image
 
 
 class Scene(Protocol):

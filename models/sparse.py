@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from kernels.cache import SpatialCache
+from kernels import SpatialCache, pool, pooling, unpool
 from kernels.checks import check_tensors
-from kernels.pool import pool, pooling, unpool
 
 
 class SparseTensor:

@@ -9,11 +9,16 @@ statistics in fp32.
 import torch
 from torch import Tensor, nn
 
-from kernels import backend
-from kernels.cache import SpatialCache
-from kernels.conv import octant_order, sparse_conv, subdivide_conv, tap_order
-from kernels.group_norm import group_norm
-from kernels.hash import neighbours
+from kernels import (
+    SpatialCache,
+    backend,
+    group_norm,
+    neighbours,
+    octant_order,
+    sparse_conv,
+    subdivide_conv,
+    tap_order,
+)
 from models.layers import linear
 
 SKIP_WEIGHTS = ("linear", "spconv")

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kernels import layer_norm
 from kernels.checks import check_whole
-from kernels.norm import layer_norm
 from models.finite import check_finite
 from models.layers import Trunk
 from models.scene import Scene

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from kernels import bench
-from kernels.jobs import Ended, Jobs
-from kernels.measure import OURS
+from kernels.bench import command as bench
+from kernels.bench.jobs import Ended, Jobs
+from kernels.bench.measure import OURS
 
 DECODERS = ("gaussian", "radiance", "mesh")
 OPS = (  # the most valuable first; train_step is a step of its own
@@ -30,7 +30,16 @@ BRIEF = ["--without-sizes", r"^(noisy sphere|rough sphere|blobs), N = \d+$"]
 BRIEF += ["--without-impls", "naive|FlexAttention|padded"]
 BATCH = {"gaussian": 8, "radiance": 4, "mesh": 2}  # objects in a timed step: `base`, 512^2 views
 EXECUTED = "tests/test_notebooks.py::test_runs_from_top_to_bottom"  # measures for half an hour
-PYTEST = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.reports"]
+PYTEST = [
+    "-m",
+    "pytest",
+    "-q",
+    "--tb=short",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "tests.helpers.reports",
+]
 SMALL = {  # flags of the demos, for a rehearsal
     "gaussian": "--image-size 32 --views 1 --batch-size 1 --model.channels 32 --model.per-voxel 2",
     "radiance": "--image-size 16 --views 1 --batch-size 1 --model.channels 32",
@@ -118,7 +127,7 @@ def tests(here: Here) -> dict:
 
 def errors(here: Here) -> dict:
     """Every op in a process of its own."""
-    ops = [op for op in here.ops() if bench.OPS[op] != "kernels.bench_sweeps"]
+    ops = [op for op in here.ops() if bench.OPS[op] != "kernels.bench.sweeps"]
     done = read(here.state / "errors.json", [])
     flags = ["--errors", "--size", "small", "--without-impls", "FlexAttention"]
     commands = {f"errors-{op}": ["-m", "kernels.bench", op, *flags] for op in ops if op not in done}

@@ -31,7 +31,7 @@ import pytest  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from kernels import backend, reduce  # noqa: E402
+from kernels import backend, reduce
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -95,7 +95,7 @@ def watched_device():
     if GPU:
         yield torch.device("cuda")
         return
-    from tests.standin import standin  # which imports triton
+    from tests.helpers.standin import standin
 
     with standin() as device:
         yield device
@@ -108,7 +108,7 @@ def few_programs(monkeypatch):
     """
     if not GPU and backend.target(torch.empty(0)) == "interpreter":
         tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
-        monkeypatch.setattr(importlib.import_module("kernels.ssim"), "_tiles", lambda: tiles)
+        monkeypatch.setattr(importlib.import_module("kernels.similarity"), "_tiles", lambda: tiles)
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 from kernels import backend
-from kernels.render_mesh import render_mesh
+from kernels.mesh.render import render_mesh
 from tests.conftest import GPU, assert_close
-from tests.draw import DRAWS, Draw
-from tests.meshes import cameras
-from tests.test_models import batch, randomize, small_decoder, small_encoder
-from tests.test_radiance import cameras as orbit
-from tests.test_radiance import small_decoder as small_radiance
-from tests.test_render_mesh import pictures, scenes
+from tests.helpers.draw import DRAWS, Draw
+from tests.helpers.triangles import cameras
+from tests.mesh.test_render_mesh import pictures, scenes
+from tests.models.test_models import batch, randomize, small_decoder, small_encoder
+from tests.models.test_radiance import cameras as orbit
+from tests.models.test_radiance import small_decoder as small_radiance
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 OPS = sorted(name for name in OPDEFS if name.startswith("trislat::"))

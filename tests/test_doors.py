@@ -7,21 +7,21 @@ import pytest
 import torch
 
 import models
-from kernels.attention import segment_attention, window_attention
-from kernels.cache import SpatialCache
+from kernels.attention.op import segment_attention, window_attention
 from kernels.camera import Camera
-from kernels.group_norm import group_norm
-from kernels.hash import check_coords
-from kernels.norm import add_layer_norm, layer_norm
-from kernels.pool import pool
-from kernels.raymarch import raymarch
-from kernels.render_mesh import render_mesh
-from kernels.serialize import serialized_windows
-from kernels.splat import splat
-from kernels.window import window_partition
-from tests.test_mesh import small_decoder as small_mesh
-from tests.test_models import batch, small_decoder, small_encoder
-from tests.test_radiance import small_decoder as small_radiance
+from kernels.gaussian.splat import splat
+from kernels.mesh.render import render_mesh
+from kernels.norm.group import group_norm
+from kernels.norm.layer import add_layer_norm, layer_norm
+from kernels.radiance.raymarch import raymarch
+from kernels.voxels.cache import SpatialCache
+from kernels.voxels.curves import serialized_windows
+from kernels.voxels.hash import check_coords
+from kernels.voxels.pool import pool
+from kernels.voxels.window import window_partition
+from tests.models.test_mesh import small_decoder as small_mesh
+from tests.models.test_models import batch, small_decoder, small_encoder
+from tests.models.test_radiance import small_decoder as small_radiance
 
 MODELS = {
     "encoder": (small_encoder, 5),

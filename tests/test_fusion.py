@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.attention import window_attention
-from kernels.march_segments import find_segments
-from kernels.pairs import make_layout
-from kernels.raymarch import _pack, raymarch
-from kernels.window import Windows
-from tests.test_raymarch import camera, colors, grads, outputs, voxels
+from kernels.attention.op import window_attention
+from kernels.radiance.raymarch import _pack, raymarch
+from kernels.radiance.segments import find_segments
+from kernels.views import make_layout
+from kernels.voxels.window import Windows
+from tests.radiance.test_raymarch import camera, colors, grads, outputs, voxels
 
 
 def fused(run) -> dict[str, bool]:
@@ -56,7 +56,7 @@ def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(
     """
     # a pair finds its last hits after the next pair wrote its first
     few = {"PAIRS": 8, "PIXELS": 16}
-    monkeypatch.setattr("kernels.march_segments._tiles", lambda target: few)
+    monkeypatch.setattr("kernels.radiance.segments._tiles", lambda target: few)
     position, tensors, starts = voxels([5], 16, 2, 4, kernel_device)
     view = camera(1, 24, 18, 16, kernel_device)
     offset = torch.full((1, 18, 24), 0.5, device=kernel_device)

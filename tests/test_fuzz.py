@@ -1,4 +1,4 @@
-"""Every op against its reference on random inputs (tests.draw): outputs and gradients, then the
+"""Every op against its reference on random inputs (tests.helpers.draw): outputs and gradients, then the
 same bits again.
 
 A failure prints the seed of its case; `DRAWS[name](Draw(seed, device))` draws it again.
@@ -9,7 +9,7 @@ import torch
 
 from kernels import backend
 from tests.conftest import assert_same
-from tests.draw import DRAWS, Case, Draw
+from tests.helpers.draw import DRAWS, Case, Draw
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 MANY = 200

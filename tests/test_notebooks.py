@@ -10,9 +10,10 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from kernels import bench, plots
-from kernels.measure import OURS
-from kernels.shells import occupied
+from kernels.bench import command as bench
+from kernels.bench import plots
+from kernels.bench.measure import OURS
+from kernels.bench.shapes import occupied
 from tests.conftest import GPU
 
 ROOT = Path(__file__).parents[1]

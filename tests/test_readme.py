@@ -5,9 +5,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.shapes import box, write_obj
-from tests.test_train import fresh
-from train import checkpoint, prepare
+from tests.helpers.shapes import box, write_obj
+from tests.train.test_train import fresh
+from train.prepare import command as prepare
+from train.run import checkpoint
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

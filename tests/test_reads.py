@@ -6,21 +6,21 @@ import pytest
 import torch
 
 import models
-from kernels.cache import SpatialCache
 from kernels.camera import Camera
-from kernels.children import child_neighbours
-from kernels.conv import octant_order, tap_order
-from kernels.hash import build_table, lookup, neighbours
-from kernels.pool import pooling
-from kernels.serialize import MODES, serialized_windows
-from kernels.window import full_windows, window_partition
+from kernels.conv.op import octant_order, tap_order
+from kernels.voxels.cache import SpatialCache
+from kernels.voxels.children import child_neighbours
+from kernels.voxels.curves import MODES, serialized_windows
+from kernels.voxels.hash import build_table, lookup, neighbours
+from kernels.voxels.pool import pooling
+from kernels.voxels.window import full_windows, window_partition
 from tests.conftest import GPU
-from tests.draw import DRAWS, Draw
-from tests.reads import watch_reads
-from tests.test_models import batch, randomize, small_decoder, small_encoder
-from tests.test_radiance import small_decoder as small_radiance
-from tests.test_render_mesh import scenes
-from tests.test_window import voxels
+from tests.helpers.draw import DRAWS, Draw
+from tests.helpers.reads import watch_reads
+from tests.mesh.test_render_mesh import scenes
+from tests.models.test_models import batch, randomize, small_decoder, small_encoder
+from tests.models.test_radiance import small_decoder as small_radiance
+from tests.voxels.test_window import voxels
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # all others none

@@ -5,8 +5,8 @@ batch.
 import pytest
 import torch
 
-from kernels.isosurface import isosurface
 from kernels.reduce import sum_segments
+from kernels.surface.isosurface import isosurface
 from tests.conftest import assert_close
 
 CUBES = (

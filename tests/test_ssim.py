@@ -7,10 +7,12 @@ import torch
 import triton
 
 from kernels import backend
-from kernels.ssim import ssim, ssim_reference
+from kernels.similarity import ssim, ssim_reference
 from tests.conftest import assert_close, assert_same, golden
 
-module = importlib.import_module("kernels.ssim")  # the package's attribute of that name is the op
+module = importlib.import_module(
+    "kernels.similarity"
+)  # the package's attribute of that name is the op
 
 
 def pair(shape, device, grad=(True, True), dtype=torch.float32):

@@ -15,10 +15,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 import models
 from kernels import backend
-from tests.draw import DRAWS, Draw
-from tests.test_models import batch, small_decoder
-from tests.test_radiance import cameras
-from tests.test_radiance import small_decoder as small_radiance
+from tests.helpers.draw import DRAWS, Draw
+from tests.models.test_models import batch, small_decoder
+from tests.models.test_radiance import cameras
+from tests.models.test_radiance import small_decoder as small_radiance
 
 ELSEWHERE = torch.device("meta")
 

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.bench_attention import (
+from kernels import Camera, SpatialCache, window_partition
+from kernels.bench.attention import (
     WINDOW,
     Attend,
     Layout,
@@ -23,19 +24,16 @@ from kernels.bench_attention import (
     sizes,
     voxels,
 )
-from kernels.bench_splat import gsplat
-from kernels.cache import SpatialCache
-from kernels.camera import Camera
-from kernels.measure import DTYPES, Case, Impl, Work
-from kernels.peers import compiled, optional
-from kernels.shells import batch, shell
-from kernels.window import window_partition
+from kernels.bench.gaussian import gsplat
+from kernels.bench.measure import DTYPES, Case, Impl, Work
+from kernels.bench.peers import compiled, optional
+from kernels.bench.shapes import batch, shell
 from models import VAE, Encoder, GaussianScene, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
-from train.data import Batch
+from train.data.dataset import Batch
 from train.loop import Objective
-from train.losses import GradClipper, Pictures
+from train.losses.pictures import GradClipper, Pictures
 from train.optimizer import LossScale, Optimizer
 from train.published import Rasterize, one_view, published_block, published_loss
 

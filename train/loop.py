@@ -23,25 +23,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from kernels.pairs import to_device
+from kernels.views import to_device
 from models import VAE, SparseTensor
 from models.finite import NotFinite, check_finite
 from models.scene import Scene
 from models.vae import load_weights, read_tensors
-from train import checkpoint, floors, report
+from train import evaluate as floors
 from train.config import PRECISIONS, Config, from_cli, write_config
-from train.data import Batch
-from train.diagnose import diagnose
-from train.ends import Rescue, way_back, way_on
+from train.data.dataset import Batch
+from train.data.objects import Objects
 from train.files import write_whole
-from train.folder import locked, new_folder
-from train.latents import Latents, load_encoder
-from train.losses import GradClipper, Pictures, kl
-from train.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
-from train.objects import Objects
+from train.losses.pictures import GradClipper, Pictures, kl
 from train.optimizer import LossScale, Optimizer
-from train.progress import Progress
-from train.threads import computing
+from train.run import checkpoint, report
+from train.run.diagnose import diagnose
+from train.run.ends import Rescue, way_back, way_on
+from train.run.folder import locked, new_folder
+from train.run.latents import Latents, load_encoder
+from train.run.machine import Interrupt, Machine, machine, seed_all, seed_of, world_size
+from train.run.progress import Progress
+from train.run.threads import computing
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE

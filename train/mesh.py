@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from models import Encoder, MeshDecoder, MeshVAE
 from train import loop
 from train.config import Config, Sizes, Weights, flag
-from train.surfaces import Surfaces
+from train.losses.geometry import Surfaces
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kernels.bench_attention import Attend, Layout
-from kernels.bench_coords import published_partition
-from kernels.bench_passes import eager_gelu, eager_layer_norm
-from kernels.cache import SpatialCache
-from kernels.camera import Camera
-from kernels.ssim import ssim_reference
+from kernels import Camera, SpatialCache
+from kernels.bench.attention import Attend, Layout
+from kernels.bench.norm import eager_gelu, eager_layer_norm
+from kernels.bench.voxels import published_partition
+from kernels.similarity import ssim_reference
 from models import VAE, GaussianScene, Posterior, SparseTensor, penalties
 from models.layers import Block, Trunk, position_embedding
 from models.vae import OUTPUT_EPS
-from train.data import Batch
+from train.data.dataset import Batch
 from train.loop import weighted
-from train.losses import composite, kl
+from train.losses.pictures import composite, kl
 
 # The scene of one object, one view of it and its background [1, 3] -> colour [1, 3, H, W]
 Rasterize = Callable[[GaussianScene, Camera, Tensor], Tensor]

@@ -1,5 +1,5 @@
 """Processes that answer questions for another one and end with it: they read batches for a run,
-meshes for train.prepare.
+meshes for train.prepare.command.
 
 Each has a pipe of its own and shares no lock with another, so one that dies takes nothing along:
 whoever waits for its answer learns at once that none will come, and why.

@@ -1,0 +1,325 @@
+"""Attention in windows and in segments: C = H D channels, n rows in a window.
+
+Forward flops are 4 C sum n^2 (two products), backward 10 C sum n^2 (five). Compulsory bytes of one
+pass over qkv [N, 3C], out [N, C] and the fp32 log-sum-exp [N, H]: forward (3 + 1) N C, backward (3
++ 1 + 1 + 3) N C elements, N H numbers each.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.attention.op import (
+    segment_attention,
+    segment_attention_reference,
+    window_attention,
+    window_attention_reference,
+)
+from kernels.bench.measure import DTYPES, Case, Impl, Work
+from kernels.bench.peers import compiled, optional
+from kernels.bench.shapes import batch, shell
+from kernels.voxels.curves import serialized_windows
+from kernels.voxels.window import Windows, window_partition
+
+WINDOW = 8
+# q, k, v [rows, H, D], starts [M + 1] int32, longest
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+@cache
+def voxels(size: str) -> dict[str, Tensor]:
+    """The coordinate sets that block, attention and norms are measured on: [N, 4] by name."""
+    if size == "small":
+        return {"sphere 32^3": batch(shell("sphere", 32)), "blobs 16^3": batch(shell("blobs", 16))}
+    uneven = batch(*map(shell, ("noisy sphere", "rough sphere", "rotated box", "small sphere")))
+    single = ("sphere", "noisy sphere", "rough sphere", "blobs")
+    return {name: batch(shell(name)) for name in single} | {"batch of 4": uneven}
+
+
+def sizes(size: str) -> tuple[int, int]:
+    """Heads and channels per head: of the published models, or few for a CPU."""
+    return (2, 32) if size == "small" else (12, 64)
+
+
+def attention_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[Work, Work]:
+    """Forward and backward; `squares` = sum n^2 over the windows, `width` bytes an element."""
+    C, lse = H * D, 4 * N * H
+    return Work(4 * N * C * width + lse, 4 * C * squares), Work(
+        8 * N * C * width + lse, 10 * C * squares
+    )
+
+
+def _squares(windows: Windows) -> int:
+    return int(windows.lengths.long().square().sum())
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """torch's own kernel for segments of uneven length (FlashAttention-2); on a CPU it raises
+    NotImplementedError.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, starts, starts, longest, longest)
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """The naive reference: one window after the other."""
+    return segment_attention_reference(q, k, v, starts, starts)
+
+
+def _varlen(device: torch.device) -> Attend | str:
+    """torch's own, where it runs."""
+    return "absent: torch's varlen_attn needs a GPU" if device.type == "cpu" else flash
+
+
+def _flash_attn() -> Attend | str:
+    """The flash_attn package, if it is there."""
+    module = optional("flash_attn")
+    if isinstance(module, str):
+        return module
+    return lambda q, k, v, starts, longest: module.flash_attn_varlen_func(
+        q, k, v, starts, starts, longest, longest
+    )
+
+
+class Layout:
+    """What peers need to know of the windows, made before anything is timed, empty windows left
+    out.
+    """
+
+    # rows [N] in window order, rows of each window [M]; int32
+    def __init__(self, order: Tensor, lengths: Tensor):
+        lengths = lengths[lengths > 0]
+        self.order, self.longest = order.long(), int(lengths.max())
+        self.starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        self.inverse = torch.empty_like(self.order).scatter_(
+            0, self.order, torch.arange(len(self.order)).to(self.order)
+        )
+        self.segment = torch.repeat_interleave(
+            torch.arange(len(lengths)).to(self.order), lengths.long()
+        )
+        self.place = (
+            self.segment * self.longest
+            + torch.arange(len(self.order)).to(self.order)
+            - self.starts[self.segment]
+        )
+
+    def gathered(self, attend: Attend | str) -> Impl | str:
+        """The attention alone: its rows are gathered before and scattered after the clock. A string
+        says why it is absent.
+        """
+        if isinstance(attend, str):
+            return attend
+        return Impl(
+            lambda q, k, v: attend(q, k, v, self.starts, self.longest),
+            prepare=lambda qkv: tuple(x.contiguous() for x in qkv[self.order].unbind(1)),
+            restore=lambda out: out[self.inverse],
+        )
+
+    def published(self, attend: Attend | str) -> Impl | str:
+        """What the published model runs: gather, attention, scatter. A string says why it is
+        absent.
+        """
+        if isinstance(attend, str):
+            return attend
+        return Impl(
+            lambda qkv: attend(*qkv[self.order].unbind(1), self.starts, self.longest)[self.inverse]
+        )
+
+    def padded(self) -> Impl:
+        """Every window padded to the longest, one scaled_dot_product_attention with a mask."""
+        M = len(self.starts) - 1
+        mask = torch.zeros(M * self.longest, dtype=torch.bool, device=self.order.device)
+        mask[self.place] = True
+        mask = mask.view(M, 1, 1, self.longest)
+
+        def run(qkv):
+            _, _, H, D = qkv.shape
+            padded = qkv.new_zeros(M * self.longest, 3, H, D).index_copy(
+                0, self.place, qkv[self.order]
+            )
+            q, k, v = padded.view(M, self.longest, 3, H, D).permute(2, 0, 3, 1, 4)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return out.transpose(1, 2).reshape(M * self.longest, H, D)[self.place][self.inverse]
+
+        return Impl(run)
+
+    def block_mask(self, block: int = 128):
+        """FlexAttention's list of key blocks for each query block, from the window bounds: no N^2
+        evaluation.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        N = len(self.order)
+        first = torch.arange(0, N, block, device=self.order.device)
+        last = (first + block).clamp(max=N) - 1
+        low = self.starts[self.segment[first]] // block
+        high = (self.starts[self.segment[last] + 1] - 1) // block + 1
+        columns = torch.arange(len(first), dtype=torch.int32, device=self.order.device)
+        indices = (low[:, None] + columns).clamp(max=len(first) - 1)
+        segment = self.segment
+        same = lambda b, h, i, j: segment[i] == segment[j]
+        counts = (high - low).int()[None, None]
+        return BlockMask.from_kv_blocks(
+            counts,
+            indices[None, None].int().contiguous(),
+            BLOCK_SIZE=block,
+            mask_mod=same,
+            seq_lengths=(N, N),
+        )
+
+    def flex(self, compile: Callable) -> Impl | str:
+        """FlexAttention over gathered rows; `compile` turns the eager function into the fused one,
+        or says why not.
+        """
+        from torch.nn.attention.flex_attention import flex_attention
+
+        attend = compile(flex_attention)
+        if isinstance(attend, str):
+            return attend
+        mask = self.block_mask()
+        return Impl(
+            lambda q, k, v: attend(q, k, v, block_mask=mask),
+            prepare=lambda qkv: tuple(
+                x.transpose(0, 1)[None].contiguous() for x in qkv[self.order].unbind(1)
+            ),
+            restore=lambda out: out[0].transpose(0, 1)[self.inverse],
+        )
+
+
+def _random(shape: tuple, dtype: str, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+
+
+def attention_case(
+    op: str,
+    name: str,
+    dtype: str,
+    coords: Tensor,
+    H: int,
+    D: int,
+    device: torch.device,
+    window: int = WINDOW,
+) -> Case:
+    """One coordinate set, one type, with every peer."""
+    coords = coords.to(device)
+    windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
+    layout, N = Layout(windows.order, windows.lengths), len(coords)
+    forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
+    common = dict(
+        op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward]
+    )
+    varlen = _varlen(device)
+    if op == "segment_attention":  # q, k, v as three tensors in window order
+        starts = windows.starts
+        run = lambda q, k, v: varlen(q, k, v, layout.starts, layout.longest)
+        peers = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
+        return Case(
+            inputs=lambda seed: tuple(
+                _random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)
+            ),
+            ours=lambda q, k, v: segment_attention(q, k, v, starts, starts),
+            peers=peers,
+            reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts),
+            **common,
+        )
+    peers = {
+        "torch varlen_attn, rows gathered before": layout.gathered(varlen),
+        "published path: gather + varlen_attn + scatter": layout.published(varlen),
+        "flash_attn, rows gathered before": layout.gathered(_flash_attn()),
+        "FlexAttention, block mask, rows gathered before": layout.flex(
+            lambda f: compiled(f, device)
+        ),
+        "padded scaled_dot_product_attention": layout.padded(),
+    }
+    return Case(
+        inputs=lambda seed: (_random((N, 3, H, D), dtype, device, seed),),
+        ours=lambda qkv: window_attention(qkv, windows),
+        peers=peers,
+        reference=layout.published(one_by_one).run,
+        **common,
+    )
+
+
+def window_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Every coordinate set."""
+    for name, coords in voxels(size).items():
+        for dtype in dtypes:
+            yield attention_case("window_attention", name, dtype, coords, *sizes(size), device)
+
+
+def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """The first coordinate set: what differs is that no row order is read."""
+    name, coords = next(iter(voxels(size).items()))
+    for dtype in dtypes:
+        yield attention_case("segment_attention", name, dtype, coords, *sizes(size), device)
+
+
+def serialized_attention_cases(
+    size: str, dtypes: list[str], device: torch.device
+) -> Iterator[Case]:
+    """Overlapping runs of 512 voxels (a few on a CPU) along a space-filling curve: keys are an
+    index list, rows repeat.
+    """
+    name, coords = next(iter(voxels(size).items()))
+    coords, (H, D), run = coords.to(device), sizes(size), 64 if size == "small" else 512
+    windows, N = serialized_windows(coords, int(coords[-1, 0]) + 1, run), len(coords)
+    scores = int((windows.lengths.long() * windows.key_starts.diff()).sum())
+    for dtype in dtypes:
+        forward, backward = attention_work(N, scores, H, D, DTYPES[dtype].itemsize)
+        yield Case(
+            op="serialized_attention",
+            size=f"{name}, N = {N}, runs of {run}",
+            dtype=dtype,
+            forward=[forward],
+            backward=[backward],
+            inputs=lambda seed, d=dtype: (_random((N, 3, H, D), d, device, seed),),
+            ours=lambda qkv: window_attention(qkv, windows),
+            reference=lambda qkv: window_attention_reference(qkv, windows),
+        )
+
+
+def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Windows with queries and keys rotated and RMS-normed in the loads; phases and gammas are too
+    small to count.
+    """
+    name, coords = next(iter(voxels(size).items()))
+    coords, (H, D) = coords.to(device), sizes(size)
+    windows, N = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0), len(coords)
+    angle = (
+        coords[:, 1:].float()
+        @ torch.ones(3, D // 2, device=device)
+        * 10.0 ** -torch.arange(D // 2, device=device)
+    )
+    phases = torch.polar(torch.ones_like(angle), angle)
+    for dtype in dtypes:
+        forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
+        treated = lambda attend: (
+            lambda qkv, q, k: attend(
+                qkv,
+                windows,
+                q_gamma=q.to(qkv) if qkv.dtype == torch.float64 else q,
+                k_gamma=k.to(qkv) if qkv.dtype == torch.float64 else k,
+                phases=phases,
+            )
+        )
+        gamma = lambda seed: (
+            1 + 0.1 * torch.randn(H, D, generator=torch.Generator().manual_seed(seed))
+        ).to(device)
+        yield Case(
+            op="rotary_attention",
+            size=f"{name}, N = {N}",
+            dtype=dtype,
+            forward=[forward],
+            backward=[backward],
+            inputs=lambda seed, d=dtype, g=gamma: (
+                _random((N, 3, H, D), d, device, seed),
+                g(seed).requires_grad_(),
+                g(seed + 1).requires_grad_(),
+            ),
+            ours=treated(window_attention),
+            reference=treated(window_attention_reference),
+        )

@@ -1,0 +1,195 @@
+"""The memory-bound passes of a block and SSIM: N rows, C channels, `width` bytes an element.
+
+Compulsory bytes: every input read once, every output written once. No matrix products, so no flops
+are counted.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.bench.attention import sizes, voxels
+from kernels.bench.measure import DTYPES, Case, Impl, Work
+from kernels.bench.peers import compiled, optional
+from kernels.norm.gelu import gelu, gelu_reference
+from kernels.norm.layer import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    layer_norm,
+    layer_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from kernels.similarity import ssim, ssim_reference
+
+EPS = 1e-6
+
+
+def eager_layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
+    """As published: to fp32 (fp64 stays), norm, back."""
+    return F.layer_norm(
+        x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps
+    ).to(x.dtype)
+
+
+def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual sum, then the norm."""
+    total = x + h
+    return total, eager_layer_norm(total)
+
+
+def eager_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The tanh form."""
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def eager_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """As published."""
+    return (F.normalize(x.float(), dim=-1) * gamma * x.shape[-1] ** 0.5).to(x.dtype)
+
+
+def _peers(eager: Callable, device: torch.device) -> dict[str, Impl | str]:
+    fused = compiled(eager, device)
+    return {
+        "torch, eager": Impl(eager),
+        "torch.compile": fused if isinstance(fused, str) else Impl(fused),
+    }
+
+
+def _rows(*shapes: tuple, dtype: str, device: torch.device) -> Callable[[int], tuple]:
+    def make(seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(
+            torch.randn(s, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+            for s in shapes
+        )
+
+    return make
+
+
+def _pass(
+    op: str,
+    ours: Callable,
+    reference: Callable,
+    eager: Callable,
+    shapes: list[tuple],
+    moved: tuple[int, int],
+    size: str,
+    dtypes: list[str],
+    device: torch.device,
+) -> Iterator[Case]:
+    """`moved`: tensors of the first shape that cross the memory bus, forward and backward."""
+    elements = torch.Size(shapes[0]).numel()
+    for dtype in dtypes:
+        work = [Work(count * elements * DTYPES[dtype].itemsize) for count in moved]
+        yield Case(
+            op=op,
+            size=f"{size}, {' x '.join(map(str, shapes[0]))}",
+            dtype=dtype,
+            forward=work[:1],
+            backward=work[1:],
+            inputs=_rows(*shapes, dtype=dtype, device=device),
+            ours=ours,
+            reference=reference,
+            peers=_peers(eager, device),
+        )
+
+
+def _row_count(size: str) -> tuple[str, int, int, int]:
+    """Name, N, H, D of the first coordinate set."""
+    name, coords = next(iter(voxels(size).items()))
+    return name, len(coords), *sizes(size)
+
+
+def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """With the bias that a block's stream lacks. Forward x -> y; backward y, dy -> dx."""
+    name, N, H, D = _row_count(size)
+    ours, reference = (
+        (lambda x, bias: layer_norm(x, EPS, bias)),
+        (lambda x, bias: layer_norm_reference(x, EPS, bias)),
+    )
+    eager = lambda x, bias: eager_layer_norm(x + bias)
+    yield from _pass(
+        "layer_norm", ours, reference, eager, [(N, H * D), (H * D,)], (2, 3), name, dtypes, device
+    )
+
+
+def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Forward x, h -> sum, y; backward y, dsum, dy -> dx, which is dh too."""
+    name, N, H, D = _row_count(size)
+    ours, reference = (
+        (lambda x, h: add_layer_norm(x, h, EPS)),
+        (lambda x, h: add_layer_norm_reference(x, h, EPS)),
+    )
+    yield from _pass(
+        "add_layer_norm",
+        ours,
+        reference,
+        eager_add_layer_norm,
+        [(N, H * D)] * 2,
+        (4, 4),
+        name,
+        dtypes,
+        device,
+    )
+
+
+def rms_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """Forward x -> y; backward x, dy -> dx; gamma is too small to count."""
+    name, N, H, D = _row_count(size)
+    shapes = [(N, H, D), (H, D)]
+    yield from _pass(
+        "rms_norm",
+        rms_norm,
+        rms_norm_reference,
+        eager_rms_norm,
+        shapes,
+        (2, 3),
+        name,
+        dtypes,
+        device,
+    )
+
+
+def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """The hidden layer of the MLP, four times the channels, with its bias. Forward x -> y; backward
+    x, dy -> dx.
+
+    The eager peer adds the bias in a pass of its own; in a block the product before it does, see op
+    `block`.
+    """
+    name, N, H, D = _row_count(size)
+    shapes = [(N, 4 * H * D), (4 * H * D,)]
+    yield from _pass("gelu", gelu, gelu_reference, eager_gelu, shapes, (2, 3), name, dtypes, device)
+
+
+def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
+    """The mean of a micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> 1;
+    backward a, b -> da.
+    """
+    V, edge = 2, 128 if size == "small" else 512
+
+    def inputs(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        truth = torch.rand(V, 3, edge, edge, generator=generator)
+        rendered = (truth + 0.1 * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
+        return rendered.to(device).requires_grad_(), truth.to(device)
+
+    picture, fused = 4 * V * 3 * edge * edge, optional("fused_ssim")
+    peers = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
+    mean = lambda a, b: ssim_reference(a, b).mean()
+    form = compiled(mean, device)
+    peers["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
+    yield Case(
+        op="ssim",
+        size=f"{V} x 3 x {edge}^2",
+        dtype="fp32",
+        forward=[Work(2 * picture)],
+        backward=[Work(3 * picture)],
+        inputs=inputs,
+        ours=lambda a, b: ssim(a, b).mean(),
+        reference=mean,
+        peers=peers,
+    )

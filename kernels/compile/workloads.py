@@ -1,0 +1,234 @@
+"""The ops as the full-size models call them, forward and backward, on few rows: what
+`kernels.compile` builds.
+
+Channel counts, head sizes and window sizes are those of the published models, so every constant of
+a launch is the one that training uses; only the number of rows is small enough for Triton's
+interpreter.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.attention.op import segment_attention, window_attention
+from kernels.camera import Camera
+from kernels.conv.op import sparse_conv, subdivide_conv
+from kernels.gaussian.splat import splat
+from kernels.mesh.render import render_mesh
+from kernels.norm.gelu import gelu
+from kernels.norm.group import group_norm_silu
+from kernels.norm.layer import add_layer_norm, layer_norm, rms_norm, stream_norm
+from kernels.radiance.raymarch import raymarch
+from kernels.similarity import ssim
+from kernels.surface.isosurface import isosurface
+from kernels.voxels.cache import SpatialCache
+from kernels.voxels.children import child_neighbours
+from kernels.voxels.curves import serialized_windows
+from kernels.voxels.hash import build_table, lookup, neighbours
+from kernels.voxels.pool import pool, pooling, unpool
+from kernels.voxels.window import Windows, window_partition
+
+CHANNELS, HEADS, WINDOW = 768, 12, 8
+DEMO_CHANNELS, DEMO_HEADS = 64, 2
+
+
+def _coords(N: int, extent: int) -> Tensor:
+    cells = torch.arange(N) * 7 % extent**3
+    xyz = torch.stack([cells // extent**2, cells // extent % extent, cells % extent], dim=1)
+    return torch.nn.functional.pad(xyz, (1, 0)).int()
+
+
+def _backward(*outputs: Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+
+
+def attention(dtype: torch.dtype) -> None:
+    """Windows of 8^3 voxels at the published and the demo's head sizes, with and without the q/k
+    norm; every size class.
+
+    The windows are all empty: enough rows for each class to be launched, and nothing for the
+    interpreter to compute.
+    """
+    N = WINDOW**3 + 1
+    windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
+    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+        D = channels // heads
+        qkv = torch.randn(N, 3, heads, D).to(dtype).requires_grad_()
+        _backward(window_attention(qkv, windows))
+        gamma = torch.ones(heads, D, requires_grad=True)
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
+        _backward(segment_attention(*qkv.unbind(1), windows.starts, windows.starts))
+
+
+def rotary(dtype: torch.dtype) -> None:
+    """Attention with rotary phases, with and without q/k norm, in the windows of `attention`."""
+    N = WINDOW**3 + 1
+    windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
+    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+        D = channels // heads
+        qkv = torch.randn(N, 3, heads, D).to(dtype).requires_grad_()
+        phases, gamma = (
+            torch.ones(N, D // 2, dtype=torch.complex64),
+            torch.ones(heads, D, requires_grad=True),
+        )
+        _backward(window_attention(qkv, windows, phases=phases))
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma, phases=phases))
+
+
+def serialized(dtype: torch.dtype) -> None:
+    """Windows along both curves; attention to listed keys alone, normed, rotated, and both."""
+    coords = _coords(16, 16)
+    for mode in ("z_order", "hilbert_transposed"):
+        serialized_windows(coords, 1, WINDOW, mode, shift_window=WINDOW // 2)
+    rows, none = torch.arange(16, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    windows = Windows(rows, none, 16, keys=rows, key_starts=none)
+    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+        D = channels // heads
+        qkv = torch.randn(16, 3, heads, D).to(dtype).requires_grad_()
+        phases, gamma = (
+            torch.ones(16, D // 2, dtype=torch.complex64),
+            torch.ones(heads, D, requires_grad=True),
+        )
+        _backward(window_attention(qkv, windows))
+        _backward(window_attention(qkv, windows, phases=phases))
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
+        _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma, phases=phases))
+
+
+def norms(dtype: torch.dtype) -> None:
+    """The memory-bound passes of a block."""
+    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+        x, h = (torch.randn(8, channels).to(dtype).requires_grad_() for _ in range(2))
+        bias = torch.zeros(channels, requires_grad=True)
+        _backward(layer_norm(x))
+        _backward(layer_norm(x, bias=bias))
+        _backward(*stream_norm(x.clone()))
+        _backward(*stream_norm(x.clone(), bias=bias))
+        _backward(*add_layer_norm(x, h))
+        gamma = torch.ones(heads, channels // heads, requires_grad=True)
+        _backward(rms_norm(x.view(8, heads, -1), gamma))
+        _backward(gelu(x))
+        _backward(gelu(x, bias))
+
+
+def coordinates(dtype: torch.dtype) -> None:
+    """Tables of both kinds (few rows in a wide extent take the hash), neighbours and windows."""
+    for extent in (16, 1000):
+        coords = _coords(40, 16)
+        coords[-1, 1:] = extent - 1
+        lookup(build_table(coords), coords)
+        neighbours(coords, 3)
+        window_partition(coords, 1, WINDOW, WINDOW // 2)
+
+
+def gaussians(dtype: torch.dtype) -> None:
+    """A rendered view of a few Gaussians; the renderer computes in fp32 whatever it is given."""
+    G = 8
+    camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
+    center, scale = torch.rand(G, 3) * 0.2, torch.full((G, 3), 0.02)
+    rotation, opacity, sh = (
+        torch.nn.functional.normalize(torch.rand(G, 4)),
+        torch.full((G, 1), 0.5),
+        torch.rand(G, 1, 3),
+    )
+    tensors = [t.requires_grad_() for t in (center, scale, rotation, opacity, sh)]
+    image = splat(*tensors, [0, G], camera, [0], torch.ones(1, 3))
+    _backward(image.color, image.alpha)
+
+
+def convolution(dtype: torch.dtype) -> None:
+    """The mesh decoder's four 3x3x3 convolutions, and the norm before each.
+
+    Nobody has neighbours, so that there is nothing for the interpreter to compute.
+    """
+    N = 16
+    taps, order = torch.full((N, 27), -1, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
+    for CI, CO, subdivided in (
+        (CHANNELS, 192, True),
+        (192, 192, False),
+        (192, 96, True),
+        (96, 96, False),
+    ):
+        x = torch.randn(N, CI).to(dtype).requires_grad_()
+        weight, bias = (
+            torch.randn(CO, 3, 3, 3, CI, requires_grad=True),
+            torch.zeros(CO, requires_grad=True),
+        )
+        norm = torch.ones(CI, requires_grad=True), torch.zeros(CI, requires_grad=True)
+        _backward(group_norm_silu(x, *norm, torch.tensor([0, N], dtype=torch.int32)))
+        if subdivided:
+            _backward(subdivide_conv(x, weight, bias, taps, order=order.expand(9, N).contiguous()))
+        else:
+            _backward(sparse_conv(x, weight, bias, taps, order=order))
+    child_neighbours(taps)
+
+
+def similarity(dtype: torch.dtype) -> None:
+    a, b = (torch.rand(1, 3, 16, 16).to(dtype).requires_grad_() for _ in range(2))
+    _backward(ssim(a, b))
+
+
+def surfaces(dtype: torch.dtype) -> None:
+    """A surface with and without color; extraction computes in fp32 whatever it is given."""
+    for channels in (53, 101):
+        fields = torch.randn(40, channels, requires_grad=True)
+        out = isosurface(_coords(40, 5), fields, 5, True)
+        _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)
+
+
+def meshes(dtype: torch.dtype) -> None:
+    """A rendered view of a large triangle and a small one; the renderer computes in fp32 whatever
+    it is given.
+    """
+    camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 16, 16)
+    corners = torch.tensor(
+        [[-0.4, 0.0, -0.4], [0.4, 0.0, -0.4], [0.0, 0.0, 0.4], [0.0, 0.1, 0.02], [0.02, 0.1, 0.0]]
+    )
+    vertices, colors = corners.requires_grad_(), torch.rand(5, 6, requires_grad=True)
+    faces = torch.tensor([[0, 1, 2], [2, 3, 4]], dtype=torch.int32)
+    image = render_mesh(vertices, faces, colors, [0, 5], [0, 2], camera, [0])
+    _backward(image.color, image.alpha, image.depth, image.normal, image.normal_map)
+
+
+def radiance(dtype: torch.dtype) -> None:
+    """A view of two voxels at the published rank and number of taps, and at the demo's; fp32
+    whatever it is given.
+    """
+    for resolution, rank, dim in ((64, 16, 8), (16, 8, 4)):
+        camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
+        position = (torch.tensor([[8, 8, 8], [8, 8, 9]]) * (resolution // 16) + 0.5) / resolution
+        tensors = [
+            t.requires_grad_()
+            for t in (torch.ones(2, rank, 3, dim), torch.zeros(2, rank), torch.zeros(2, rank, 1, 3))
+        ]
+        image = raymarch(position, *tensors, [0, 2], camera, [0], torch.ones(1, 3), resolution)
+        _backward(image.color, image.alpha, image.depth)
+
+
+def scales(dtype: torch.dtype) -> None:
+    """Features to a coarser scale and back."""
+    for channels in (CHANNELS, DEMO_CHANNELS):
+        cache = SpatialCache(_coords(40, 16))
+        groups = cache.get(pooling, 2)
+        x = torch.randn(len(cache), channels).to(dtype).requires_grad_()
+        _backward(unpool(pool(x, groups), groups))
+
+
+WORKLOADS = {
+    op.__name__: op
+    for op in (
+        attention,
+        norms,
+        coordinates,
+        gaussians,
+        similarity,
+        rotary,
+        serialized,
+        convolution,
+        surfaces,
+        meshes,
+        radiance,
+        scales,
+    )
+}

@@ -1,0 +1,106 @@
+"""Tile rectangles -> each tile's Gaussians, near to far. P pairs, I instances (a pair in one tile),
+T tiles of all views.
+
+Pairs are sorted by depth first (P keys of 32 bits), emit their instances in that order, and a
+second stable sort by tile (I keys of 32 bits) keeps it: ties in depth stay in the order of the
+Gaussians. Both are torch.sort, a radix sort on a GPU; one sort of I 64-bit keys (tile, depth) would
+move about four times the bytes of the second. An instance's slot is its position before the second
+sort, where a pair's instances are neighbours: the backward pass writes there and reads once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import backend
+from kernels.views import TILE, Projected
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """The instances, tile after tile."""
+
+    pair: Tensor  # [I] int32
+    slot: Tensor  # [I] int64: position before the sort by tile
+    bounds: Tensor  # [T + 1] int32: tile t owns the instances bounds[t] : bounds[t + 1]
+    first: Tensor  # [P] int64: the slot of a pair's first instance
+
+
+def _tiles() -> dict:
+    """One pair per thread (not yet measured on a GPU): a program loops as often as its largest
+    rectangle has tiles.
+    """
+    return {"BLOCK": 128, "num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["P", "TX", "TY"])
+def _emit(
+    order_ptr,
+    end_ptr,
+    rect_ptr,
+    view_ptr,
+    first_ptr,
+    tile_ptr,
+    pair_ptr,
+    P,
+    TX,
+    TY,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = n < P
+    p = tl.load(order_ptr + n, live, 0)
+    rect = rect_ptr + p * 4
+    x0, y0 = tl.load(rect, live, 0), tl.load(rect + 1, live, 0)
+    across, down = tl.load(rect + 2, live, 0) - x0, tl.load(rect + 3, live, 0) - y0
+    count = across * down
+    at = tl.load(end_ptr + n, live, 0) - count
+    tl.store(first_ptr + p, at, live)
+    corner = (tl.load(view_ptr + p, live, 0) * TY + y0) * TX + x0
+    across = tl.maximum(across, 1)
+    for k in range(0, tl.max(count, 0)):
+        here = k < count
+        tl.store(tile_ptr + at + k, corner + k // across * TX + k % across, here)
+        tl.store(pair_ptr + at + k, p.to(tl.int32), here)
+
+
+def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins:
+    """Reads one number from the device, the number of instances, and waits for it: the only wait of
+    `splat`.
+
+    Raises ValueError where that is more than an int32 counts.
+    """
+    rect, depth = projected.rect, projected.depth
+    TX, TY, P = triton.cdiv(width, TILE), triton.cdiv(height, TILE), len(depth)
+    order = torch.sort(depth, stable=True).indices
+    end = ((rect[:, 2] - rect[:, 0]) * (rect[:, 3] - rect[:, 1]))[order].cumsum(0)
+    total = int(end[-1]) if P else 0
+    if total >= 2**31:
+        raise ValueError(
+            f"{total} instances (a Gaussian in a tile) are more than {2**31 - 1}: render fewer "
+            "views at once"
+        )
+    tile, pair = (torch.empty(total, dtype=torch.int32, device=rect.device) for _ in range(2))
+    first = torch.empty_like(order)
+    tiles = _tiles()
+    backend.launch(
+        _emit,
+        (triton.cdiv(P, tiles["BLOCK"]),),
+        order,
+        end,
+        rect,
+        projected.view,
+        first,
+        tile,
+        pair,
+        P,
+        TX,
+        TY,
+        **tiles,
+    )
+    tile, slot = torch.sort(tile, stable=True)
+    edges = torch.arange(views * TX * TY + 1, dtype=torch.int32, device=rect.device)
+    return Bins(pair[slot], slot, torch.searchsorted(tile, edges, out_int32=True), first)

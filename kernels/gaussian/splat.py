@@ -1,0 +1,396 @@
+"""Differentiable Gaussian splatting: B scenes of G Gaussians in all, V views, P pairs of a view and
+a Gaussian of its scene.
+
+Stages, each one launch for all scenes and views: project (P) -> binning (P, I instances) -> blend
+(tiles of 16 x 16 pixels); backward: blend (tiles) -> project (G). What is computed is what TRELLIS
+trains with, the rasteriser of Mip-Splatting (Yu et al. 2024, after Kerbl et al. 2023); the formulas
+stand in kernels.gaussian.project and kernels.gaussian.blend. One deliberate difference: a view of a scene without
+Gaussians shows the background.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.camera import Camera, Image
+from kernels.checks import Host, check_tensors, host_list
+from kernels.gaussian.binning import Bins, bin_tiles
+from kernels.gaussian.blend import blend, blend_backward
+from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
+from kernels.gaussian.project import project, project_backward
+from kernels.gaussian.project_cpu import project_torch, project_torch_backward
+from kernels.views import GAUSSIAN, RECORD, TILE, make_layout
+
+
+@torch.library.custom_op("trislat::splat", mutates_args=())
+def _splat(
+    gaussians: Tensor,  # [G, 14]: center 3, scale 3, rotation 4, opacity 1, colour coefficients 3
+    # [V, 16]: rotation 9, translation 3, focal lengths 2 (px), principal point 2 (px)
+    cameras: Tensor,
+    background: Tensor,  # [V, 3]
+    starts: list[int],
+    view_scene: list[int],
+    width: int,
+    height: int,
+    kernel_size: float,
+    keep: bool,  # whether a backward pass follows: the torch path keeps more for it
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Image [V, 3, H, W], final transmittance [V, H, W], and what the backward needs."""
+    layout = make_layout(starts, view_scene, gaussians.device)
+    if backend.is_torch(gaussians):
+        with torch.autocast(gaussians.device.type, enabled=False):
+            p = project_torch(gaussians, cameras, layout, width, height, kernel_size)
+            image, final, saved = composite_torch(
+                *_fields(p.record),
+                p.depth,
+                p.rect,
+                p.view,
+                len(cameras),
+                height,
+                width,
+                background,
+                keep,
+            )
+        return image, final, [p.record, p.depth.clone(), p.rect, *saved]
+    p = project(gaussians, cameras, layout, width, height, kernel_size)
+    bins = bin_tiles(p, len(cameras), width, height)
+    image, final, reach = blend(p.record, bins, background, width, height)
+    return image, final, [p.record, p.rect, bins.pair, bins.slot, bins.bounds, bins.first, reach]
+
+
+def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean [P, 2], conic [P, 3], blended opacity [P], colour [P, 3]."""
+    mean, conic, opacity, color = record.split_with_sizes([2, 3, 1, 3], 1)
+    return mean, conic, opacity[:, 0], color
+
+
+@_splat.register_fake
+def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_size, keep):
+    V, first = len(view_scene), [*starts, 0]
+    P = sum(first[s + 1] - first[s] for s in view_scene)
+    dynamic = torch.library.get_ctx().new_dynamic_size
+    empty = lambda *size, dtype=gaussians.dtype: gaussians.new_empty(size, dtype=dtype)
+    i32, i64 = torch.int32, torch.int64
+    record, rect = empty(P, RECORD), empty(P, 4, dtype=i32)
+    if backend.is_torch(gaussians):
+        record = empty(RECORD, P).t()
+        S = dynamic()
+        lists = [
+            empty(dynamic(), dtype=i32),
+            empty(S, dtype=i64),
+            empty(S, dtype=i32),
+            empty(S, dtype=i32),
+        ]
+        saved = [
+            record,
+            empty(P),
+            rect,
+            *lists,
+            empty(dynamic(), 16),
+            empty(S, 16),
+            empty(dynamic()),
+        ]
+    else:
+        I, T = dynamic(), V * -(-width // TILE) * -(-height // TILE)
+        order = [
+            empty(I, dtype=i32),
+            empty(I, dtype=i64),
+            empty(T + 1, dtype=i32),
+            empty(P, dtype=i64),
+        ]
+        saved = [record, rect, *order, empty(V, height, width, dtype=i32)]
+    return empty(V, 3, height, width), empty(V, height, width), saved
+
+
+@torch.library.custom_op("trislat::splat_backward", mutates_args=())
+def _splat_backward(
+    grad_image: Tensor,
+    grad_final: Tensor,
+    gaussians: Tensor,
+    cameras: Tensor,
+    background: Tensor,
+    image: Tensor,
+    final: Tensor,
+    saved: list[Tensor],
+    starts: list[int],
+    view_scene: list[int],
+    kernel_size: float,
+) -> Tensor:
+    """The gradient of the Gaussians [G, 14]."""
+    layout = make_layout(starts, view_scene, gaussians.device)
+    V, _, height, width = image.shape
+    scene = (gaussians, cameras, layout, width, height, kernel_size)
+    grad_image, grad_final = grad_image.contiguous(), grad_final.contiguous()
+    if backend.is_torch(gaussians):
+        record, depth, rect, *lists = saved
+        view = torch.arange(V, device=rect.device).repeat_interleave(
+            layout.views[:, 1], output_size=len(depth)
+        )
+        with torch.autocast(gaussians.device.type, enabled=False):
+            grads = composite_torch_backward(
+                tuple(lists),
+                *_fields(record),
+                depth,
+                rect,
+                view,
+                V,
+                height,
+                width,
+                background,
+                image,
+                final,
+                grad_image,
+                grad_final,
+            )
+            return project_torch_backward(*scene, rect, *grads)
+    record, rect, pair, slot, bounds, first, reach = saved
+    moments = blend_backward(
+        record, Bins(pair, slot, bounds, first), image, final, reach, grad_image, grad_final
+    )
+    return project_backward(*scene, rect, first, moments)
+
+
+@_splat_backward.register_fake
+def _(grad_image, grad_final, gaussians, *rest):
+    return torch.empty_like(gaussians)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    gaussians, cameras, background, *ctx.rest = inputs
+    image, final, saved = output
+    ctx.save_for_backward(gaussians, cameras, background, image, final, *saved)
+
+
+def _backward(ctx, grad_image, grad_final, grad_saved):
+    gaussians, cameras, background, image, final, *saved = ctx.saved_tensors
+    starts, view_scene, _, _, kernel_size, _ = ctx.rest
+    grad = torch.ops.trislat.splat_backward(
+        grad_image,
+        grad_final,
+        gaussians,
+        cameras,
+        background,
+        image,
+        final,
+        saved,
+        starts,
+        view_scene,
+        kernel_size,
+    )
+    # torch wants an empty list's structure
+    return grad, None, None, None, None if view_scene else [], None, None, None, None
+
+
+_splat.register_autograd(_backward, setup_context=_setup_context)
+
+
+def splat(
+    center: Tensor,  # [G, 3] world units
+    scale: Tensor,  # [G, 3] standard deviations, world units
+    rotation: Tensor,  # [G, 4] quaternion (w, x, y, z), used as it is: not normalised
+    opacity: Tensor,  # [G, 1] in [0, 1]
+    sh: Tensor,  # [G, 1, 3] colour coefficients of degree 0: colour = max(0, 0.2821 sh + 0.5)
+    starts: Host,  # [B + 1]: scene b owns the Gaussians starts[b] : starts[b + 1]
+    camera: Camera,  # V views
+    view_scene: Host,  # [V]: the scene that each view shows
+    background: Tensor,  # [V, 3]
+    kernel_size: float = 0.1,  # variance of the screen-space low-pass filter, px^2
+) -> Image:
+    """Render every view of its scene in one launch per stage; the Image has colour and alpha (1 -
+    final transmittance).
+
+    Differentiable, to first order, in the five tensors of the Gaussians; the camera and the
+    background get no gradient. Computes in fp32 (16-bit inputs are converted; float64 only on the
+    torch path). Same inputs, same bits. A Gaussian whose geometry is not finite, or whose centre is
+    nearer than 0.2, is not drawn. On a GPU the host waits once, for the number of (tile, Gaussian)
+    instances.
+
+    Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to G; a
+    view_scene of another length than the camera or naming no scene; colour coefficients above
+    degree 0; a kernel_size that is negative or not finite; 2^31 instances or more. TypeError: no
+    tensor where one belongs.
+    """
+    check_tensors(
+        center=center, scale=scale, rotation=rotation, opacity=opacity, sh=sh, background=background
+    )
+    starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
+    parts = {
+        "center": (center, 3),
+        "scale": (scale, 3),
+        "rotation": (rotation, 4),
+        "opacity": (opacity, 1),
+    }
+    G, V = len(center), len(camera)
+    for name, (value, size) in parts.items():
+        if tuple(value.shape) != (G, size):
+            raise ValueError(f"{name} must be [{G}, {size}], not {list(value.shape)}")
+    if sh.ndim != 3 or len(sh) != G or sh.shape[2] != 3:
+        raise ValueError(f"sh must be [{G}, 1, 3], not {list(sh.shape)}")
+    if sh.shape[1] != 1:
+        raise ValueError(
+            f"sh has {sh.shape[1]} coefficients per channel: only degree 0, 1 coefficient, is "
+            "implemented"
+        )
+    if tuple(background.shape) != (V, 3):
+        raise ValueError(f"background must be [{V}, 3], not {list(background.shape)}")
+    if (
+        not starts
+        or starts[0] != 0
+        or starts[-1] != G
+        or any(b < a for a, b in zip(starts, starts[1:], strict=False))
+    ):
+        raise ValueError(f"starts must rise from 0 to the {G} Gaussians, not be {starts}")
+    if len(view_scene) != V:
+        raise ValueError(f"view_scene names {len(view_scene)} scenes for {V} views")
+    for s in view_scene:
+        if not 0 <= s < len(starts) - 1:
+            raise ValueError(f"view_scene names scene {s} of {len(starts) - 1}")
+    if not (math.isfinite(kernel_size) and kernel_size >= 0):
+        raise ValueError(f"kernel_size must be finite and at least 0, not {kernel_size}")
+    tensors = (center, scale, rotation, opacity, sh)
+    for value in (*tensors, background, camera.extrinsics, camera.intrinsics):
+        if value.device != center.device:
+            raise ValueError(
+                f"all tensors must be on one device, not on {center.device} and {value.device}"
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"all tensors must be floating point, not {value.dtype}")
+    exact = center.dtype == torch.float64
+    if exact and not backend.is_torch(center):
+        raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
+    dtype = torch.float64 if exact else torch.float32
+    gaussians = torch.cat([t.to(dtype).flatten(1) for t in tensors], 1)
+    assert gaussians.shape == (G, GAUSSIAN)
+    keep = torch.is_grad_enabled() and gaussians.requires_grad
+    image, final, _ = torch.ops.trislat.splat(
+        gaussians,
+        _pack(camera, dtype),
+        background.detach().to(dtype).contiguous(),
+        starts,
+        view_scene,
+        camera.width,
+        camera.height,
+        float(kernel_size),
+        keep,
+    )
+    return Image(color=image, alpha=1 - final[:, None])
+
+
+def _pack(camera: Camera, dtype: torch.dtype) -> Tensor:
+    """[V, 16], see `_splat`."""
+    e, k = camera.extrinsics.detach().to(dtype), camera.intrinsics.detach().to(dtype)
+    across, down = k[:, 0] * camera.width, k[:, 1] * camera.height
+    pixels = torch.stack([across[:, 0], down[:, 1], across[:, 2], down[:, 2]], 1)
+    return torch.cat([e[:, :3, :3].flatten(1), e[:, :3, 3], pixels], 1)
+
+
+def splat_reference(
+    center, scale, rotation, opacity, sh, starts, camera, view_scene, background, kernel_size=0.1
+) -> Image:
+    """`splat` by the book: one view after another, every pixel with every Gaussian, textbook
+    formulas, autograd.
+    """
+    starts, color, alpha = host_list("starts", starts), [], []
+    for v, s in enumerate(host_list("view_scene", view_scene)):
+        mine = slice(starts[s], starts[s + 1])
+        image, final = _view_reference(
+            *(t[mine] for t in (center, scale, rotation, opacity[:, 0], sh[:, 0])),
+            camera[v],
+            background[v],
+            kernel_size,
+        )
+        color.append(image)
+        alpha.append(1 - final)
+    shape = (camera.height, camera.width)
+    return Image(torch.stack(color).view(-1, 3, *shape), torch.stack(alpha).view(-1, 1, *shape))
+
+
+def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
+    """Colour [3, H * W] and final transmittance [H * W] of one view; the two published rules are
+    marked.
+    """
+    E, K, W, H = (
+        camera.extrinsics[0].to(m.dtype),
+        camera.intrinsics[0].to(m.dtype),
+        camera.width,
+        camera.height,
+    )
+    fx, fy, cx, cy = K[0, 0] * W, K[1, 1] * H, K[0, 2] * W, K[1, 2] * H
+    x, y, z = (m @ E[:3, :3].T + E[:3, 3]).unbind(1)
+    keep = z.detach() > 0.2
+    m, s, q, o, sh, x, y, z = (t[keep] for t in (m, s, q, o, sh, x, y, z))
+
+    def clamped(value, focal, centre, size):
+        low, high = (-centre - 0.15 * size) / focal, (size - centre + 0.15 * size) / focal
+        t = value / z
+        # published rule 1: past the clamp, the gradient of z is that of (value * z.detach()) / z
+        return torch.where(
+            (t >= low) & (t <= high), t, t.detach().clamp(low, high) * z.detach() / z
+        )
+
+    zero = torch.zeros_like(z)
+    jx = torch.stack([fx / z, zero, -fx / z * clamped(x, fx, cx, W)], 1)
+    jy = torch.stack([zero, fy / z, -fy / z * clamped(y, fy, cy, H)], 1)
+    w, i, j, k = q.unbind(1)
+    Q = torch.stack(
+        [
+            1 - 2 * (j * j + k * k),
+            2 * (i * j - w * k),
+            2 * (i * k + w * j),
+            2 * (i * j + w * k),
+            1 - 2 * (i * i + k * k),
+            2 * (j * k - w * i),
+            2 * (i * k - w * j),
+            2 * (j * k + w * i),
+            1 - 2 * (i * i + j * j),
+        ],
+        1,
+    ).view(-1, 3, 3)
+    U = torch.stack([jx, jy], 1) @ E[:3, :3]
+    cov = U @ Q @ torch.diag_embed(s * s) @ Q.mT @ U.mT
+    a, b, c = cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]
+    A, C = a + kernel_size, c + kernel_size
+    D0, D1 = a * c - b * b, A * C - b * b
+    rho = torch.where(
+        (D0 > 1e-6) & (D1 > 1e-6),
+        (D0.clamp(min=1e-6) / (D1.clamp(min=1e-6) + 1e-6) + 1e-6).sqrt(),
+        0,
+    )
+    mx, my = (
+        (fx * x + (cx - W / 2) * z) / (z + 1e-7) + (W - 1) / 2,
+        (fy * y + (cy - H / 2) * z) / (z + 1e-7) + (H - 1) / 2,
+    )
+    mid = ((A + C) / 2).detach()
+    radius = torch.ceil(3 * (mid + (mid * mid - D1.detach()).clamp(min=0.1).sqrt()).sqrt()).float()
+    left, top = mx.detach().float() - radius, my.detach().float() - radius
+
+    order = torch.sort(z.detach(), stable=True).indices
+    column, row = (
+        t.flatten() for t in torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy")
+    )
+    px, py = column.to(m.dtype)[:, None], row.to(m.dtype)[:, None]
+
+    # whether the pixel's tile is in the rectangle: C truncation, clamped to the grid
+    def touched(low, pixel, size):
+        first, last = (
+            (low / 16).trunc().clamp(0, -(-size // 16)),
+            ((low + 2 * radius + 15) / 16).trunc().clamp(0, -(-size // 16)),
+        )
+        return ((pixel // 16)[:, None] >= first) & ((pixel // 16)[:, None] < last)
+
+    inside = (touched(left, column, W) & touched(top, row, H))[:, order]
+    A, b, C, D1, mx, my, strength, sh = (t[order] for t in (A, b, C, D1, mx, my, o * rho, sh))
+    dx, dy = mx - px, my - py
+    e = -0.5 * (C * dx * dx + A * dy * dy) / D1 + b * dx * dy / D1
+    alpha = strength * e.exp()
+    # published rule 2: the clamp passes the gradient
+    alpha = alpha - (alpha - 0.99).clamp(min=0).detach()
+    alpha = torch.where(inside & (e <= 0) & (alpha >= 1 / 255), alpha, 0)
+    through = torch.cumprod(1 - alpha, 1)
+    kept = through >= 1e-4
+    before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1)
+    color = ((alpha * before * kept) @ (0.28209479177387814 * sh + 0.5).clamp(min=0)).T
+    final = torch.where(kept, 1 - alpha, 1).prod(1)
+    return color + background.to(m.dtype)[:, None] * final, final

@@ -1,0 +1,183 @@
+"""Vertices -> clip positions, for every pair of a view and a vertex of its scene. V views, B
+scenes, N vertices, P pairs.
+
+NDC x and y are -1 to 1 from the left to the right and from the top to the bottom of the picture, w
+is the camera's z, and z / w runs from 0 at the near to 1 at the far distance; since rasterisation
+clips at z = -w, what is seen begins nearer: at near far / (2 far - near). Backward: a vertex adds
+up its views in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import backend
+from kernels.camera import Camera
+from kernels.mesh.rasterize_gpu import pixel_block
+from kernels.views import Layout
+
+
+def projection(
+    camera: Camera, near: float, far: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """World -> clip, [V, 4, 4]: the published matrix, with the principal point where the camera has
+    it.
+    """
+    k, e = camera.intrinsics.detach().double(), camera.extrinsics.detach().double()
+    p = k.new_zeros(len(k), 4, 4)
+    p[:, 0, 0], p[:, 0, 2] = 2 * k[:, 0, 0], 2 * k[:, 0, 2] - 1
+    p[:, 1, 1], p[:, 1, 2] = 2 * k[:, 1, 1], 2 * k[:, 1, 2] - 1
+    p[:, 2, 2], p[:, 2, 3] = far / (far - near), near * far / (near - far)
+    p[:, 3, 2] = 1
+    return (p @ e).to(dtype)
+
+
+@triton.jit
+def _load4(ptr, live):
+    return (
+        tl.load(ptr, live, 0.0),
+        tl.load(ptr + 1, live, 0.0),
+        tl.load(ptr + 2, live, 0.0),
+        tl.load(ptr + 3, live, 0.0),
+    )
+
+
+@triton.jit
+def _to_clip(vertices_ptr, matrix_ptr, views_ptr, clip_ptr, BLOCK: tl.constexpr):
+    v = tl.program_id(1)
+    first, count, row = (
+        tl.load(views_ptr + v * 3),
+        tl.load(views_ptr + v * 3 + 1),
+        tl.load(views_ptr + v * 3 + 2),
+    )
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = n < count
+    p = vertices_ptr + (first + n) * 3
+    x, y, z = tl.load(p, live, 0.0), tl.load(p + 1, live, 0.0), tl.load(p + 2, live, 0.0)
+    for i in tl.static_range(4):
+        m = _load4(matrix_ptr + v * 16 + i * 4, True)
+        tl.store(clip_ptr + (row + n) * 4 + i, m[0] * x + m[1] * y + m[2] * z + m[3], live)
+
+
+@triton.jit
+def _to_clip_backward(
+    grad_ptr, matrix_ptr, views_ptr, scenes_ptr, by_scene_ptr, out_ptr, BLOCK: tl.constexpr
+):
+    s = scenes_ptr + tl.program_id(1) * 4
+    first, count, entry, views = tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = n < count
+    x, y, z = (
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+    )
+    for e in range(entry, entry + views):
+        v = tl.load(by_scene_ptr + e)
+        g = _load4(grad_ptr + (tl.load(views_ptr + v * 3 + 2) + n) * 4, live)
+        for i in tl.static_range(4):
+            m = _load4(matrix_ptr + v * 16 + i * 4, True)
+            x, y, z = x + m[0] * g[i], y + m[1] * g[i], z + m[2] * g[i]
+    out = out_ptr + (first + n) * 3
+    tl.store(out, x, live)
+    tl.store(out + 1, y, live)
+    tl.store(out + 2, z, live)
+
+
+@torch.library.custom_op("trislat::to_clip", mutates_args=())
+def _to_clip_op(
+    vertices: Tensor,
+    matrix: Tensor,
+    views: Tensor,
+    scenes: Tensor,
+    by_scene: Tensor,
+    most: int,
+    rows: int,
+) -> Tensor:
+    """[P, 4]."""
+    clip = vertices.new_empty(rows, 4)
+    if backend.is_torch(vertices):
+        with torch.autocast(vertices.device.type, enabled=False):
+            for m, (first, count, row) in zip(matrix, views.tolist(), strict=True):
+                torch.addmm(
+                    m[:, 3],
+                    vertices[first : first + count],
+                    m[:, :3].T,
+                    out=clip[row : row + count],
+                )
+        return clip
+    block = pixel_block(backend.target(vertices))
+    grid = (triton.cdiv(most, block["BLOCK"]), len(views))
+    backend.launch(_to_clip, grid, vertices, matrix, views, clip, **block)
+    return clip
+
+
+@_to_clip_op.register_fake
+def _(vertices, matrix, views, scenes, by_scene, most, rows):
+    return vertices.new_empty(rows, 4)
+
+
+@torch.library.custom_op("trislat::to_clip_backward", mutates_args=())
+def _to_clip_backward_op(
+    grad: Tensor,
+    matrix: Tensor,
+    views: Tensor,
+    scenes: Tensor,
+    by_scene: Tensor,
+    most: int,
+    vertices: int,
+) -> Tensor:
+    """The gradient of the vertices [N, 3]."""
+    grad = grad.contiguous()
+    if backend.is_torch(grad):
+        out = grad.new_zeros(vertices, 3)
+        with torch.autocast(grad.device.type, enabled=False):
+            for m, (first, count, row) in zip(matrix, views.tolist(), strict=True):
+                out[first : first + count].addmm_(grad[row : row + count], m[:, :3])
+        return out
+    out, block = grad.new_empty(vertices, 3), pixel_block(backend.target(grad))
+    grid = (triton.cdiv(most, block["BLOCK"]), len(scenes))
+    backend.launch(_to_clip_backward, grid, grad, matrix, views, scenes, by_scene, out, **block)
+    return out
+
+
+@_to_clip_backward_op.register_fake
+def _(grad, matrix, views, scenes, by_scene, most, vertices):
+    return grad.new_empty(vertices, 3)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    vertices, *tensors, ctx.most, _ = inputs
+    ctx.vertices = len(vertices)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    return torch.ops.trislat.to_clip_backward(grad, *ctx.saved_tensors, ctx.most, ctx.vertices), *[
+        None
+    ] * 6
+
+
+_to_clip_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def to_clip(
+    vertices: Tensor,  # [N, 3] fp32 (float64 only on the torch path)
+    matrix: Tensor,  # [V, 4, 4] of `projection`, in the same dtype
+    layout: Layout,  # which view sees which vertices
+) -> Tensor:  # [P, 4]
+    """Project every view's vertices. Differentiable, to first order, in the vertices; nothing waits
+    for a GPU.
+    """
+    tables = (layout.views, layout.scenes, layout.by_scene)
+    return _to_clip_op(
+        vertices.contiguous(), matrix.contiguous(), *tables, layout.most, layout.pair_start[-1]
+    )
+
+
+def to_clip_reference(vertices: Tensor, matrix: Tensor) -> Tensor:
+    """`to_clip` of one view of one mesh [N, 3] by the book: homogeneous coordinates times the
+    matrix [4, 4].
+    """
+    return torch.cat([vertices, vertices.new_ones(len(vertices), 1)], 1) @ matrix.to(vertices).T

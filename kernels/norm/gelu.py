@@ -1,0 +1,172 @@
+"""GELU in its tanh form, fused with the bias before it: one pass over memory a direction;
+arithmetic in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import backend
+from kernels.norm.layer import check_dtype, wide
+
+TILE = 4096  # elements per program; not yet measured on a GPU
+TILE_CHANNELS = 1024  # of a tile that has a bias; not yet measured on a GPU
+PROGRAMS = 512  # that share the gradient of a bias; not yet measured on a GPU
+
+
+@triton.jit
+def _gelu_parts(x):
+    """gelu(x) = x s, s = sigmoid(v), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). Returns s, ds/dv and
+    dv/dx.
+    """
+    v = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+    e = tl.exp(-tl.abs(v))  # never overflows
+    return (
+        tl.where(v >= 0, 1.0, e) / (1.0 + e),
+        e / ((1.0 + e) * (1.0 + e)),
+        1.5957691216057308 * (1.0 + 0.134145 * x * x),
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gelu_fwd(
+    x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr
+):
+    chunks = tl.cdiv(C, TILE_C)
+    m = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
+    live, at = (m < M)[:, None] & (c < C)[None, :], m[:, None] * C + c[None, :]  # [ROWS, TILE_C]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    if BIAS:
+        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    s, _, _ = _gelu_parts(x)
+    tl.store(y_ptr + at, (x * s).to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gelu_bwd(
+    x_ptr,
+    bias_ptr,
+    dy_ptr,
+    dx_ptr,
+    partial_ptr,
+    M,
+    C,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    chunks = tl.cdiv(C, TILE_C)
+    program, programs = tl.program_id(0) // chunks, tl.num_programs(0) // chunks
+    c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
+    bias = tl.zeros([TILE_C], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    dbias = tl.zeros([TILE_C], tl.float32)
+    for tile in range(program, tl.cdiv(M, ROWS), programs):
+        m = tile * ROWS + tl.arange(0, ROWS)
+        # [ROWS, TILE_C]
+        live, at = (m < M)[:, None] & (c < C)[None, :], m.to(tl.int64)[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
+        dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
+        s, ds, dv = _gelu_parts(x)
+        dx = dy * (s + x * ds * dv)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
+        dbias += tl.sum(dx, 0)
+    if BIAS:
+        tl.store(partial_ptr + program.to(tl.int64) * C + c, dbias, mask=c < C)
+
+
+def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int]]:
+    """M rows of C channels, and a program's tile of them; without a bias x is one row, whatever its
+    shape.
+    """
+    if bias is None:
+        return 1, x.numel(), {"ROWS": 1, "TILE_C": TILE}
+    TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(x.shape[-1]))
+    return x.numel() // x.shape[-1], x.shape[-1], {"ROWS": TILE // TILE_C, "TILE_C": TILE_C}
+
+
+def _gelu_torch(x: Tensor) -> Tensor:
+    """x s, as in `_gelu_parts`: F.gelu takes almost twice as long, for its tanh."""
+    slope = 1.5957691216057308
+    v = (x * x).mul_(slope * 0.044715).add_(slope).mul_(x)
+    return v.sigmoid_().mul_(x)
+
+
+@torch.library.custom_op("trislat::gelu", mutates_args=())
+def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    if backend.is_torch(x):
+        return _gelu_torch(wide(x) if bias is None else wide(x) + wide(bias)).to(x.dtype)
+    y, (M, C, tiles) = torch.empty_like(x), _tiles(x, bias)
+    grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(C, tiles["TILE_C"]),)
+    backend.launch(_gelu_fwd, grid, x, bias, y, M, C, BIAS=bias is not None, **tiles, num_warps=8)
+    return y
+
+
+@torch.library.custom_op("trislat::gelu_backward", mutates_args=())
+def _gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and that of the bias (empty without one)."""
+    if backend.is_torch(x):
+        if bias is None:
+            return torch.ops.aten.gelu_backward(dy, x, approximate="tanh"), x.new_empty(0)
+        dx = torch.ops.aten.gelu_backward(wide(dy), wide(x) + wide(bias), approximate="tanh")
+        return dx.to(x.dtype), dx.view(-1, dx.shape[-1]).sum(0).to(bias.dtype)
+    dx, (M, C, tiles) = torch.empty_like(x), _tiles(x, bias)
+    chunks, programs = triton.cdiv(C, tiles["TILE_C"]), triton.cdiv(M, tiles["ROWS"])
+    programs = programs if bias is None else min(programs, max(1, PROGRAMS // chunks))
+    partial = x.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
+    args = (x, bias, dy, dx, partial, M, C)
+    backend.launch(
+        _gelu_bwd, (programs * chunks,), *args, BIAS=bias is not None, **tiles, num_warps=8
+    )
+    return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
+
+
+_gelu.register_fake(lambda x, bias: torch.empty_like(x))
+_gelu_backward.register_fake(
+    lambda x, bias, dy: (
+        torch.empty_like(x),
+        x.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
+)
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_gelu(ctx, dy):
+    x, bias = ctx.saved_tensors
+    dx, dbias = torch.ops.trislat.gelu_backward(x, bias, dy.contiguous())
+    return dx, None if bias is None else dbias
+
+
+_gelu.register_autograd(_grad_gelu, setup_context=_save_inputs)
+
+
+def gelu(
+    x: Tensor,  # any shape; with a bias [..., C]; fp16, bf16 or fp32
+    bias: Tensor | None = None,  # [C], fp16, bf16 or fp32
+) -> Tensor:  # as x
+    """0.5 u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))), u = x + bias, computed in fp32.
+
+    The bias is that of the linear layer before: added here, its gradient is summed in the pass that
+    makes x's, in a fixed order, where a linear layer of its own reads [..., C] once more. Raises
+    ValueError for another dtype or shape.
+    """
+    check_dtype(x)
+    if bias is not None:
+        check_dtype(bias)
+        if bias.ndim != 1 or x.ndim < 1 or bias.shape != x.shape[-1:] or not len(bias):
+            raise ValueError(
+                f"bias {list(bias.shape)} must be [C] with the C >= 1 channels of x {list(x.shape)}"
+            )
+        bias = bias.contiguous()
+    return torch.ops.trislat.gelu(x.contiguous(), bias)
+
+
+def gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    x = x if bias is None else x + bias
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))

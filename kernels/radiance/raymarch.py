@@ -1,0 +1,337 @@
+"""A radiance field in sparse voxels, ray-marched and differentiable: B scenes of N voxels in all, V
+views, S segments.
+
+Each voxel holds R products of three vectors of n taps (a trivec), which weight R densities and R
+colours; a ray samples it at fixed steps of half a tap, counted from the camera and shifted by an
+offset per pixel. Stages, each one launch for all scenes and views: segments (which rays cross which
+voxels, S), march (tiles of pixels); backward: march (N). What is computed is what TRELLIS (Xiang et
+al. 2024) trains its radiance field with; formulas stand in kernels.radiance.march, membership of samples in
+kernels.radiance.segments. Deliberate differences: a view without voxels shows the background; depth
+has its true gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.camera import Camera, Image
+from kernels.checks import Host, check_tensors, check_whole, host_list
+from kernels.radiance.march import march, march_backward
+from kernels.radiance.march_cpu import march_torch, march_torch_backward
+from kernels.radiance.segments import find_segments
+from kernels.radiance.segments_cpu import find_segments_torch
+from kernels.views import make_layout
+
+SH0 = 0.28209479177387814  # of the spherical harmonic of degree 0
+
+
+@torch.library.custom_op("trislat::raymarch", mutates_args=())
+def _raymarch(
+    voxels: Tensor,  # [N, (3 n + 4) R]: taps [3, n, R], density [R], colour [3, R]
+    position: Tensor,  # [N, 3]
+    cameras: Tensor,  # [V, 16]: rotation 9, centre 3, focal lengths 2 (px), principal point 2 (px)
+    offset: Tensor,  # [V, H, W]
+    background: Tensor,  # [V, 3]
+    starts: list[int],
+    view_scene: list[int],
+    resolution: int,
+    rank: int,
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Image [V, 3, H, W], final transmittance and depth [V, H, W], and what the backward needs of
+    every segment.
+    """
+    layout = make_layout(starts, view_scene, voxels.device)
+    _, height, width = offset.shape
+    scene = position, cameras, offset, layout, resolution, dim
+    mistakes = _mistakes(position, offset, resolution)
+    rest = background, height, width, 0.5 / (dim * resolution), rank, dim
+    if backend.is_torch(voxels):
+        _refuse(mistakes.tolist(), position, offset, resolution)
+        with torch.autocast(voxels.device.type, enabled=False):
+            s = find_segments_torch(*scene)
+            image, final, depth, used, state = march_torch(voxels, s, *rest)
+    else:
+        s, wrong = find_segments(*scene, mistakes)
+        _refuse(wrong, position, offset, resolution)
+        image, final, depth, used, state = march(voxels, s, *rest)
+    return image, final, depth, [s.ray, s.voxel, s.path, s.start, used, state]
+
+
+def _mistakes(position: Tensor, offset: Tensor, resolution: int) -> Tensor:
+    """How many positions are not the centre of a voxel and how many offsets are out of range: [2]
+    int64, on the device.
+    """
+    return torch.stack(
+        [_misplaced(position, resolution).sum(), (~((offset >= 0) & (offset < 1))).sum()]
+    )
+
+
+def _misplaced(position: Tensor, resolution: int) -> Tensor:
+    at = position * resolution
+    right = ((at - at.floor() - 0.5).abs() <= 0.01) & (at >= 0) & (at <= resolution)
+    return ~right.all(1)
+
+
+def _refuse(mistakes: list[int], position: Tensor, offset: Tensor, resolution: int) -> None:
+    if mistakes[0]:
+        row = int(_misplaced(position, resolution).nonzero()[0])
+        where = [round(p, 6) for p in position[row].tolist()]
+        if not all(0 <= p <= 1 for p in where):
+            raise ValueError(f"position {row} of {len(position)} is {where}, outside [0, 1]")
+        raise ValueError(
+            f"position {row} of {len(position)} is {where}, not (whole number + 0.5) / "
+            f"resolution {resolution}"
+        )
+    if mistakes[1]:
+        view, y, x = (~((offset >= 0) & (offset < 1))).nonzero()[0].tolist()
+        raise ValueError(
+            f"offset must lie in [0, 1), not be {offset[view, y, x].item()} at view {view}, row "
+            f"{y}, column {x}"
+        )
+
+
+@_raymarch.register_fake
+def _(voxels, position, cameras, offset, background, starts, view_scene, resolution, rank, dim):
+    V, H, W = offset.shape
+    S, first = torch.library.get_ctx().new_dynamic_size(), [*starts, 0]
+    P = sum(first[s + 1] - first[s] for s in view_scene)
+    ray, voxel, used = (voxels.new_empty(S, dtype=torch.int32) for _ in range(3))
+    start = voxels.new_empty(P + 1, dtype=torch.int64)
+    saved = [ray, voxel, voxels.new_empty(S, 8), start, used, voxels.new_empty(S, 5)]
+    return voxels.new_empty(V, 3, H, W), torch.empty_like(offset), torch.empty_like(offset), saved
+
+
+@torch.library.custom_op("trislat::raymarch_backward", mutates_args=())
+def _raymarch_backward(
+    grad_image: Tensor,
+    grad_final: Tensor,
+    grad_depth: Tensor,
+    image: Tensor,
+    final: Tensor,
+    depth: Tensor,
+    voxels: Tensor,
+    saved: list[Tensor],
+    starts: list[int],
+    view_scene: list[int],
+    resolution: int,
+    rank: int,
+    dim: int,
+) -> Tensor:
+    """The gradient of the voxels [N, (3 n + 4) R]."""
+    ray, voxel, path, start, used, state = saved
+    grad_image, grad_depth = grad_image.contiguous(), grad_depth.contiguous()
+    arriving = (image * grad_image).sum(1).addcmul_(depth, grad_depth).addcmul_(final, grad_final)
+    rest = used, state, grad_image, grad_depth, arriving, 0.5 / (dim * resolution), rank, dim
+    if backend.is_torch(voxels):
+        with torch.autocast(voxels.device.type, enabled=False):
+            return march_torch_backward(voxels, ray, voxel, path, *rest)
+    return march_backward(
+        voxels, make_layout(starts, view_scene, voxels.device), ray, path, start, *rest
+    )
+
+
+@_raymarch_backward.register_fake
+def _(grad_image, grad_final, grad_depth, image, final, depth, voxels, *rest):
+    return torch.empty_like(voxels)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    voxels, _, _, _, _, *ctx.rest = inputs
+    image, final, depth, saved = output
+    ctx.save_for_backward(image, final, depth, voxels, *saved)
+
+
+def _backward(ctx, grad_image, grad_final, grad_depth, grad_saved):
+    image, final, depth, voxels, *saved = ctx.saved_tensors
+    grad = torch.ops.trislat.raymarch_backward(
+        grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest
+    )
+    views = None if ctx.rest[1] else []  # torch wants an empty list's structure
+    return grad, None, None, None, None, None, views, None, None, None
+
+
+_raymarch.register_autograd(_backward, setup_context=_setup_context)
+
+
+def raymarch(
+    position: Tensor,  # [N, 3] centres of the voxels in [0, 1]: (coordinate + 0.5) / resolution
+    trivec: Tensor,  # [N, R, 3, n]: R products of vectors of n taps
+    density: Tensor,  # [N, R]
+    sh: Tensor,  # [N, R, 1, 3] colour coefficients of degree 0
+    starts: Host,  # [B + 1]: scene b owns the voxels starts[b] : starts[b + 1]
+    camera: Camera,  # V views
+    view_scene: Host,  # [V]: the scene that each view shows
+    background: Tensor,  # [V, 3]
+    resolution: int,  # voxels along an edge of the world cube [-0.5, 0.5]^3
+    # [V, H, W] in [0, 1), of the first sample in steps; None: drawn anew
+    offset: Tensor | None = None,
+) -> Image:
+    """Render every view of its scene in one launch per stage: colour, alpha (1 - final
+    transmittance), and depth.
+
+    The step is 0.5 / (n resolution) world units along the ray; the march ends behind the sample at
+    which the transmittance falls below 1e-3. Depth is the sum of the samples' camera depths with
+    the weights of the colour, not divided by alpha. An offset that is drawn comes from torch's
+    generator of the device and is saved for the backward. Differentiable, to first order, in
+    trivec, density and sh; positions, camera and background get no gradient. Computes in fp32
+    (16-bit inputs are converted; float64 only on the torch path). Same inputs and offset, same
+    bits. On a GPU the host waits once, for the number of segments. Voxels are not searched for NaN:
+    one that is not finite makes pixels NaN, on the torch path others than its own too.
+
+    Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to N; a
+    view_scene of another length than the camera or naming no scene; colour coefficients above
+    degree 0; fewer than 2 taps; a position outside [0, 1] or not at the centre of a voxel; an
+    offset outside [0, 1); 2^31 pixels or segments or more. TypeError: no tensor where one belongs.
+    """
+    check_tensors(position=position, trivec=trivec, density=density, sh=sh, background=background)
+    starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
+    N, V = len(position), len(camera)
+    if tuple(position.shape) != (N, 3):
+        raise ValueError(f"position must be [N, 3], not {list(position.shape)}")
+    if trivec.ndim != 4 or len(trivec) != N or trivec.shape[2] != 3:
+        raise ValueError(f"trivec must be [{N}, R, 3, n], not {list(trivec.shape)}")
+    rank, dim = trivec.shape[1], trivec.shape[3]
+    if rank < 1 or dim < 2:
+        raise ValueError(
+            f"trivec needs a rank of at least 1 and at least 2 taps, not {rank} and {dim}"
+        )
+    if tuple(density.shape) != (N, rank):
+        raise ValueError(f"density must be [{N}, {rank}], not {list(density.shape)}")
+    if sh.ndim != 4 or tuple(sh.shape[:2]) != (N, rank) or sh.shape[3] != 3:
+        raise ValueError(f"sh must be [{N}, {rank}, 1, 3], not {list(sh.shape)}")
+    if sh.shape[2] != 1:
+        raise ValueError(
+            f"sh has {sh.shape[2]} coefficients per channel: only degree 0, 1 coefficient, is "
+            "implemented"
+        )
+    if tuple(background.shape) != (V, 3):
+        raise ValueError(f"background must be [{V}, 3], not {list(background.shape)}")
+    if (
+        not starts
+        or starts[0] != 0
+        or starts[-1] != N
+        or any(b < a for a, b in zip(starts, starts[1:], strict=False))
+    ):
+        raise ValueError(f"starts must rise from 0 to the {N} voxels, not be {starts}")
+    if len(view_scene) != V:
+        raise ValueError(f"view_scene names {len(view_scene)} scenes for {V} views")
+    for s in view_scene:
+        if not 0 <= s < len(starts) - 1:
+            raise ValueError(f"view_scene names scene {s} of {len(starts) - 1}")
+    check_whole("resolution", resolution)
+    size = (V, camera.height, camera.width)
+    if V * camera.height * camera.width >= 2**31:
+        raise ValueError(
+            f"{V * camera.height * camera.width} pixels are more than {2**31 - 1}: render fewer "
+            "views at once"
+        )
+    if offset is None:
+        offset = torch.rand(size, device=position.device)
+    if tuple(offset.shape) != size:
+        raise ValueError(f"offset must be {list(size)}, not {list(offset.shape)}")
+    tensors = (trivec, density, sh)
+    for value in (*tensors, position, background, offset, camera.extrinsics, camera.intrinsics):
+        if value.device != position.device:
+            raise ValueError(
+                f"all tensors must be on one device, not on {position.device} and {value.device}"
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"all tensors must be floating point, not {value.dtype}")
+    exact = trivec.dtype == torch.float64
+    if exact and not backend.is_torch(trivec):
+        raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
+    dtype = torch.float64 if exact else torch.float32
+    trivec, density, sh = (t.to(dtype) for t in tensors)
+    colour = SH0 * sh[:, :, 0].transpose(1, 2)
+    voxels = torch.cat([trivec.permute(0, 2, 3, 1).flatten(1), density, colour.flatten(1)], 1)
+    fixed = (
+        t.detach().to(dtype).contiguous() for t in (position, _pack(camera), offset, background)
+    )
+    image, final, depth, _ = torch.ops.trislat.raymarch(
+        voxels, *fixed, starts, view_scene, resolution, rank, dim
+    )
+    return Image(color=image, alpha=1 - final[:, None], depth=depth[:, None])
+
+
+def _pack(camera: Camera) -> Tensor:
+    """[V, 16], see `_raymarch`; in float64, as everything else starts from it."""
+    camera = camera.to(torch.float64)
+    k = camera.intrinsics
+    across, down = k[:, 0] * camera.width, k[:, 1] * camera.height
+    pixels = torch.stack([across[:, 0], down[:, 1], across[:, 2], down[:, 2]], 1)
+    return torch.cat([camera.extrinsics[:, :3, :3].flatten(1), camera.center, pixels], 1)
+
+
+def raymarch_reference(
+    position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset
+) -> Image:
+    """`raymarch` by the book: one view after another, every ray with every voxel, textbook
+    formulas, autograd.
+    """
+    starts, images = host_list("starts", starts), []
+    for v, s in enumerate(host_list("view_scene", view_scene)):
+        mine = slice(starts[s], starts[s + 1])
+        parts = (t[mine] for t in (position, trivec, density, sh[:, :, 0]))
+        images.append(_view_reference(*parts, camera[v], background[v], resolution, offset[v]))
+    shape = (camera.height, camera.width)
+    color, alpha, depth = (torch.stack(t) for t in zip(*images, strict=True))
+    return Image(color.view(-1, 3, *shape), alpha.view(-1, 1, *shape), depth.view(-1, 1, *shape))
+
+
+def _view_reference(position, trivec, density, sh, camera, background, resolution, offset):
+    """Colour [3, rays], alpha [rays] and depth [rays] of one view; the published rule is marked."""
+    exact, n = trivec.dtype, trivec.shape[3]
+    step = 0.5 / n / resolution
+    camera = camera.to(exact)
+    extrinsics, (o, d) = camera.extrinsics[0], (t[0] for t in camera.rays())
+    d = d.reshape(-1, 3)
+    shrink = 1 / d.norm(dim=1)
+    d, offset = d * shrink[:, None], offset.reshape(-1).to(exact)
+    low = torch.floor(position.to(exact) * resolution) / resolution - 0.5
+    keep = ((low + 0.5 / resolution) @ extrinsics[2, :3] + extrinsics[2, 3]) > 0.2
+    inverse = torch.where(d == 0, 1e10, 1 / d)
+    # [rays, N, 3]
+    a, b = ((low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution))
+    t_in, t_out = torch.minimum(a, b).amax(2), torch.maximum(a, b).amin(2)
+    first, last = (
+        torch.ceil(t_in / step - offset[:, None]),
+        torch.floor(t_out / step - offset[:, None]),
+    )
+    ray, voxel = ((t_in < t_out) & (first <= last) & keep).nonzero(as_tuple=True)
+    first, count = first[ray, voxel], (last - first + 1)[ray, voxel].long()
+    ray, voxel, first = (t.repeat_interleave(count) for t in (ray, voxel, first))
+    t = first + torch.arange(len(ray)) - (count.cumsum(0) - count).repeat_interleave(count)
+    t, order = t.sort(stable=True)
+    ray, order2 = ray[order].sort(stable=True)
+    t, voxel = t[order2], voxel[order][order2]
+    z = (t + offset[ray]) * step
+    q = (o + d[ray] * z[:, None] - low[voxel]) * resolution * n - 0.5  # [samples, 3]
+    i = q.trunc().clamp(0, n - 2).long()
+    w = (q - i)[:, None, :]
+    taps = trivec[voxel]  # [samples, R, 3, n]
+    i = i[:, None, :, None].expand(-1, taps.shape[1], -1, 1)
+    f = (1 - w) * taps.gather(3, i)[..., 0] + w * taps.gather(3, i + 1)[..., 0]
+    e = f.prod(2)
+    rho = torch.nn.functional.softplus((density[voxel] * e).sum(1), threshold=10)
+    color = torch.sigmoid((SH0 * sh[voxel] * e[..., None]).sum(1))
+    alpha = 1 - torch.exp(-rho * step)
+    # published rule: past the clamp, the gradient is that of rho with the factor step * (1 - clamp)
+    # in fp32, as published: one such sample leaves less than 1e-3
+    clamp = torch.tensor(0.999).item()
+    alpha = torch.where(alpha > clamp, clamp + (1 - clamp) * step * (rho - rho.detach()), alpha)
+    rays = len(d)
+    count = torch.bincount(ray, minlength=rays)
+    column = torch.arange(len(ray)) - (count.cumsum(0) - count)[ray]
+    table = alpha.new_zeros(rays, int(count.max()) + 1 if rays else 1).index_put(
+        (ray, column), alpha
+    )
+    through = torch.cumprod(1 - table, 1)
+    before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1)
+    kept = before >= 1e-3
+    weight = (table * before * kept)[ray, column]
+    final = torch.where(kept, 1 - table, 1).prod(1)
+    image = background.to(exact) * final[:, None] + torch.zeros_like(d).index_add(
+        0, ray, weight[:, None] * color
+    )
+    return image.T, 1 - final, shrink * torch.zeros_like(offset).index_add(0, ray, weight * z)

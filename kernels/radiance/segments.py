@@ -1,0 +1,294 @@
+"""Voxels -> the pieces of rays inside them. V views, B scenes, N voxels, P pairs of a view and a
+voxel, S segments.
+
+A segment is one pixel's ray inside one voxel, with the samples that fall there: sample t of a ray
+lies at the distance (t + offset) * step from the camera, and belongs to the voxel if ceil(t_in /
+step - offset) <= t <= floor(t_out / step - offset) for the ray's entry and exit of the box.
+Membership is decided here, once, by these integers; faces are computed from the voxel's cell, so
+neighbours agree on them to the bit. 1/d of a direction that is exactly 0 is 1e10: a ray inside a
+face belongs to the voxel on its + side. A voxel whose centre is nearer than 0.2 is not seen. (As
+diffoctreerast does it.)
+
+A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to
+write. So segments are in the order of the pairs, a voxel's segments of one view side by side, which
+the voxel-parallel backward reads without a search; one sort gives every ray its list, near to far.
+Both passes are compiled without fusion, so that a hit rounds alike in both; and whatever they find,
+a pair writes all its slots and no others: hits without a slot are left out, a slot without a hit
+has no samples and is in no ray's list.
+
+Of a sphere of 19e3 voxels at resolution 64 and 512 x 512 pixels a voxel's box covers 70 pixels and
+52 of their rays cross it: two times 1.3e6 independent box tests. A lookup volume would cost two
+walks of 10^2 dependent loads per ray and a second sort for the backward; lists per tile of 8 x 8
+pixels (69e3 pairs of a tile and a voxel) would make 98e6 lanes step through 9.9e6 samples.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import backend
+from kernels.views import Layout
+
+NEAR = tl.constexpr(0.2)
+MARGIN = tl.constexpr(0.05)  # pixels added around a projected box: far more than rounding
+CLIP = tl.constexpr(1e-3)  # a corner nearer than this: every pixel is tried
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """S segments in the order of the pairs, and every ray's list of them."""
+
+    ray: Tensor  # [S] int32: pixel (view * H + y) * W + x
+    samples: Tensor  # [S] int32: how many
+    voxel: Tensor  # [S] int32
+    # [S, 8]: the first sample's place in taps (3) and camera depth, and their increments per sample
+    path: Tensor
+    start: Tensor  # [P + 1] int64: pair p owns the segments start[p] : start[p + 1]
+    order: Tensor  # [S] int64: segments, ray after ray, near to far
+    bounds: Tensor  # [rays + 1] int32: ray i has order[bounds[i] : bounds[i + 1]]
+
+
+def _tiles(target: str) -> dict:
+    """Pairs and pixels per step (not yet measured on a GPU): most boxes of the published views fit
+    in 64 pixels or two steps; four pairs a program, because a program takes as many steps as its
+    largest box.
+    """
+    if target == "interpreter":
+        return {"PAIRS": 128, "PIXELS": 256}
+    return {"PAIRS": 4, "PIXELS": 64, "num_warps": 2}
+
+
+@triton.jit
+def _camera(cameras_ptr, v):
+    """One view's rotation rows, centre, focal lengths and principal point (px): scalars."""
+    c = cameras_ptr + v * 16
+    r0 = tl.load(c), tl.load(c + 1), tl.load(c + 2)
+    r1 = tl.load(c + 3), tl.load(c + 4), tl.load(c + 5)
+    r2 = tl.load(c + 6), tl.load(c + 7), tl.load(c + 8)
+    center = tl.load(c + 9), tl.load(c + 10), tl.load(c + 11)
+    return (
+        (r0, r1, r2),
+        center,
+        (tl.load(c + 12), tl.load(c + 13)),
+        (tl.load(c + 14), tl.load(c + 15)),
+    )
+
+
+@triton.jit
+def _direction(rotation, focal, middle, x, y):
+    """World direction of unit length through the centre of pixel (x, y), and the camera depth of
+    one unit along it.
+    """
+    u, v = (
+        (x.to(tl.float32) + 0.5 - middle[0]) / focal[0],
+        (y.to(tl.float32) + 0.5 - middle[1]) / focal[1],
+    )
+    r0, r1, r2 = rotation
+    d0, d1, d2 = (
+        u * r0[0] + v * r1[0] + r2[0],
+        u * r0[1] + v * r1[1] + r2[1],
+        u * r0[2] + v * r1[2] + r2[2],
+    )
+    shrink = 1 / tl.sqrt(d0 * d0 + d1 * d1 + d2 * d2)
+    return (d0 * shrink, d1 * shrink, d2 * shrink), shrink
+
+
+@triton.jit
+def _rectangle(rotation, center, focal, middle, low, high, W, H):
+    """Pixels x0, y0, x1, y1 (end exclusive) whose rays may meet the box, and the depth of its
+    centre.
+    """
+    r0, r1, r2 = rotation
+    left, right = low[0] * 0 + 1e9, low[0] * 0 - 1e9
+    top, bottom, nearest = left, right, left
+    for i in tl.static_range(8):
+        a = (high[0] if i % 2 == 1 else low[0]) - center[0]
+        b = (high[1] if i // 2 % 2 == 1 else low[1]) - center[1]
+        c = (high[2] if i // 4 == 1 else low[2]) - center[2]
+        z = r2[0] * a + r2[1] * b + r2[2] * c
+        nearest = tl.minimum(nearest, z)
+        z = tl.maximum(z, CLIP)
+        u = (r0[0] * a + r0[1] * b + r0[2] * c) / z * focal[0] + middle[0]
+        v = (r1[0] * a + r1[1] * b + r1[2] * c) / z * focal[1] + middle[1]
+        left, right = tl.minimum(left, u), tl.maximum(right, u)
+        top, bottom = tl.minimum(top, v), tl.maximum(bottom, v)
+    whole = nearest <= CLIP
+    x0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(left - 0.5 - MARGIN), 0.0), W)).to(
+        tl.int32
+    )
+    y0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(top - 0.5 - MARGIN), 0.0), H)).to(
+        tl.int32
+    )
+    x1 = tl.where(whole, W, tl.minimum(tl.maximum(tl.floor(right + 0.5 + MARGIN), 0.0), W)).to(
+        tl.int32
+    )
+    y1 = tl.where(whole, H, tl.minimum(tl.maximum(tl.floor(bottom + 0.5 + MARGIN), 0.0), H)).to(
+        tl.int32
+    )
+    a, b, c = (
+        (low[0] + high[0]) * 0.5 - center[0],
+        (low[1] + high[1]) * 0.5 - center[1],
+        (low[2] + high[2]) * 0.5 - center[2],
+    )
+    return x0, y0, x1, y1, r2[0] * a + r2[1] * b + r2[2] * c
+
+
+@triton.jit
+def _slab(low, high, o, d):
+    """Distances at which a ray passes the two faces of an axis, the nearer first."""
+    inverse = tl.where(d == 0, 1e10, 1 / tl.where(d == 0, 1.0, d))
+    a, b = (low[:, None] - o) * inverse, (high[:, None] - o) * inverse
+    return tl.minimum(a, b), tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["W", "H", "resolution"])
+def _segments(
+    position_ptr,
+    cameras_ptr,
+    views_ptr,
+    offset_ptr,
+    count_ptr,
+    start_ptr,
+    key_ptr,
+    samples_ptr,
+    voxel_ptr,
+    path_ptr,
+    W,
+    H,
+    resolution,
+    size,
+    per_unit,
+    scale,
+    WRITE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    v = tl.program_id(1)
+    begin, count, pair = (
+        tl.load(views_ptr + v * 3),
+        tl.load(views_ptr + v * 3 + 1),
+        tl.load(views_ptr + v * 3 + 2),
+    )
+    n = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    live = n < count
+    rotation, o, focal, middle = _camera(cameras_ptr, v)
+    p = position_ptr + (begin + n) * 3
+    c0, c1 = (
+        tl.floor(tl.load(p, live, 0.0) * resolution),
+        tl.floor(tl.load(p + 1, live, 0.0) * resolution),
+    )
+    c2 = tl.floor(tl.load(p + 2, live, 0.0) * resolution)
+    low = c0 * size - 0.5, c1 * size - 0.5, c2 * size - 0.5
+    high = (c0 + 1) * size - 0.5, (c1 + 1) * size - 0.5, (c2 + 1) * size - 0.5
+    x0, y0, x1, y1, depth = _rectangle(rotation, o, focal, middle, low, high, W, H)
+    across = tl.maximum(x1 - x0, 1)
+    area = tl.where(live & (depth > NEAR) & (x1 > x0), across * tl.maximum(y1 - y0, 0), 0)
+    found = tl.zeros([PAIRS], tl.int64)
+    if WRITE:
+        found += tl.load(start_ptr + pair + n, live, 0)
+    end = tl.load(start_ptr + pair + n + 1, live, 0) if WRITE else found
+    for i in range(0, tl.max(area, 0), PIXELS):
+        at = i + tl.arange(0, PIXELS)[None, :]
+        inside = at < area[:, None]
+        x, y = x0[:, None] + at % across[:, None], y0[:, None] + at // across[:, None]
+        ray = (v * H + y) * W + x
+        d, shrink = _direction(rotation, focal, middle, x, y)
+        in0, out0 = _slab(low[0], high[0], o[0], d[0])
+        in1, out1 = _slab(low[1], high[1], o[1], d[1])
+        in2, out2 = _slab(low[2], high[2], o[2], d[2])
+        t_in, t_out = (
+            tl.maximum(tl.maximum(in0, in1), in2),
+            tl.minimum(tl.minimum(out0, out1), out2),
+        )
+        offset = tl.load(offset_ptr + ray, inside, 0.0)
+        first, last = tl.ceil(t_in * per_unit - offset), tl.floor(t_out * per_unit - offset)
+        hit = inside & (t_in < t_out) & (first <= last)
+        if WRITE:
+            slot = found[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1
+            hit = hit & (slot < end[:, None])
+            first, last = tl.where(hit, first, 0.0), tl.where(hit, last, 0.0)
+            tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
+            tl.store(samples_ptr + slot, (last - first + 1).to(tl.int32), hit)
+            tl.store(voxel_ptr + slot, (begin + n)[:, None].to(tl.int32) + tl.zeros_like(x), hit)
+            z, path = (first + offset) / per_unit, path_ptr + slot * 8
+            tl.store(path, ((o[0] - low[0])[:, None] + d[0] * z) * scale - 0.5, hit)
+            tl.store(path + 1, ((o[1] - low[1])[:, None] + d[1] * z) * scale - 0.5, hit)
+            tl.store(path + 2, ((o[2] - low[2])[:, None] + d[2] * z) * scale - 0.5, hit)
+            tl.store(path + 3, z * shrink, hit)
+            tl.store(path + 4, d[0] * 0.5, hit)
+            tl.store(path + 5, d[1] * 0.5, hit)
+            tl.store(path + 6, d[2] * 0.5, hit)
+            tl.store(path + 7, shrink / per_unit, hit)
+        found += tl.sum(hit.to(tl.int32), 1)
+    if WRITE:
+        beyond = tl.num_programs(1).to(tl.int64) * H * W  # a ray that is none
+        for i in range(0, tl.max(end - found, 0)):
+            tl.store(key_ptr + found + i, (beyond << 32) + tl.zeros_like(found), found + i < end)
+            tl.store(samples_ptr + found + i, tl.zeros([PAIRS], tl.int32), found + i < end)
+    else:
+        tl.store(count_ptr + pair + n, found, live)
+
+
+def find_segments(
+    position: Tensor,  # [N, 3] fp32 in [0, 1]
+    # [V, 16] fp32: rotation 9, centre 3, focal lengths 2 (px), principal point 2 (px)
+    cameras: Tensor,
+    offset: Tensor,  # [V, H, W] fp32
+    layout: Layout,
+    resolution: int,
+    dim: int,
+    mistakes: Tensor,  # [2] int64, read together with the number of segments
+) -> tuple[Segments, list[int]]:
+    """The segments of all views in two launches, and the two numbers of `mistakes`.
+
+    Reads three numbers from the device in one copy, and waits for them: the only wait of
+    `raymarch`. Raises ValueError where the segments are more than an int32 counts.
+    """
+    V, height, width = offset.shape
+    device = position.device
+    count = torch.empty(layout.pair_start[-1], dtype=torch.int64, device=device)
+    tiles = _tiles(backend.target(position))
+    grid = triton.cdiv(layout.most, tiles["PAIRS"]), V
+    fixed = position, cameras, layout.views, offset
+    sizes = (
+        width,
+        height,
+        resolution,
+        1 / resolution,
+        2.0 * dim * resolution,
+        float(dim * resolution),
+    )
+    # the arguments that only the second pass uses stand in as `count` in the first
+    backend.launch(
+        _segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles, enable_fp_fusion=False
+    )
+    start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    S, *wrong = torch.cat([start[-1:], mistakes]).tolist()
+    if S >= 2**31:
+        raise ValueError(
+            f"{S} segments (a ray in a voxel) are more than {2**31 - 1}: render fewer views at once"
+        )
+    key, path = torch.empty(S, dtype=torch.int64, device=device), torch.empty(S, 8, device=device)
+    samples, voxel = (torch.empty(S, dtype=torch.int32, device=device) for _ in range(2))
+    arrays = count, start, key, samples, voxel, path
+    backend.launch(
+        _segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False
+    )
+    return Segments(
+        ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)
+    ), wrong
+
+
+def by_ray(key: Tensor, rays: int) -> tuple[Tensor, Tensor]:
+    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each
+    ray's bounds in it.
+
+    A first sample is negative only for a voxel behind the eye but not near it, which takes a
+    resolution below 8.
+    """
+    key, order = torch.sort(key, stable=True)
+    edges = (torch.arange(rays + 1, device=key.device) << 32) - 2**31
+    return order, torch.searchsorted(key, edges, out_int32=True)

@@ -1,0 +1,142 @@
+"""kernels.radiance.segments for a CPU: the same segments in the same order, any float dtype, a
+cacheful of box tests at a time.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.radiance.segments import Segments, by_ray
+from kernels.views import Layout
+
+NEAR, MARGIN, CLIP = 0.2, 0.05, 1e-3
+TESTS = 16384  # pixels of boxes tested at once
+
+
+def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Unit world directions of all rays [3, V H W] and the camera depth of one unit along them [V H
+    W].
+    """
+    focal, middle = cameras[:, 12:14, None], cameras[:, 14:16, None]
+    u = (torch.arange(width).to(cameras) + 0.5 - middle[:, 0]) / focal[:, 0]  # [V, W]
+    v = (torch.arange(height).to(cameras) + 0.5 - middle[:, 1]) / focal[:, 1]
+    u, v = u[:, None, :], v[:, :, None]
+    r = cameras[:, :9].view(-1, 3, 3)[..., None, None]
+    # [3, V, H, W]
+    d = torch.stack([u * r[:, 0, a] + v * r[:, 1, a] + r[:, 2, a] for a in range(3)])
+    shrink = 1 / torch.sqrt((d * d).sum(0))
+    return d.mul_(shrink).view(3, -1), shrink.view(-1)
+
+
+def _corners(position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest corner of every voxel [3, N]; neighbours agree on their faces to
+    the bit.
+    """
+    cell = torch.floor(position.t() * resolution)
+    return cell / resolution - 0.5, (cell + 1) / resolution - 0.5
+
+
+def _rectangles(
+    camera: Tensor, low: Tensor, high: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Pixels [4, N] (x0, y0, x1, y1; end exclusive) that one view [16] tries for each voxel, and
+    their number [N].
+    """
+    rotation, center = camera[:9].view(3, 3), camera[9:12, None]
+    # [8, 3, N]
+    at = torch.stack(
+        [torch.stack([(high if i >> a & 1 else low)[a] for a in range(3)]) for i in range(8)]
+    )
+    local = rotation @ (at - center)
+    nearest, z = local[:, 2].amin(0), local[:, 2:].clamp(min=CLIP)
+    pixel = local[:, :2] / z * camera[12:14, None] + camera[14:16, None]
+    size = torch.tensor([[width], [height]])
+    a = torch.minimum((pixel.amin(0) - 0.5 - MARGIN).ceil_().clamp_(min=0), size)
+    b = torch.minimum((pixel.amax(0) + 0.5 + MARGIN).floor_().clamp_(min=0), size)
+    whole = nearest <= CLIP
+    a, b = torch.where(whole, 0, a).long(), torch.where(whole, size, b).long()
+    seen = (rotation[2] @ ((low + high) / 2 - center)) > NEAR
+    return torch.cat([a, b]), (b - a).clamp_(min=0).prod(0) * seen
+
+
+def find_segments_torch(
+    position: Tensor,  # [N, 3] in [0, 1]
+    cameras: Tensor,  # [V, 16]
+    offset: Tensor,  # [V, H, W]
+    layout: Layout,
+    resolution: int,
+    dim: int,
+) -> Segments:
+    """As kernels.radiance.segments.find_segments."""
+    V, H, W = offset.shape
+    per_unit, scale = 2 * dim * resolution, dim * resolution
+    low, high = _corners(position, resolution)
+    direction, shrink = _directions(cameras, H, W)
+    inverse = torch.where(direction == 0, 1e10, 1 / direction)
+    offset = offset.view(-1)
+    found: list[tuple[Tensor, ...]] = []
+    counts = []
+    for v, s in enumerate(layout.view_scene):
+        begin, end = layout.starts[s], layout.starts[s + 1]
+        # distances in samples: (plane - centre) * per_unit / d
+        near, far = (
+            low[:, begin:end] - cameras[v, 9:12, None],
+            high[:, begin:end] - cameras[v, 9:12, None],
+        )
+        rect, area = _rectangles(cameras[v], low[:, begin:end], high[:, begin:end], H, W)
+        ends = area.cumsum(0)
+        hits, a, done = [], 0, 0
+        while a < end - begin and done < int(ends[-1]):
+            b = max(a + 1, int(torch.searchsorted(ends, done + TESTS, right=True)))
+            total = int(ends[b - 1]) - done
+            # the voxel of each test, from a on
+            n = torch.repeat_interleave(area[a:b], output_size=total)
+            k = torch.arange(total) - (ends[a:b] - area[a:b] - done)[n]
+            x0, y0, x1, _ = rect[:, a:b]
+            across = (x1 - x0)[n]
+            row = torch.div(k, across, rounding_mode="floor")
+            ray = (y0[n] + row + v * H) * W + x0[n] + k - row * across
+            t_in, t_out = None, None
+            for axis in range(3):
+                step = inverse[axis].index_select(0, ray)
+                p, q = (
+                    near[axis, a:b].index_select(0, n).mul_(step),
+                    far[axis, a:b].index_select(0, n).mul_(step),
+                )
+                lo, hi = torch.minimum(p, q), torch.maximum(p, q)
+                t_in, t_out = (
+                    (lo, hi)
+                    if t_in is None
+                    else (torch.maximum(t_in, lo), torch.minimum(t_out, hi))
+                )
+            xi = offset.index_select(0, ray)
+            first, last = (t_in * per_unit).sub_(xi).ceil_(), (t_out * per_unit).sub_(xi).floor_()
+            hit = ((t_in < t_out) & (first <= last)).nonzero()[:, 0]
+            n, ray, first, last, xi = n[hit], ray[hit], first[hit], last[hit], xi[hit]
+            d, shorter, z = (
+                direction.index_select(1, ray),
+                shrink.index_select(0, ray),
+                xi.add_(first).div_(per_unit),
+            )
+            q = torch.addcmul(near[:, a:b].index_select(1, n).neg_(), d, z).mul_(scale).sub_(0.5)
+            path = torch.cat(
+                [q, (z * shorter)[None], d.mul_(0.5), shorter.div_(per_unit)[None]]
+            ).t()
+            hits.append(
+                (
+                    (ray << 32) + first.long(),
+                    (last - first + 1).int(),
+                    (n + (a + begin)).int(),
+                    path,
+                )
+            )
+            a, done = b, int(ends[b - 1])
+        found += hits
+        owners = torch.cat([h[2] for h in hits]) - begin if hits else area[:0]
+        counts.append(torch.bincount(owners, minlength=end - begin))
+    none = torch.zeros(0, dtype=torch.int64)
+    found.append((none, none.int(), none.int(), offset.new_zeros(0, 8)))
+    key, samples, voxel, path = (torch.cat(parts) for parts in zip(*found, strict=True))
+    start = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
+    return Segments(
+        ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * H * W)
+    )

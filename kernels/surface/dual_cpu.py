@@ -1,0 +1,137 @@
+"""Dual vertices on a CPU: the formulas of kernels.surface.dual, one row per (dual vertex, edge) pair, a
+chunk of dual vertices at a time.
+
+Positions and colors are interpolated alike, so they travel together as rows of M = 3 (or 9)
+numbers.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.surface.cubes import Geometry
+from kernels.surface.tables import cube_tables
+
+CHUNK = 1 << 14  # dual vertices at a time: bounds the memory
+
+
+class _Pairs(NamedTuple):
+    """I pairs of a chunk of dual vertices."""
+
+    span: slice  # the dual vertices
+    p: Tensor  # [I] the dual vertex, from the first of the chunk
+    flat: Tensor  # [I] 12 * cube + edge
+    beta: Tensor  # [I, 1]
+    ends: tuple["_End", "_End"]
+
+
+class _End(NamedTuple):
+    row: Tensor  # [I] vertex
+    flat: Tensor  # [I] 8 * cube + corner
+    point: Tensor  # [I, M]
+    sdf: Tensor  # [I, 1]
+    alpha: Tensor  # [I, 1]
+
+
+def _pairs(g: Geometry) -> Iterator[_Pairs]:
+    tables = cube_tables(g.values.device)
+    for begin in range(0, len(g.dual), CHUNK):
+        span = slice(begin, min(begin + CHUNK, len(g.dual)))
+        edges = tables.edges[g.kind[span]]
+        p, slot = (edges >= 0).nonzero().unbind(1)
+        edge, cube = edges[p, slot].long(), g.dual[span][p].long()
+        ends = tuple(_end(g, cube, corner) for corner in tables.ends[edge].unbind(1))
+        yield _Pairs(span, p, 12 * cube + edge, g.weights[cube, edge, None], ends)
+
+
+def _end(g: Geometry, cube: Tensor, corner: Tensor) -> _End:
+    flat = 8 * cube + corner
+    row = g.corner.view(-1)[flat]
+    value = g.values.index_select(0, row)
+    offset = torch.stack([corner & 1, corner >> 1 & 1, corner >> 2], 1)
+    grid = (g.place.index_select(0, cube) + offset).to(value.dtype) / g.resolution - 0.5
+    return _End(
+        row,
+        flat,
+        torch.cat([value[:, 1:4] + grid, value[:, 4:]], 1),
+        value[:, :1],
+        g.weights[cube, 12 + corner, None],
+    )
+
+
+def _total(value: Tensor, pairs: _Pairs) -> Tensor:
+    return value.new_zeros(pairs.span.stop - pairs.span.start, value.shape[1]).index_add_(
+        0, pairs.p, value
+    )
+
+
+class _Shape(NamedTuple):
+    """What forward and backward share."""
+
+    point: Tensor  # [I, M] weighted crossing of the edge
+    vertex: Tensor  # [n, M]
+    divisor: Tensor  # [n, 1] sum of beta
+    away: Tensor  # [I, 3] plain crossing minus dual vertex
+    distance: Tensor  # [I, 1]
+    beyond: Tensor  # [I, 1] distance minus mean distance
+    edges: Tensor  # [n, 1]
+
+
+def _shape(pairs: _Pairs) -> _Shape:
+    a, b = pairs.ends
+    sa, sb = a.sdf * a.alpha, b.sdf * b.alpha
+    point = (a.point * sb - b.point * sa) / (sb - sa)
+    divisor = _total(pairs.beta, pairs)
+    vertex = _total(pairs.beta * point, pairs) / divisor
+    plain = (a.point[:, :3] * b.sdf - b.point[:, :3] * a.sdf) / (b.sdf - a.sdf)
+    away = plain - vertex[:, :3].index_select(0, pairs.p)
+    distance = away.norm(dim=1, keepdim=True)
+    edges = _total(torch.ones_like(distance), pairs)
+    beyond = distance - (_total(distance, pairs) / edges).index_select(0, pairs.p)
+    return _Shape(point, vertex, divisor, away, distance, beyond, edges)
+
+
+def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
+    """As kernels.surface.dual.dual_vertices."""
+    P, M = len(g.dual), g.values.shape[1] - 1
+    out, deviation = g.values.new_empty(P, M), g.values.new_empty(P)
+    for pairs in _pairs(g):
+        shape = _shape(pairs)
+        out[pairs.span] = shape.vertex
+        deviation[pairs.span] = _total(shape.beyond.abs(), pairs)[:, 0]
+    return out, deviation
+
+
+def dual_torch_backward(
+    g: Geometry, grad: Tensor, grad_deviation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As kernels.surface.dual.dual_vertices_backward."""
+    C = len(g.weights)
+    grad_values = torch.zeros_like(g.values)
+    grad_beta, grad_alpha = grad.new_zeros(12 * C), grad.new_zeros(8 * C)
+    for pairs in _pairs(g):
+        s, up = _shape(pairs), grad[pairs.span].clone()
+        sign = s.beyond.sign()
+        slope = (sign - (_total(sign, pairs) / s.edges)[pairs.p]) * grad_deviation[pairs.span][
+            pairs.p, None
+        ]
+        g_plain = torch.where(s.distance > 0, slope / s.distance, 0) * s.away
+        up[:, :3] -= _total(g_plain, pairs)
+        g_point = (up / s.divisor).index_select(0, pairs.p)
+        grad_beta[pairs.flat] = (g_point * (s.point - s.vertex.index_select(0, pairs.p))).sum(1)
+        g_point *= pairs.beta
+        for own, other in (pairs.ends, pairs.ends[::-1]):
+            between = own.point - other.point
+            s_own, s_other = own.sdf * own.alpha, other.sdf * other.alpha
+            part = s_other / (s_other - s_own)
+            g_product = (g_point * between).sum(1, keepdim=True) * part / (s_other - s_own)
+            plain = other.sdf / (other.sdf - own.sdf)
+            g_sdf = (g_plain * between[:, :3]).sum(1, keepdim=True) * plain / (other.sdf - own.sdf)
+            g_point_own = part * g_point
+            g_point_own[:, :3] += plain * g_plain
+            g_own = torch.cat([g_sdf + g_product * own.alpha, g_point_own], 1)
+            grad_values.index_add_(0, own.row, g_own)
+            grad_alpha.index_add_(0, own.flat, (g_product * own.sdf)[:, 0])
+    return grad_values, grad_beta.view(C, 12), grad_alpha.view(C, 8)

@@ -1,0 +1,233 @@
+"""The build report: a fast subset really built, its completeness, its arithmetic and its table."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import kernels
+from kernels.compile.command import (
+    OPS,
+    TARGETS,
+    Build,
+    _blocks_per_unit,
+    _parse,
+    _read,
+    _verdict,
+    _wanted,
+    main,
+)
+from kernels.compile.report import document, merged
+from kernels.compile.workloads import WORKLOADS
+
+
+def run(*arguments, interpret=False):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    command = [sys.executable, "-m", "kernels.compile", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_kernels_are_built_for_absent_gpus(tmp_path):
+    report = tmp_path / "report.json"
+    what = [
+        "--op",
+        "similarity",
+        "--dtype",
+        "fp16",
+        "--target",
+        "sm_90,gfx942",
+        "--workers",
+        "2",
+        "--hot",
+    ]
+    done = run(*what, "--json", str(report), "--markdown", str(tmp_path / "report.md"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
+    assert {row["kernel"] for row in rows} == {"_ssim_fwd", "_ssim_bwd"}
+    table = (tmp_path / "report.md").read_text()
+    assert "## kernels.similarity" in table and table.count("| hot |") == 4
+    assert "most a block may have: gfx942 65536, sm_90 232448" in table
+    for row in rows:
+        assert (
+            row["registers"] > 16
+            and row["blocks_per_unit"] >= 1
+            and row["spills"] == 0
+            and row["hot"]
+        )
+        assert row["shared"] <= TARGETS[row["target"]].shared_block
+    assert "0 failures" in done.stdout
+
+
+def test_what_fails_a_finished_build():
+    h100 = TARGETS["sm_90"]
+    too_much = _verdict({"shared": 300000, "spills": 0, "hot": False}, h100, "sm_90")
+    assert too_much == "shared memory 300000 B exceeds the 232448 B of sm_90"
+    assert (
+        _verdict({"shared": 0, "spills": 3, "hot": True}, h100, "sm_90")
+        == "3 spills in a hot kernel"
+    )
+    assert _verdict({"shared": 0, "spills": 3, "hot": False}, h100, "sm_90") is None
+
+
+def test_blocks_per_multiprocessor_by_what_runs_out():
+    h100 = TARGETS["sm_90"]
+    assert _blocks_per_unit(h100, registers=32, shared=0, warps=4) == 16  # warps: 64 of them
+    # registers: 65536 / (128 * 256)
+    assert _blocks_per_unit(h100, registers=128, shared=0, warps=8) == 2
+    assert _blocks_per_unit(h100, registers=32, shared=100 << 10, warps=4) == 2  # shared memory
+
+
+def test_amd_reserves_no_shared_memory():
+    assert _blocks_per_unit(TARGETS["gfx942"], registers=32, shared=64 << 10, warps=4) == 1
+
+
+def entry_points() -> set[str]:
+    """Every Triton function that no other one calls: what can only be launched."""
+    functions = [
+        node
+        for file in Path(kernels.__file__).parent.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    calls = [
+        node.func
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call)
+    ]
+    return {f.name for f in functions} - {
+        getattr(call, "id", getattr(call, "attr", "")) for call in calls
+    }
+
+
+def test_every_kernel_is_built_and_what_was_recorded_can_be_read():
+    done = run("--record", "--dtype", "fp16", "--target", "sm_90", interpret=True)
+    assert done.returncode == 0, done.stderr
+    builds = _read(done.stdout)
+    assert {build.kernel for build in builds} == entry_points()
+    assert {build.dtype for build in builds} == {"fp16", "fp32", "int"}
+    insert = next(build for build in builds if build.kernel == "_insert")
+    assert dict(insert.types)["keys_ptr"] == "*i64" and 0 in insert.aligned  # memory comes aligned
+    splat = next(build for build in builds if build.kernel == "_emit")
+    assert dict(splat.types)["TX"] == "i32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], True),
+        (["--hot"], True),
+        (["--kernel", "x"], False),
+        (["--without", r"C=76\b"], True),
+        (["--without", "C"], False),
+    ],
+    ids=str,
+)
+def test_launches_are_chosen(arguments, wanted):
+    norm = Build(
+        "kernels.norm.layer",
+        "_layer_norm_fwd",
+        (("x_ptr", "*fp16"),),
+        (0,),
+        (),
+        (("C", 768), ("num_warps", 4)),
+    )
+    assert bool(_wanted(norm, _parse(arguments))) == wanted
+    assert not _wanted(replace(norm, kernel="_lookup"), _parse(["--hot"]))
+
+
+def report(version: str, registers: int, **changes) -> dict:
+    row = {"module": "kernels.x", "kernel": "_k", "types": [["x_ptr", "*fp16"]], "ones": []}
+    row |= {"constants": [["C", 8], ["num_warps", 4]]}
+    row |= {
+        "dtype": "fp16",
+        "target": "sm_90",
+        "hot": False,
+        "registers": registers,
+        "stack": 0,
+        "shared": 0,
+    } | changes
+    return {"triton": version, "rows": [row]}
+
+
+def test_two_versions_share_a_line_of_the_table():
+    reports = [report("3.6.0", 32), report("3.9.0", 40, failure="3 spills in a hot kernel")]
+    (line,) = merged(reports).splitlines()[2:]
+    assert line.startswith("| _k fp16 (C=8) | sm_90 | 32 / 40 | 0 | - | 0 |")
+    assert line.endswith("| triton 3.9.0: 3 spills in a hot kernel |")
+    text = document(reports, {"sm_90": 232448})
+    assert text.startswith("# Kernels built for absent GPUs, Triton 3.6.0 and 3.9.0\n")
+    assert "Triton 3.9.0: 1 kernels, 1 builds, 1 failures" in text
+
+
+def test_every_op_of_the_list_exists():
+    assert OPS.split(",") == list(WORKLOADS)
+
+
+def test_another_python_must_be_there(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--also", "/no/such/python"])
+    assert "--also /no/such/python is no Python that can be run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/no/such/x.json"], "argument --json: there is no folder /no/such for x.json"),
+        (
+            ["--markdown", "/no/such/x.md"],
+            "argument --markdown: there is no folder /no/such for x.md",
+        ),
+        (["--json", os.sep], f"{os.sep} is a folder: name a file in it"),
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_refused_before_anything_is_built(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr("kernels.compile.command._recorded", lambda args: pytest.fail("recorded"))
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_not_there_is_said_with_those_that_are(capsys, monkeypatch):
+    norm = Build(
+        "kernels.norm.layer", "_layer_norm_fwd", (("x_ptr", "*fp16"),), (0,), (), (("C", 768),)
+    )
+    monkeypatch.setattr(
+        "kernels.compile.command._recorded",
+        lambda args: json.dumps([asdict(norm) | {"targets": ["sm_90"]}]),
+    )
+    assert main(["--kernel", "nosuch"]) == 1
+    assert (
+        "no launch matches --kernel 'nosuch', --hot and --without; the kernels are _layer_norm_fwd"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_help_is_in_whole_sentences_and_names_the_choices(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "shared memory. options:" in text
+        and "of fp16,bf16,fp32" in text
+        and "attention, norms" in text
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--target", "sm_91"], ["--dtype", "fp8"], ["--op", "sort"]])
+def test_unknown_names_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "known are" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Checkpoints survive crashes and full disks, and say what is wrong with a bad one."""
+
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from train import files
+from train.run import checkpoint
+
+
+def tensors(scale: float = 1.0):
+    kept = {"optimizer.a.step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
+    return {"model.a": torch.randn(30, 7) * scale} | kept
+
+
+def test_round_trip_is_exact(tmp_path):
+    written = tensors() | {"slice": torch.randn(8, 8)[:, ::2]}
+    file = checkpoint.save(
+        tmp_path / "checkpoints", 12, written, {"step": 12, "log2": 20.001, "names": ["a"]}
+    )
+    read, state = checkpoint.load(file)
+    assert file.name == "step_00000012.safetensors" and state == {
+        "step": 12,
+        "log2": 20.001,
+        "names": ["a"],
+    }
+    assert read.keys() == written.keys()
+    assert all(
+        torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in written.items()
+    )
+    assert checkpoint.group(read, "model").keys() == {"a"} and checkpoint.group(
+        read, "optimizer"
+    ).keys() == {"a.step"}
+
+
+def test_only_the_last_few_are_kept_and_the_newest_is_found(tmp_path):
+    (tmp_path / "step_00000007.partial").touch()  # of a run that was killed while it saved
+    for step in (5, 20, 100, 9):
+        checkpoint.save(tmp_path, step, tensors(), {"step": step}, keep=2)
+    assert [f.name for f in sorted(tmp_path.iterdir())] == [
+        "step_00000020.safetensors",
+        "step_00000100.safetensors",
+    ]
+    assert checkpoint.newest(tmp_path).name == "step_00000100.safetensors"
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow past 64 kB, which the writer sees as it would see a full disk: a failed
+    write.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path, full_disk):
+    first = checkpoint.save(tmp_path, 1, tensors(), {"step": 1})
+    with pytest.raises(
+        OSError,
+        match=r"could not write .*step_00000002.*newest complete checkpoint is .*step_00000001",
+    ):
+        checkpoint.save(tmp_path, 2, {"model.a": torch.zeros(2**15)}, {"step": 2})
+    assert list(tmp_path.iterdir()) == [first]
+    assert checkpoint.load(checkpoint.newest(tmp_path))[1] == {"step": 1}
+
+
+def test_failure_before_the_rename_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    first = checkpoint.save(tmp_path, 1, tensors(), {"step": 1})
+    monkeypatch.setattr(
+        files.os,
+        "fsync",
+        lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(tmp_path, 1, tensors(9.0), {"step": 1, "again": True})
+    assert list(tmp_path.iterdir()) == [first] and checkpoint.load(first)[1] == {"step": 1}
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        checkpoint.newest(tmp_path)
+    file = checkpoint.save(tmp_path, 3, tensors(), {"step": 3})
+    whole = file.read_bytes()
+    for size in (len(whole) - 1, 40, 0):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"step_00000003.safetensors is truncated"):
+            checkpoint.load(file)
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="no state$"):
+        checkpoint.load(file)
+
+
+def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(tmp_path):
+    files = [checkpoint.save(tmp_path, step, tensors(), {"step": step}) for step in (1, 2, 3)]
+    files[2].write_bytes(b"short")
+    with pytest.raises(
+        ValueError,
+        match="step_00000003.* is truncated.*; step_00000002.safetensors beside it is whole: "
+        "delete",
+    ):
+        checkpoint.load(files[2])
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match="step_00000003.*; step_00000001.safetensors beside it is whole"
+    ):
+        checkpoint.load(files[2])
+    files[2].unlink()
+    files[0].unlink()
+    with pytest.raises(ValueError, match="step_00000002.*[^:]$") as refused:
+        checkpoint.load(files[1])
+    assert "beside" not in str(refused.value)

@@ -1,0 +1,110 @@
+"""What a training step waits for: the voxels and the renderer of every micro-batch, the gradient's
+norm and the row of means.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kernels.camera import Camera
+from tests.helpers.reads import watch_reads
+from tests.models.test_models import randomize, small_encoder
+from tests.train.test_train_mesh import data
+from train import gaussian, mesh, radiance
+from train.config import from_cli
+from train.data.dataset import Batch, collate
+from train.loop import Run
+from train.losses.geometry import Surfaces
+from train.losses.pictures import GradClipper, Pictures
+from train.lpips import weight_shapes
+from train.optimizer import LossScale, Optimizer
+from train.run.latents import Latents
+from train.run.machine import Machine
+
+TINY = (
+    "--device cpu --image-size 16 --batch-size 2 --micro-batch 1 --views 1 --holdout-views 2 "
+    "--eval-objects 1 --warmup 0 "
+    "--model.blocks 1"
+).split()
+SIZES = {
+    gaussian: "--model.channels 16 --model.heads 1 --model.per-voxel 1".split(),
+    radiance: "--model.channels 16 --model.heads 1 --model.rank 1 --model.dim 2".split(),
+    mesh: "--model.heads 2 --model.mlp-ratio 0.25".split(),
+}
+# of a micro-batch: its voxels, the renderer's; of a mesh the true one's picture, and numbers of
+# corners, cubes, faces
+READS = {gaussian: 1 + 1, radiance: 1 + 1, mesh: 1 + 2 + 1 + 1}
+STEP = 2  # the norm that is clipped, the row of the log
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory):
+    """A file of random weights."""
+    file = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
+    save_file({key: 0.05 * torch.randn(shape) for key, shape in weight_shapes().items()}, file)
+    return file
+
+
+def small(batch: Batch) -> Batch:
+    """Of one object: a few of its voxels and of the faces of its mesh."""
+    meshes = batch.meshes and replace(
+        batch.meshes, faces=batch.meshes.faces[:9], face_starts=[0, 9]
+    )
+    return replace(batch, features=batch.features[:3], coords=batch.coords[:3], meshes=meshes)
+
+
+SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in (radiance, mesh)]
+
+
+@pytest.mark.parametrize("script", [gaussian, *SLOW], ids=lambda script: script.__name__)
+def test_a_step(watched_device, script, data, lpips, tmp_path):  # noqa: F811
+    flags = ["--data", str(data), "--lpips", str(lpips), "--out", str(tmp_path / "run")]
+    config = from_cli("", script.PRESETS, [*TINY, *SIZES[script], *flags], 1)
+    run = Run(
+        "",
+        config,
+        script.build,
+        Machine(watched_device, 0, 1),
+        Surfaces if script is mesh else Pictures,
+    )
+    batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
+    with watch_reads() as seen:
+        row = run.step(batches)
+    assert row["skipped"] == 0 and len(seen) == READS[script] * len(batches) + STEP
+
+
+def test_the_way_of_a_batch(watched_device, tmp_path):
+    """From pinned memory to latents of a frozen encoder, whose files are compared with an object's
+    voxels once.
+    """
+    coords = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 0], [1, 0, 0, 5]], dtype=torch.int32)
+    view = Camera.orbit([0.0, 1.0, 2.0], 0.3, width=8)
+    host = Batch(torch.ones(3, 5), coords, 2, view, [0, 1, 1], torch.zeros(3, 4, 8, 8), ["a", "b"])
+    latents = Latents(randomize(small_encoder()).to(watched_device), tmp_path)
+    latents(host.to(watched_device))  # makes the files
+    for compared in (2, 0):
+        with watch_reads() as seen:
+            batch = host.pin_memory().to(watched_device, non_blocking=True)
+            assert not seen and len(batch.camera[[2, 0]]) == 2 and len(batch.camera[1]) == 1
+            assert not seen and latents(batch).feats.shape == (3, 4)
+        assert len(seen) == 1 + compared
+    with watch_reads() as seen:
+        host.to(watched_device)
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_optimiser(watched_device, muon):
+    """The first step makes what is kept."""
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])}).to(
+        watched_device
+    )
+    scale = LossScale()
+    optimizer = Optimizer(model.named_parameters(), GradClipper(buffer=1), scale, muon=muon)
+    for _ in range(2):
+        with watch_reads() as seen:
+            optimizer.backward(model["blocks"][0](torch.ones(2, 4, device=watched_device)).sum())
+            optimizer.step(1e-3)
+        assert len(seen) == 1

@@ -1,0 +1,472 @@
+"""Objects for training: a dataset over folders in the published layout, batches of them, and the
+order they come in.
+
+    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
+    # train.data.loader; never ends
+    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import Camera
+from train.data.layout import read_metadata
+from train.data.scenes import (
+    number,
+    picture_size,
+    read_features,
+    read_frames,
+    read_mesh,
+    read_picture,
+)
+
+# 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
+EMBEDDED = Path(__file__).parent / "assets" / "demo"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The true surfaces of several objects, one after the other."""
+
+    vertices: Tensor  # [P, 3] float32, world units
+    faces: Tensor  # [F, 3] int32, rows of the object's own vertices
+    vertex_starts: list[int]  # [batch_size + 1]
+    face_starts: list[int]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object with some of its views."""
+
+    name: str  # sha256
+    coords: Tensor  # [V, 3] int32, lexicographic
+    features: Tensor  # [V, C] float32
+    camera: Camera  # of k views
+    image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
+    # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
+    mesh: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several objects, voxels in one list, views in another.
+
+    Raises ValueError for coords of another shape: the batch column comes first, and dropping it
+    mixes up objects.
+    """
+
+    features: Tensor  # [N, C] float32
+    coords: Tensor  # [N, 4] int32: object, x, y, z
+    batch_size: int  # objects
+    camera: Camera  # of V views
+    view_scene: list[int]  # [V]: which object a view shows
+    image: Tensor  # [V, 4, H, W] float32 RGBA in [0, 1], straight alpha
+    names: list[str]  # [batch_size]: sha256
+    meshes: Meshes | None = None  # where the dataset reads them
+
+    def __post_init__(self) -> None:
+        shape = list(self.coords.shape)
+        if len(shape) != 2 or shape[1] != 4:
+            hint = (
+                " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), "
+                "value=b) puts object b before x, y, z)"
+            )
+            raise ValueError(
+                f"coords must be [N, 4], not {shape}{hint if shape[1:] == [3] else ''}"
+            )
+        if len(self.features) != shape[0]:
+            raise ValueError(f"{len(self.features)} rows of features but {shape[0]} of coords")
+        if not len(self.image) == len(self.camera) == len(self.view_scene):
+            raise ValueError(
+                f"{len(self.image)} images, {len(self.camera)} cameras, {len(self.view_scene)} "
+                "scenes of views"
+            )
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        camera = replace(
+            self.camera,
+            extrinsics=move(self.camera.extrinsics),
+            intrinsics=move(self.camera.intrinsics),
+        )
+        moved = {name: move(getattr(self, name)) for name in ("features", "coords", "image")}
+        m = self.meshes
+        meshes = None if m is None else replace(m, vertices=move(m.vertices), faces=move(m.faces))
+        return replace(self, camera=camera, meshes=meshes, **moved)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with its tensors on `device`; what lives on the host stays there."""
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._each(Tensor.pin_memory)
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """One batch of items: adds the batch column. ValueError, naming both objects, where their
+    channels or views differ.
+    """
+    if not items:
+        raise ValueError("a batch needs at least one object")
+    first = items[0]
+    for item in items[1:]:
+        for what, a, b in (
+            ("channels", first.features.shape[1], item.features.shape[1]),
+            ("pixels a side", first.camera.width, item.camera.width),
+        ):
+            if a != b:
+                raise ValueError(f"object {first.name} has {a} {what}, but {item.name} has {b}")
+    cameras = [item.camera for item in items]
+    meshes = None
+    if first.mesh is not None:
+        parts = [list(part) for part in zip(*(item.mesh for item in items), strict=True)]
+        meshes = Meshes(
+            *map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts)
+        )
+    return Batch(
+        torch.cat([item.features for item in items]),
+        torch.cat(
+            [torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]
+        ),
+        len(items),
+        replace(
+            first.camera,
+            extrinsics=torch.cat([c.extrinsics for c in cameras]),
+            intrinsics=torch.cat([c.intrinsics for c in cameras]),
+        ),
+        [i for i, item in enumerate(items) for _ in range(len(item.image))],
+        torch.cat([item.image for item in items]),
+        [item.name for item in items],
+        meshes,
+    )
+
+
+class Dataset(torch.utils.data.Dataset):
+    """The objects of several folders that pass the published filters, each with `num_views` random
+    views per fetch.
+
+    An object takes part if its feature flag (column feature_NAME, feature_NAME_R for R != 64) is
+    true, it has at most `max_voxels` (num_voxels, num_voxels_R) and an aesthetic_score of at least
+    `min_aesthetic`, and belongs to `split` (column split; None takes all). An empty cell or absent
+    column never excludes, except the feature flag's; without a split an object is a training
+    object. `skipped` counts the others by reason, `summary()` says it in a line.
+
+    The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them,
+    "train" only the rest. Where transforms.json says how many frames the `rgb` features were made
+    without, more than those cannot be kept apart: the features would show the model what it is
+    scored on. Fewer can. `dataset[index, draw]` picks its views by (seed, draw, index) alone;
+    `dataset[index]` is draw 0. A broken object raises ValueError that names its file; no other
+    object ever takes its place. `cache=True` keeps what was decoded in memory. `meshes=True` reads
+    every object's mesh.ply too.
+
+    Raises ValueError for a folder that is no dataset, one without these features, where no object
+    is left (unless `required` is False), and for a first object of a folder whose transforms.json
+    cannot be used.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[str | Path],
+        *,
+        resolution: int = 64,
+        features: str = "dinov2_vitl14_reg",
+        image_size: int = 512,
+        num_views: int = 1,
+        max_voxels: int = 32768,
+        min_aesthetic: float = 4.5,
+        split: str | None = "train",
+        views: str = "train",
+        holdout_views: int = 0,
+        seed: int = 0,
+        cache: bool = False,
+        required: bool = True,
+        meshes: bool = False,
+    ):
+        if split not in ("train", "test", None) or views not in ("train", "holdout"):
+            raise ValueError(
+                f"split {split!r} is not train, test or None, or views {views!r} is not train "
+                "or holdout"
+            )
+        if (
+            num_views < 1
+            or holdout_views < (views == "holdout")
+            or image_size < 1
+            or resolution < 1
+        ):
+            raise ValueError(
+                f"num_views {num_views}, image_size {image_size} and resolution {resolution} "
+                "must be at least 1, "
+                f"holdout_views {holdout_views} at least {int(views == 'holdout')} for "
+                f"views={views!r}"
+            )
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
+            raise ValueError(f"features {features!r} is no name of a folder of features")
+        self.resolution, self.image_size, self.num_views, self.max_voxels = (
+            resolution,
+            image_size,
+            num_views,
+            max_voxels,
+        )
+        self.views, self.holdout_views, self.seed = views, holdout_views, seed
+        self.min_aesthetic, self.split, self.features = min_aesthetic, split, features
+        suffix = "" if resolution == 64 else f"_{resolution}"
+        self._flag, self._count, self._folder = (
+            f"feature_{features}{suffix}",
+            f"num_voxels{suffix}",
+            f"{features}{suffix}",
+        )
+        self._memory: dict | None = {} if cache else None
+        self._meshes = meshes
+        self.skipped: Counter[str] = Counter()
+        # sha256 -> root, voxels that metadata.csv promises
+        self._objects: dict[str, tuple[Path, int | None]] = {}
+        self._files: dict[str, str] = {}  # sha256 -> local_path
+        self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
+        for root in self.roots:
+            self._list(root)
+            own = (name for name, (its, _) in self._objects.items() if its == root)
+            if first := next(own, None):  # before anything is loaded; the others when they are read
+                self._frames(first)
+        self.names = list(self._objects)
+        if required and not self.names:
+            raise ValueError(f"no object is left: {self.summary()}")
+        self._channels = None
+
+    def _list(self, root: Path) -> None:
+        file = root / "metadata.csv"
+        rows = read_metadata(root)
+        if rows and self._flag not in rows[0]:
+            columns = [
+                column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)
+            ]
+            have = [
+                m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))
+            ]
+            fits = [f"--features {m[1]} --resolution {m[2] or 64}" for m in have]
+            same = any(int(m[2] or 64) == self.resolution for m in have)
+            make = (
+                ""
+                if same
+                else f"; train.prepare --resolution {self.resolution} makes rgb features of "
+                "that resolution"
+            )
+            raise ValueError(
+                f"{file} has no column {self._flag}: it fits "
+                f"{' or '.join(fits) or 'no --features'}{make}"
+            )
+        for row in rows:
+            voxels, score = number(row, self._count, file), number(row, "aesthetic_score", file)
+            reason = None
+            if not _true(row[self._flag]):
+                reason = "without features"
+            elif row.get("rendered") and not _true(row["rendered"]):
+                reason = "without views"
+            elif voxels is not None and voxels > self.max_voxels:
+                reason = f"over {self.max_voxels} voxels"
+            elif score is not None and score < self.min_aesthetic:
+                reason = f"of aesthetic score below {self.min_aesthetic}"
+            elif self.split and (row.get("split") or "train") != self.split:
+                reason = "of another split"
+            elif row["sha256"] in self._objects:
+                reason = "listed twice"
+            if reason:
+                self.skipped[reason] += 1
+            else:
+                self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
+                self._files[row["sha256"]] = row.get("local_path", "")
+
+    def summary(self) -> str:
+        """What was listed and what was left out, in a line for a run's header."""
+        left_out = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        listed = len(self._objects) + self.skipped.total()
+        of = f"{len(self._objects)} of {listed} objects" + (f" ({left_out})" if left_out else "")
+        return f"{of} in {', '.join(map(str, self.roots)) or 'no folder'}"
+
+    def title(self, name: str) -> str:
+        """What a reader calls an object: the stem of its local_path, or else the beginning of its
+        sha256.
+        """
+        return Path(self._files[name]).stem or name[:8]
+
+    @property
+    def channels(self) -> int:
+        """Feature channels, of the first object's file."""
+        if self._channels is None:
+            self._channels = self._features(self.names[0])[1].shape[1]
+        return self._channels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"object {index} of {len(self)}")
+        frames, views = self._frames(self.names[index])
+        if len(views) < self.num_views:
+            file = frames.files[0].parent / "transforms.json"
+            raise ValueError(f"{file}: {len(views)} {self.views} views, {self.num_views} wanted")
+        rng = np.random.default_rng([self.seed, draw, index])
+        return self.item(index, rng.choice(len(views), self.num_views, replace=False).tolist())
+
+    def item(self, which: int | str, views: Sequence[int] | None = None) -> Item:
+        """An object by index or sha256, with these of its views (numbered within `views` of this
+        dataset) or all of them.
+        """
+        name = self.names[which] if isinstance(which, int) else which
+        if name not in self._objects:
+            raise ValueError(f"{name} is not an object of {self.summary()}")
+        coords, features = self._features(name)
+        if features.shape[1] != self.channels:
+            a, b = self._feature_file(name), self._feature_file(self.names[0])
+            raise ValueError(
+                f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}"
+            )
+        frames, own = self._frames(name)
+        chosen = [own[v] for v in (range(len(own)) if views is None else views)]
+        like = self._cached(picture_size, frames.files[0])
+        images = [
+            self._cached(read_picture, frames.files[v], self.image_size, like) for v in chosen
+        ]
+        matrix, fov = (
+            torch.from_numpy(frames.matrix[chosen]),
+            torch.from_numpy(frames.fov[chosen]).float(),
+        )
+        camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
+        mesh = (
+            self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply")
+            if self._meshes
+            else None
+        )
+        return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
+
+    def _cached(self, read: Callable, *args):
+        if self._memory is None:
+            return read(*args)
+        if (read, args) not in self._memory:
+            self._memory[read, args] = read(*args)
+        return self._memory[read, args]
+
+    def _feature_file(self, name: str) -> Path:
+        return self._objects[name][0] / "features" / self._folder / f"{name}.npz"
+
+    def _features(self, name: str) -> tuple[Tensor, Tensor]:
+        root, promised = self._objects[name]
+        file = self._feature_file(name)
+        coords, features = self._cached(read_features, file, self.resolution)
+        if promised is not None and promised != len(coords):
+            raise ValueError(
+                f"{file} has {len(coords)} voxels, but {self._count} in {root / 'metadata.csv'} "
+                f"says {promised}"
+            )
+        if len(coords) > self.max_voxels:
+            raise ValueError(
+                f"{file} has {len(coords)} voxels, over the limit of {self.max_voxels}"
+            )
+        return coords, features
+
+    def _frames(self, name: str) -> tuple:
+        file = self._objects[name][0] / "renders" / name / "transforms.json"
+        frames = self._cached(read_frames, file)
+        count, held = len(frames.files), self.holdout_views
+        if count <= held:
+            raise ValueError(
+                f"{file} lists {count} frames: {held} held-out views leave none to train on: "
+                "use fewer --holdout-views"
+            )
+        if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
+            raise ValueError(
+                f"{file}: {held} held-out views, but its rgb features were made without only "
+                f"{frames.holdout} of {count} frames: "
+                f"use --holdout-views {frames.holdout} or fewer"
+                + (
+                    ""
+                    if frames.holdout
+                    else "; prepare it again with train.prepare --holdout-views"
+                )
+            )
+        return frames, range(count - held) if self.views == "train" else range(count - held, count)
+
+
+def _true(cell: str) -> bool:
+    return cell.strip().lower() in ("true", "1", "1.0", "yes")
+
+
+class Sampler:
+    """Which objects each step takes: endless, reshuffled every epoch, the same for every number of
+    ranks.
+
+    Yields lists of (object, epoch), the key that Dataset picks its views by: one micro-batch of
+    this rank after the other (without `micro_batch`, the rank's whole share of a step). Step s
+    takes `batch_size` consecutive places of the stream of shuffled epochs, rank r the r-th part of
+    them, so ranks share no place and get lists of one length. Raises ValueError where the sizes do
+    not divide.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if length < 1 or not 0 <= rank < world:
+            raise ValueError(
+                f"there is nothing to sample for rank {rank} of {world} from {length} objects"
+            )
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
+        self.share = batch_size // world
+        self.micro_batch = micro_batch or self.share
+        if self.share % self.micro_batch:
+            raise ValueError(
+                f"a rank's {self.share} objects of a step are not a multiple of micro_batch "
+                f"{self.micro_batch}"
+            )
+        self.length, self.batch_size, self.seed, self.rank = length, batch_size, seed, rank
+        self.step = 0
+
+    def _order(self, epoch: int) -> list[int]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.length).tolist()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = order = None
+        while True:
+            first, keys = self.step * self.batch_size + self.rank * self.share, []
+            for place in range(first, first + self.share):
+                if place // self.length != epoch:
+                    epoch = place // self.length
+                    order = self._order(epoch)
+                keys.append((order[place % self.length], epoch))
+            self.step += 1
+            for i in range(0, self.share, self.micro_batch):
+                yield keys[i : i + self.micro_batch]
+
+    def state_dict(self, step: int | None = None) -> dict[str, int]:
+        """Where to go on: after `step` steps, for a loader fetches ahead of training; by default
+        after those handed out.
+        """
+        sizes = {"length": self.length, "batch_size": self.batch_size, "seed": self.seed}
+        return {"step": self.step if step is None else step} | sizes
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue exactly; ValueError where the saved order is of other objects, another batch or
+        seed.
+        """
+        for name in ("length", "batch_size", "seed"):
+            if state[name] != getattr(self, name):
+                what = "number of objects" if name == "length" else name
+                raise ValueError(
+                    f"{what} {getattr(self, name)} is not the saved order's {state[name]}"
+                )
+        self.step = state["step"]

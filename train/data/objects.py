@@ -1,0 +1,95 @@
+"""The objects of a run: batches to train on, and views that training never sees, to look at and to
+score.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+
+from train.config import Config
+from train.data.dataset import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.data.loader import loader
+from train.run.machine import Machine
+
+GALLERY = {"held-out views": 5, "held-out objects": 3}  # objects in a sample picture
+
+
+class Objects:
+    """Training batches of one rank, held-out views of some training objects and of objects held out
+    whole.
+
+    Raises ValueError for a dataset that cannot be used (train.data.dataset says why).
+    """
+
+    def __init__(self, config: Config, here: Machine, meshes: bool = False):
+        roots, self.config, self.here = config.data or [EMBEDDED], config, here
+        common = dict(
+            resolution=config.resolution,
+            features=config.features,
+            image_size=config.image_size,
+            seed=config.seed,
+            holdout_views=config.holdout_views,
+            cache=not config.data,
+            meshes=meshes,
+        )
+        self.train = Dataset(roots, num_views=config.views, **common)
+        self.all = {
+            views: Dataset(roots, split=None, views=views, **common)
+            for views in ("train", "holdout")
+        }
+        self.channels = self.train.channels
+        own = set(self.train.names)
+        order = np.random.default_rng(config.seed).permutation(len(self.all["train"])).tolist()
+        names = [self.all["train"].names[i] for i in order]
+        self.groups = {  # names of the objects that are scored, by what is held out of them
+            "held-out views": [name for name in names if name in own][: config.eval_objects],
+            "held-out objects": [name for name in names if name not in own][: config.eval_objects],
+        }
+        self.held_out = len(names) - len(own)
+        self.sampler = Sampler(
+            len(self.train),
+            config.batch_size,
+            micro_batch=config.micro_batch,
+            seed=config.seed,
+            rank=here.rank,
+            world=here.world,
+        )
+        # what is wrong with every object, or with what is looked at, shows before the first step
+        self.train[0], self.gallery()
+
+    def summary(self) -> str:
+        voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"
+        held = (
+            f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
+        )
+        return f"{self.train.summary()}; {voxels}; {held}"
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step that the run still has, from the sampler's step
+        on.
+        """
+        left = self.config.steps - self.sampler.step
+        pin = self.here.device.type == "cuda"
+        with closing(loader(self.train, self.sampler, self.config.workers, pin)) as batches:
+            for _ in range(left):
+                yield [next(batches) for _ in range(self.config.micro_batches(self.here.world))]
+
+    def views(self, name: str, views: str) -> Batch:
+        """All "train" or all "holdout" views of one object."""
+        return collate([self.all[views].item(name)]).to(self.here.device)
+
+    def captions(self, batch: Batch) -> list[str]:
+        """What a picture says under each object of a batch: the stem of its file, and whether it is
+        held out whole.
+        """
+        held_out = set(self.groups["held-out objects"])
+        return [
+            self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "")
+            for name in batch.names
+        ]
+
+    def gallery(self) -> Batch:
+        """One fixed held-out view of a few objects."""
+        names = [name for group, count in GALLERY.items() for name in self.groups[group][:count]]
+        return collate([self.all["holdout"].item(name, [0]) for name in names]).to(self.here.device)

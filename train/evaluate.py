@@ -1,0 +1,136 @@
+"""How good a reconstruction is, beside floors that need no learning."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+import models
+from kernels import Image
+from models import GaussianScene
+from models.scene import Scene
+from train.data.dataset import Batch
+from train.data.objects import Objects
+from train.losses.pictures import composite, psnr
+
+PROTOCOL = (
+    "posterior means; every held-out view on black and on white, clamped to [0, 1], against the "
+    "ground truth on the same "
+    "background; PSNR = -10 log10(mean squared error) of each picture, averaged over pictures; "
+    "inside: the error over pixels "
+    "whose true alpha exceeds 0.5"
+)
+# of the one Gaussian in a voxel, standard deviations in voxels
+SIZES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.1)
+C0 = 0.28209479177387814  # the constant spherical harmonic
+
+# the views of one object on black, row for row with batch.image
+Renderer = Callable[[Batch], Image]
+Decoder = Callable[[Batch], list[Scene]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean PSNR in dB over `pictures` (views x 2 backgrounds), full frame and inside the object."""
+
+    full: float
+    inside: float
+    pictures: int
+
+
+Scores = Mapping[str, Mapping[str, Score]]  # by renderer, then by group of objects
+
+
+@torch.no_grad()
+def score(render: Renderer, batches: Iterable[Batch]) -> Score:
+    """Score what `render` makes of the views of each batch."""
+    full, inside = [], []
+    for batch in batches:
+        image, alpha = render(batch), batch.image[:, 3:]
+        for background in (0.0, 1.0):
+            target = composite(batch.image, batch.image.new_full((len(alpha), 3), background))
+            got = (image.color + background * (1 - image.alpha)).clamp(0, 1)
+            full.append(psnr(got, target))
+            inside.append(psnr(got, target, alpha > 0.5))
+    full, inside = torch.cat(full), torch.cat(inside)
+    return Score(full.mean().item(), inside.nanmean().item(), len(full))
+
+
+def scenes_renderer(decode: Decoder) -> Renderer:
+    """A renderer of the scenes that `decode` makes of a batch."""
+
+    def render(batch: Batch) -> Image:
+        black = batch.image.new_zeros(len(batch.image), 3)
+        return models.render(decode(batch), batch.camera, batch.view_scene, black)
+
+    return render
+
+
+def silhouette(objects: Objects) -> Renderer:
+    """The true alpha filled with the object's mean colour over its training views, each pixel
+    weighted by its alpha.
+    """
+
+    def render(batch: Batch) -> Image:
+        color, alpha = objects.views(batch.names[0], "train").image.split([3, 1], dim=1)
+        mean = (color * alpha).sum((0, 2, 3)) / alpha.sum().clamp(min=1e-6)
+        alpha = batch.image[:, 3:]
+        return Image(mean[:, None, None] * alpha, alpha)
+
+    return render
+
+
+def voxel_gaussians(resolution: int, size: float) -> Renderer:
+    """One round Gaussian in each voxel, `size` voxels wide, 0.99 opaque, in the mean colour that
+    `rgb` features begin with.
+    """
+
+    def decode(batch: Batch) -> list[GaussianScene]:  # of one object
+        center = (batch.coords[:, 1:].float() + 0.5) / resolution - 0.5
+        one = torch.ones_like(center[:, :1])
+        color = (batch.features[:, None, :3] - 0.5) / C0
+        scale, rotation = (
+            one.expand(-1, 3) * (size / resolution),
+            one * one.new_tensor([1, 0, 0, 0]),
+        )
+        return [GaussianScene(center, scale, rotation, 0.99 * one, color)]
+
+    return scenes_renderer(decode)
+
+
+def compare(
+    decoders: Mapping[str, Decoder], objects: Objects, resolution: int, rgb: bool
+) -> Scores:
+    """Score decoders and floors on the held-out views of both groups of objects.
+
+    The floor of one Gaussian a voxel needs `rgb` features; its size is the best on the training
+    views of a few objects.
+    """
+    renderers = {name: scenes_renderer(decode) for name, decode in decoders.items()} | {
+        "silhouette": silhouette(objects)
+    }
+    if rgb:
+        few = [objects.views(name, "train") for name in objects.groups["held-out views"][:4]]
+        size = max(SIZES, key=lambda size: score(voxel_gaussians(resolution, size), few).full)
+        renderers[f"one Gaussian a voxel ({size} wide)"] = voxel_gaussians(resolution, size)
+    groups = {group: names for group, names in objects.groups.items() if names}
+    batches = lambda names: (objects.views(name, "holdout") for name in names)
+    return {
+        row: {group: score(render, batches(names)) for group, names in groups.items()}
+        for row, render in renderers.items()
+    }
+
+
+def table(scores: Scores) -> str:
+    """The scores as text, a line a renderer: full-frame PSNR, in brackets inside the object."""
+    groups = next(iter(scores.values()))
+    rows = {"": [f"{group}, {s.pictures} pictures" for group, s in groups.items()]}
+    rows |= {
+        name: [f"{s.full:.2f} ({s.inside:.2f})" for s in row.values()]
+        for name, row in scores.items()
+    }
+    width = max(map(len, rows))
+    lines = [
+        name.ljust(width) + "".join(f"{cell:>32}" for cell in cells) for name, cells in rows.items()
+    ]
+    return "\n".join(["mean PSNR in dB, full frame (inside the object):", *lines])

@@ -1,0 +1,260 @@
+"""PLY files as triangles: ASCII and binary, polygons, vertex or face colours (display values); z is
+up.
+
+That is how the published datasets, Blender's exporter and train.prepare's own mesh.ply write them.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from train.meshes.intake import MALFORMED, reason
+from train.meshes.surface import GREY, Z_UP, Material, Mesh, assemble
+
+TYPES = {
+    "char": "i1",
+    "int8": "i1",
+    "uchar": "u1",
+    "uint8": "u1",
+    "short": "i2",
+    "int16": "i2",
+    "ushort": "u2",
+    "uint16": "u2",
+    "int": "i4",
+    "int32": "i4",
+    "uint": "u4",
+    "uint32": "u4",
+    "float": "f4",
+    "float32": "f4",
+    "double": "f8",
+    "float64": "f8",
+}
+FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+RGB = ("red", "green", "blue")
+NUMBERS = {"x", "y", "z", "nx", "ny", "nz", "alpha", *RGB}  # properties that are no lists
+CORNERS = ("vertex_indices", "vertex_index")  # and that is one
+
+
+@dataclass
+class _Element:
+    name: str
+    count: int
+    # property -> its type, and the type of its length if it is a list
+    fields: dict[str, tuple[str, str | None]]
+
+
+def read_ply(path: Path) -> Mesh:
+    """Read a .ply; a ValueError names the file and what is wrong with it."""
+    name = path.name
+    try:
+        elements, order, body = _header(path.read_bytes())
+        read = _text if order == "" else _binary
+        tables = read(body, elements, order)
+    except MALFORMED as error:
+        raise ValueError(f"{name} cannot be read: {reason(error)}") from error
+    vertex, face = tables.get("vertex", {}), tables.get("face", {})
+    polygons = next((face[field] for field in CORNERS if field in face), [])
+    if not {"x", "y", "z"} <= vertex.keys():
+        raise ValueError(f"{name} has no vertices with x, y and z")
+    if not len(polygons):
+        raise ValueError(f"{name} has no faces: {len(vertex['x'])} vertices alone are no surface")
+    vertices = np.stack([vertex[axis] for axis in "xyz"], 1).astype(float)
+    sizes = np.array([len(p) for p in polygons])
+    if sizes.min() < 3:
+        raise ValueError(f"{name}: face {sizes.argmin()} has {sizes.min()} corners")
+    faces, owner = _fan(polygons, sizes)
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        wrong = faces.min() if faces.min() < 0 else faces.max()
+        raise ValueError(f"{name}: a face uses vertex {wrong} of {len(vertices)}")
+    F, notes = len(faces), []
+    normals = np.zeros((F, 3, 3))
+    if {"nx", "ny", "nz"} <= vertex.keys():
+        normals = np.stack([vertex[axis] for axis in ("nx", "ny", "nz")], 1).astype(float)[faces]
+    tint, color = np.ones((F, 3, 3)), (1.0, 1.0, 1.0)
+    if set(RGB) <= vertex.keys():
+        tint = _unit(vertex)[faces]
+    elif set(RGB) <= face.keys():
+        tint = _unit(face)[owner][:, None].repeat(3, 1)
+    else:
+        color = GREY
+    if any("alpha" in table and (_scaled(table["alpha"]) < 1).any() for table in (vertex, face)):
+        notes.append(f"{name}: the alpha of its colours is not shown")
+    uv, material = np.zeros((F, 3, 2)), np.zeros(F, int)
+    return assemble(
+        name, vertices, faces, normals, uv, tint, material, [Material(color)], notes, up=Z_UP
+    )
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return values / np.iinfo(values.dtype).max if values.dtype.kind in "iu" else values
+
+
+def _unit(table: dict) -> np.ndarray:
+    return np.stack([_scaled(table[channel]) for channel in RGB], 1).clip(0, 1)
+
+
+def _fan(polygons, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Triangles [F, 3] of convex polygons, and the polygon of each [F]."""
+    if (sizes == 3).all():
+        return np.asarray(polygons, np.int64).reshape(-1, 3), np.arange(len(sizes))
+    triangles = [(p[0], p[i], p[i + 1]) for p in polygons for i in range(1, len(p) - 1)]
+    return np.array(triangles, np.int64), np.repeat(np.arange(len(sizes)), sizes - 2)
+
+
+def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
+    """Elements, byte order ("" for text) and what follows the header."""
+    end = re.search(rb"^end_header[ \t]*(\r\n|\n|\r)", data, re.MULTILINE)
+    if not re.match(rb"ply\s", data) or end is None:
+        raise ValueError(f"no PLY header in its {len(data)} bytes")
+    elements, order = [], None
+    for line in data[: end.start()].decode("latin-1").splitlines()[1:]:
+        words = line.split()
+        if words[:1] == ["format"] and words[1] in FORMATS:
+            order = FORMATS[words[1]]
+        elif words[:1] == ["element"]:
+            elements.append(_Element(words[1], int(words[2]), {}))
+            if elements[-1].count < 0:
+                raise ValueError(f"header line {line!r}: a negative number of rows")
+        elif words[:1] == ["property"] and elements:
+            _property(elements[-1], words[1:], line)
+        elif words[:2] == ["comment", "TextureFile"]:
+            raise ValueError(
+                f"its texture {' '.join(words[2:])!r} is not supported: convert it to GLB"
+            )
+        elif words and words[0] not in ("comment", "obj_info"):
+            raise ValueError(f"header line {line!r} is not understood")
+    if order is None:
+        raise ValueError("its header names no known format")
+    return elements, order, data[end.end() :]
+
+
+def _property(element: _Element, words: list[str], line: str) -> None:
+    """Add the property that a header line names; ValueError where it is not of the kind that its
+    name asks for.
+    """
+    is_list = words[0] == "list"
+    if len(words) != (4 if is_list else 2) or not set(words[:-1]) - {"list"} <= TYPES.keys():
+        raise ValueError(f"header line {line!r} is not understood")
+    name, kind, length = words[-1], TYPES[words[-2]], TYPES[words[1]] if is_list else None
+    if name in element.fields:
+        raise ValueError(f"header line {line!r}: there is a property of that name already")
+    if is_list and length[0] == "f":
+        raise ValueError(f"header line {line!r}: the length of a list is a whole number")
+    if is_list and name in NUMBERS:
+        raise ValueError(f"header line {line!r}: {name} is a number, not a list")
+    if name in CORNERS and (not is_list or kind[0] == "f"):
+        raise ValueError(f"header line {line!r}: the corners of a face are a list of whole numbers")
+    element.fields[name] = kind, length
+
+
+def _typed(numbers: list[float], kind: str) -> np.ndarray:
+    """The numbers in a type of TYPES; ValueError where it cannot hold one."""
+    values = np.array(numbers, float)
+    if kind[0] != "f":
+        wrong = (
+            (values != np.rint(values))
+            | (values < np.iinfo(kind).min)
+            | (values > np.iinfo(kind).max)
+        )
+        if wrong.any():
+            raise ValueError(f"{values[wrong][0]} is no number of type {np.dtype(kind)}")
+    with np.errstate(over="ignore"):  # infinite is what follows, and is refused where it matters
+        return values.astype(kind)
+
+
+def _text(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:
+    words, at, tables = body.split(), 0, {}
+    for element in elements:
+        numbers = {name: [] for name in element.fields}
+        sizes = {name: [] for name in element.fields}
+        for row in range(element.count if numbers else 0):
+            for name, (_, length) in element.fields.items():
+                size = 1
+                if length and at < len(words):
+                    size = int(words[at])
+                    at += 1
+                if not 0 <= size <= len(words) - at:
+                    raise ValueError(
+                        f"truncated: it has {row} of {element.count} rows of element {element.name}"
+                    )
+                numbers[name] += map(float, words[at : at + size])
+                sizes[name].append(size)
+                at += size
+        tables[element.name] = {
+            name: _split(_typed(numbers[name], kind), sizes[name])
+            if length
+            else _typed(numbers[name], kind)
+            for name, (kind, length) in element.fields.items()
+        }
+    return tables
+
+
+def _split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    ends = np.cumsum(sizes)
+    return [values[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
+
+
+def _binary(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:
+    at, tables = 0, {}
+    for element in elements:
+        tables[element.name], at = _rows(body, at, element, order)
+    return tables
+
+
+def _rows(body: bytes, at: int, element: _Element, order: str) -> tuple[dict, int]:
+    """Columns of an element that begins at byte `at`, and where it ends. Rows of one length are
+    read in one go.
+    """
+    sizes = {}
+    here = at
+    for name, (kind, length) in element.fields.items():  # list lengths of the first row
+        if length and element.count:
+            first = np.frombuffer(body[here : here + np.dtype(length).itemsize], order + length)
+            sizes[name] = int(first[0]) if len(first) else 0
+            here += np.dtype(length).itemsize
+        here += np.dtype(kind).itemsize * sizes.get(name, 1)
+    row = []
+    for name, (kind, length) in element.fields.items():
+        row += (
+            [(f"#{name}", order + length), (name, order + kind, (sizes.get(name, 0),))]
+            if length
+            else [(name, order + kind)]
+        )
+    needed = np.dtype(row).itemsize * element.count
+    table = np.frombuffer(body[at : at + needed], np.uint8)
+    if len(table) == needed:
+        table = table.view(row) if len(table) else np.zeros(0, row)
+        if all((table[f"#{name}"] == size).all() for name, size in sizes.items()):
+            return {name: table[name] for name in element.fields}, at + table.nbytes
+    if not sizes:
+        raise ValueError(
+            f"truncated: element {element.name} needs {needed} bytes, {len(table)} are left"
+        )
+    columns = {name: [] for name in element.fields}
+    for number in range(element.count):
+        for name, (kind, length) in element.fields.items():
+            size = 1
+            if length:
+                size, at = _take(body, at, order + length, 1, element, number)
+                size = int(size[0])
+            value, at = _take(body, at, order + kind, size, element, number)
+            columns[name].append(value if length else value[0])
+    fixed = {
+        name: np.array(columns[name], kind)
+        for name, (kind, length) in element.fields.items()
+        if length is None
+    }
+    return columns | fixed, at
+
+
+def _take(
+    body: bytes, at: int, kind: str, size: int, element: _Element, number: int
+) -> tuple[np.ndarray, int]:
+    end = at + np.dtype(kind).itemsize * size
+    if end > len(body) or size < 0:
+        raise ValueError(
+            f"truncated: it has {number} of {element.count} rows of element {element.name}"
+        )
+    return np.frombuffer(body, kind, size, at), end

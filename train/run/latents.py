@@ -1,0 +1,107 @@
+"""A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and
+kept on disk.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import models
+from kernels.views import to_device
+from models import Encoder, SparseTensor
+from train.data.dataset import Batch
+from train.files import whole
+
+
+def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
+    """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of
+    its weights' file.
+
+    Raises ValueError for another kind of model, for one of other feature channels or another
+    resolution, and for a run without an encoder of its own.
+    """
+    path = Path(path)
+    prefix = path / "checkpoints" / "encoder" if path.is_dir() else path
+    if path.is_dir() and not prefix.with_suffix(".json").is_file():
+        raise ValueError(f"{path} holds no trained encoder: {_why_not(path / 'config.json')}")
+    encoder = models.load_pretrained(prefix)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"{prefix}.json is a {type(encoder).__name__}, not an encoder")
+    for what, own, given in (
+        ("channels", encoder.args["in_channels"], channels),
+        ("resolution", encoder.resolution, resolution),
+    ):
+        if own != given:
+            raise ValueError(f"{prefix}.json takes features of {what} {own}, the data has {given}")
+    return encoder.eval().requires_grad_(False), hashlib.sha256(
+        Path(f"{prefix}.safetensors").read_bytes()
+    ).hexdigest()
+
+
+def _why_not(config: Path) -> str:
+    if not config.is_file():
+        return "it is not a run folder"
+    encoder = json.loads(config.read_text()).get("encoder")
+    return (
+        f"it was trained on that of --encoder {encoder}"
+        if encoder
+        else "the run is not finished, --resume it"
+    )
+
+
+class Latents:
+    """Batch -> latents [N, latent] on its voxels, from FOLDER/<object>.safetensors.
+
+    An object that is not there yet is encoded alone, so its latents do not depend on the batch it
+    first appears in. Raises ValueError that names a cached file which is truncated or belongs to
+    other voxels, OSError that names one which cannot be written.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path):
+        self.encoder, self.folder, self._known = encoder, folder, set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> SparseTensor:
+        x = SparseTensor(batch.features, batch.coords, batch.batch_size)
+        parts = zip(batch.names, x.split(), x.coords.split(x.cache.counts), strict=True)
+        return x.replace(torch.cat([self._latents(*part) for part in parts]))
+
+    def _latents(self, name: str, features: Tensor, coords: Tensor) -> Tensor:
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
+            mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
+            own = str(os.getpid())  # ranks may meet the same object at once
+            with whole(file, sync=False, tag=own) as partial:
+                save_file(
+                    {"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()},
+                    partial,
+                )
+            return mean
+        try:
+            saved = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is truncated: delete it and it will be made again ({error})"
+            ) from error
+        if saved.keys() != {"mean", "coords"}:
+            raise ValueError(
+                f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords"
+            )
+        as_many = len(saved["coords"]) == len(coords)
+        if not as_many or not (
+            name in self._known or torch.equal(saved["coords"], coords[:, 1:].cpu())
+        ):
+            raise ValueError(
+                f"{file} holds {len(saved['coords'])} voxels that are not the object's "
+                f"{len(coords)}"
+            )
+        self._known.add(name)  # reading the object's voxels waits for the device: once
+        return to_device(saved["mean"].to(features.dtype), features.device)

@@ -1,0 +1,170 @@
+"""Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how
+it is told to stop.
+"""
+
+import ctypes
+import os
+import random
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.run.threads import Threads
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's names for these settings, M_...
+FREE = 1 << 30  # bytes of freed memory that a process keeps at the end of its heap
+
+
+def world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank of a run."""
+
+    device: torch.device
+    rank: int
+    world: int
+    threads: Threads | None = None  # that torch computes with on the CPU
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def agree(self, value):
+        """Rank 0's value on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def every(self, value) -> list:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def _device(name: str | None) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name is None:
+        name = "cuda" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(
+            f"device {name!r} is none of cpu, cuda, cuda:0, cuda:1 ... (cuda on AMD too)"
+        )
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    index = local if device.index is None else device.index
+    if index >= gpus:
+        raise ValueError(
+            f"device {name!r}, GPU number {index}: torch {torch.__version__} sees {gpus} GPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next tensors; whether the C library could be told, as glibc can.
+
+    By default glibc returns large tensors to the system, which then zeroes every page of the next
+    ones: that takes longer than most arithmetic on them. What the user set (MALLOC_...) stands.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, FREE))
+
+
+@contextmanager
+def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine]:
+    """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a
+    device that is absent.
+    """
+    chosen = _device(device)
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if deterministic:
+        # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Machine(chosen, rank, world)
+    finally:
+        if deterministic:  # not always: the call imports torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed from several numbers: neighbouring steps or objects get unrelated random
+    streams.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed torch (every device), numpy and Python from the same numbers.
+
+    Called at the start of each step with the step's number, so what a step draws depends on nothing
+    before it: a resumed run repeats an uninterrupted one without any generator's state being
+    stored.
+    """
+    seed = seed_of(*numbers)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask the run to stop after the step that is under way; a second Ctrl-C
+    stops at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received = 0  # the signal's number
+
+    def _note(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        # print is not reentrant
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
