@@ -5,18 +5,18 @@ Shapes are written in one alphabet: B scenes, N voxels (rows of coords [N, 4] in
 z), M windows, H heads, D head channels, C channels, K taps, G Gaussians, F faces, V views; height
 and width of pictures are H, W where there are no heads.
 
-An op shadows the module it lives in: `kernels.gaussian.splat` is the function, `from kernels.gaussian.splat import
-splat_reference` still reaches the module.
+An op shadows the module it lives in: `kernels.gaussian.splat` is the function, `from
+kernels.gaussian.splat import splat_reference` still reaches the module.
 """
 
 from kernels.attention.op import segment_attention as segment_attention
 from kernels.attention.op import window_attention as window_attention
 from kernels.camera import Camera as Camera
 from kernels.camera import Image as Image
-from kernels.conv.op import octant_order as octant_order
 from kernels.conv.op import sparse_conv as sparse_conv
 from kernels.conv.op import subdivide_conv as subdivide_conv
-from kernels.conv.op import tap_order as tap_order
+from kernels.conv.order import octant_order as octant_order
+from kernels.conv.order import tap_order as tap_order
 from kernels.gaussian.splat import splat as splat
 from kernels.mesh.antialias import antialias as antialias
 from kernels.mesh.interpolate import interpolate as interpolate

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_tensors, check_whole
-from kernels.views import make_index
+from kernels.transfer import make_index
 
 FOV = math.radians(40)  # of the published training views
 POLE = math.pi / 2 + 1e-6  # pi / 2 in fp32 is a little more than pi / 2

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.views import to_device
+from kernels.transfer import to_device
 
 
 def _tiles(target: str) -> dict:

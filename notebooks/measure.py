@@ -41,8 +41,8 @@ import steps  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from kernels.bench import command as bench
-from kernels.bench.jobs import Jobs, Step, allotted
+from kernels.bench import command as bench  # noqa: E402
+from kernels.bench.jobs import Jobs, Step, allotted  # noqa: E402
 
 PLAN = {  # the most valuable first: the least seconds of each, and its share of what is left
     "tests": (60, 40),

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kernels.bench import command as bench
+from kernels.bench.case import OURS
 from kernels.bench.jobs import Ended, Jobs
-from kernels.bench.measure import OURS
 
 DECODERS = ("gaussian", "radiance", "mesh")
 OPS = (  # the most valuable first; train_step is a step of its own

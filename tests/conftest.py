@@ -31,7 +31,7 @@ import pytest  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from kernels import backend, reduce
+from kernels import backend, reduce  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 

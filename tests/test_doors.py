@@ -15,8 +15,8 @@ from kernels.norm.group import group_norm
 from kernels.norm.layer import add_layer_norm, layer_norm
 from kernels.radiance.raymarch import raymarch
 from kernels.voxels.cache import SpatialCache
+from kernels.voxels.coords import check_coords
 from kernels.voxels.curves import serialized_windows
-from kernels.voxels.hash import check_coords
 from kernels.voxels.pool import pool
 from kernels.voxels.window import window_partition
 from tests.models.test_mesh import small_decoder as small_mesh

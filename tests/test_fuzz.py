@@ -1,5 +1,5 @@
-"""Every op against its reference on random inputs (tests.helpers.draw): outputs and gradients, then the
-same bits again.
+"""Every op against its reference on random inputs (tests.helpers.draw): outputs and gradients, then
+the same bits again.
 
 A failure prints the seed of its case; `DRAWS[name](Draw(seed, device))` draws it again.
 """

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from kernels.bench import command as bench
 from kernels.bench import plots
-from kernels.bench.measure import OURS
+from kernels.bench.case import OURS
 from kernels.bench.shapes import occupied
 from tests.conftest import GPU
 

@@ -7,7 +7,7 @@ import torch
 
 import models
 from kernels.camera import Camera
-from kernels.conv.op import octant_order, tap_order
+from kernels.conv.order import octant_order, tap_order
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.children import child_neighbours
 from kernels.voxels.curves import MODES, serialized_windows

@@ -24,8 +24,8 @@ from kernels.bench.attention import (
     sizes,
     voxels,
 )
+from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.gaussian import gsplat
-from kernels.bench.measure import DTYPES, Case, Impl, Work
 from kernels.bench.peers import compiled, optional
 from kernels.bench.shapes import batch, shell
 from models import VAE, Encoder, GaussianScene, SparseTensor

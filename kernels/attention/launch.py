@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 
 from kernels import backend
-from kernels.attention import tiles as kernel
+from kernels.attention import long, short
+from kernels.attention.rows import _list_tiles
+from kernels.attention.sizes import Tile, tile_sizes
 
-ANY = 2**31 - 1
 KEPT = 16  # how many plans and tile lists are kept
 # A product fused into a sum across lanes is exact in its own lane and rounded in the others: copies
 # of one delta or gradient of gamma would differ, and which is stored would be the hardware's
@@ -22,119 +23,6 @@ UNFUSED = {"enable_fp_fusion": False}
 LISTED = 1024  # segments that are listed at a time; not yet measured on a GPU
 # of a program that sums over the uses of keys; not yet measured on a GPU
 SUM_ROWS, SUM_CHANNELS = 16, 256
-
-
-class Tile(NamedTuple):
-    """How segments of `low` < length <= `high` are computed: `rows` of them by a program, `step` of
-    the other side at a time.
-    """
-
-    low: int
-    high: int
-    rows: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-def _tiles(
-    dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: bool, separate: bool = False
-) -> tuple[list[Tile], list[Tile]]:
-    """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills
-    and shared memory suffices.
-
-    The q/k norm holds more of a row in registers, and so does its rotation. The last class loops,
-    from any length, and is the only one where keys are `separate` from the queries.
-    """
-    treated = normed or rotated
-    if target == "interpreter":  # a program costs milliseconds whatever its size
-        forward = [
-            Tile(0, 64, 64, 64, 4, 1),
-            Tile(64, 256, 256, 256, 4, 1),
-            Tile(256, ANY, 128, 256, 4, 1),
-        ]
-        backward = [
-            Tile(0, 64, 64, 64, 4, 1),
-            Tile(64, 256, 256, 128, 4, 1),
-            Tile(256, ANY, 128, 256, 4, 1),
-        ]
-    # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
-    elif dtype == torch.float32:
-        forward = [Tile(0, ANY, 32, 16, 4, 1)]
-        step = 32 if pad_d <= 32 and not treated else 16
-        backward = [Tile(0, ANY, 32, step, 8, 1)] if pad_d <= 64 else [Tile(0, ANY, 16, 16, 4, 1)]
-        if pad_d <= 64 and not treated:
-            backward = [
-                Tile(0, 64, 64, 16, 8, 2 if target.startswith("sm_8") else 1),
-                backward[0]._replace(low=64),
-            ]
-        # ptxas spills steps of 16 at 80 registers
-        if pad_d == 64 and normed and rotated and target.startswith("sm_10"):
-            forward = [Tile(0, ANY, 32, 32, 4, 1)]
-        if pad_d == 64 and target.startswith("sm_8") and rotated and not normed:
-            backward = [Tile(0, ANY, 16, 16, 4, 1)]
-        if pad_d == 64 and target.startswith("sm_8") and separate and not treated:
-            backward[-1] = backward[-1]._replace(num_warps=4)
-    elif pad_d > 64:
-        forward, backward = (
-            [Tile(0, ANY, 64, 32, 4, 2)],
-            [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)],
-        )
-        if treated:
-            forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
-    elif target.startswith("gfx1"):  # 256 registers a thread, half of what gfx9 has
-        forward, backward = (
-            [Tile(0, ANY, 64, 32, 8, 1)],
-            [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)],
-        )
-    elif rotated:
-        warps = 8 if target.startswith("sm_10") and pad_d <= 32 else 4  # bf16 spills there with 4
-        forward = [Tile(0, 64, 64, 64, warps, 1), Tile(64, ANY, 64, 32, 4, 1)]
-        backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
-        # products from registers: a short segment's tile spills
-        if not target.startswith(("sm_9", "sm_10")):
-            forward = [Tile(0, ANY, 64, 32, 4, 1)]
-        if target.startswith(("sm_8", "sm_12")):
-            backward = [Tile(0, ANY, 32, 16, 8, 1)]
-    elif target.startswith("gfx"):
-        forward = [Tile(0, ANY, 64, 32, 4, 2)]
-        backward = [
-            Tile(0, 64, 64, 16, 4, 2),
-            Tile(64, 128, 128, 16, 8, 1),
-            Tile(128, ANY, 64, 16, 4, 2),
-        ]
-        if not normed:
-            backward[2:] = [Tile(128, 256, 256, 16, 8, 1), Tile(256, ANY, 64, 16, 4, 2)]
-    # 227 KB of shared memory, and products from it
-    elif 90 <= int(target.removeprefix("sm_")) < 120:
-        step = 64 if target == "sm_90" else 32
-        forward = [
-            Tile(0, 64, 64, 64, 4, 2),
-            Tile(64, 128, 128, 128, 8, 2),
-            Tile(128, ANY, 64, step, 4, 3),
-        ]
-        backward = [
-            Tile(0, 64, 64, 32, 4, 2),
-            Tile(64, 128, 128, 32, 8, 2),
-            Tile(128, ANY, 64, 32, 4, 2),
-        ]
-        if not normed:
-            backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 2)]
-    elif normed:
-        forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, ANY, 64, 64, 4, 3)]
-        backward = [Tile(0, ANY, 64, 16, 4, 2)]
-    else:
-        forward = [
-            Tile(0, 64, 64, 64, 4, 3),
-            Tile(64, 128, 128, 128, 8, 2),
-            Tile(128, ANY, 64, 64, 4, 3),
-        ]
-        backward = [
-            Tile(0, 64, 64, 32, 4, 1),
-            Tile(64, 128, 128, 32, 8, 2),
-            Tile(128, ANY, 64, 32, 4, 3),
-        ]
-    return forward, backward
 
 
 _kept: dict[tuple, tuple] = {}
@@ -163,16 +51,14 @@ def keep(tensors: tuple[Tensor | None, ...], make, *args):
     return made[0]
 
 
-def _list_tiles(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tensor:
+def _tile_list(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tensor:
     """[1 + tiles, 2] int32, as many as there can be: how many there are, then (segment, first
     position) of each.
     """
     M = len(starts) - 1
     most = min(M, N // (low + 1)) + (0 if high <= rows else N // rows)
     work = starts.new_empty(1 + most, 2)
-    backend.launch(
-        kernel._list_tiles, (1,), starts, work, M, low, high, rows, BLOCK=LISTED, num_warps=4
-    )
+    backend.launch(_list_tiles, (1,), starts, work, M, low, high, rows, BLOCK=LISTED, num_warps=4)
     return work
 
 
@@ -225,7 +111,7 @@ def _classes(
     all tiles loop.
     """
     pad_d = max(16, triton.next_power_of_2(q.shape[2]))
-    forward, backward = _tiles(
+    forward, backward = tile_sizes(
         q.dtype, pad_d, backend.target(q), normed, rotated, separate=bound is None
     )
     if bound is None:
@@ -247,12 +133,12 @@ def forward(
     order, starts, keys, key_starts, bound, _ = segments
     out, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
     for tile in _classes(q, bound, gamma is not None, phases is not None)[0]:
-        work = keep((starts,), _list_tiles, N, tile.low, tile.high, tile.rows)
+        work = keep((starts,), _tile_list, N, tile.low, tile.high, tile.rows)
         programs, constants = _programs(len(work) - 1, q), _constants(q, segments, tile)
         if tile.high <= tile.rows:
             heads = min(H, 4)
             backend.launch(
-                kernel._attention_short,
+                short._attention_short,
                 (triton.cdiv(H, heads), programs),
                 q,
                 k,
@@ -271,7 +157,7 @@ def forward(
             )
         else:
             backend.launch(
-                kernel._attention_long,
+                long._attention_long,
                 (H, programs),
                 q,
                 k,
@@ -315,7 +201,7 @@ def backward(
     K = len(k) if uses is None else len(keys)
     lists = [
         [
-            keep((edges,), _list_tiles, n, tile.low, tile.high, tile.rows)
+            keep((edges,), _tile_list, n, tile.low, tile.high, tile.rows)
             for edges, n in ((starts, N), (key_starts, K))
         ]
         for tile in classes
@@ -338,7 +224,7 @@ def backward(
         )
         if tile.high <= tile.rows:
             backend.launch(
-                kernel._attention_short_backward,
+                short._attention_short_backward,
                 grid,
                 q,
                 k,
@@ -362,7 +248,7 @@ def backward(
         else:
             delta = torch.empty_like(lse)
             backend.launch(
-                kernel._attention_long_dq,
+                long._attention_long_dq,
                 grid,
                 q,
                 k,
@@ -386,7 +272,7 @@ def backward(
             )
             grid = H, _programs(len(key_work) - 1, q)
             backend.launch(
-                kernel._attention_long_dkv,
+                long._attention_long_dkv,
                 grid,
                 q,
                 k,
@@ -413,7 +299,7 @@ def backward(
     if uses is not None:
         grid = triton.cdiv(len(dk), SUM_ROWS), triton.cdiv(H * D, SUM_CHANNELS)
         backend.launch(
-            kernel._sum_uses,
+            long._sum_uses,
             grid,
             dk_to,
             dv_to,

@@ -11,13 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention.op import (
-    segment_attention,
-    segment_attention_reference,
-    window_attention,
-    window_attention_reference,
-)
-from kernels.bench.measure import DTYPES, Case, Impl, Work
+from kernels.attention.op import segment_attention, window_attention
+from kernels.attention.reference import segment_attention_reference, window_attention_reference
+from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.peers import compiled, optional
 from kernels.bench.shapes import batch, shell
 from kernels.voxels.curves import serialized_windows

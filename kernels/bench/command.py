@@ -12,7 +12,7 @@ cases, missing}; PATH may be a folder, in which the file is named after the devi
 ours failed or two implementations disagree.
 
 A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields
-kernels.bench.measure.Case.
+kernels.bench.case.Case.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,18 +32,8 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.bench.measure import (
-    DTYPES,
-    NAIVE,
-    OURS,
-    Case,
-    Ceilings,
-    Clock,
-    errors,
-    measure,
-    measure_ceilings,
-    verdicts,
-)
+from kernels.bench.case import DTYPES, NAIVE, OURS, Case
+from kernels.bench.measure import Ceilings, Clock, errors, measure, measure_ceilings, verdicts
 from kernels.bench.peers import KNOWN, optional
 from kernels.checks import new_file
 

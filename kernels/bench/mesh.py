@@ -12,21 +12,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.bench.measure import DTYPES, Case, Impl, Work
+from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.peers import optional
 from kernels.bench.shapes import batch, shell
 from kernels.camera import Camera
-from kernels.conv.op import (
-    octant_order,
-    sparse_conv,
-    sparse_conv_reference,
-    subdivide_conv,
-    subdivide_conv_reference,
-    tap_order,
-)
+from kernels.conv.op import sparse_conv, subdivide_conv
+from kernels.conv.order import octant_order, tap_order
+from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
 from kernels.mesh.render import projection, render_mesh, render_mesh_reference, to_clip
 from kernels.norm.group import group_norm_reference, group_norm_silu
-from kernels.surface.isosurface import isosurface, isosurface_reference
+from kernels.surface.isosurface import isosurface
+from kernels.surface.reference import isosurface_reference
 from kernels.views import make_layout
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours

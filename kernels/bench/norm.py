@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench.attention import sizes, voxels
-from kernels.bench.measure import DTYPES, Case, Impl, Work
+from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.peers import compiled, optional
 from kernels.norm.gelu import gelu, gelu_reference
 from kernels.norm.layer import (

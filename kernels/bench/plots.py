@@ -2,8 +2,8 @@
 moment.
 
 A result whose `cases` hold no time, such as a record of tests alone, is described and drawn
-nowhere. `read` takes files, `kernels.bench.command.run` gives the same dict from the device that is here; a
-figure has a row of axes for every result. Nothing draws by itself: figures are returned.
+nowhere. `read` takes files, `kernels.bench.command.run` gives the same dict from the device that is
+here; a figure has a row of axes for every result. Nothing draws by itself: figures are returned.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kernels.bench.measure import OURS
+from kernels.bench.case import OURS
 
 KEYS = {"device", "driver", "torch", "triton", "commit", "date", "ceilings", "cases", "missing"}
 LEGEND = 3  # inches beside the axes

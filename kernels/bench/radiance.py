@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.bench.measure import Case, Work
+from kernels.bench.case import Case, Work
 from kernels.bench.shapes import shell
 from kernels.camera import Camera
-from kernels.radiance.raymarch import raymarch, raymarch_reference
+from kernels.radiance.raymarch import raymarch
+from kernels.radiance.reference import raymarch_reference
 
 # of training: mean density of a rank; half transparent, and opaque within two samples
 STAGES = {"early": 0.0, "late": 10.0}

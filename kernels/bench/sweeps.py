@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.bench.attention import WINDOW, attention_case, sizes, voxels
-from kernels.bench.measure import Case
+from kernels.bench.case import Case
 from kernels.bench.shapes import batch, occupied, shell
 from kernels.bench.voxels import SHIFT, neighbours_case, partition_case
-from kernels.voxels.hash import LIMIT
+from kernels.voxels.coords import LIMIT
 
 # resolutions of a sphere: N grows with their square
 GRIDS = {"small": (8, 16, 32), "base": (16, 32, 48, 64, 96, 128)}

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.bench.measure import Case, Impl, Work
+from kernels.bench.case import Case, Impl, Work
 from kernels.bench.peers import optional
 from kernels.bench.shapes import batch, shell
 from kernels.voxels.cache import SpatialCache
-from kernels.voxels.hash import build_table, lookup, lookup_reference, neighbours_reference, pack
+from kernels.voxels.coords import pack
+from kernels.voxels.hash import build_table, lookup, lookup_reference, neighbours_reference
 from kernels.voxels.window import Windows, window_partition
 
 WINDOW, SHIFT = 8, 4

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.conv import cpu as gathered
 from kernels.conv import tiles as kernel
-from kernels.voxels.hash import neighbours
+from kernels.conv.order import child_rows, octants
 
 LISTED = 128  # rows of a tile of which a weight gradient knows whether it has a tap
 PROGRAMS = 512  # of a weight gradient, shares of the rows included; not yet measured on a GPU
@@ -185,26 +185,9 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     return part.sum(0).permute(2, 0, 1).contiguous()
 
 
-def _octants(neighbours: Tensor) -> Tensor:
-    """[N, 8, 8] int32: parents under the 2x2x2 taps of each child, of the parents' map [N, 27]."""
-    # child (i, j, k) reads parents i to i + 1, j to j + 1, k to k + 1 of it
-    cube = neighbours.view(-1, 3, 3, 3)
-    return cube.unfold(1, 2, 1).unfold(2, 2, 1).unfold(3, 2, 1).reshape(-1, 8, 8)
-
-
-def _children(neighbours: Tensor) -> Tensor:
-    """[N, 1, 64] int32: the children that read a parent, by octant and tap: the map `_octants`
-    backwards.
-    """
-    # a parent is under tap t of those that are under its opposite tap
-    parents = _octants(neighbours.flip(1))
-    octant = torch.arange(8, dtype=torch.int32, device=neighbours.device)[:, None]
-    return torch.where(parents >= 0, parents * 8 + octant, -1).view(-1, 1, 64)
-
-
 def _forward_taps(neighbours: Tensor, order: Tensor | None, subdivided: bool) -> Taps:
     if subdivided:
-        return Taps(_octants(neighbours), None if order is None else order[1:])
+        return Taps(octants(neighbours), None if order is None else order[1:])
     return Taps(neighbours[:, None], order)
 
 
@@ -246,7 +229,7 @@ def _conv_backward(
     """
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if of_x and subdivided:
-        back = Taps(_children(neighbours), None if order is None else order[:1])
+        back = Taps(child_rows(neighbours), None if order is None else order[:1])
         dx = _product(grad, weight.to(x.dtype), None, back, back=True, mirror=False)
     elif of_x:
         dx = _product(
@@ -411,61 +394,3 @@ def subdivide_conv(
         )
     summed = octant_weights(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     return _run(x, summed, bias, parent_neighbours, order, True)
-
-
-def _sorted_rows(present: Tensor) -> Tensor:
-    """Rows of present [N, ..., T] with the same taps beside each other: [..., N] int32."""
-    T = present.shape[-1]
-    # more taps share bits: only neighbourhoods of rows suffer
-    bit = 1 << torch.arange(T, device=present.device) % 62
-    return (present * bit).sum(-1).argsort(dim=0, stable=True).movedim(0, -1).int().contiguous()
-
-
-def tap_order(
-    voxels,  # coords [N, 4] int32, or a SpatialCache over them
-    kernel_size: int = 3,
-) -> Tensor:  # [N] int32
-    """An order of the rows that brings those with the same neighbours together; memoised by
-    `cache.get(tap_order, 3)`.
-
-    Tiles of rows skip taps that none of them has: on surfaces a convolution then executes hardly
-    more than the products it needs. Raises ValueError as `neighbours`.
-    """
-    return _sorted_rows(_neighbours(voxels, kernel_size) >= 0)
-
-
-def octant_order(
-    voxels,  # coords [N, 4] int32, or a SpatialCache over them: the parents
-) -> Tensor:  # [9, N] int32
-    """`tap_order` of the parents, then an order for each octant of children; memoised by
-    `cache.get(octant_order)`.
-    """
-    taps = _neighbours(voxels, 3)
-    return torch.cat([_sorted_rows(taps >= 0)[None], _sorted_rows(_octants(taps) >= 0)])
-
-
-def _neighbours(voxels, kernel_size: int) -> Tensor:
-    return (
-        neighbours(voxels, kernel_size)
-        if isinstance(voxels, Tensor)
-        else voxels.get(neighbours, kernel_size)
-    )
-
-
-def sparse_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor
-) -> Tensor:
-    """Tap after tap over all rows."""
-    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])  # row -1 is zero
-    y = sum(
-        padded[near.long()] @ w.T
-        for near, w in zip(neighbours.T, weight.flatten(1, 3).unbind(1), strict=True)
-    )
-    return y if bias is None else y + bias
-
-
-def subdivide_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, child_neighbours: Tensor
-) -> Tensor:
-    """The copies, then the convolution; it takes the children's own map."""
-    return sparse_conv_reference(x.repeat_interleave(8, 0), weight, bias, child_neighbours)

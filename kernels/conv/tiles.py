@@ -1,5 +1,5 @@
-"""The kernels of `kernels.conv.op`: products of gathered rows with a weight, tile by tile, and their
-weight gradient.
+"""The kernels of `kernels.conv.op`: products of gathered rows with a weight, tile by tile, and
+their weight gradient.
 
 R rows in G groups, T taps a group, M = G * T matrices of the weight [CO, M, CI]; taps [R, G, T]
 holds the row of the other side under each tap, -1 for none. Both products keep up to 192 output

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.views import TILE, Projected
+from kernels.gaussian.records import TILE, Projected
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,5 @@
-"""Projected Gaussians -> lists of small tiles, for the compositing on a CPU (kernels.gaussian.blend_cpu).
+"""Projected Gaussians -> lists of small tiles, for the compositing on a CPU
+(kernels.gaussian.blend_cpu).
 
 A pair contributes to the pixels of its rectangle of 16 x 16 tiles where alpha >= 1/255, so there
 the size of the tiles at work is free: an instance is a 4 x 4 tile inside the rectangle which the
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.views import TILE as BLOCK
+from kernels.gaussian.records import TILE as BLOCK
 
 TILE = 4  # pixels along a side; a divisor of BLOCK, the tiles that a rectangle counts
 MARGIN = 0.01  # pixels added to the extent of an ellipse

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.gaussian.binning import Bins
-from kernels.views import TILE
+from kernels.gaussian.records import TILE
 
 OPAQUE, LEAST, STOP = tl.constexpr(0.99), tl.constexpr(1.0 / 255.0), tl.constexpr(1e-4)
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -1,14 +1,14 @@
-"""Compositing of projected Gaussians on a CPU: the sums over pixels of kernels.gaussian.blend, in vectorised
-torch.
+"""Compositing of projected Gaussians on a CPU: the sums over pixels of kernels.gaussian.blend, in
+vectorised torch.
 
 P pairs (a Gaussian seen by a view), V views of H x W pixels; N instances (a pair in a 4 x 4 tile
-that it may touch) and S tiles, from kernels.gaussian.binning_cpu. Every tile has a list of instances, near
-to far. All lists are walked together, SEGMENT instances at a time; a tile leaves when all its
-pixels are finished. Tiles with lists of like length form chunks [T, 16 pixels, L instances] of
-about COLUMNS instances, few enough for a cache, in buffers that are reused: beyond the lists memory
-does not grow with N. Numbers of instances are planes [., T, L], gathered from planes [., P] of
-pairs, and the backward pass adds planes back to those of pairs: sums of rows, or of columns sorted
-by pair, take several times as long.
+that it may touch) and S tiles, from kernels.gaussian.binning_cpu. Every tile has a list of
+instances, near to far. All lists are walked together, SEGMENT instances at a time; a tile leaves
+when all its pixels are finished. Tiles with lists of like length form chunks [T, 16 pixels, L
+instances] of about COLUMNS instances, few enough for a cache, in buffers that are reused: beyond
+the lists memory does not grow with N. Numbers of instances are planes [., T, L], gathered from
+planes [., P] of pairs, and the backward pass adds planes back to those of pairs: sums of rows, or
+of columns sorted by pair, take several times as long.
 
 With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the transmittance behind
 an instance, w = r T is its weight. For an upstream gradient g let a = <color, g>: the gradient of e

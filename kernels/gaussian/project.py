@@ -26,11 +26,30 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.views import Layout, Projected
+from kernels.gaussian.ellipse import (
+    EPS,
+    add3,
+    axis_row,
+    clamped_ratio,
+    compensated,
+    cross3,
+    dot3,
+    filtered,
+    load3,
+    load_camera,
+    masked3,
+    quaternion_gradient,
+    rotate_back,
+    rotated,
+    scaled3,
+    tile_range,
+    times3,
+)
+from kernels.gaussian.records import Projected
+from kernels.views import Layout
 
 NEAR = tl.constexpr(0.2)  # a centre this close is not drawn
 SH0 = tl.constexpr(0.28209479177387814)
-EPS = tl.constexpr(1e-6)
 VISIBLE = tl.constexpr(1.0 / 255.0)  # the least alpha that is blended
 
 
@@ -39,100 +58,6 @@ def _tiles() -> dict:
     largest needs.
     """
     return {"BLOCK": 64, "num_warps": 2}
-
-
-@triton.jit
-def _dot(a, b):
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-@triton.jit
-def _cross(a, b):
-    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
-
-
-@triton.jit
-def _load3(ptr, live):
-    return tl.load(ptr, live, 0.0), tl.load(ptr + 1, live, 0.0), tl.load(ptr + 2, live, 0.0)
-
-
-@triton.jit
-def _camera(cameras_ptr, v):
-    """One view's rotation rows, translation, focal lengths and principal point (px): scalars."""
-    c = cameras_ptr + v * 16
-    rows = _load3(c, True), _load3(c + 3, True), _load3(c + 6, True)
-    return (
-        rows,
-        _load3(c + 9, True),
-        (tl.load(c + 12), tl.load(c + 13)),
-        (tl.load(c + 14), tl.load(c + 15)),
-    )
-
-
-@triton.jit
-def _rotated(r, q):
-    """The rows of r Q(q): scalars r, vectors q = (w, x, y, z), not normalised."""
-    w, x, y, z = q
-    q0 = 1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)
-    q1 = 2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)
-    q2 = 2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)
-    c0, c1, c2 = (q0[0], q1[0], q2[0]), (q0[1], q1[1], q2[1]), (q0[2], q1[2], q2[2])
-    return (
-        (_dot(r[0], c0), _dot(r[0], c1), _dot(r[0], c2)),
-        (_dot(r[1], c0), _dot(r[1], c1), _dot(r[1], c2)),
-        (_dot(r[2], c0), _dot(r[2], c1), _dot(r[2], c2)),
-    )
-
-
-@triton.jit
-def _clamped(x, z, focal, centre, size):
-    """x/z clamped to 1.3 times the half field of view (from an off-centre principal point: the same
-    margin), and whether it was left alone.
-    """
-    low, high = -(centre + 0.15 * size) / focal, (size - centre + 0.15 * size) / focal
-    t = x / z
-    return tl.minimum(tl.maximum(t, low), high), (t >= low) & (t <= high)
-
-
-@triton.jit
-def _axis(a, b, t, f):
-    """Row of J R Q: f (a - t b)."""
-    return f * (a[0] - t * b[0]), f * (a[1] - t * b[1]), f * (a[2] - t * b[2])
-
-
-@triton.jit
-def _scaled(a, s):
-    return a[0] * s[0], a[1] * s[1], a[2] * s[2]
-
-
-@triton.jit
-def _filtered(n0, n1, kernel_size):
-    """a, b, c of the unfiltered covariance, n0 x n1, and the determinants before and after the
-    filter.
-    """
-    w = _cross(n0, n1)
-    a, b, c, before = _dot(n0, n0), _dot(n0, n1), _dot(n1, n1), _dot(w, w)
-    return a, b, c, w, before, before + kernel_size * (a + c) + kernel_size * kernel_size
-
-
-@triton.jit
-def _compensation(before, after):
-    rho = tl.sqrt(before / (after + EPS) + EPS)
-    return tl.where((before > EPS) & (after > EPS), rho, 0.0)
-
-
-@triton.jit
-def _tile_range(mean, radius, reach, tiles):
-    """Tiles that a square of `radius` touches by the published rule, less those farther than
-    `reach`, where alpha is below 1/255 in every pixel. Clamping before the conversion keeps it
-    defined for any float.
-    """
-    low = tl.maximum((mean - radius) / 16, tl.floor((mean - reach) / 16))
-    high = tl.minimum((mean + radius + 15) / 16, tl.floor((mean + reach) / 16) + 1)
-    most = tiles * 1.0
-    return tl.minimum(tl.maximum(low, 0.0), most).to(tl.int32), tl.minimum(
-        tl.maximum(high, 0.0), most
-    ).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["W", "H"])
@@ -158,8 +83,8 @@ def _project(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     g = gaussians_ptr + (first + n) * 14
-    r, t, focal, centre = _camera(cameras_ptr, v)
-    m, s, f = _load3(g, live), _load3(g + 3, live), _load3(g + 11, live)
+    r, t, focal, centre = load_camera(cameras_ptr, v)
+    m, s, f = load3(g, live), load3(g + 3, live), load3(g + 11, live)
     q = (
         tl.load(g + 6, live, 0.0),
         tl.load(g + 7, live, 0.0),
@@ -168,18 +93,18 @@ def _project(
     )
     opacity = tl.load(g + 10, live, 0.0)
 
-    x, y, z = _dot(r[0], m) + t[0], _dot(r[1], m) + t[1], _dot(r[2], m) + t[2]
+    x, y, z = dot3(r[0], m) + t[0], dot3(r[1], m) + t[1], dot3(r[2], m) + t[2]
     in_front = z > NEAR
     safe = tl.where(in_front, z, 1.0)
-    o = _rotated(r, q)
-    tx, _ = _clamped(x, safe, focal[0], centre[0], W)
-    ty, _ = _clamped(y, safe, focal[1], centre[1], H)
-    n0 = _scaled(_axis(o[0], o[2], tx, focal[0] / safe), s)
-    n1 = _scaled(_axis(o[1], o[2], ty, focal[1] / safe), s)
-    a, b, c, _, before, after = _filtered(n0, n1, kernel_size)
+    o = rotated(r, q)
+    tx, _ = clamped_ratio(x, safe, focal[0], centre[0], W)
+    ty, _ = clamped_ratio(y, safe, focal[1], centre[1], H)
+    n0 = scaled3(axis_row(o[0], o[2], tx, focal[0] / safe), s)
+    n1 = scaled3(axis_row(o[1], o[2], ty, focal[1] / safe), s)
+    a, b, c, _, before, after = filtered(n0, n1, kernel_size)
     seen = in_front & (after > 0) & (after < float("inf"))
     after = tl.where(seen, after, 1.0)
-    blended = opacity * _compensation(before, after)
+    blended = opacity * compensated(before, after)
     w = 1 / (safe + 1e-7)
     mx = (focal[0] * x + (centre[0] - 0.5 * W) * safe) * w + 0.5 * (W - 1)
     my = (focal[1] * y + (centre[1] - 0.5 * H) * safe) * w + 0.5 * (H - 1)
@@ -189,8 +114,8 @@ def _project(
     radius = tl.ceil(3 * tl.sqrt(0.5 * (a + c) + tl.sqrt(tl.maximum(0.1, half * half + b * b))))
     # alpha = 1/255 where the exponent is -fading / 2
     fading = 2 * tl.log(tl.maximum(blended * 255, 1.0))
-    x0, x1 = _tile_range(mx, radius, 1.001 * tl.sqrt(fading * a) + 0.01, tl.cdiv(W, 16))
-    y0, y1 = _tile_range(my, radius, 1.001 * tl.sqrt(fading * c) + 0.01, tl.cdiv(H, 16))
+    x0, x1 = tile_range(mx, radius, 1.001 * tl.sqrt(fading * a) + 0.01, tl.cdiv(W, 16))
+    y0, y1 = tile_range(my, radius, 1.001 * tl.sqrt(fading * c) + 0.01, tl.cdiv(H, 16))
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)
 
     p = pair + n
@@ -213,49 +138,9 @@ def _project(
 
 
 @triton.jit
-def _add3(a, b):
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
-
-
-@triton.jit
-def _only(mask, a):
-    return tl.where(mask, a[0], 0.0), tl.where(mask, a[1], 0.0), tl.where(mask, a[2], 0.0)
-
-
-@triton.jit
-def _times(a, k):
-    return a[0] * k, a[1] * k, a[2] * k
-
-
-@triton.jit
-def _back(r, v):
-    """The transpose of scalars r times vectors v."""
-    return (
-        r[0][0] * v[0] + r[1][0] * v[1] + r[2][0] * v[2],
-        r[0][1] * v[0] + r[1][1] * v[1] + r[2][1] * v[2],
-        r[0][2] * v[0] + r[1][2] * v[1] + r[2][2] * v[2],
-    )
-
-
-@triton.jit
-def _quaternion_grad(q, h0, h1, h2):
-    """Of the rows h of the gradient of Q(q)."""
-    w, x, y, z = q
-    return (
-        2 * (z * (h1[0] - h0[1]) + y * (h0[2] - h2[0]) + x * (h2[1] - h1[2])),
-        2 * (y * (h0[1] + h1[0]) + z * (h0[2] + h2[0]) + w * (h2[1] - h1[2]))
-        - 4 * x * (h1[1] + h2[2]),
-        2 * (x * (h0[1] + h1[0]) + w * (h0[2] - h2[0]) + z * (h2[1] + h1[2]))
-        - 4 * y * (h0[0] + h2[2]),
-        2 * (w * (h1[0] - h0[1]) + x * (h0[2] + h2[0]) + y * (h2[1] + h1[2]))
-        - 4 * z * (h0[0] + h1[1]),
-    )
-
-
-@triton.jit
 def _moments(moments_ptr, first_ptr, rect_ptr, p, live):
-    """The nine sums of kernels.gaussian.blend over all tiles of each pair, in tile order. A loop, since
-    pairs differ in tiles.
+    """The nine sums of kernels.gaussian.blend over all tiles of each pair, in tile order. A loop,
+    since pairs differ in tiles.
     """
     at = tl.load(first_ptr + p, live, 0)
     rect = rect_ptr + p * 4
@@ -266,9 +151,9 @@ def _moments(moments_ptr, first_ptr, rect_ptr, p, live):
     for k in range(0, tl.max(count, 0)):
         here, mask = moments_ptr + (at + k) * 9, k < count
         c, d, e = (
-            _add3(c, _load3(here, mask)),
-            _add3(d, _load3(here + 3, mask)),
-            _add3(e, _load3(here + 6, mask)),
+            add3(c, load3(here, mask)),
+            add3(d, load3(here + 3, mask)),
+            add3(e, load3(here + 6, mask)),
         )
     return c, d, e, f
 
@@ -299,7 +184,7 @@ def _project_backward(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     g = gaussians_ptr + (first + n) * 14
-    m, s, f = _load3(g, live), _load3(g + 3, live), _load3(g + 11, live)
+    m, s, f = load3(g, live), load3(g + 3, live), load3(g + 11, live)
     q = (
         tl.load(g + 6, live, 0.0),
         tl.load(g + 7, live, 0.0),
@@ -318,18 +203,18 @@ def _project_backward(
         )
         total, sx, sy = first_order  # not nested in the line above: Triton 3.6 cannot read that
         sxx, sxy, syy = second_order
-        r, t, focal, centre = _camera(cameras_ptr, v)
-        x, y, z = _dot(r[0], m) + t[0], _dot(r[1], m) + t[1], _dot(r[2], m) + t[2]
+        r, t, focal, centre = load_camera(cameras_ptr, v)
+        x, y, z = dot3(r[0], m) + t[0], dot3(r[1], m) + t[1], dot3(r[2], m) + t[2]
         z = tl.where(drawn, z, 1.0)
-        o = _rotated(r, q)
-        tx, free_x = _clamped(x, z, focal[0], centre[0], W)
-        ty, free_y = _clamped(y, z, focal[1], centre[1], H)
+        o = rotated(r, q)
+        tx, free_x = clamped_ratio(x, z, focal[0], centre[0], W)
+        ty, free_y = clamped_ratio(y, z, focal[1], centre[1], H)
         fx, fy = focal[0] / z, focal[1] / z
-        k0, k1 = _axis(o[0], o[2], tx, fx), _axis(o[1], o[2], ty, fy)
-        n0, n1 = _scaled(k0, s), _scaled(k1, s)
-        a, b, c, cross, before, after = _filtered(n0, n1, kernel_size)
+        k0, k1 = axis_row(o[0], o[2], tx, fx), axis_row(o[1], o[2], ty, fy)
+        n0, n1 = scaled3(k0, s), scaled3(k1, s)
+        a, b, c, cross, before, after = filtered(n0, n1, kernel_size)
         after = tl.where(drawn, after, 1.0)
-        rho = _compensation(before, after)
+        rho = compensated(before, after)
         safe = tl.where(drawn, rho, 1.0)
 
         # opacity * rho, then the conic: an entry's gradient is minus half (once for the
@@ -346,29 +231,25 @@ def _project_backward(
         ga = -0.5 * syy * inverse + kernel_size * g_after
         gc = -0.5 * sxx * inverse + kernel_size * g_after
         gb = sxy * inverse
-        g0 = _add3(
-            _add3(_times(n0, 2 * ga), _times(n1, gb)), _times(_cross(n1, cross), 2 * g_before)
-        )
-        g1 = _add3(
-            _add3(_times(n1, 2 * gc), _times(n0, gb)), _times(_cross(cross, n0), 2 * g_before)
-        )
-        gs = _add3(gs, _only(drawn, _add3(_scaled(g0, k0), _scaled(g1, k1))))
+        g0 = add3(add3(times3(n0, 2 * ga), times3(n1, gb)), times3(cross3(n1, cross), 2 * g_before))
+        g1 = add3(add3(times3(n1, 2 * gc), times3(n0, gb)), times3(cross3(cross, n0), 2 * g_before))
+        gs = add3(gs, masked3(drawn, add3(scaled3(g0, k0), scaled3(g1, k1))))
 
         # rows of J R Q
-        g0, g1 = _scaled(g0, s), _scaled(g1, s)
-        gtx, gty = -fx * _dot(g0, o[2]), -fy * _dot(g1, o[2])
-        z_grad = -(_dot(g0, k0) + _dot(g1, k1) + gtx * tx + gty * ty) / z
-        o0, o1 = _times(g0, fx), _times(g1, fy)
+        g0, g1 = scaled3(g0, s), scaled3(g1, s)
+        gtx, gty = -fx * dot3(g0, o[2]), -fy * dot3(g1, o[2])
+        z_grad = -(dot3(g0, k0) + dot3(g1, k1) + gtx * tx + gty * ty) / z
+        o0, o1 = times3(g0, fx), times3(g1, fy)
         o2 = -(tx * o0[0] + ty * o1[0]), -(tx * o0[1] + ty * o1[1]), -(tx * o0[2] + ty * o1[2])
         h0, h1, h2 = (
-            _back(r, (o0[0], o1[0], o2[0])),
-            _back(r, (o0[1], o1[1], o2[1])),
-            _back(r, (o0[2], o1[2], o2[2])),
+            rotate_back(r, (o0[0], o1[0], o2[0])),
+            rotate_back(r, (o0[1], o1[1], o2[1])),
+            rotate_back(r, (o0[2], o1[2], o2[2])),
         )
-        dw, dx, dy, dz = _quaternion_grad(
+        dw, dx, dy, dz = quaternion_gradient(
             q, (h0[0], h1[0], h2[0]), (h0[1], h1[1], h2[1]), (h0[2], h1[2], h2[2])
         )
-        dx, dy, dz = _only(drawn, (dx, dy, dz))
+        dx, dy, dz = masked3(drawn, (dx, dy, dz))
         gw, gx, gy, gz = gw + tl.where(drawn, dw, 0.0), gx + dx, gy + dy, gz + dz
 
         # mean: its gradient is minus the conic times the first moments
@@ -380,8 +261,8 @@ def _project_backward(
         )
         x_grad = tl.where(free_x, gtx / z, 0.0) + gmx * focal[0]
         y_grad = tl.where(free_y, gty / z, 0.0) + gmy * focal[1]
-        gm = _add3(gm, _only(drawn, _back(r, (x_grad, y_grad, z_grad))))
-        gf = _add3(gf, colour)
+        gm = add3(gm, masked3(drawn, rotate_back(r, (x_grad, y_grad, z_grad))))
+        gf = add3(gf, colour)
 
     out = grad_ptr + (first + n) * 14
     tl.store(out, gm[0], live)

@@ -1,5 +1,5 @@
-"""The projection of kernels.gaussian.project for a CPU: the same forms over all P pairs at once, any float
-dtype, and its backward.
+"""The projection of kernels.gaussian.project for a CPU: the same forms over all P pairs at once,
+any float dtype, and its backward.
 
 Pairs are the last dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of
 planes. Batches of P small matrices, or sums over a last dimension of 3, take five times as long.
@@ -8,14 +8,15 @@ planes. Batches of P small matrices, or sums over a last dimension of 3, take fi
 import torch
 from torch import Tensor
 
-from kernels.views import TILE, Layout, Projected
+from kernels.gaussian.records import TILE, Projected
+from kernels.views import Layout
 
 NEAR, SH0, EPS, VISIBLE = 0.2, 0.28209479177387814, 1e-6, 1 / 255
 
 
 class _Pairs:
-    """What forward and backward share: every quantity of the docstring of kernels.gaussian.project, per
-    pair.
+    """What forward and backward share: every quantity of the docstring of kernels.gaussian.project,
+    per pair.
     """
 
     def __init__(

@@ -20,8 +20,15 @@ from torch import Tensor
 from kernels import backend
 from kernels.mesh.antialias_cpu import antialias_torch, antialias_torch_backward
 from kernels.mesh.antialias_gpu import antialias_triton, antialias_triton_backward
-from kernels.mesh.packing import opposite_vertices, single_table
-from kernels.mesh.rasterize import check_faces, check_floats, check_rast, check_table, known_order
+from kernels.mesh.packing import (
+    check_faces,
+    check_floats,
+    check_rast,
+    check_table,
+    opposite_vertices,
+    single_table,
+)
+from kernels.mesh.pixels_gpu import known_order
 
 
 @torch.library.custom_op("trislat::antialias", mutates_args=())
@@ -97,7 +104,7 @@ def antialias(
     table: Tensor | None = None,  # [V, 4]: clip_table of a MeshLayout
     # [F, 3] of `kernels.mesh.packing.opposite_vertices`; needed with a table
     opposite: Tensor | None = None,
-    # of `kernels.mesh.rasterize_gpu.corner_order`, where one is at hand; else the backward sorts
+    # of `kernels.mesh.pixels_gpu.corner_order`, where one is at hand; else the backward sorts
     order: Tensor | None = None,
 ) -> Tensor:  # [V, H, W, C]
     """Blend the image's pixels across the silhouettes of the mesh.

@@ -1,5 +1,5 @@
-"""Antialiasing of silhouettes on a CPU (what and why: kernels.mesh.antialias): only the pairs of pixels
-whose faces differ.
+"""Antialiasing of silhouettes on a CPU (what and why: kernels.mesh.antialias): only the pairs of
+pixels whose faces differ.
 """
 
 import torch

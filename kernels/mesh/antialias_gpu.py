@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.mesh.rasterize_gpu import pixel_block, spread
+from kernels.mesh.pixels_gpu import pixel_block, spread
+from kernels.mesh.silhouette_gradient import edge_gradient, is_negative, pair_upstream
 from kernels.reduce import sum_rows
 
 # how far outside the stretch between two centres an edge may cross it
 MARGIN = tl.constexpr(0.0625)
 FAR = tl.constexpr(-3.4028234663852886e38)
-STEEP = tl.constexpr(1e-3)  # added to the magnitude of dy where its inverse is differentiated
 
 
 @triton.jit
@@ -43,15 +43,10 @@ def _area(x0, y0, x1, y1, x2, y2):
 
 
 @triton.jit
-def _negative(x):
-    return x.to(tl.int32, bitcast=True) < 0  # the sign bit, that of -0.0 too
-
-
-@triton.jit
 def _crossing(px, py, qx, qy, ds):
     """Where the edge P -> Q crosses the line to the neighbour, in pixels towards it."""
     dx, dy = qx - px, qy - py
-    crosses = (_negative(py) != _negative(qy)) & (dy != 0)
+    crosses = (is_negative(py) != is_negative(qy)) & (dy != 0)
     r = ds * (px * dy - py * dx) / tl.where(crosses, dy, 1.0)
     return tl.where(crosses, r, FAR), dx, dy
 
@@ -112,11 +107,11 @@ def _silhouette_pairs(
         u0, v0, there0 = _third(clip_ptr, opposite_ptr + f, base, ox, oy, W, H, pair)
         u1, v1, there1 = _third(clip_ptr, opposite_ptr + f + 1, base, ox, oy, W, H, pair)
         u2, v2, there2 = _third(clip_ptr, opposite_ptr + f + 2, base, ox, oy, W, H, pair)
-        turn = _negative(_area(x0, y0, x1, y1, x2, y2))
+        turn = is_negative(_area(x0, y0, x1, y1, x2, y2))
         # an open edge, or both faces on one side
-        fold0 = ~there0 | (_negative(_area(u0, v0, x1, y1, x2, y2)) == turn)
-        fold1 = ~there1 | (_negative(_area(x0, y0, u1, v1, x2, y2)) == turn)
-        fold2 = ~there2 | (_negative(_area(x0, y0, x1, y1, u2, v2)) == turn)
+        fold0 = ~there0 | (is_negative(_area(u0, v0, x1, y1, x2, y2)) == turn)
+        fold1 = ~there1 | (is_negative(_area(x0, y0, u1, v1, x2, y2)) == turn)
+        fold2 = ~there2 | (is_negative(_area(x0, y0, x1, y1, u2, v2)) == turn)
         # along and across the line to the neighbour
         a0, b0 = tl.where(down, y0, x0), tl.where(down, x0, y0)
         a1, b1 = tl.where(down, y1, x1), tl.where(down, x1, y1)
@@ -138,7 +133,7 @@ def _silhouette_pairs(
             & (tl.abs(dy) >= tl.abs(dx))
             & (r > -MARGIN)
             & (r < 1 + MARGIN)
-            & ((alpha != 0) | _negative(alpha))
+            & ((alpha != 0) | is_negative(alpha))
         )
         alpha = tl.where(hit, alpha, 0.0)
         code = tl.where(hit, 1 + tl.where(two, 2, tl.where(one, 1, 0)) + tl.where(second, 3, 0), 0)
@@ -189,82 +184,6 @@ def _silhouette_blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.const
         tl.store(out_ptr + n * C + c, value, inside)
 
 
-@triton.jit
-def _upstream(grad_ptr, image_ptr, g, own, other, alpha, used, C, c, FIRST: tl.constexpr):
-    """Of one channel of one pair: the gradient at the pixel that it blends, times the second pixel
-    less the first.
-    """
-    its = (alpha > 0) if FIRST else ~(alpha > 0)  # whether this pixel is the one that is blended
-    y = tl.where(its, g, tl.load(grad_ptr + other * C + c, used, 0.0))
-    y = tl.where(used, y, 0.0)
-    difference = tl.load(image_ptr + other * C + c, used, 0.0) - own
-    return y, y * (difference if FIRST else -difference)
-
-
-@triton.jit
-def _pick(m, a0, a1, a2):
-    return tl.where(m == 0, a0, tl.where(m == 1, a1, a2))
-
-
-@triton.jit
-def _give(k, p, q, at_p, at_q):
-    return tl.where(p == k, at_p, tl.where(q == k, at_q, 0.0))
-
-
-@triton.jit
-def _edge_grad(code, alpha, delta, screen, corner, W, H, FIRST: tl.constexpr, DOWN: tl.constexpr):
-    """One pair's gradient of x, y, w of the corners of this pixel's face: 9 numbers, 0 where the
-    edge is not of this face or the blend is saturated.
-    """
-    mine = (code > 0) & ((code <= 3) if FIRST else (code > 3)) & (tl.abs(alpha) < 0.5)
-    m = (code - 1) % 3
-    # the edge runs from P to Q
-    p, q = tl.where(mine, (m + 1) % 3, -1), tl.where(mine, (m + 2) % 3, -1)
-    px, py = (
-        _pick(p, screen[0][0], screen[1][0], screen[2][0]),
-        _pick(p, screen[0][1], screen[1][1], screen[2][1]),
-    )
-    qx, qy = (
-        _pick(q, screen[0][0], screen[1][0], screen[2][0]),
-        _pick(q, screen[0][1], screen[1][1], screen[2][1]),
-    )
-    hx, hy = W * 0.5, H * 0.5
-    if DOWN:
-        px, py, qx, qy = py, px, qy, qx
-        hx, hy = H * 0.5, W * 0.5
-    dx, dy = qx - px, qy - py
-    inverse = 1 / (dy + tl.where(_negative(dy), -STEEP, STEEP))
-    at = (px * dy - py * dx) * inverse
-    wp, wq = (
-        _pick(p, corner[0][2], corner[1][2], corner[2][2]),
-        _pick(q, corner[0][2], corner[1][2], corner[2][2]),
-    )
-    gp, gq = delta * inverse / wp, delta * inverse / wq
-    gxp, gyp, gxq, gyq = -gp * hx * qy, -gp * hy * (at - qx), gq * hx * py, gq * hy * (at - px)
-    if DOWN:
-        gxp, gyp, gxq, gyq = gyp, gxp, gyq, gxq
-    xp, yp = (
-        _pick(p, corner[0][0], corner[1][0], corner[2][0]),
-        _pick(p, corner[0][1], corner[1][1], corner[2][1]),
-    )
-    xq, yq = (
-        _pick(q, corner[0][0], corner[1][0], corner[2][0]),
-        _pick(q, corner[0][1], corner[1][1], corner[2][1]),
-    )
-    gwp, gwq = -(xp * gxp + yp * gyp) / wp, -(xq * gxq + yq * gyq) / wq
-    return (
-        _give(0, p, q, gxp, gxq),
-        _give(0, p, q, gyp, gyq),
-        _give(0, p, q, gwp, gwq),
-        _give(1, p, q, gxp, gxq),
-        _give(1, p, q, gyp, gyq),
-        _give(1, p, q, gwp, gwq),
-        _give(2, p, q, gxp, gxq),
-        _give(2, p, q, gyp, gyq),
-        _give(2, p, q, gwp, gwq),
-    )
-
-
 @triton.jit(do_not_specialize=["N", "C", "W", "H"])
 def _silhouette_backward(
     grad_ptr,
@@ -310,10 +229,10 @@ def _silhouette_backward(
             tl.load(grad_ptr + n * C + c, inside, 0.0),
             tl.load(image_ptr + n * C + c, inside, 0.0),
         )
-        y0, e0 = _upstream(grad_ptr, image_ptr, g, own, other[0], a0, c0 > 0, C, c, True)
-        y1, e1 = _upstream(grad_ptr, image_ptr, g, own, other[1], a1, c1 > 0, C, c, True)
-        y2, e2 = _upstream(grad_ptr, image_ptr, g, own, other[2], a2, c2 > 0, C, c, False)
-        y3, e3 = _upstream(grad_ptr, image_ptr, g, own, other[3], a3, c3 > 0, C, c, False)
+        y0, e0 = pair_upstream(grad_ptr, image_ptr, g, own, other[0], a0, c0 > 0, C, c, True)
+        y1, e1 = pair_upstream(grad_ptr, image_ptr, g, own, other[1], a1, c1 > 0, C, c, True)
+        y2, e2 = pair_upstream(grad_ptr, image_ptr, g, own, other[2], a2, c2 > 0, C, c, False)
+        y3, e3 = pair_upstream(grad_ptr, image_ptr, g, own, other[3], a3, c3 > 0, C, c, False)
         tl.store(grad_image_ptr + n * C + c, g - a0 * y0 - a1 * y1 + a2 * y2 + a3 * y3, inside)
         d0, d1, d2, d3 = d0 + e0, d1 + e1, d2 + e2, d3 + e3
 
@@ -335,10 +254,10 @@ def _silhouette_backward(
         ((sx0, sy0), (sx1, sy1), (sx2, sy2)),
         ((x0, y0, w0), (x1, y1, w1), (x2, y2, w2)),
     )
-    g0 = _edge_grad(c0, a0, d0, screen, corner, W, H, True, False)
-    g1 = _edge_grad(c1, a1, d1, screen, corner, W, H, True, True)
-    g2 = _edge_grad(c2, a2, d2, screen, corner, W, H, False, False)
-    g3 = _edge_grad(c3, a3, d3, screen, corner, W, H, False, True)
+    g0 = edge_gradient(c0, a0, d0, screen, corner, W, H, True, False)
+    g1 = edge_gradient(c1, a1, d1, screen, corner, W, H, True, True)
+    g2 = edge_gradient(c2, a2, d2, screen, corner, W, H, False, False)
+    g3 = edge_gradient(c3, a3, d3, screen, corner, W, H, False, True)
     for e in tl.static_range(9):
         tl.store(rows_ptr + n * 9 + e, g0[e] + g1[e] + g2[e] + g3[e], inside)
     tl.store(key_ptr + n * 3, tl.where(live, i, -1).to(tl.int32), inside)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.mesh.rasterize_gpu import pixel_block
+from kernels.mesh.pixels_gpu import pixel_block
 from kernels.views import Layout
 
 

@@ -1,7 +1,7 @@
 """Values of vertices at pixels: V views, N rows, C channels, M = V H W pixels.
 
-out = u a_0 + v a_1 + (1 - u - v) a_2 with the barycentrics of kernels.mesh.rasterize and the values a_k
-of the face's corners, 0 where there is no face. Backward: each corner gets its weight times the
+out = u a_0 + v a_1 + (1 - u - v) a_2 with the barycentrics of kernels.mesh.rasterize and the values
+a_k of the face's corners, 0 where there is no face. Backward: each corner gets its weight times the
 gradient, added up row by row in a fixed order (kernels.reduce), and (u, v) get the gradient's
 products with a_0 - a_2 and a_1 - a_2.
 """
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.mesh.rasterize import check_faces, check_floats, check_rast, check_table, known_order
-from kernels.mesh.rasterize_cpu import shown
-from kernels.mesh.rasterize_gpu import pixel_block
+from kernels.mesh.packing import check_faces, check_floats, check_rast, check_table
+from kernels.mesh.pixels_cpu import shown
+from kernels.mesh.pixels_gpu import known_order, pixel_block
 from kernels.reduce import sum_rows
 
 
@@ -179,7 +179,7 @@ def interpolate(
     faces: Tensor,
     # [V, 4]: vertex_table of a MeshLayout for values of vertices, clip_table for those of clip rows
     table: Tensor | None = None,
-    # of `kernels.mesh.rasterize_gpu.corner_order`, where one is at hand; else the backward sorts
+    # of `kernels.mesh.pixels_gpu.corner_order`, where one is at hand; else the backward sorts
     order: Tensor | None = None,
 ) -> Tensor:  # [V, H, W, C]
     """The attributes at every pixel, 0 where there is no face.

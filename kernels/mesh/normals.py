@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.mesh.rasterize import check_faces, check_floats, check_rast, check_table, known_order
-from kernels.mesh.rasterize_cpu import shown
-from kernels.mesh.rasterize_gpu import pixel_block
+from kernels.mesh.packing import check_faces, check_floats, check_rast, check_table
+from kernels.mesh.pixels_cpu import shown
+from kernels.mesh.pixels_gpu import known_order, pixel_block
 from kernels.reduce import sum_rows
 
 LEAST = tl.constexpr(1e-12)  # length of a cross product below which it is not normalised
@@ -179,7 +179,7 @@ def flat_normals(
     rast: Tensor,  # [V, H, W, 4] of `rasterize`
     faces: Tensor,  # [F, 3], as `rasterize` had them
     table: Tensor | None = None,  # [V, 4]: vertex_table of a MeshLayout
-    # of `kernels.mesh.rasterize_gpu.corner_order`, where one is at hand; else the backward sorts
+    # of `kernels.mesh.pixels_gpu.corner_order`, where one is at hand; else the backward sorts
     order: Tensor | None = None,
 ) -> Tensor:  # [V, H, W, 3]
     """The unit normal of the face that each pixel shows, by the right-hand rule on its corners; 0

@@ -19,7 +19,7 @@ def move_outlines(
     clip: Tensor,  # [P, 4], as `rasterize` had them
     faces: Tensor,  # [F, 3], as `rasterize` had them
     table: Tensor | None = None,  # [V, 4]: clip_table of a MeshLayout
-    order: Tensor | None = None,  # of `kernels.mesh.rasterize_gpu.corner_order`
+    order: Tensor | None = None,  # of `kernels.mesh.pixels_gpu.corner_order`
 ) -> Tensor:  # [V, H, W, C]
     """Zeros, whose gradient in `clip` is that of the picture when the outlines of its covered
     pixels move.

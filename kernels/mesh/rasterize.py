@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.checks import check_whole
-from kernels.mesh.packing import TABLE, single_table
-from kernels.mesh.rasterize_cpu import rasterize_torch, rasterize_torch_backward
-from kernels.mesh.rasterize_gpu import (
-    PIXELS_MAX,
-    corner_order,
-    rasterize_triton,
-    rasterize_triton_backward,
+from kernels.mesh.packing import (
+    FACES_MAX,
+    check_faces,
+    check_floats,
+    check_picture,
+    check_table,
 )
-
-FACES_MAX = 1 << 24  # a face's number is stored in fp32
+from kernels.mesh.pixels_gpu import corner_order, known_order
+from kernels.mesh.rasterize_cpu import rasterize_torch, rasterize_torch_backward
+from kernels.mesh.rasterize_gpu import rasterize_triton, rasterize_triton_backward
 
 
 @torch.library.custom_op("trislat::rasterize", mutates_args=())
@@ -101,11 +100,6 @@ def _(grad, rast, clip, faces, table, order):
     return torch.empty_like(clip)
 
 
-def known_order(order: Tensor, rast: Tensor, faces: Tensor, table: Tensor) -> Tensor:
-    """`order` of the corners of `rast`, found now if it was not before (then it is empty)."""
-    return order if len(order) else corner_order(rast, faces, table)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     clip, faces, table, *_ = inputs
     rast, order = output
@@ -118,67 +112,6 @@ def _backward(ctx, grad, grad_order):
 
 
 _rasterize.register_autograd(_backward, setup_context=_setup_context)
-
-
-def check_faces(faces: Tensor) -> Tensor:
-    """Faces as the kernels take them. Raises ValueError for another shape or dtype."""
-    if faces.ndim != 2 or faces.shape[1] != 3:
-        raise ValueError(f"faces must be [F, 3], not {list(faces.shape)}")
-    if faces.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"faces must be int32 or int64, not {faces.dtype}")
-    return faces.int().contiguous()
-
-
-def check_floats(name: str, value: Tensor) -> Tensor:
-    """A tensor as the kernels take it: contiguous fp32, or float64 on the torch path. Raises
-    ValueError for integers.
-    """
-    if not value.is_floating_point():
-        raise ValueError(f"{name} must be floating point, not {value.dtype}")
-    if value.dtype == torch.float64:
-        if not backend.is_torch(value):
-            raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
-        return value.contiguous()
-    return value.float().contiguous()
-
-
-def check_table(table: Tensor | None, faces: Tensor, rows: int) -> Tensor:
-    """The table given, or that of one view of one mesh."""
-    if table is None:
-        return single_table(len(faces), rows, faces.device)
-    if table.ndim != 2 or table.shape[1] != TABLE or table.dtype != torch.int64:
-        raise ValueError(f"table must be [V, {TABLE}] int64, not {list(table.shape)} {table.dtype}")
-    return table
-
-
-def check_rast(rast: Tensor, beside: Tensor, faces: Tensor, table: Tensor) -> Tensor:
-    """The picture of `rasterize` as the kernels take it, in the dtype of `beside`. Raises
-    ValueError for another shape or device.
-    """
-    if rast.ndim != 4 or rast.shape[3] != 4:
-        raise ValueError(f"rast must be [V, H, W, 4], not {list(rast.shape)}")
-    if len(rast) != len(table):
-        raise ValueError(f"rast has {len(rast)} views, the table {len(table)}")
-    for other in (rast, faces):
-        if other.device != beside.device:
-            raise ValueError(
-                f"all tensors must be on one device, not on {beside.device} and {other.device}"
-            )
-    return rast.to(beside.dtype).contiguous()
-
-
-def check_picture(height: int, width: int, views: int) -> None:
-    """Raises ValueError for a size that the kernels do not have."""
-    check_whole("height", height), check_whole("width", width)
-    if height * width > PIXELS_MAX:
-        raise ValueError(
-            f"a picture of {height} x {width} has {height * width} pixels, more than {PIXELS_MAX}"
-        )
-    if 3 * views * height * width >= 2**31:
-        raise ValueError(
-            f"{views} views of {height} x {width} are more than 2^31 corners of pixels: render "
-            "fewer at once"
-        )
 
 
 def rasterize(
@@ -213,77 +146,3 @@ def rasterize(
         raise ValueError(f"{len(faces)} faces are more than {FACES_MAX - 1}")
     most = len(faces)
     return _rasterize(clip, faces, table, most, most * len(table), height, width, None)[0]
-
-
-def rasterize_reference(clip: Tensor, faces: Tensor, height: int, width: int) -> Tensor:
-    """`rasterize` of one view by the book: every face with every pixel, in float64 and exact
-    integers, and autograd.
-    """
-    nearest = torch.full((height, width), torch.inf)
-    shown = torch.full((height, width), -1)
-    px, py = (
-        torch.arange(width)[None] * 16 + 8 - 8 * width,
-        torch.arange(height)[:, None] * 16 + 8 - 8 * height,
-    )
-    for n, face in enumerate(faces.tolist()):
-        polygon = _clip_reference([tuple(c) for c in clip.detach()[face].tolist()])
-        screen = [
-            (round(x / w * width * 8), round(y / w * height * 8), z / w) for x, y, z, w in polygon
-        ]
-        for b, c in zip(screen[1:], screen[2:], strict=False):
-            corners = [screen[0], b, c]
-            twice = (b[0] - corners[0][0]) * (c[1] - corners[0][1]) - (c[0] - corners[0][0]) * (
-                b[1] - corners[0][1]
-            )
-            if twice == 0:
-                continue
-            if twice < 0:
-                corners = [screen[0], c, b]
-            covered, depth = (
-                torch.ones(height, width, dtype=torch.bool),
-                torch.zeros(height, width, dtype=torch.float64),
-            )
-            for k in range(3):
-                (ax, ay, _), (bx, by, _) = corners[(k + 1) % 3], corners[(k + 2) % 3]
-                dx, dy = bx - ax, by - ay
-                e = (ax - px) * dy - (ay - py) * dx
-                covered &= e >= 0 if dy < 0 or (dy == 0 and dx > 0) else e > 0
-                depth += e * corners[k][2] / abs(twice)
-            depth = depth.float()  # as the z-buffer has it: equal depths tie
-            here = covered & (depth <= nearest)
-            nearest, shown = torch.where(here, depth, nearest), torch.where(here, n, shown)
-    fx = (2 * torch.arange(width, dtype=torch.float64)[None] + 1) / width - 1
-    fy = (2 * torch.arange(height, dtype=torch.float64)[:, None] + 1) / height - 1
-    if len(faces) == 0:
-        return clip.new_zeros(1, height, width, 4) + 0 * clip.sum()
-    x, y, z, w = clip[faces[shown.clamp(min=0)].long()].double().unbind(-1)  # [H, W, 3] each
-    x, y = x - fx[..., None] * w, y - fy[..., None] * w
-    following, before = [1, 2, 0], [2, 0, 1]
-    a = x[..., following] * y[..., before] - y[..., following] * x[..., before]
-    total = a.sum(-1, keepdim=True)
-    true = (a[..., :2] / total).clamp(0, 1).detach()
-    true = true / true.sum(-1, keepdim=True).clamp(min=1)
-    # published rule: for the gradient
-    uv = a[..., :2] / (total + torch.copysign(torch.full_like(total, 1e-6), total))
-    uv = true + uv - uv.detach()
-    depth = ((z * a).sum(-1) / (w * a).sum(-1)).clamp(-1, 1).detach()
-    rast = torch.cat([uv, depth[..., None], (shown + 1.0)[..., None]], -1)
-    return torch.where((shown >= 0)[..., None], rast, 0)[None]
-
-
-def _clip_reference(polygon: list[tuple]) -> list[tuple]:
-    """The part of a polygon of clip positions inside the frustum."""
-    for axis in range(3):
-        for sign in (1, -1):
-            inside = lambda p, axis=axis, sign=sign: p[3] + sign * p[axis]
-            kept = []
-            for a, b in zip([polygon[-1], *polygon[:-1]] if polygon else [], polygon, strict=True):
-                da, db = inside(a), inside(b)
-                if da * db < 0:
-                    kept.append(
-                        tuple(p + da / (da - db) * (q - p) for p, q in zip(a, b, strict=True))
-                    )
-                if db >= 0:
-                    kept.append(b)
-            polygon = kept
-    return polygon

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STEPS = 16  # positions of a snapped vertex per pixel
+from kernels.mesh.frustum import EMPTY, NOWHERE, STEPS, Pieces, clip_faces, on_grid
+from kernels.mesh.pixels_cpu import Shown, shown, shown_faces
+
 CHUNK = 1 << 22  # pixels expanded at once
-EMPTY = torch.iinfo(torch.int64).max  # key of a pixel that no face covers
-NOWHERE = 64  # outcode of a position that is not finite; its faces are not drawn
 
 
 class Snapped(NamedTuple):
@@ -23,15 +23,6 @@ class Snapped(NamedTuple):
     xy: Tensor  # [..., 2] int32: 1/16 px from the middle of the picture
     depth: Tensor  # [...] z / w
     code: Tensor  # [...] int32: bits of the six planes that the position is outside of
-
-
-class Pieces(NamedTuple):
-    """Triangles inside the frustum, in snapped coordinates."""
-
-    xy: Tensor  # [R, 6] int32
-    depth: Tensor  # [R, 3]
-    view: Tensor  # [R] int64
-    face: Tensor  # [R] int64, counted from the first face of the view
 
 
 def snap(clip: Tensor, height: int, width: int) -> Snapped:
@@ -49,93 +40,9 @@ def snap(clip: Tensor, height: int, width: int) -> Snapped:
     code = torch.where(finite & ~((w == 0) & (code == 0)), code, NOWHERE)
     inside = code == 0
     scale = 1 / torch.where(inside, w, 1)
-    xy = _on_grid(clip[..., :2] * scale[..., None], height, width)
+    xy = on_grid(clip[..., :2] * scale[..., None], height, width)
     return Snapped(
         torch.where(inside[..., None], xy, 0).int(), torch.where(inside, z * scale, 0), code
-    )
-
-
-def _on_grid(ndc: Tensor, height: int, width: int) -> Tensor:
-    """Positions [..., 2] in 1/16 px from the middle of the picture, whole and rounded to even;
-    overwrites its argument.
-    """
-    ndc[..., 0] *= STEPS // 2 * width
-    # one after the other: a tensor of both would be copied to the device, which waits
-    ndc[..., 1] *= STEPS // 2 * height
-    return ndc.round_()
-
-
-def clip_faces(
-    corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int
-) -> Pieces:
-    """Faces [n, 3, 4] that reach out of the frustum -> up to 7 pieces each (Sutherland and Hodgman
-    1974).
-
-    `xy` [n, 3, 2] and `depth` [n, 3] are the snapped corners: those inside stay what they are for
-    their other faces, and a new vertex is computed from the inner end of its edge, so that both
-    faces of an edge get the same one. Pieces that are not there have no area. Without host reads: 7
-    n rows come back.
-    """
-    n = len(corners)
-    polygon = corners.new_zeros(n, 9, 4)
-    polygon[:, :3] = corners
-    origin = torch.full((n, 9), -1, device=corners.device)  # which corner a vertex is
-    origin[:, :3] = torch.arange(3, device=corners.device)
-    count = torch.full((n, 1), 3, device=corners.device)
-    slot = torch.arange(9, device=corners.device)
-    for axis in range(3):
-        for sign in (1, -1):
-            distance = polygon[..., 3] + sign * polygon[..., axis]
-            # the neighbour that comes first
-            before = torch.where(slot == 0, count - 1, slot - 1).clamp_(min=0)
-            last = distance.gather(1, before)
-            previous = polygon.gather(1, before[..., None].expand(-1, -1, 4))
-            live = slot < count
-            crosses, stays = live & (distance * last < 0), live & (distance >= 0)
-            inner, outer = torch.maximum(distance, last), torch.minimum(distance, last)
-            entering = (distance > last)[..., None]
-            start, end = (
-                torch.where(entering, polygon, previous),
-                torch.where(entering, previous, polygon),
-            )
-            share = torch.where(crosses, inner / torch.where(crosses, inner - outer, 1), 0)[
-                ..., None
-            ]
-            cut = start + share * (end - start)
-            emitted = crosses.int() + stays.int()
-            at = emitted.cumsum(1) - emitted
-            # the last entry takes what is dropped
-            new, old = polygon.new_zeros(n, 10, 4), origin.new_full((n, 10), -1)
-            for take, place, vertex, name in (
-                (crosses, at, cut, torch.full_like(origin, -1)),
-                (stays, at + crosses, polygon, origin),
-            ):
-                place = torch.where(take, place, 9).clamp_(max=9)
-                new.scatter_(1, place[..., None].expand(-1, -1, 4), vertex)
-                old.scatter_(1, place, name)
-            polygon, origin, count = (
-                new[:, :9],
-                old[:, :9],
-                emitted.sum(1, keepdim=True).clamp_(max=9),
-            )
-
-    scale = 1 / torch.where(polygon[..., 3] > 0, polygon[..., 3], 1)
-    cut = _on_grid(polygon[..., :2] * scale[..., None], height, width).int()
-    for axis, size in enumerate((width, height)):
-        cut[..., axis].clamp_(-STEPS // 2 * size, STEPS // 2 * size)
-    known, corner = origin >= 0, origin.clamp(min=0)
-    cut = torch.where(known[..., None], xy.gather(1, corner[..., None].expand(-1, -1, 2)), cut)
-    z = torch.where(known, depth.gather(1, corner), polygon[..., 2] * scale)
-    fan = [torch.zeros(7, dtype=torch.int64, device=z.device), slot[1:8], slot[2:9]]
-    there = slot[2:9] < count
-    # [n, 7, 3, 2]
-    pieces = torch.stack([torch.where(there[..., None], cut[:, f], 0) for f in fan], 2)
-    z = torch.stack([z[:, f] for f in fan], 2)
-    return Pieces(
-        pieces.reshape(-1, 6),
-        z.reshape(-1, 3),
-        view.repeat_interleave(7, output_size=7 * n),
-        face.repeat_interleave(7, output_size=7 * n),
     )
 
 
@@ -254,25 +161,6 @@ def _cross(a: Tensor, b: Tensor) -> Tensor:
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
-class Shown(NamedTuple):
-    """The M covered pixels."""
-
-    at: Tensor  # [M] where they lie in [V, H, W]
-    rows: Tensor  # [M, 3] of their faces' corners
-
-
-def shown(rast: Tensor, faces: Tensor, table: Tensor) -> Shown:
-    """Of a picture [V, H, W, 4]."""
-    V, H, W, _ = rast.shape
-    return _shown(rast[..., 3].reshape(-1).long() - 1, faces, table, H * W)
-
-
-def _shown(face: Tensor, faces: Tensor, table: Tensor, size: int) -> Shown:
-    at = (face >= 0).nonzero()[:, 0]
-    of = table[torch.div(at, size, rounding_mode="floor")]
-    return Shown(at, faces[of[:, 0] + face[at]].long() + of[:, 2:3])
-
-
 def _edges(clip: Tensor, s: Shown, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Corner k as seen from the pixel, x_k - f_x w_k and y_k - f_y w_k: [3, 2, M]; f [2, M]; clip
     [M, 3, 4]. In float64: these differences lose digits where faces are small, and the cross
@@ -289,7 +177,7 @@ def resolve(
 ) -> Tensor:
     """Barycentrics and depth of the nearest face, from the clip positions that were not snapped."""
     face = torch.where(keys == EMPTY, -1, 0xFFFFFFFF - (keys & 0xFFFFFFFF))
-    s = _shown(face, faces, table, height * width)
+    s = shown_faces(face, faces, table, height * width)
     e, _, corner = _edges(clip, s, height, width)
     a = torch.stack(
         [

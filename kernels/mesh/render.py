@@ -20,14 +20,15 @@ from kernels.mesh.clip import projection, to_clip, to_clip_reference
 from kernels.mesh.interpolate import interpolate, interpolate_reference
 from kernels.mesh.normals import flat_normals, flat_normals_reference
 from kernels.mesh.outlines import move_outlines
-from kernels.mesh.packing import make_mesh_layout, opposite_vertices
-from kernels.mesh.rasterize import (
+from kernels.mesh.packing import (
     FACES_MAX,
     check_faces,
     check_floats,
     check_picture,
-    rasterize_reference,
+    make_mesh_layout,
+    opposite_vertices,
 )
+from kernels.mesh.rasterize_reference import rasterize_reference
 
 SILHOUETTES = ("edges", "pixels")
 
@@ -54,10 +55,10 @@ def render_mesh(
 
     Differentiable, to first order, in the vertices and the attributes, to the vertices also through
     silhouettes: of triangles smaller than a pixel "edges" move almost none of them, "pixels" all
-    outlines (kernels.mesh.outlines). Computes in fp32 (16-bit inputs are converted; float64 only on the
-    torch path). Same inputs, same bits (the gradient through ssaa > 1 only where torch's resize has
-    it so). On a GPU the host waits once, and never in the backward. What is nearer than near far /
-    (2 far - near) or beyond `far` is cut off.
+    outlines (kernels.mesh.outlines). Computes in fp32 (16-bit inputs are converted; float64 only on
+    the torch path). Same inputs, same bits (the gradient through ssaa > 1 only where torch's resize
+    has it so). On a GPU the host waits once, and never in the backward. What is nearer than near
+    far / (2 far - near) or beyond `far` is cut off.
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not fit; a view_scene of
     another length than the camera or naming no scene; near and far out of order; ssaa below 1;

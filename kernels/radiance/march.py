@@ -36,10 +36,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
-from kernels.radiance.segments import Segments
+from kernels.radiance.field import STOP, along_ray, load_taps, opacity, sigmoid, softplus
+from kernels.radiance.rays import Segments
 from kernels.views import Layout
-
-STOP, CLAMP = tl.constexpr(1e-3), tl.constexpr(0.999)
 
 
 def _tiles(target: str) -> dict:
@@ -61,49 +60,6 @@ def _backward_tiles(target: str) -> dict:
     if target == "interpreter":
         return {"L": 64, "K": 32}
     return {"L": 16, "K": 2, "num_warps": 4, "num_stages": 1}
-
-
-@triton.jit
-def _taps(axis_ptr, q, rank, valid, R, DIM: tl.constexpr):
-    """One axis: index and weight [L, K] of the upper tap, and the interpolated values [L, K,
-    RANKS].
-    """
-    i = tl.minimum(tl.maximum(q, 0.0), DIM - 2.0).to(tl.int32)
-    w = q - i
-    at = (axis_ptr + i * R)[:, :, None] + rank[None, None, :]
-    a, b = tl.load(at, valid, 0.0), tl.load(at + R, valid, 0.0)
-    return i, w, a + w[:, :, None] * (b - a)
-
-
-@triton.jit
-def _along(path_ptr, k, live):
-    """One coordinate of sample k [L, K] of segments [L]; the increments stand 4 places behind the
-    first sample's.
-    """
-    return tl.load(path_ptr, live, 0.0)[:, None] + tl.load(path_ptr + 4, live, 0.0)[:, None] * k
-
-
-@triton.jit
-def _density(s):
-    """softplus, linear from 10 on, and its derivative."""
-    decayed = tl.exp(-tl.abs(s))
-    inverse = 1 / (1 + decayed)
-    smooth = tl.maximum(s, 0.0) + tl.log(1 + decayed)
-    return tl.where(s < 10, smooth, s), tl.where(
-        s < 10, tl.where(s < 0, decayed * inverse, inverse), 1.0
-    )
-
-
-@triton.jit
-def _opacity(x):
-    """min(1 - exp(-x), 0.999), by its series where the difference would cancel."""
-    series = x * (1 - x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120)))))
-    return tl.minimum(tl.where(x < 0.125, series, 1 - tl.exp(-x)), CLAMP)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit(do_not_specialize=["W", "H", "TX", "TY"])
@@ -161,20 +117,20 @@ def _march(
             base[:, None] + tl.zeros_like(at),
             live[:, :, None] & (rank < R)[None, None, :],
         )
-        _, _, e = _taps(axis, _along(path, at, alive), rank, valid, R, DIM)
-        _, _, f = _taps(axis + DIM * R, _along(path + 1, at, alive), rank, valid, R, DIM)
+        _, _, e = load_taps(axis, along_ray(path, at, alive), rank, valid, R, DIM)
+        _, _, f = load_taps(axis + DIM * R, along_ray(path + 1, at, alive), rank, valid, R, DIM)
         e *= f
-        _, _, f = _taps(axis + 2 * DIM * R, _along(path + 2, at, alive), rank, valid, R, DIM)
+        _, _, f = load_taps(axis + 2 * DIM * R, along_ray(path + 2, at, alive), rank, valid, R, DIM)
         e *= f
-        z = _along(path + 3, at, alive)
+        z = along_ray(path + 3, at, alive)
         own = (base + taps)[:, None] + rank[None, :]
         some = alive[:, None] & (rank < R)[None, :]
         s = tl.sum(e * tl.load(own, some, 0.0)[:, None, :], 2)
-        r = _sigmoid(tl.sum(e * tl.load(own + R, some, 0.0)[:, None, :], 2))
-        g = _sigmoid(tl.sum(e * tl.load(own + 2 * R, some, 0.0)[:, None, :], 2))
-        b = _sigmoid(tl.sum(e * tl.load(own + 3 * R, some, 0.0)[:, None, :], 2))
-        rho, _ = _density(s)
-        alpha = tl.where(live, _opacity(rho * step), 0.0)
+        r = sigmoid(tl.sum(e * tl.load(own + R, some, 0.0)[:, None, :], 2))
+        g = sigmoid(tl.sum(e * tl.load(own + 2 * R, some, 0.0)[:, None, :], 2))
+        b = sigmoid(tl.sum(e * tl.load(own + 3 * R, some, 0.0)[:, None, :], 2))
+        rho, _ = softplus(s)
+        alpha = tl.where(live, opacity(rho * step), 0.0)
         through = light[:, None] * tl.cumprod(1 - alpha, 1)  # behind each sample
         before = through / (1 - alpha)
         kept = before >= STOP
@@ -284,22 +240,24 @@ def _march_backward(
                 at = k + tl.arange(0, K)[None, :]
                 taken = at < used[:, None]
                 valid = taken[:, :, None] & some[None, None, :]
-                ix, wx, fx = _taps(base, _along(path, at, live), rank, valid, R, DIM)
-                iy, wy, fy = _taps(base + DIM * R, _along(path + 1, at, live), rank, valid, R, DIM)
-                iz, wz, fz = _taps(
-                    base + 2 * DIM * R, _along(path + 2, at, live), rank, valid, R, DIM
+                ix, wx, fx = load_taps(base, along_ray(path, at, live), rank, valid, R, DIM)
+                iy, wy, fy = load_taps(
+                    base + DIM * R, along_ray(path + 1, at, live), rank, valid, R, DIM
                 )
-                z = _along(path + 3, at, live)
+                iz, wz, fz = load_taps(
+                    base + 2 * DIM * R, along_ray(path + 2, at, live), rank, valid, R, DIM
+                )
+                z = along_ray(path + 3, at, live)
                 xy = fx * fy
                 e = xy * fz
                 s = tl.sum(e * density[None, None, :], 2)
                 r, g = (
-                    _sigmoid(tl.sum(e * k_red[None, None, :], 2)),
-                    _sigmoid(tl.sum(e * k_green[None, None, :], 2)),
+                    sigmoid(tl.sum(e * k_red[None, None, :], 2)),
+                    sigmoid(tl.sum(e * k_green[None, None, :], 2)),
                 )
-                b = _sigmoid(tl.sum(e * k_blue[None, None, :], 2))
-                rho, slope = _density(s)
-                alpha = tl.where(taken, _opacity(rho * step), 0.0)
+                b = sigmoid(tl.sum(e * k_blue[None, None, :], 2))
+                rho, slope = softplus(s)
+                alpha = tl.where(taken, opacity(rho * step), 0.0)
                 through = light[:, None] * tl.cumprod(1 - alpha, 1)
                 weight = alpha * (through / (1 - alpha))
                 a = r * gr[:, None] + g * gg[:, None] + b * gb[:, None] + z * gd[:, None]

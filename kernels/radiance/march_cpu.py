@@ -1,5 +1,5 @@
-"""The radiance field on a CPU, any float dtype: the formulas of kernels.radiance.march in matrix products,
-and their backward.
+"""The radiance field on a CPU, any float dtype: the formulas of kernels.radiance.march in matrix
+products, and their backward.
 
 Samples are evaluated voxel by voxel: at the samples of one voxel the interpolation is a product of
 the weights [samples, n] with its taps [n, rank], and the backward is the transposed product.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.radiance.segments import Segments
+from kernels.radiance.rays import Segments
 
 STOP = 1e-3
 # optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP

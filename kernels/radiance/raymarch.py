@@ -5,9 +5,9 @@ Each voxel holds R products of three vectors of n taps (a trivec), which weight 
 colours; a ray samples it at fixed steps of half a tap, counted from the camera and shifted by an
 offset per pixel. Stages, each one launch for all scenes and views: segments (which rays cross which
 voxels, S), march (tiles of pixels); backward: march (N). What is computed is what TRELLIS (Xiang et
-al. 2024) trains its radiance field with; formulas stand in kernels.radiance.march, membership of samples in
-kernels.radiance.segments. Deliberate differences: a view without voxels shows the background; depth
-has its true gradient.
+al. 2024) trains its radiance field with; formulas stand in kernels.radiance.march, membership of
+samples in kernels.radiance.segments. Deliberate differences: a view without voxels shows the
+background; depth has its true gradient.
 """
 
 import torch
@@ -261,77 +261,3 @@ def _pack(camera: Camera) -> Tensor:
     across, down = k[:, 0] * camera.width, k[:, 1] * camera.height
     pixels = torch.stack([across[:, 0], down[:, 1], across[:, 2], down[:, 2]], 1)
     return torch.cat([camera.extrinsics[:, :3, :3].flatten(1), camera.center, pixels], 1)
-
-
-def raymarch_reference(
-    position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset
-) -> Image:
-    """`raymarch` by the book: one view after another, every ray with every voxel, textbook
-    formulas, autograd.
-    """
-    starts, images = host_list("starts", starts), []
-    for v, s in enumerate(host_list("view_scene", view_scene)):
-        mine = slice(starts[s], starts[s + 1])
-        parts = (t[mine] for t in (position, trivec, density, sh[:, :, 0]))
-        images.append(_view_reference(*parts, camera[v], background[v], resolution, offset[v]))
-    shape = (camera.height, camera.width)
-    color, alpha, depth = (torch.stack(t) for t in zip(*images, strict=True))
-    return Image(color.view(-1, 3, *shape), alpha.view(-1, 1, *shape), depth.view(-1, 1, *shape))
-
-
-def _view_reference(position, trivec, density, sh, camera, background, resolution, offset):
-    """Colour [3, rays], alpha [rays] and depth [rays] of one view; the published rule is marked."""
-    exact, n = trivec.dtype, trivec.shape[3]
-    step = 0.5 / n / resolution
-    camera = camera.to(exact)
-    extrinsics, (o, d) = camera.extrinsics[0], (t[0] for t in camera.rays())
-    d = d.reshape(-1, 3)
-    shrink = 1 / d.norm(dim=1)
-    d, offset = d * shrink[:, None], offset.reshape(-1).to(exact)
-    low = torch.floor(position.to(exact) * resolution) / resolution - 0.5
-    keep = ((low + 0.5 / resolution) @ extrinsics[2, :3] + extrinsics[2, 3]) > 0.2
-    inverse = torch.where(d == 0, 1e10, 1 / d)
-    # [rays, N, 3]
-    a, b = ((low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution))
-    t_in, t_out = torch.minimum(a, b).amax(2), torch.maximum(a, b).amin(2)
-    first, last = (
-        torch.ceil(t_in / step - offset[:, None]),
-        torch.floor(t_out / step - offset[:, None]),
-    )
-    ray, voxel = ((t_in < t_out) & (first <= last) & keep).nonzero(as_tuple=True)
-    first, count = first[ray, voxel], (last - first + 1)[ray, voxel].long()
-    ray, voxel, first = (t.repeat_interleave(count) for t in (ray, voxel, first))
-    t = first + torch.arange(len(ray)) - (count.cumsum(0) - count).repeat_interleave(count)
-    t, order = t.sort(stable=True)
-    ray, order2 = ray[order].sort(stable=True)
-    t, voxel = t[order2], voxel[order][order2]
-    z = (t + offset[ray]) * step
-    q = (o + d[ray] * z[:, None] - low[voxel]) * resolution * n - 0.5  # [samples, 3]
-    i = q.trunc().clamp(0, n - 2).long()
-    w = (q - i)[:, None, :]
-    taps = trivec[voxel]  # [samples, R, 3, n]
-    i = i[:, None, :, None].expand(-1, taps.shape[1], -1, 1)
-    f = (1 - w) * taps.gather(3, i)[..., 0] + w * taps.gather(3, i + 1)[..., 0]
-    e = f.prod(2)
-    rho = torch.nn.functional.softplus((density[voxel] * e).sum(1), threshold=10)
-    color = torch.sigmoid((SH0 * sh[voxel] * e[..., None]).sum(1))
-    alpha = 1 - torch.exp(-rho * step)
-    # published rule: past the clamp, the gradient is that of rho with the factor step * (1 - clamp)
-    # in fp32, as published: one such sample leaves less than 1e-3
-    clamp = torch.tensor(0.999).item()
-    alpha = torch.where(alpha > clamp, clamp + (1 - clamp) * step * (rho - rho.detach()), alpha)
-    rays = len(d)
-    count = torch.bincount(ray, minlength=rays)
-    column = torch.arange(len(ray)) - (count.cumsum(0) - count)[ray]
-    table = alpha.new_zeros(rays, int(count.max()) + 1 if rays else 1).index_put(
-        (ray, column), alpha
-    )
-    through = torch.cumprod(1 - table, 1)
-    before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1)
-    kept = before >= 1e-3
-    weight = (table * before * kept)[ray, column]
-    final = torch.where(kept, 1 - table, 1).prod(1)
-    image = background.to(exact) * final[:, None] + torch.zeros_like(d).index_add(
-        0, ray, weight[:, None] * color
-    )
-    return image.T, 1 - final, shrink * torch.zeros_like(offset).index_add(0, ray, weight * z)

@@ -22,33 +22,18 @@ walks of 10^2 dependent loads per ray and a second sort for the backward; lists 
 pixels (69e3 pairs of a tile and a voxel) would make 98e6 lanes step through 9.9e6 samples.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.radiance.rays import Segments, by_ray
 from kernels.views import Layout
 
 NEAR = tl.constexpr(0.2)
 MARGIN = tl.constexpr(0.05)  # pixels added around a projected box: far more than rounding
 CLIP = tl.constexpr(1e-3)  # a corner nearer than this: every pixel is tried
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """S segments in the order of the pairs, and every ray's list of them."""
-
-    ray: Tensor  # [S] int32: pixel (view * H + y) * W + x
-    samples: Tensor  # [S] int32: how many
-    voxel: Tensor  # [S] int32
-    # [S, 8]: the first sample's place in taps (3) and camera depth, and their increments per sample
-    path: Tensor
-    start: Tensor  # [P + 1] int64: pair p owns the segments start[p] : start[p + 1]
-    order: Tensor  # [S] int64: segments, ray after ray, near to far
-    bounds: Tensor  # [rays + 1] int32: ray i has order[bounds[i] : bounds[i + 1]]
 
 
 def _tiles(target: str) -> dict:
@@ -280,15 +265,3 @@ def find_segments(
     return Segments(
         ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)
     ), wrong
-
-
-def by_ray(key: Tensor, rays: int) -> tuple[Tensor, Tensor]:
-    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each
-    ray's bounds in it.
-
-    A first sample is negative only for a voxel behind the eye but not near it, which takes a
-    resolution below 8.
-    """
-    key, order = torch.sort(key, stable=True)
-    edges = (torch.arange(rays + 1, device=key.device) << 32) - 2**31
-    return order, torch.searchsorted(key, edges, out_int32=True)

@@ -5,7 +5,7 @@ cacheful of box tests at a time.
 import torch
 from torch import Tensor
 
-from kernels.radiance.segments import Segments, by_ray
+from kernels.radiance.rays import Segments, by_ray
 from kernels.views import Layout
 
 NEAR, MARGIN, CLIP = 0.2, 0.05, 1e-3

@@ -1,5 +1,5 @@
-"""Dual vertices on a CPU: the formulas of kernels.surface.dual, one row per (dual vertex, edge) pair, a
-chunk of dual vertices at a time.
+"""Dual vertices on a CPU: the formulas of kernels.surface.dual, one row per (dual vertex, edge)
+pair, a chunk of dual vertices at a time.
 
 Positions and colors are interpolated alike, so they travel together as rows of M = 3 (or 9)
 numbers.

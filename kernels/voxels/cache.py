@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_whole
-from kernels.voxels.hash import LIMIT, check_coords, pack, unpack
+from kernels.voxels.coords import LIMIT, check_coords, pack, unpack
 
 T = TypeVar("T")
 

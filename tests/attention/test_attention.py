@@ -10,12 +10,9 @@ import torch
 from kernels import backend
 from kernels.attention import cpu as attention_torch
 from kernels.attention import launch as launches
-from kernels.attention.op import (
-    segment_attention,
-    segment_attention_reference,
-    window_attention,
-    window_attention_reference,
-)
+from kernels.attention import sizes
+from kernels.attention.op import segment_attention, window_attention
+from kernels.attention.reference import segment_attention_reference, window_attention_reference
 from kernels.voxels.window import Windows, window_partition
 from tests.conftest import GPU, assert_close, assert_same, golden
 
@@ -205,18 +202,18 @@ def test_tiles_of_gpus(kernel_device, target, dtype, lengths):
 @pytest.mark.parametrize("target", TARGETS)
 def test_tiles_cover_every_length_once(target, dtype, normed, rotated):
     for pad_d in (16, 32, 64, 128):
-        for classes in launches._tiles(dtype, pad_d, target, normed, rotated):
+        for classes in sizes.tile_sizes(dtype, pad_d, target, normed, rotated):
             assert [c.low for c in classes] == [0, *(c.high for c in classes[:-1])] and classes[
                 -1
-            ].high == launches.ANY
+            ].high == sizes.ANY
             assert classes[-1].high > classes[-1].rows  # loops: it also serves segment_attention
 
 
 def test_listed_tiles(kernel_device):
     starts = torch.tensor([0, *EDGES, *[0] * 1100, 33]).cumsum(0).int().to(kernel_device)
     lengths = starts.diff().tolist()
-    for low, high, rows in [(0, 64, 64), (64, 128, 128), (100, launches.ANY, 64)]:
-        work = launches._list_tiles(starts, int(starts[-1]), low, high, rows)
+    for low, high, rows in [(0, 64, 64), (64, 128, 128), (100, sizes.ANY, 64)]:
+        work = launches._tile_list(starts, int(starts[-1]), low, high, rows)
         expected = [
             [m, int(starts[m]) + t]
             for m, n in enumerate(lengths)
@@ -239,7 +236,7 @@ def test_impossible_classes_are_not_launched(kernel_device):
             out = window_attention(qkv, windows)
             torch.autograd.grad(out.sum(), qkv)
             window_attention(qkv, windows)
-            tiles = launches._tiles(
+            tiles = sizes.tile_sizes(
                 torch.float32, 16, backend.target(qkv), normed=False, rotated=False
             )
         forward, backward = ([t for t in tiles if t.low < 64] for tiles in tiles)

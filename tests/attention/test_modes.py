@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.attention.op import (
-    rotate_reference,
-    segment_attention,
-    window_attention,
-    window_attention_reference,
-)
+from kernels.attention.op import segment_attention, window_attention
+from kernels.attention.reference import rotate_reference, window_attention_reference
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.window import Windows
 from tests.conftest import GPU, assert_close, assert_same, golden, load_weights

@@ -3,7 +3,7 @@
 import torch
 
 from kernels.bench import command as bench
-from kernels.bench.measure import Case, Work
+from kernels.bench.case import Case, Work
 from kernels.bench.mesh import _surface
 from kernels.surface.isosurface import isosurface
 

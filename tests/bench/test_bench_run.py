@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kernels.bench import command as bench
-from kernels.bench.measure import Impl
+from kernels.bench.case import Impl
 from tests.bench.test_cases import square
 
 

@@ -9,24 +9,14 @@ import types
 import pytest
 import torch
 
-from kernels.attention.op import segment_attention_reference
+from kernels.attention.reference import segment_attention_reference
 from kernels.bench import attention as bench_attention
 from kernels.bench import command as bench
 from kernels.bench import measure
 from kernels.bench.attention import Layout, _squares, attention_case, attention_work
+from kernels.bench.case import INTERPRETED, NAIVE, OURS, Case, Impl, Work
 from kernels.bench.gaussian import gaussians, splat_cases
-from kernels.bench.measure import (
-    INTERPRETED,
-    NAIVE,
-    OURS,
-    Case,
-    Ceilings,
-    Clock,
-    Impl,
-    Work,
-    difference,
-    spread,
-)
+from kernels.bench.measure import Ceilings, Clock, difference, spread
 from kernels.bench.mesh import conv_work, parents_read
 from kernels.bench.norm import eager_gelu
 from kernels.bench.peers import inductor, optional

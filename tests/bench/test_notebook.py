@@ -17,7 +17,7 @@ from kernels.bench.jobs import Ended, Jobs
 from tests.helpers.reports import outcomes
 from train import timing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("measure_script", ROOT / "notebooks" / "measure.py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)

@@ -8,8 +8,9 @@ import torch
 from kernels.bench import command as bench
 from kernels.bench import measure
 from kernels.bench.attention import attention_case
+from kernels.bench.case import Case, Impl
 from kernels.bench.gaussian import gaussians, gsplat
-from kernels.bench.measure import Case, Impl, evaluate
+from kernels.bench.measure import evaluate
 from kernels.bench.mesh import _flex_gemm, _spconv, nvdiffrast
 from kernels.bench.shapes import batch, shell
 from kernels.bench.voxels import _flex_gemm_map, _spconv_map

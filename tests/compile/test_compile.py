@@ -11,17 +11,8 @@ from pathlib import Path
 import pytest
 
 import kernels
-from kernels.compile.command import (
-    OPS,
-    TARGETS,
-    Build,
-    _blocks_per_unit,
-    _parse,
-    _read,
-    _verdict,
-    _wanted,
-    main,
-)
+from kernels.compile.build import TARGETS, Build, _blocks_per_unit, _verdict
+from kernels.compile.command import OPS, _parse, _read, _wanted, main
 from kernels.compile.report import document, merged
 from kernels.compile.workloads import WORKLOADS
 
@@ -92,7 +83,7 @@ def entry_points() -> set[str]:
     """Every Triton function that no other one calls: what can only be launched."""
     functions = [
         node
-        for file in Path(kernels.__file__).parent.glob("*.py")
+        for file in Path(kernels.__file__).parent.rglob("*.py")
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef)
         and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)

@@ -7,15 +7,9 @@ import torch
 
 from kernels import backend
 from kernels.conv import op as conv
-from kernels.conv.op import (
-    octant_order,
-    octant_weights,
-    sparse_conv,
-    sparse_conv_reference,
-    subdivide_conv,
-    subdivide_conv_reference,
-    tap_order,
-)
+from kernels.conv.op import octant_weights, sparse_conv, subdivide_conv
+from kernels.conv.order import octant_order, octants, tap_order
+from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.children import child_neighbours
 from kernels.voxels.hash import build_table, neighbours
@@ -209,7 +203,7 @@ def test_orders_of_octants(device):
     cache = SpatialCache(voxels([70, 0, 20], (8, 9, 7)).to(device))
     order, taps = cache.get(octant_order).long(), cache.get(neighbours, 3)
     assert torch.equal(order[0], cache.get(tap_order, 3).long())
-    present = torch.cat([taps[:, None] >= 0, conv._octants(taps).repeat(1, 1, 4)[..., :27] >= 0], 1)
+    present = torch.cat([taps[:, None] >= 0, octants(taps).repeat(1, 1, 4)[..., :27] >= 0], 1)
     for group, rows in enumerate(order):
         assert sorted(rows.tolist()) == list(range(90))
         masks = [tuple(m) for m in present[rows, group].tolist()]

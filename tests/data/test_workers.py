@@ -116,7 +116,7 @@ def test_a_program_ends_with_processes_that_it_never_ended():
         capture_output=True,
         text=True,
         timeout=20,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert run.returncode == 0 and not alive(int(run.stdout)), run.stderr
 

@@ -9,8 +9,10 @@ from kernels.gaussian import blend
 from kernels.gaussian.binning import bin_tiles
 from kernels.gaussian.project import project
 from kernels.gaussian.project_cpu import project_torch
-from kernels.gaussian.splat import _pack, splat, splat_reference
-from kernels.views import Projected, make_layout
+from kernels.gaussian.records import Projected
+from kernels.gaussian.reference import splat_reference
+from kernels.gaussian.splat import _pack, splat
+from kernels.views import make_layout
 from tests.conftest import assert_close, assert_same, golden
 
 CASES = [

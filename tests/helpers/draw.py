@@ -9,27 +9,20 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.attention.op import (
-    segment_attention,
-    segment_attention_reference,
-    window_attention,
-    window_attention_reference,
-)
-from kernels.conv.op import (
-    octant_order,
-    sparse_conv,
-    sparse_conv_reference,
-    subdivide_conv,
-    subdivide_conv_reference,
-    tap_order,
-)
-from kernels.gaussian.splat import splat, splat_reference
+from kernels.attention.op import segment_attention, window_attention
+from kernels.attention.reference import segment_attention_reference, window_attention_reference
+from kernels.conv.op import sparse_conv, subdivide_conv
+from kernels.conv.order import octant_order, tap_order
+from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
+from kernels.gaussian.reference import splat_reference
+from kernels.gaussian.splat import splat
 from kernels.mesh.antialias import antialias, antialias_reference
 from kernels.mesh.clip import projection, to_clip, to_clip_reference
 from kernels.mesh.interpolate import interpolate, interpolate_reference
 from kernels.mesh.normals import flat_normals, flat_normals_reference
 from kernels.mesh.packing import make_mesh_layout
-from kernels.mesh.rasterize import rasterize, rasterize_reference
+from kernels.mesh.rasterize import rasterize
+from kernels.mesh.rasterize_reference import rasterize_reference
 from kernels.mesh.render import render_mesh, render_mesh_reference
 from kernels.norm.gelu import gelu, gelu_reference
 from kernels.norm.group import group_norm, group_norm_reference
@@ -42,9 +35,11 @@ from kernels.norm.layer import (
     rms_norm_reference,
     stream_norm,
 )
-from kernels.radiance.raymarch import raymarch, raymarch_reference
+from kernels.radiance.raymarch import raymarch
+from kernels.radiance.reference import raymarch_reference
 from kernels.similarity import ssim, ssim_reference
-from kernels.surface.isosurface import isosurface, isosurface_reference
+from kernels.surface.isosurface import isosurface
+from kernels.surface.reference import isosurface_reference
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.children import child_neighbours, parent_size
 from kernels.voxels.curves import MODES, serialized_windows, serialized_windows_reference

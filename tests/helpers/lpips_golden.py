@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-RENDERS = Path(__file__).parents[1] / "train" / "assets" / "demo" / "renders"
+RENDERS = Path(__file__).parents[2] / "train" / "assets" / "demo" / "renders"
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 HEADS = (64, 128, 256, 512, 512)
 

@@ -1,4 +1,5 @@
-"""pytest -p tests.helpers.reports --reports FILE [--passed FILE]: every test at once as a line of JSON.
+"""pytest -p tests.helpers.reports --reports FILE [--passed FILE]: every test at once as a line of
+JSON.
 
 So a run that is stopped keeps what it had. A line is {id, when, outcome, s, why}. `--passed` names
 such a file of an earlier run: tests that passed there are left out, those that failed come first.

@@ -1,5 +1,5 @@
-"""python -m pytest -p tests.helpers.specialisations --specialisations FILE: what the suite compiles on a
-GPU, counted on a CPU.
+"""python -m pytest -p tests.helpers.specialisations --specialisations FILE: what the suite compiles
+on a GPU, counted on a CPU.
 
 Every launch is noted as Triton would specialise it, with the tile sizes of one GPU; the torch
 path's tests are left out. Kernels whose numbers decide nothing else are not run, since the
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 def _noted(request, monkeypatch):
     """Note what the test launches, whoever else observes."""
     from kernels import backend
-    from kernels.compile.command import launched
+    from kernels.compile.build import launched
 
     found, launch = {}, backend.launch
     path = request.config.getoption("specialisations")

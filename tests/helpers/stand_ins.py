@@ -10,7 +10,7 @@ import types
 import torch
 from torch import Tensor
 
-from kernels.attention.op import segment_attention_reference
+from kernels.attention.reference import segment_attention_reference
 from kernels.bench.gaussian import SH
 from kernels.camera import Camera
 from kernels.conv.op import sparse_conv

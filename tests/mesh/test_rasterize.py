@@ -5,8 +5,9 @@ from kernels import backend, reduce
 from kernels.mesh import rasterize_gpu as raster
 from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.packing import make_mesh_layout, opposite_vertices, single_table
-from kernels.mesh.rasterize import rasterize, rasterize_reference
-from kernels.mesh.rasterize_gpu import corner_order
+from kernels.mesh.pixels_gpu import corner_order, corner_rows
+from kernels.mesh.rasterize import rasterize
+from kernels.mesh.rasterize_reference import rasterize_reference
 from kernels.reduce import sum_rows
 from tests.conftest import assert_close, assert_same
 from tests.helpers.triangles import ball, cameras, soup
@@ -268,7 +269,7 @@ def test_corners_are_ordered_by_vertex_and_by_clip_row_at_once(kernel_device):
     clip, faces, layout = batch(kernel_device)
     rast = rasterize(clip, faces, 12, 18, layout.clip_table)
     order = corner_order(rast.detach(), faces, layout.vertex_table)
-    rows = raster.corner_rows(rast.detach(), faces, layout.clip_table)[order]
+    rows = corner_rows(rast.detach(), faces, layout.clip_table)[order]
     runs = 1 + int((rows[1:] != rows[:-1]).sum())
     assert runs == len(rows.unique())  # equal rows are neighbours
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import models
-from kernels.attention.op import rotate_reference, window_attention, window_attention_reference
+from kernels.attention.op import window_attention
+from kernels.attention.reference import rotate_reference, window_attention_reference
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.window import full_windows

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.conv.op import sparse_conv_reference
+from kernels.conv.reference import sparse_conv_reference
 from kernels.norm.group import group_norm_reference
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours

@@ -24,7 +24,7 @@ def shoot(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
     flags = [*TINY, *own_data(folder), "--image-size", 24]
     command = [sys.executable, "-m", "tests.helpers.groups", folder, *flags]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     with subprocess.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
     ) as runs:

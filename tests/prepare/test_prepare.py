@@ -19,7 +19,7 @@ from train.prepare import raycast
 from train.prepare.raycast import Caster
 from train.prepare.voxelize import Features, voxelize
 
-ASSETS = Path(prepare.__file__).parent / "assets"
+ASSETS = Path(prepare.__file__).parents[1] / "assets"
 
 
 def metadata(folder: Path) -> list[dict]:

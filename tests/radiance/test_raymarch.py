@@ -5,7 +5,8 @@ import torch
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.radiance.raymarch import _pack, raymarch, raymarch_reference
+from kernels.radiance.raymarch import _pack, raymarch
+from kernels.radiance.reference import raymarch_reference
 from tests.conftest import assert_close, assert_same
 
 LAUNCHES = {"_segments": 2, "_march": 1, "_march_backward": 1}

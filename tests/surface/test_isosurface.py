@@ -7,13 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import backend
-from kernels.surface.isosurface import (
-    Surfaces,
-    _forward,
-    _reverse,
-    isosurface,
-    isosurface_reference,
-)
+from kernels.surface.isosurface import Surfaces, _forward, _reverse, isosurface
+from kernels.surface.reference import isosurface_reference
 from kernels.voxels.cache import SpatialCache
 from tests.conftest import assert_close, assert_same
 from tests.voxels.test_window import voxels

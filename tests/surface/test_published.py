@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels.surface.cubes import find_cubes, unravel
-from kernels.surface.isosurface import flexicubes_reference, isosurface
+from kernels.surface.isosurface import isosurface
+from kernels.surface.reference import flexicubes_reference
 from tests.conftest import assert_close, golden
 from tests.surface.test_isosurface import corners, full_grid
 

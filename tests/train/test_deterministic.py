@@ -7,7 +7,6 @@ from importlib import import_module
 import pytest
 import torch
 
-from tests.train.test_train_mesh import data
 from train import loop
 from train.losses.geometry import Surfaces
 from train.losses.pictures import Pictures

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from kernels.camera import Camera
 from tests.helpers.reads import watch_reads
 from tests.models.test_models import randomize, small_encoder
-from tests.train.test_train_mesh import data
 from train import gaussian, mesh, radiance
 from train.config import from_cli
 from train.data.dataset import Batch, collate

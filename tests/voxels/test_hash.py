@@ -8,9 +8,9 @@ import torch
 from kernels import backend
 from kernels.voxels import hash
 from kernels.voxels.cache import SpatialCache
+from kernels.voxels.coords import check_coords
 from kernels.voxels.hash import (
     build_table,
-    check_coords,
     lookup,
     lookup_reference,
     neighbours,

@@ -29,7 +29,7 @@ from train.data.scenes import (
 )
 
 # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
-EMBEDDED = Path(__file__).parent / "assets" / "demo"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "demo"
 
 
 @dataclass(frozen=True)

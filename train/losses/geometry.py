@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import models
 from kernels import Camera, Image, face_camera, render_mesh
-from kernels.views import make_index
+from kernels.transfer import make_index
 from models import MeshScene
 from train.data.dataset import Batch
 from train.data.objects import Objects
@@ -60,7 +60,9 @@ def tsdf(position: Tensor, value: Tensor, depth: Tensor, camera: Camera, resolut
 
 
 class Surfaces(nn.Module):
-    """The objective of meshes; what `train.losses.pictures.Pictures` is to Gaussians and radiance fields."""
+    """The objective of meshes; what `train.losses.pictures.Pictures` is to Gaussians and radiance
+    fields.
+    """
 
     meshes = True
 

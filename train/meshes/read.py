@@ -1,5 +1,5 @@
-"""Textured meshes from files: OBJ with its MTL and images read here, GLB and glTF in train.meshes.gltf,
-PLY in train.meshes.ply.
+"""Textured meshes from files: OBJ with its MTL and images read here, GLB and glTF in
+train.meshes.gltf, PLY in train.meshes.ply.
 
 Everything is flat after reading: F triangles over P vertices, and per corner a normal, a texture
 coordinate and a tint. z is up in the datasets and in PLY, y in OBJ and glTF: their (x, y, z)

@@ -1,0 +1,70 @@
+"""What the attention kernels do to a tile of rows as they load it: rotation and q/k norm."""
+
+import triton
+import triton.language as tl
+
+EPSILON = tl.constexpr(1e-12)  # least norm of a row in the q/k norm
+
+
+@triton.jit
+def rotate(x, phases_ptr, row, live, SIGN: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
+    """Pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] turned by their phases, or back (SIGN
+    -1), in their type.
+    """
+    d = tl.arange(0, PAD_D)[None, :]
+    phases = tl.load(phases_ptr + row * D + d, mask=live[:, None] & (d < D), other=0.0)
+    cos, sin = tl.split(tl.reshape(phases, [x.shape[0], PAD_D // 2, 2]))
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), [x.shape[0], PAD_D // 2, 2]))
+    sin *= SIGN
+    return tl.reshape(
+        tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], PAD_D]
+    ).to(x.dtype)
+
+
+@triton.jit
+def head_norm(x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
+    """RMS norm of q or k rows [ROWS, PAD_D] of one head, whose gamma the pointer names, in their
+    type.
+    """
+    d = tl.arange(0, PAD_D)
+    gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
+    wide = x.to(tl.float32)
+    norm = tl.sqrt(tl.sum(wide * wide, 1))
+    return (wide * (1.0 / tl.maximum(norm, EPSILON))[:, None] * gamma[None, :]).to(x.dtype)
+
+
+@triton.jit
+def head_norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
+    """Gradients of `head_norm`: of the rows, [ROWS, PAD_D], and of gamma over these rows, [PAD_D]."""
+    d = tl.arange(0, PAD_D)
+    gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
+    x = x.to(tl.float32)
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    inverse = (1.0 / tl.maximum(norm, EPSILON))[:, None]
+    unit = x * inverse
+    dgamma = tl.sum(grad * unit, 0) * (D**0.5)
+    grad *= gamma[None, :]
+    along = tl.where(norm > EPSILON, tl.sum(grad * unit, 1), 0.0)
+    return inverse * (grad - unit * along[:, None]), dgamma
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["M", "low", "high", "rows"])
+def _list_tiles(starts_ptr, work_ptr, M, low, high, rows, BLOCK: tl.constexpr):
+    """work: how many tiles there are, an unused number, then (segment, its first position) of each.
+    One program.
+    """
+    total = 0
+    for m0 in range(0, M, BLOCK):
+        m = m0 + tl.arange(0, BLOCK)
+        begin = tl.load(starts_ptr + m, mask=m < M, other=0)
+        size = tl.load(starts_ptr + m + 1, mask=m < M, other=0) - begin
+        tiles = tl.where((size > low) & (size <= high), (size + rows - 1) // rows, 0)  # [BLOCK]
+        slot = work_ptr + 2 * (total + 1 + tl.cumsum(tiles) - tiles)
+        for t in range(0, tl.max(tiles)):
+            tl.store(slot + 2 * t, m, mask=t < tiles)
+            tl.store(slot + 2 * t + 1, begin + t * rows, mask=t < tiles)
+        total += tl.sum(tiles)
+    tl.store(work_ptr, total)

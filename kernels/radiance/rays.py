@@ -1,0 +1,32 @@
+"""The segments of rays inside voxels: what the marches on a GPU and on a CPU read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """S segments in the order of the pairs, and every ray's list of them."""
+
+    ray: Tensor  # [S] int32: pixel (view * H + y) * W + x
+    samples: Tensor  # [S] int32: how many
+    voxel: Tensor  # [S] int32
+    # [S, 8]: the first sample's place in taps (3) and camera depth, and their increments per sample
+    path: Tensor
+    start: Tensor  # [P + 1] int64: pair p owns the segments start[p] : start[p + 1]
+    order: Tensor  # [S] int64: segments, ray after ray, near to far
+    bounds: Tensor  # [rays + 1] int32: ray i has order[bounds[i] : bounds[i + 1]]
+
+
+def by_ray(key: Tensor, rays: int) -> tuple[Tensor, Tensor]:
+    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each
+    ray's bounds in it.
+
+    A first sample is negative only for a voxel behind the eye but not near it, which takes a
+    resolution below 8.
+    """
+    key, order = torch.sort(key, stable=True)
+    edges = (torch.arange(rays + 1, device=key.device) << 32) - 2**31
+    return order, torch.searchsorted(key, edges, out_int32=True)
