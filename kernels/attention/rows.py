@@ -35,7 +35,7 @@ def head_norm(x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
 
 @triton.jit
 def head_norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """Gradients of `head_norm`: of the rows, [ROWS, PAD_D], and of gamma over these rows, [PAD_D]."""
+    """Gradients of `head_norm`: of the rows [ROWS, PAD_D], and of gamma over these [PAD_D]."""
     d = tl.arange(0, PAD_D)
     gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
     x = x.to(tl.float32)

@@ -1,0 +1,1 @@
+"""Layer norm, group norm and GELU: one pass over memory each."""

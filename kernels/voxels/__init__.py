@@ -1,0 +1,1 @@
+"""Voxel coordinates -> tables, neighbours, windows, other scales."""

@@ -25,7 +25,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_runs_leave_the_same_bits(script, data, tmp_path):  # noqa: F811
+def test_two_runs_leave_the_same_bits(script, data, tmp_path):
     module, (compare, sizes) = import_module(f"train.{script}"), SCRIPTS[script]
     states = []
     for run in "ab":

@@ -58,7 +58,7 @@ SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in (radiance, me
 
 
 @pytest.mark.parametrize("script", [gaussian, *SLOW], ids=lambda script: script.__name__)
-def test_a_step(watched_device, script, data, lpips, tmp_path):  # noqa: F811
+def test_a_step(watched_device, script, data, lpips, tmp_path):
     flags = ["--data", str(data), "--lpips", str(lpips), "--out", str(tmp_path / "run")]
     config = from_cli("", script.PRESETS, [*TINY, *SIZES[script], *flags], 1)
     run = Run(
