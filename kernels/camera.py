@@ -92,7 +92,8 @@ class Camera:
     @property
     def center(self) -> Tensor:
         """Where the cameras stand, in world units: [V, 3]."""
-        rotation, translation = self.extrinsics[:, :3, :3], self.extrinsics[:, :3, 3]
+        rotation = self.extrinsics[:, :3, :3]
+        translation = self.extrinsics[:, :3, 3]
         return -(rotation.mT @ translation[..., None])[..., 0]
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ class Camera:
         sizes = {(c.width, c.height) for c in cameras}
         if len(sizes) != 1:
             raise ValueError(f"cameras of one size can be joined, not of sizes {sorted(sizes)}")
-        (width, height) = sizes.pop()
+        width, height = sizes.pop()
         return cls(
             torch.cat([c.extrinsics for c in cameras]),
             torch.cat([c.intrinsics for c in cameras]),

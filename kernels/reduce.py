@@ -96,13 +96,17 @@ def sum_rows(
     """The sum of the rows of each key 0 .. N - 1, 0 for a key without rows. The same bits each
     time.
     """
-    M, C = len(key), rows.shape[1]
+    M = len(key)
+    C = rows.shape[1]
     out = rows.new_zeros(N, C)
-    rows, weight = rows.contiguous(), None if weight is None else weight.contiguous()
-    tiles, ordered = _tiles(backend.target(rows)), False
+    rows = rows.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    tiles = _tiles(backend.target(rows))
+    ordered = False
     while M and C:
         blocks = triton.cdiv(M, tiles["B"])
-        part, part_key = rows.new_empty(2 * blocks, C), key.new_empty(2 * blocks)
+        part = rows.new_empty(2 * blocks, C)
+        part_key = key.new_empty(2 * blocks)
         backend.launch(
             _sum_runs,
             (blocks,),
@@ -121,7 +125,12 @@ def sum_rows(
         )
         if blocks == 1:
             break
-        rows, key, weight, share, ordered, M = part, part_key, None, 1, True, 2 * blocks
+        rows = part
+        key = part_key
+        weight = None
+        share = 1
+        ordered = True
+        M = 2 * blocks
     return out
 
 
@@ -144,7 +153,8 @@ def _sum_pieces(
     TILE_K: tl.constexpr,
 ):
     piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
+    begin = tl.load(starts_ptr + segment)
+    end = tl.load(starts_ptr + segment + 1)
     n = begin + piece * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, TILE_K)
     live = (n < end)[:, None] & (k < K)[None, :]  # [ROWS, TILE_K]
@@ -179,7 +189,9 @@ def sum_segments(
         backend.launch(_sum_pieces, (pieces, B), *args, **constants)
         if pieces == 1:
             return out.view(B)
-        values, magnitudes, longest = out, False, pieces
+        values = out
+        magnitudes = False
+        longest = pieces
         rows = torch.arange(0, len(out) + 1, pieces, device=out.device)
     return values.new_zeros(B)
 

@@ -76,7 +76,8 @@ def _add_images(ha, hb, hsq, hab, a_ptr, b_ptr, x, end, D: tl.constexpr, TAP: tl
     """Add the pixels D columns to the left and right of x to a row's four sums; outside 0 <= column
     < end they are zero.
     """
-    left, right = (x >= D) & (end > 0), x < end - D
+    left = (x >= D) & (end > 0)
+    right = x < end - D
     a0 = tl.load(a_ptr - D, mask=left, other=0.0).to(tl.float32)
     a1 = tl.load(a_ptr + D, mask=right, other=0.0).to(tl.float32)
     b0 = tl.load(b_ptr - D, mask=left, other=0.0).to(tl.float32)
@@ -93,7 +94,8 @@ def _add_maps(
     ha, hb, hsq, hab, ptr, size, x, end, D: tl.constexpr, TAP: tl.constexpr, BOTH: tl.constexpr
 ):
     """As `_add_images`, of the saved maps."""
-    left, right = (x >= D) & (end > 0), x < end - D
+    left = (x >= D) & (end > 0)
+    right = x < end - D
     ha += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
     ptr += size
     hsq += (tl.load(ptr - D, mask=left, other=0.0) + tl.load(ptr + D, mask=right, other=0.0)) * TAP
@@ -119,7 +121,12 @@ def _push(r, h):
     """Add row h to the eleven output rows that it reaches: (the one it completes, the ten under
     way).
     """
-    h0, h1, h2, h3, h4, h5 = h * T0, h * T1, h * T2, h * T3, h * T4, h * T5
+    h0 = h * T0
+    h1 = h * T1
+    h2 = h * T2
+    h3 = h * T3
+    h4 = h * T4
+    h5 = h * T5
     return r[0] + h5, (
         r[1] + h4,
         r[2] + h3,
@@ -149,7 +156,10 @@ def _ssim_fwd(
     MAPS: tl.constexpr,
 ):
     x, first, plane, size = _place(programs, C, H, W, LANES, ROWS)
-    ring_a, ring_b, ring_sq, ring_ab = _ring(LANES), _ring(LANES), _ring(LANES), _ring(LANES)
+    ring_a = _ring(LANES)
+    ring_b = _ring(LANES)
+    ring_sq = _ring(LANES)
+    ring_ab = _ring(LANES)
     total = tl.zeros([LANES], tl.float32)
     for i in range(ROWS + 10):
         y = first - 5 + i
@@ -157,7 +167,10 @@ def _ssim_fwd(
         at = plane + y * W + x
         a = tl.load(a_ptr + at, mask=x < end, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + at, mask=x < end, other=0.0).to(tl.float32)
-        ha, hb, hsq, hab = a * T0, b * T0, (a * a + b * b) * T0, a * b * T0
+        ha = a * T0
+        hb = b * T0
+        hsq = (a * a + b * b) * T0
+        hab = a * b * T0
         ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 1, T1)
         ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 2, T2)
         ha, hb, hsq, hab = _add_images(ha, hb, hsq, hab, a_ptr + at, b_ptr + at, x, end, 3, T3)
@@ -169,13 +182,18 @@ def _ssim_fwd(
         ab, ring_ab = _push(ring_ab, hab)
         # the completed row; before `first` it is the strip above's
         live = (y - 5 >= first) & (y - 5 < H)
-        square, cross = ma * ma + mb * mb, 2 * ma * mb
-        A1, A2, B1, B2 = cross + C1, 2 * ab - cross + C2, square + C1, sq - square + C2
+        square = ma * ma + mb * mb
+        cross = 2 * ma * mb
+        A1 = cross + C1
+        A2 = 2 * ab - cross + C2
+        B1 = square + C1
+        B2 = sq - square + C2
         value = A1 * A2 / (B1 * B2)
         total += tl.where(live, value, 0.0)
         if MAPS > 0:
             to = maps_ptr + at - 5 * W
-            u, v = 2 * (A2 - A1) / (B1 * B2), 2 * value * (1 / B2 - 1 / B1)
+            u = 2 * (A2 - A1) / (B1 * B2)
+            v = 2 * value * (1 / B2 - 1 / B1)
             tl.store(to, mb * u + ma * v, mask=live)
             tl.store(to + size, -value / B2, mask=live)
             tl.store(to + 2 * size, 2 * A1 / (B1 * B2), mask=live)
@@ -202,7 +220,10 @@ def _ssim_bwd(
 ):
     x, first, plane, size = _place(programs, C, H, W, LANES, ROWS)
     scale = tl.load(grad_ptr + tl.program_id(0) // programs).to(tl.float32)
-    ring_a, ring_b, ring_sq, ring_ab = _ring(LANES), _ring(LANES), _ring(LANES), _ring(LANES)
+    ring_a = _ring(LANES)
+    ring_b = _ring(LANES)
+    ring_sq = _ring(LANES)
+    ring_ab = _ring(LANES)
     for i in range(ROWS + 10):
         y = first - 5 + i
         end = tl.where((y >= 0) & (y < H), W, 0)
@@ -258,7 +279,8 @@ def _parts(x: Tensor) -> list[slice]:
 
 def _forward_torch(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
     a, b = a.to(_accumulator(a)), b.to(_accumulator(b))
-    mean, saved = a.new_empty(len(a)), a.new_empty(maps, *a.shape)
+    mean = a.new_empty(len(a))
+    saved = a.new_empty(maps, *a.shape)
     for part in _parts(a):
         mean[part] = _similarity(a[part], b[part], saved[:, part]).mean((1, 2, 3))
     return mean, saved
@@ -267,17 +289,19 @@ def _forward_torch(a: Tensor, b: Tensor, maps: int) -> tuple[Tensor, Tensor]:
 def _similarity(a: Tensor, b: Tensor, saved: Tensor) -> Tensor:
     """SSIM of every pixel; writes the maps [0, 3 or 4, V, C, H, W]."""
     ma, mb, sq, ab = _blur(torch.stack([a, b, a * a + b * b, a * b]))
-    square, cross = ma * ma + mb * mb, 2 * ma * mb
-    A1, A2, B1, B2 = (
-        cross + C1.value,
-        2 * ab - cross + C2.value,
-        square + C1.value,
-        sq - square + C2.value,
-    )
+    square = ma * ma + mb * mb
+    cross = 2 * ma * mb
+    A1 = cross + C1.value
+    A2 = 2 * ab - cross + C2.value
+    B1 = square + C1.value
+    B2 = sq - square + C2.value
     value = A1 * A2 / (B1 * B2)
     if len(saved):
-        u, v = 2 * (A2 - A1) / (B1 * B2), 2 * value * (1 / B2 - 1 / B1)
-        saved[0], saved[1], saved[2] = mb * u + ma * v, -value / B2, 2 * A1 / (B1 * B2)
+        u = 2 * (A2 - A1) / (B1 * B2)
+        v = 2 * value * (1 / B2 - 1 / B1)
+        saved[0] = mb * u + ma * v
+        saved[1] = -value / B2
+        saved[2] = 2 * A1 / (B1 * B2)
     if len(saved) > 3:
         saved[3] = ma * u + mb * v
     return value
@@ -285,7 +309,8 @@ def _similarity(a: Tensor, b: Tensor, saved: Tensor) -> Tensor:
 
 def _backward_torch(a: Tensor, b: Tensor, saved: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     both = len(saved) > 3
-    da, db = torch.empty_like(a), torch.empty_like(b) if both else b.new_empty(0)
+    da = torch.empty_like(a)
+    db = torch.empty_like(b) if both else b.new_empty(0)
     for part in _parts(a):
         blurred = _blur(saved[:, part]).mul_(scale[part].to(saved.dtype).view(-1, 1, 1, 1))
         da[part] = blurred[0] + 2 * a[part] * blurred[1] + b[part] * blurred[2]
@@ -326,7 +351,8 @@ def _ssim_backward(a: Tensor, b: Tensor, saved: Tensor, grad: Tensor) -> tuple[T
     scale = grad / (C * H * W)
     if backend.is_torch(a):
         return _backward_torch(a, b, saved, scale)
-    da, db = torch.empty_like(a), torch.empty_like(b) if both else b.new_empty(0)
+    da = torch.empty_like(a)
+    db = torch.empty_like(b) if both else b.new_empty(0)
     tiles = _tiles()
     programs = _programs(C, H, W, tiles)
     args = a, b, saved, scale.contiguous(), da, db, programs, C, H, W
@@ -390,7 +416,9 @@ def ssim_reference(a: Tensor, b: Tensor) -> Tensor:
     window = torch.outer(taps, taps).expand(a.shape[1], 1, -1, -1)
     blur = lambda x: F.conv2d(x, window, padding=RADIUS, groups=a.shape[1])
     ma, mb = blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    va = blur(a * a) - ma**2
+    vb = blur(b * b) - mb**2
+    cov = blur(a * b) - ma * mb
     C1, C2 = 0.01**2, 0.03**2
     value = (2 * ma * mb + C1) * (2 * cov + C2) / ((ma**2 + mb**2 + C1) * (va + vb + C2))
     return value.mean((1, 2, 3))

@@ -36,7 +36,10 @@ class Layout:
 def make_layout(starts: list[int], view_scene: list[int], device: torch.device) -> Layout:
     """The Layout of B scenes and V views. Does not wait for the device."""
     count = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    pair_start, views, scenes, by_scene = [0], [], [], []
+    pair_start = [0]
+    views = []
+    scenes = []
+    by_scene = []
     for s in view_scene:
         views += [starts[s], count[s], pair_start[-1]]
         pair_start.append(pair_start[-1] + count[s])

@@ -150,7 +150,8 @@ def _offset_perturbation(config: GaussianConfig) -> Tensor:  # [per_voxel, 3]
 class GaussianDecoder(Decoder):
     """Latents [N, latent_channels] -> a GaussianScene a sample (published: SLatGaussianDecoder)."""
 
-    NAME, CONFIG = "SLatGaussianDecoder", GaussianConfig
+    NAME = "SLatGaussianDecoder"
+    CONFIG = GaussianConfig
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -165,7 +166,8 @@ class GaussianDecoder(Decoder):
 
     def scenes(self, z: SparseTensor) -> list[GaussianScene]:
         """What the raw output layer [N, channels] means."""
-        config, K = self.config, self.config.num_gaussians
+        config = self.config
+        K = self.config.num_gaussians
         raw = z.feats.split([*config.fields.values()], dim=1)
         xyz, color, scaling, rotation, opacity = (
             part.reshape(len(z), K, part.shape[1] // K) * config.lr.get(name, 1.0)

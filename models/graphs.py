@@ -49,7 +49,8 @@ class Recorder:
                 f"CUDA graphs are recorded on a GPU; the model is on {device} (use_graphs(0) "
                 "does without)"
             )
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:
         """Run it a few times outside the current stream, as must be before a recording."""
@@ -62,7 +63,8 @@ class Recorder:
 
     def record(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
         """What repeats its launches, and its result, whose memory that fills."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.stream.device)
         try:
             # "thread_local": the threads that load data may allocate meanwhile
             with torch.cuda.graph(
@@ -149,7 +151,8 @@ class Graphs:
                 .detach()
                 .new_empty(sum(shape.numel() for shape in self.shapes))
             )
-        self.recordings, self.recorder = {}, Recorder(device)
+        self.recordings = {}
+        self.recorder = Recorder(device)
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
         """What belongs to each trained weight, in its shape."""
@@ -201,11 +204,14 @@ class _Recording:
     """The graphs of one size."""
 
     def __init__(self, owner: Graphs, size: Size, feats: Tensor, cache: SpatialCache):
-        self.owner, device, resolution = owner, feats.device, owner.trunk.resolution
+        self.owner = owner
+        device = feats.device
+        resolution = owner.trunk.resolution
         backward, self.inside = size.differentiable
         self.feats = feats.new_zeros(size.R, size.channels).requires_grad_(self.inside)
         self.spare = made_up(size.R, resolution, size.B, device)
-        self.coords, samples = self.spare.clone(), size.B + -(-size.R // resolution**3)
+        self.coords = self.spare.clone()
+        samples = size.B + -(-size.R // resolution**3)
         self._fill(feats.detach(), cache)
         run = lambda: owner.run(
             self.feats, SpatialCache.unread(self.coords, samples, [resolution] * 3)
@@ -271,7 +277,8 @@ class _Replay(torch.autograd.Function):
         ctx, recording: _Recording, cache: SpatialCache, feats: Tensor, *weights: Tensor
     ) -> Tensor:
         out = recording.forward(feats, cache)
-        ctx.recording, ctx.turn = recording, recording.owner.turn
+        ctx.recording = recording
+        ctx.turn = recording.owner.turn
         ctx.weights = [(w, w._version, w.data_ptr()) for w in weights]
         return out
 

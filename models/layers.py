@@ -89,7 +89,8 @@ def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear with weights rounded to x's dtype."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
         # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many
         # times faster
@@ -139,7 +140,9 @@ class WindowAttention(nn.Module):
         self, channels: int, heads: int, windows: tuple, use_rope: bool, qk_rms_norm: bool
     ):
         super().__init__()
-        self.heads, self.windows, self.use_rope = heads, windows, use_rope
+        self.heads = heads
+        self.windows = windows
+        self.use_rope = use_rope
         self.to_qkv = Linear(channels, 3 * channels)
         self.to_out = Linear(channels, channels)
         if qk_rms_norm:
@@ -208,7 +211,8 @@ class Block(nn.Module):
         same pair.
         """
         x, normed = stream_norm(x, BLOCK_EPS, bias)
-        x, own = self.attn(x, normed, cache), self.attn.to_out.bias
+        x = self.attn(x, normed, cache)
+        own = self.attn.to_out.bias
         bias = own if bias is None else bias + own
         x, normed = stream_norm(x, BLOCK_EPS, bias)
         return self.mlp(x, normed), bias + self.mlp.mlp["2"].bias
@@ -267,12 +271,11 @@ class Trunk(nn.Module):
                 f"num_blocks {num_blocks} must be at least 1 and model_channels "
                 f"{model_channels} at least 6"
             )
-        self.model_channels, self.num_heads, self.use_checkpoint = (
-            model_channels,
-            heads,
-            use_checkpoint,
-        )
-        self.attn_mode, self.pe_mode = attn_mode, pe_mode
+        self.model_channels = model_channels
+        self.num_heads = heads
+        self.use_checkpoint = use_checkpoint
+        self.attn_mode = attn_mode
+        self.pe_mode = pe_mode
         self.graphs: Graphs | None = None
         self.activation_dtype = torch.float16 if use_fp16 else torch.float32
         self.input_layer = nn.Linear(in_channels, model_channels)
@@ -361,7 +364,8 @@ class Trunk(nn.Module):
         x = self.input_layer(feats)
         if self.pe_mode == "ape":
             x = x + cache.get(position_embedding, self.model_channels)
-        x, bias = x.to(self.compute_dtype(feats)), None
+        x = x.to(self.compute_dtype(feats))
+        bias = None
         recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
         # torch.compile allows no side effects, as a cache that fills, in what is computed again
         if recompute:

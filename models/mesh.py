@@ -137,7 +137,8 @@ class MeshDecoder(Decoder):
     divide.
     """
 
-    NAME, CONFIG = "SLatMeshDecoder", MeshConfig
+    NAME = "SLatMeshDecoder"
+    CONFIG = MeshConfig
 
     def __init__(self, *args, skip_weight: str = "linear", **kwargs):
         super().__init__(*args, **kwargs)
@@ -157,7 +158,8 @@ class MeshDecoder(Decoder):
 
     def fields(self, z: SparseTensor) -> SparseTensor:
         """The raw output layer on the 64 N cubes, channels in the published order."""
-        h, cache = self.trunk(z.feats, z.cache), z.cache
+        h = self.trunk(z.feats, z.cache)
+        cache = z.cache
         h = h.to(self.compute_dtype(z.feats))
         for block in self.upsample:
             h, cache = block(h, cache)
@@ -167,7 +169,8 @@ class MeshDecoder(Decoder):
         """One scene per sample; a sample without voxels, or whose field has one sign, gives a scene
         without faces.
         """
-        fields, resolution = self.fields(z), SUBDIVIDED * self.resolution
+        fields = self.fields(z)
+        resolution = SUBDIVIDED * self.resolution
         surfaces = isosurface(fields.cache, fields.feats, resolution, self.training)
         sizes = {
             name: _sizes(getattr(surfaces, f"{name}_starts")) for name in ("vertex", "face", "tsdf")

@@ -118,7 +118,8 @@ class RadianceDecoder(Decoder):
     SLatRadianceFieldDecoder).
     """
 
-    NAME, CONFIG = "SLatRadianceFieldDecoder", RadianceConfig
+    NAME = "SLatRadianceFieldDecoder"
+    CONFIG = RadianceConfig
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -54,7 +54,8 @@ class SparseConv3d(nn.Module):
             raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
         if skip_weight not in SKIP_WEIGHTS:
             raise ValueError(f"skip_weight {skip_weight!r} is not one of {', '.join(SKIP_WEIGHTS)}")
-        self.kernel_size, self.skip_weight = kernel_size, skip_weight
+        self.kernel_size = kernel_size
+        self.skip_weight = skip_weight
         self.conv = _Kernel(in_channels, out_channels, kernel_size)
 
     def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, Ci] -> [N, Co]
@@ -85,7 +86,8 @@ class GroupNorm(nn.Module):
         super().__init__()
         if channels % groups:
             raise ValueError(f"{channels} channels are not a multiple of {groups} groups")
-        self.groups, self.eps = groups, eps
+        self.groups = groups
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 

@@ -75,7 +75,8 @@ class Encoder(Trunk):
         check_whole("resolution", resolution), check_whole("in_channels", in_channels)
         check_whole("latent_channels", latent_channels)
         super().__init__(in_channels, model_channels, num_blocks, **trunk)
-        self.resolution, self.latent_channels = resolution, latent_channels
+        self.resolution = resolution
+        self.latent_channels = latent_channels
         self.args = dict(
             resolution=resolution,
             in_channels=in_channels,
@@ -124,7 +125,8 @@ class Decoder(Trunk):
     ):
         check_whole("resolution", resolution), check_whole("latent_channels", latent_channels)
         super().__init__(latent_channels, model_channels, num_blocks, **trunk)
-        self.resolution, self.latent_channels = resolution, latent_channels
+        self.resolution = resolution
+        self.latent_channels = latent_channels
         self.config = self.CONFIG.parse(representation_config)
         self.args = dict(
             resolution=resolution,
@@ -171,7 +173,8 @@ class VAE(nn.Module):
                 f"the encoder makes {encoder.latent_channels} latent channels, the decoder "
                 f"takes {decoder.latent_channels}"
             )
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder = encoder
+        self.decoder = decoder
 
     def forward(
         self, x: SparseTensor, noise: Tensor | None = None
@@ -201,7 +204,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     both shapes, and the first with values that are not finite, and how many. What nothing reads
     (see `read_tensors`) may be missing, and be what it likes.
     """
-    own, read = model.state_dict(), read_tensors(model)
+    own = model.state_dict()
+    read = read_tensors(model)
     missing, extra = sorted(read.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(
@@ -245,10 +249,8 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
             json.dumps({"name": model.NAME, "args": model.args}, indent=2)
         ),
     }.items():
-        file, partial = (
-            prefix.with_name(prefix.name + suffix),
-            prefix.with_name(prefix.name + suffix + ".partial"),
-        )
+        file = prefix.with_name(prefix.name + suffix)
+        partial = prefix.with_name(prefix.name + suffix + ".partial")
         try:
             partial.unlink(missing_ok=True)
             partial.touch()

@@ -82,7 +82,10 @@ class Record:
     """What all calls on one device found so far, and OUT, where it is shown."""
 
     def __init__(self, out: Path, state: Path, facts: dict):
-        self.out, self.state, self.facts, self.packed = out, state, facts, 0.0
+        self.out = out
+        self.state = state
+        self.facts = facts
+        self.packed = 0.0
         self.lock = threading.Lock()
         self.steps = steps.read(state / "steps.json", {})
         (state / "logs").mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,8 @@ def carry_out(names: list[str], here: steps.Here, record: Record, end: float) ->
     plan = [Step(name, *PLAN[name]) for name in names if not passed(record, name)]
     print("".join(f"{name}: passed before\n" for name in names if passed(record, name)), end="")
     while plan and not here.jobs.stopped.is_set():
-        step, seconds = plan[0], allotted(end - time.monotonic(), plan)
+        step = plan[0]
+        seconds = allotted(end - time.monotonic(), plan)
         plan = plan[1:]
         if seconds is None:
             before = record.steps.get(step.name, {})

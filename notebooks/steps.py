@@ -151,7 +151,8 @@ def training(here: Here) -> dict:
         size = here.size("base", decoder) + (batch if here.data else [])
         return ["-m", "train.timing", decoder, "--json", str(kept), *more, *size]
 
-    compiled, few = here.state / "compiled.json", ["--warm-up", "1", "--steps"]
+    compiled = here.state / "compiled.json"
+    few = ["--warm-up", "1", "--steps"]
     warm = {f"training-{d}-warm": command(d, compiled.with_stem(d), *few, "0") for d in left}
     if len(warm) > 1:
         here.run(warm, here.cores, share=0.5)
@@ -184,8 +185,11 @@ def timed(here: Here, name: str, chosen: list[str], flags: list[str]) -> dict:
 
     NAME.json remembers with which status each op ended the process, 0 where it did not.
     """
-    file, known = here.state / "bench.json", here.state / f"{name}.json"
-    done, ended, turn = read(known, {}), {}, 0
+    file = here.state / "bench.json"
+    known = here.state / f"{name}.json"
+    done = read(known, {})
+    ended = {}
+    turn = 0
     left = [op for op in chosen if op not in done]
     while left and time.monotonic() < here.until:
         turn += 1
@@ -226,7 +230,8 @@ def pictures(here: Here) -> dict:
     ended = here.run(commands, here.cores)
     found = {}
     for decoder, folder in folders.items():
-        log, drawn = lines(folder / "log.jsonl"), sorted((folder / "samples").glob("*.png"))
+        log = lines(folder / "log.jsonl")
+        drawn = sorted((folder / "samples").glob("*.png"))
         found[decoder] = {"steps": len(log), "last": json.loads(log[-1]) if log else None}
         how = ended[f"small-{decoder}"]
         if drawn:

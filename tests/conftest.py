@@ -170,10 +170,8 @@ def assert_same(
         return copy.requires_grad_(value.requires_grad)
 
     ours, exact = [prepare(a, False) for a in args], [prepare(a, True) for a in args]
-    got, want = (
-        _tensors(op(*ours, **kwargs)),
-        _tensors(reference(*exact, **{k: prepare(v, True) for k, v in kwargs.items()})),
-    )
+    got = _tensors(op(*ours, **kwargs))
+    want = _tensors(reference(*exact, **{k: prepare(v, True) for k, v in kwargs.items()}))
     assert len(got) == len(want), f"{len(got)} outputs instead of {len(want)}"
     dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
     limit = TOLERANCE[dtype] if tolerance is None else tolerance

@@ -98,9 +98,9 @@ class Holder(torch.nn.Module):
 
     def __init__(self, op, tensors):
         super().__init__()
-        self.op, self.values = (
-            op,
-            torch.nn.ParameterList(torch.nn.Parameter(torch.zeros_like(t)) for t in tensors),
+        self.op = op
+        self.values = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.zeros_like(t)) for t in tensors
         )
 
     def forward(self):
@@ -168,7 +168,8 @@ def loss(model, x, feats):
 
 @DECODERS
 def test_whole_models_compile_to_one_graph(decoder):
-    model, x = vae(decoder).eval(), batch([5, 0, 3], DEVICE)
+    model = vae(decoder).eval()
+    x = batch([5, 0, 3], DEVICE)
     feats = x.feats.requires_grad_()
     torch.manual_seed(0)  # of the radiance field's offsets
     eager = loss(model, x, feats)
@@ -222,7 +223,8 @@ def test_a_trunk_that_recomputes_compiles_to_one_graph():
 
 @DECODERS
 def test_whole_models_by_functional_call(decoder):
-    model, x = vae(decoder).eval(), batch([5, 0, 3], DEVICE)
+    model = vae(decoder).eval()
+    x = batch([5, 0, 3], DEVICE)
     weights = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
 
     class Loss(torch.nn.Module):
@@ -249,7 +251,8 @@ def test_whole_models_by_functional_call(decoder):
 @DECODERS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_whole_models_under_autocast(decoder, dtype):
-    model, x = vae(decoder).eval(), batch([30, 0, 9], DEVICE)
+    model = vae(decoder).eval()
+    x = batch([30, 0, 9], DEVICE)
     torch.manual_seed(0)
     exact = loss(model, x, x.feats)
     torch.manual_seed(0)

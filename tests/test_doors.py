@@ -29,13 +29,15 @@ MODELS = {
     "radiance": (small_radiance, 4),
     "mesh": (small_mesh, 4),
 }
-X, STARTS = torch.rand(4, 8), torch.tensor([0, 4], dtype=torch.int32)
+X = torch.rand(4, 8)
+STARTS = torch.tensor([0, 4], dtype=torch.int32)
 COORDS = torch.tensor([[0, i, 0, 0] for i in range(4)], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("make, channels", MODELS.values(), ids=MODELS)
 def test_models_name_the_type_of_features_and_their_own(make, channels):
-    model, x = make(), batch([5], "cpu", channels)
+    model = make()
+    x = batch([5], "cpu", channels)
     for dtype in (torch.float16, torch.float64, torch.int32):
         with pytest.raises(
             ValueError, match=f"features are {dtype}, the model takes torch.float32: convert"
@@ -51,7 +53,8 @@ def test_models_name_the_type_of_features_and_their_own(make, channels):
 @pytest.mark.parametrize("make, channels", MODELS.values(), ids=MODELS)
 def test_models_name_the_coordinate_beyond_their_grid(make, channels):
     model = make()
-    last, feats = model.resolution - 1, torch.zeros(1, channels)
+    last = model.resolution - 1
+    feats = torch.zeros(1, channels)
     model(models.SparseTensor(feats, torch.tensor([[0, last, 0, last]], dtype=torch.int32)))
     for coordinate in (last + 1, 500):
         wrong = models.SparseTensor(feats, torch.tensor([[0, 0, coordinate, 0]], dtype=torch.int32))
@@ -190,7 +193,8 @@ def test_other_types(call, message):
 
 def renderers():
     """Calls of each renderer that take a view_scene and a background."""
-    camera, light = Camera.orbit(0.0, 0.0, width=8), torch.zeros(1, 3)
+    camera = Camera.orbit(0.0, 0.0, width=8)
+    light = torch.zeros(1, 3)
     gaussian = (
         torch.zeros(1, 3),
         torch.ones(1, 3),

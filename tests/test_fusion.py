@@ -62,7 +62,8 @@ def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(
     offset = torch.full((1, 18, 24), 0.5, device=kernel_device)
     args = position, _pack(view).float(), offset, make_layout(starts, [0], kernel_device), 16, 4
     fine, _ = find_segments(*args, torch.zeros(2, dtype=torch.int64, device=kernel_device))
-    launch, change = backend.launch, torch.tensor([0, -2, 0, 3, 0], device=kernel_device)
+    launch = backend.launch
+    change = torch.tensor([0, -2, 0, 3, 0], device=kernel_device)
 
     def miscounted(kernel, grid, *args, **constants):
         launch(kernel, grid, *args, **constants)
@@ -80,10 +81,8 @@ def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(
         first, old = other.start[pair], fine.start[pair]
         kept = int(fine.start.diff()[pair]) + min(more, 0)
         for name in "ray", "samples", "voxel", "path":
-            now, before = (
-                getattr(other, name)[first : first + kept],
-                getattr(fine, name)[old : old + kept],
-            )
+            now = getattr(other, name)[first : first + kept]
+            before = getattr(fine, name)[old : old + kept]
             assert torch.equal(now, before), (pair, name)
         assert not other.samples[first + kept : other.start[pair + 1]].any()
     image = raymarch(position, *tensors, starts, view, [0], colors(1, kernel_device), 16, offset)

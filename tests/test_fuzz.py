@@ -27,7 +27,8 @@ def check(case: Case, draw: Draw) -> None:
     if not case.tensors:
         assert case.op() == case.reference()
         return
-    op, reference = handing_on(draw.strided(case.op)), handing_on(case.reference)
+    op = handing_on(draw.strided(case.op))
+    reference = handing_on(case.reference)
     dtype = next(t.dtype for t in case.tensors)
     # places of samples and edges are rounded, then divided by
     tolerance = 1e-7 if dtype == torch.float64 else case.tolerance

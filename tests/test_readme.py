@@ -34,10 +34,8 @@ def test_a_run_folder_holds_what_is_said(tmp_path):
             "from which `--resume` continues"
         )
     ]
-    holds, (kept,) = (
-        set(re.findall(r"`([a-z]+\.\w+|[a-z]+/)`", said)),
-        re.findall(r"the last (\w+) `step_\*`", said),
-    )
+    holds = set(re.findall(r"`([a-z]+\.\w+|[a-z]+/)`", said))
+    (kept,) = re.findall(r"the last (\w+) `step_\*`", said)
     made = {f.name + "/" * f.is_dir() for f in (tmp_path / "run").iterdir() if f.name[0] != "."}
     assert holds == made and kept == {3: "three"}[checkpoint.KEEP]
 

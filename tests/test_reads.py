@@ -60,7 +60,8 @@ def test_ops(watched_device, name):
 
 
 def test_coordinates(watched_device):
-    coords, asked = voxels([40, 0, 20]).to(watched_device), voxels([9]).to(watched_device)
+    coords = voxels([40, 0, 20]).to(watched_device)
+    asked = voxels([9]).to(watched_device)
     with watch_reads() as seen:
         cache = SpatialCache(coords, 3)
     assert len(seen) == 1
@@ -86,11 +87,10 @@ def cameras(device) -> tuple[Camera, list[int], torch.Tensor]:
 @pytest.mark.parametrize("decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
 def test_whole_models(watched_device, decoder):
     """From features to losses of pictures: the renderer's read and no other."""
-    encoder, decoder = (
-        randomize(small_encoder()).to(watched_device),
-        randomize(decoder()).to(watched_device),
-    )
-    x, view = batch([6, 0, 4], watched_device), cameras(watched_device)
+    encoder = randomize(small_encoder()).to(watched_device)
+    decoder = randomize(decoder()).to(watched_device)
+    x = batch([6, 0, 4], watched_device)
+    view = cameras(watched_device)
 
     def losses():
         posterior = encoder(x)

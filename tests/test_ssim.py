@@ -75,7 +75,8 @@ def test_a_few_images_at_a_time_on_a_cpu(images, monkeypatch):
 
 def test_ssim_agrees_with_the_published_loss(device, few_programs):
     _, t = golden("loss_image")
-    a, b = t["img1"].float().to(device).requires_grad_(), t["img2"].float().to(device)
+    a = t["img1"].float().to(device).requires_grad_()
+    b = t["img2"].float().to(device)
     values = ssim(a, b)
     torch.testing.assert_close(values.cpu(), t["ssim_per_image"], atol=2e-6, rtol=0)
     torch.testing.assert_close(values.mean().cpu(), t["ssim"], atol=2e-6, rtol=0)

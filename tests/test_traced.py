@@ -88,8 +88,10 @@ def test_ops(name):
 @pytest.mark.parametrize("small", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
 def test_decoders(small):
     """From latents to a loss of pictures."""
-    decoder, z = small().to(ELSEWHERE), moved(batch([5, 0, 3], torch.device("cpu"), channels=4))
-    view, light = cameras(2, ELSEWHERE, 16), torch.zeros(2, 3, device=ELSEWHERE)
+    decoder = small().to(ELSEWHERE)
+    z = moved(batch([5, 0, 3], torch.device("cpu"), channels=4))
+    view = cameras(2, ELSEWHERE, 16)
+    light = torch.zeros(2, 3, device=ELSEWHERE)
 
     def loss(feats):
         scenes = decoder(z.replace(feats))

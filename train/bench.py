@@ -69,7 +69,8 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
     for name, coords in voxels(size).items():
         cache = SpatialCache(coords.to(device))
         windows = cache.get(shifted_windows, WINDOW, 0)
-        layout, N = Layout(windows.order, windows.lengths), len(cache)
+        layout = Layout(windows.order, windows.lengths)
+        N = len(cache)
         torch.manual_seed(0)
         block = Trunk(8, H * D, num_blocks=1, num_heads=H, window_size=WINDOW).blocks[0].to(device)
         attend = layout.padded().run if device.type == "cpu" else layout.published(flash).run
@@ -77,10 +78,8 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         what = "published path on torch ops, " + (
             "padded attention" if device.type == "cpu" else "varlen_attn"
         )
-        fused, naive = (
-            compiled(published, device),
-            published_block(block, layout.published(one_by_one).run),
-        )
+        fused = compiled(published, device)
+        naive = published_block(block, layout.published(one_by_one).run)
 
         def ours(x: Tensor, block=block, cache=cache) -> Tensor:
             # a copy that no block inside a transformer makes
@@ -121,13 +120,12 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
     Windows are made in every call, as for every batch of a training. `ours` is without graphs; a
     graph has more rows (see models.graphs) and copies of what goes in and out.
     """
-    (H, D), blocks = sizes(size), 2 if size == "small" else 12
+    H, D = sizes(size)
+    blocks = 2 if size == "small" else 12
     for resolution in (16,) if size == "small" else (16, 32, 64):
         coords = batch(shell("sphere", resolution)).to(device)
-        N, squares = (
-            len(coords),
-            int(window_partition(coords, 1, WINDOW).lengths.long().square().sum()),
-        )
+        N = len(coords)
+        squares = int(window_partition(coords, 1, WINDOW).lengths.long().square().sum())
         torch.manual_seed(0)
         eager = Encoder(resolution, 8, H * D, 8, blocks, num_heads=H, window_size=WINDOW).to(device)
         graphed = deepcopy(eager)
@@ -239,7 +237,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         vae = vae.to(device)
         batch = _batch(coords, channels, config.image_size, device)
         weights = {name: weight for name, weight in vars(config.weights).items() if name != "lpips"}
-        compare, background = Pictures(None), torch.ones(batch.batch_size, 3, device=device)
+        compare = Pictures(None)
+        background = torch.ones(batch.batch_size, 3, device=device)
 
         def inputs(seed: int, coords=coords, latent=config.model.latent) -> tuple[Tensor]:
             return (
@@ -264,7 +263,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             vae, config.precision, config.max_norm, loss, most
         )
         common = batch, background, weights
-        absent, name = optional("gsplat"), f"published composition, {where}, "
+        absent = optional("gsplat")
+        name = f"published composition, {where}, "
         peers = {
             name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))
         }
@@ -275,7 +275,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         )
         graphs = Impl(train(ours, len(coords))) if device.type == "cuda" else NO_GRAPHS
         peers["ours, transformers as CUDA graphs"] = graphs
-        H, D = config.model.heads, config.model.channels // config.model.heads
+        H = config.model.heads
+        D = config.model.channels // config.model.heads
         windows = SpatialCache(coords).get(shifted_windows, config.model.window, 0)
         squares = int(windows.lengths.long().square().sum())
         forward, backward = block_work(len(coords), squares, H, D, DTYPES[dtype].itemsize)

@@ -376,7 +376,8 @@ def _check_kind(name: str, kind, recorded: dict) -> None:
     values = recorded[group] if group else recorded
     if leaf not in values:
         return
-    value, kinds = values[leaf], (list,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
+    value = values[leaf]
+    kinds = (list,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
     fits = type(value) in kinds or (float in kinds and type(value) is int)
     if not fits or (kinds == (list,) and not all(isinstance(v, str) for v in value)):
         raise ValueError(f"{name} is {value!r}, not {' or '.join(k.__name__ for k in kinds)}")

@@ -46,7 +46,8 @@ def score(render: Renderer, batches: Iterable[Batch]) -> Score:
     """Score what `render` makes of the views of each batch."""
     full, inside = [], []
     for batch in batches:
-        image, alpha = render(batch), batch.image[:, 3:]
+        image = render(batch)
+        alpha = batch.image[:, 3:]
         for background in (0.0, 1.0):
             target = composite(batch.image, batch.image.new_full((len(alpha), 3), background))
             got = (image.color + background * (1 - image.alpha)).clamp(0, 1)
@@ -89,10 +90,8 @@ def voxel_gaussians(resolution: int, size: float) -> Renderer:
         center = (batch.coords[:, 1:].float() + 0.5) / resolution - 0.5
         one = torch.ones_like(center[:, :1])
         color = (batch.features[:, None, :3] - 0.5) / C0
-        scale, rotation = (
-            one.expand(-1, 3) * (size / resolution),
-            one * one.new_tensor([1, 0, 0, 0]),
-        )
+        scale = one.expand(-1, 3) * (size / resolution)
+        rotation = one * one.new_tensor([1, 0, 0, 0])
         return [GaussianScene(center, scale, rotation, 0.99 * one, color)]
 
     return scenes_renderer(decode)

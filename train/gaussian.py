@@ -82,7 +82,8 @@ PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
 def build(config: Config, in_channels: int) -> GaussianVAE:
     """The VAE for features of `in_channels`, with the published construction."""
-    size, trunk = config.model, config.trunk()
+    size = config.model
+    trunk = config.trunk()
     representation = {
         "lr": {"_rotation": 0.1},
         "perturb_offset": True,

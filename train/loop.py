@@ -65,7 +65,9 @@ class Objective(nn.Module):
 
     def __init__(self, vae: VAE, compare: nn.Module, weights: Mapping[str, float]):
         super().__init__()
-        self.vae, self.compare, self.weights = vae, compare, weights
+        self.vae = vae
+        self.compare = compare
+        self.weights = weights
 
     def forward(
         self, x: SparseTensor, noise: Tensor, batch: Batch, background: Tensor
@@ -89,7 +91,10 @@ class Run:
     def __init__(
         self, script: str, config: Config, build: Build, here: Machine, compare: Compare = Pictures
     ):
-        self.script, self.config, self.here, self.kept = script, config, here, 0
+        self.script = script
+        self.config = config
+        self.here = here
+        self.kept = 0
         self.objects = Objects(config, here, compare.meshes)
         self._build = build
         self.vae = self.untrained()
@@ -174,7 +179,8 @@ class Run:
     @torch.no_grad()
     def decode(self, batch: Batch, vae: VAE | None = None) -> list[Scene]:
         """The scenes of posterior means, by another model of the same kind if one is given."""
-        vae, x = vae or self.vae, self._voxels(batch)
+        vae = vae or self.vae
+        x = self._voxels(batch)
         return vae.decoder(x if self.latents else vae.encoder(x).mode())
 
     @torch.no_grad()
@@ -230,7 +236,8 @@ class Run:
         micro-batch where SparseTensor, the renderers and isosurface say that they read: never in a
         backward pass.
         """
-        begin, device = time.perf_counter(), self.here.device
+        begin = time.perf_counter()
+        device = self.here.device
         seed_all(self.config.seed, self.done, self.here.rank)
         self.vae.train()
         totals: dict[str, Tensor] = {}
@@ -260,7 +267,8 @@ class Run:
 
     def why(self, batches: Sequence[Batch]) -> str:
         """What was not finite in the last step, of these micro-batches: the same on every rank."""
-        step, rank = self.done - 1, self.here.rank
+        step = self.done - 1
+        rank = self.here.rank
         seed_all(self.config.seed, step, rank)
         inputs = (self._inputs(step, micro, batch) for micro, batch in enumerate(batches))
         try:
@@ -307,10 +315,8 @@ class Run:
 
     def _continued(self, steps: int) -> None:
         """Say where another number of steps than before changes the learning rate."""
-        before, now = (
-            replace(self.config, steps=steps).lr_at(self.done),
-            self.config.lr_at(self.done),
-        )
+        before = replace(self.config, steps=steps).lr_at(self.done)
+        now = self.config.lr_at(self.done)
         if before != now and self.done < self.config.steps:
             print(
                 f"--steps {self.config.steps} instead of {steps} is another cosine: the "
@@ -328,7 +334,8 @@ def fit(run: Run) -> None:
     """
     config, here, folder = run.config, run.here, run.folder
     if here.leads:
-        loss, data = run.recipe, run.objects.summary()
+        loss = run.recipe
+        data = run.objects.summary()
         print(report.header(run.script, config, here, run.vae, loss, data, folder), flush=True)
     with (
         Interrupt() as interrupt,

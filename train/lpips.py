@@ -42,19 +42,20 @@ from train.files import whole
 # convolutions between poolings, in torchvision's numbering
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 CHANNELS = (64, 128, 256, 512, 512)
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
+# of images in [-1, 1]
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
 SMALLEST = 16  # pixels: four poolings
 
 
 def weight_shapes() -> dict[str, tuple[int, ...]]:
     """Every key of a weights file with the shape of its tensor."""
-    shapes, before = {}, 3
+    shapes = {}
+    before = 3
     for stage, (layers, channels) in enumerate(zip(STAGES, CHANNELS, strict=True)):
         for layer in layers:
-            shapes[f"features.{layer}.weight"], shapes[f"features.{layer}.bias"] = (
-                (channels, before, 3, 3),
-                (channels,),
-            )
+            shapes[f"features.{layer}.weight"] = (channels, before, 3, 3)
+            shapes[f"features.{layer}.bias"] = (channels,)
             before = channels
         shapes[f"lin{stage}.model.1.weight"] = (1, channels, 1, 1)
     return shapes
@@ -125,11 +126,9 @@ class LPIPS(nn.Module):
         self.shift, self.scale = (_per_channel(values, dtype) for values in (SHIFT, SCALE))
 
     def _features(self, picture: Tensor) -> list[Tensor]:
-        x, layers, found = (
-            (2 * picture - 1 - self.shift) / self.scale,
-            zip(self.weights, self.biases, strict=True),
-            [],
-        )
+        x = (2 * picture - 1 - self.shift) / self.scale
+        layers = zip(self.weights, self.biases, strict=True)
+        found = []
         for stage, convolutions in enumerate(STAGES):
             x = F.max_pool2d(x, 2) if stage else x
             for weight, bias in (next(layers) for _ in convolutions):
@@ -252,7 +251,8 @@ def convert(package: str | Path) -> dict[str, Tensor]:
     made = {}
     for key, shape in weight_shapes().items():
         layer, kind = key.rsplit(".", 1)
-        path, found = (*places[layer], "kernel" if kind == "weight" else "bias"), content
+        path = (*places[layer], "kernel" if kind == "weight" else "bias")
+        found = content
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
         if not isinstance(found, _Array) or found.value is None:

@@ -70,7 +70,9 @@ class Optimizer:
                 f"{low[0]} is {self.parameters[low[0]].dtype}: master weights are fp32; "
                 "precision is of activations"
             )
-        self.clip, self.scale, self.decay = clip, scale, ema
+        self.clip = clip
+        self.scale = scale
+        self.decay = ema
         hidden = [p for name, p in self.parameters.items() if muon and _is_hidden_matrix(name, p)]
         others = [
             p for name, p in self.parameters.items() if not (muon and _is_hidden_matrix(name, p))
@@ -161,11 +163,9 @@ class Optimizer:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Continue from `tensors()` and `state()`."""
-        self.steps, self.skipped, self.scale.log2 = (
-            state["steps"],
-            state["skipped"],
-            state["log2_scale"],
-        )
+        self.steps = state["steps"]
+        self.skipped = state["skipped"]
+        self.scale.log2 = state["log2_scale"]
         self.stuck = state.get("stuck", 0)  # earlier versions did not count them
         owner = {
             p: method

@@ -31,7 +31,9 @@ Rasterize = Callable[[GaussianScene, Camera, Tensor], Tensor]
 
 def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
-    to_qkv, to_out, (up, down) = block.attn.to_qkv, block.attn.to_out, block.mlp.mlp.values()
+    to_qkv = block.attn.to_qkv
+    to_out = block.attn.to_out
+    up, down = block.mlp.mlp.values()
 
     def run(x: Tensor) -> Tensor:
         qkv = to_qkv(eager_layer_norm(x)).view(len(x), 3, block.attn.heads, -1)
@@ -80,7 +82,8 @@ def published_loss(
         rasterize(scenes[b], batch.camera[v], background[v : v + 1])
         for v, b in enumerate(batch.view_scene)
     ]
-    color, target = torch.cat(views), composite(batch.image, background)
+    color = torch.cat(views)
+    target = composite(batch.image, background)
     terms = {
         "l1": (color - target).abs().mean(),
         "ssim": 1 - ssim_reference(color, target).mean(),

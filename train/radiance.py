@@ -74,7 +74,8 @@ PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 
 def build(config: Config, in_channels: int) -> RadianceVAE:
     """The VAE for features of `in_channels`, with the published construction."""
-    size, trunk = config.model, config.trunk()
+    size = config.model
+    trunk = config.trunk()
     representation = {
         "rank": size.rank,
         "dim": size.dim,

@@ -41,7 +41,8 @@ Interval = tuple[str, float, float]  # name, start and end in microseconds
 
 def busy(intervals: Iterable[Interval]) -> float:
     """Microseconds in which at least one of the intervals runs."""
-    total, end = 0.0, float("-inf")
+    total = 0.0
+    end = float("-inf")
     for _, start, stop in sorted(intervals, key=lambda interval: interval[1:]):
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
@@ -64,7 +65,8 @@ class Timed:
     """Steps of a run, timed one by one with the device waited for."""
 
     def __init__(self, run: Run):
-        self.run, self.gpu = run, run.here.device.type == "cuda"
+        self.run = run
+        self.gpu = run.here.device.type == "cuda"
 
     def _wait(self) -> None:
         if self.gpu:
@@ -116,7 +118,9 @@ class Timed:
 
 def measure(run: Run, warm_up: int, steps: int, profiled: int) -> Iterator[dict]:
     """The results so far: after the first steps, the timed ones, and the profiled ones."""
-    batches, timed, config = iter(run.objects.steps()), Timed(run), run.config
+    batches = iter(run.objects.steps())
+    timed = Timed(run)
+    config = run.config
     first = [timed.ms(next(batches)) for _ in range(warm_up)]
     result = {
         "decoder": run.script,

@@ -137,7 +137,9 @@ def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> 
     The processes end with the iterator, whether it is closed, dropped or raises what Worker.answer
     raises.
     """
-    context, team, turns = multiprocessing.get_context(), [], deque()
+    context = multiprocessing.get_context()
+    team = []
+    turns = deque()
     try:
         for number in range(workers):
             team.append(Worker(f"{name} {number}", read, context, STOPS))
@@ -162,13 +164,11 @@ def answers(
     a process died of the question; a new one goes on. Of signals to the group they ignore Ctrl-C
     alone. They end with the iterator.
     """
-    context, waiting, busy, idle, begun = (
-        multiprocessing.get_context("spawn"),
-        deque(questions),
-        {},
-        [],
-        count(),
-    )
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(questions)
+    busy = {}
+    idle = []
+    begun = count()
     try:
         while waiting or busy:
             # a fork of a process with threads can hang: spawn

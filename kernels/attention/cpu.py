@@ -75,13 +75,11 @@ def _side(
     """Slots of one side; and (first slot, length, padding [count, 1, length]) of every group of
     [rows, begin].
     """
-    head, first, take, padding, spans = (
-        torch.arange(heads),
-        0,
-        [torch.zeros(0, dtype=torch.int64)],
-        [torch.zeros(0).bool()],
-        [],
-    )
+    head = torch.arange(heads)
+    first = 0
+    take = [torch.zeros(0, dtype=torch.int64)]
+    padding = [torch.zeros(0).bool()]
+    spans = []
     for group in groups:
         n, begin = torch.tensor(group).T[..., None]
         at = torch.arange(max(n for n, _ in group))
@@ -95,7 +93,8 @@ def _side(
         spans.append((first, len(at), pad))
         first += pad.numel()
     take, padding = torch.cat(take), torch.cat(padding)
-    put, live = torch.full((N * heads,), first), ~padding
+    put = torch.full((N * heads,), first)
+    live = ~padding
     put[take[live]] = torch.arange(first)[live]
     return Side(take, padding[:, None], put), spans
 
@@ -129,7 +128,8 @@ def plan(
                 useful += a * b
                 continue
         groups.append([segment])
-        most, useful = b, a * b
+        most = b
+        useful = a * b
     order = None if order is None else order.long()
     queries, q_spans = _side(order, q_rows, heads, [[[s[0], s[2]] for s in g] for g in groups])
     if q_starts is k_starts:
@@ -182,11 +182,15 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """Outputs [Nq, H, D] of q [Nq, H, D] and k, v [Nk, H, D]."""
-    like, q, k, v = q, plan.queries.gather(q), plan.keys.gather(k), plan.keys.gather(v)
+    like = q
+    q = plan.queries.gather(q)
+    k = plan.keys.gather(k)
+    v = plan.keys.gather(v)
     q *= scale
     out = plan.queries.empty(q)
     for piece in _pieces(plan.batches):
-        (qs, outs), (ks, vs) = piece.of_queries(q, out), piece.of_keys(k, v)
+        qs, outs = piece.of_queries(q, out)
+        ks, vs = piece.of_keys(k, v)
         for m in piece.ranges:
             outs[:, m] = torch.bmm(_probabilities(qs[:, m], ks, piece.bias), vs)
     return plan.queries.scatter(out, like).to(like.dtype)
@@ -204,7 +208,8 @@ def backward(
     g.masked_fill_(plan.queries.padding, 0)  # a padded query has no output
     dq, dk, dv = plan.queries.empty(q), plan.keys.empty(k), plan.keys.empty(v)
     for piece in _pieces(plan.batches):
-        (qs, gs, dqs), (ks, vs, dks, dvs) = piece.of_queries(q, g, dq), piece.of_keys(k, v, dk, dv)
+        qs, gs, dqs = piece.of_queries(q, g, dq)
+        ks, vs, dks, dvs = piece.of_keys(k, v, dk, dv)
         for i, m in enumerate(piece.ranges):
             p = _probabilities(qs[:, m], ks, piece.bias)
             ds = torch._softmax_backward_data(torch.bmm(gs[:, m], vs.mT), p, -1, p.dtype)
@@ -247,7 +252,8 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
     """Gradients of x [N, 2, H, D] and gamma [2, H, D]."""
     _, unit, inverse = norm(x, gamma)
     grad = grad * x.shape[-1] ** 0.5
-    dgamma, grad = (grad * unit).sum(0), grad * gamma
+    dgamma = (grad * unit).sum(0)
+    grad = grad * gamma
     along = (grad * unit).sum(-1, keepdim=True).where(inverse > 0, 0)
     return inverse.abs() * (grad - unit * along), dgamma
 
@@ -256,7 +262,8 @@ def sum_uses(x: Tensor, uses: Tensor, starts: Tensor) -> Tensor:
     """[N, ...]: the sum of x [K, ...] over the uses of each row as a key (`Windows.uses`), in their
     order.
     """
-    begin, count = starts[:-1].long(), starts.diff()
+    begin = starts[:-1].long()
+    count = starts.diff()
     total = x.new_zeros(len(count), *x.shape[1:])
     for t in range(int(count.max()) if len(count) else 0):
         rows = (count > t).nonzero()[:, 0]

@@ -131,10 +131,12 @@ def forward(
     """out [N, H, D], and lse [H, N] by position: log sum exp of the scores."""
     N, H, D = q.shape
     order, starts, keys, key_starts, bound, _ = segments
-    out, lse = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32)
+    out = q.new_empty(N, H, D)
+    lse = q.new_empty(H, N, dtype=torch.float32)
     for tile in _classes(q, bound, gamma is not None, phases is not None)[0]:
         work = keep((starts,), _tile_list, N, tile.low, tile.high, tile.rows)
-        programs, constants = _programs(len(work) - 1, q), _constants(q, segments, tile)
+        programs = _programs(len(work) - 1, q)
+        constants = _constants(q, segments, tile)
         if tile.high <= tile.rows:
             heads = min(H, 4)
             backend.launch(
@@ -214,14 +216,10 @@ def backward(
     dk_to, dv_to = (dk, dv) if uses is None else dk.new_empty(2, K, H, D, dtype=torch.float32)
     first = 0
     for tile, (work, key_work) in zip(classes, lists, strict=True):
-        tiles, constants = (
-            max(len(work), len(key_work)) - 1,
-            _constants(q, segments, tile) | UNFUSED | {"STEP": tile.step},
-        )
-        grid, part = (
-            (H, _programs(len(work) - 1, q)),
-            None if parts is None else parts[first : first + tiles],
-        )
+        tiles = max(len(work), len(key_work)) - 1
+        constants = _constants(q, segments, tile) | UNFUSED | {"STEP": tile.step}
+        grid = (H, _programs(len(work) - 1, q))
+        part = None if parts is None else parts[first : first + tiles]
         if tile.high <= tile.rows:
             backend.launch(
                 short._attention_short_backward,

@@ -51,12 +51,14 @@ def _operands(
     phases: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, padded.Plan]:
     """q [N, H, D], rotated and normed, and k, v of every key, for the torch path."""
-    qk, heads = qkv[:, :2], qkv.shape[2]
+    qk = qkv[:, :2]
+    heads = qkv.shape[2]
     if phases is not None:
         qk = padded.rotate(qk, phases)
     if gamma is not None:
         qk = padded.norm(qk, gamma)[0]
-    (q, k), v = qk.unbind(1), qkv[:, 2]
+    q, k = qk.unbind(1)
+    v = qkv[:, 2]
     if keys is None:
         return q, k, v, keep((order, starts), _window_plan, heads)
     return (
@@ -127,10 +129,8 @@ def _window_attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """dqkv [N, 3, H, D], and dgamma [2, H, D] or, without gamma, [0]."""
     if len(lse) > 0:  # what the forward pass ran on, whichever context the backward pass runs in
-        dqkv, segments = (
-            torch.empty_like(qkv),
-            _segments(order, starts, keys, key_starts, uses, use_starts, bound),
-        )
+        dqkv = torch.empty_like(qkv)
+        segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
         operands = (
             grad.contiguous(),
             *qkv.unbind(1),
@@ -149,7 +149,8 @@ def _window_attention_backward(
         )
     if keys is not None:
         dk, dv = (padded.sum_uses(d, uses, use_starts) for d in (dk, dv))
-    dqk, dgamma = torch.stack([dq, dk], 1), qkv.new_empty(0)
+    dqk = torch.stack([dq, dk], 1)
+    dgamma = qkv.new_empty(0)
     if gamma is not None:
         qk = qkv[:, :2] if phases is None else padded.rotate(qkv[:, :2], phases)
         dqk, dgamma = padded.norm_backward(dqk, qk, gamma)

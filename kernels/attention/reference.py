@@ -40,8 +40,10 @@ def window_attention_reference(qkv, windows, scale=None, q_gamma=None, k_gamma=N
 
 def segment_attention_reference(q, k, v, q_starts, k_starts, scale=None):
     """One segment after the other; [Nq, H, D]."""
-    scale, pieces = q.shape[-1] ** -0.5 if scale is None else scale, [q[:0]]
-    (a, *q_ends), (c, *k_ends) = q_starts.tolist(), k_starts.tolist()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    pieces = [q[:0]]
+    a, *q_ends = q_starts.tolist()
+    c, *k_ends = k_starts.tolist()
     for b, d in zip(q_ends, k_ends, strict=True):
         p = (torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale).softmax(-1)
         pieces.append(torch.einsum("hqk,khd->qhd", p, v[c:d]))

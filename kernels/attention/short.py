@@ -105,7 +105,8 @@ def _attention_short_backward(
     d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
         segment = tl.load(work_ptr + 2 * i + 2)
-        begin, end = tl.load(starts_ptr + segment), tl.load(starts_ptr + segment + 1)
+        begin = tl.load(starts_ptr + segment)
+        end = tl.load(starts_ptr + segment + 1)
         k_at = begin + tl.arange(0, ROWS)
         k_live = k_at < end
         k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)

@@ -59,17 +59,13 @@ def tile_sizes(
         if pad_d == 64 and target.startswith("sm_8") and separate and not treated:
             backward[-1] = backward[-1]._replace(num_warps=4)
     elif pad_d > 64:
-        forward, backward = (
-            [Tile(0, ANY, 64, 32, 4, 2)],
-            [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)],
-        )
+        forward = [Tile(0, ANY, 64, 32, 4, 2)]
+        backward = [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
         if treated:
             forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
     elif target.startswith("gfx1"):  # 256 registers a thread, half of what gfx9 has
-        forward, backward = (
-            [Tile(0, ANY, 64, 32, 8, 1)],
-            [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)],
-        )
+        forward = [Tile(0, ANY, 64, 32, 8, 1)]
+        backward = [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)]
     elif rotated:
         warps = 8 if target.startswith("sm_10") and pad_d <= 32 else 4  # bf16 spills there with 4
         forward = [Tile(0, 64, 64, 64, warps, 1), Tile(64, ANY, 64, 32, 4, 1)]

@@ -41,7 +41,8 @@ def sizes(size: str) -> tuple[int, int]:
 
 def attention_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[Work, Work]:
     """Forward and backward; `squares` = sum n^2 over the windows, `width` bytes an element."""
-    C, lse = H * D, 4 * N * H
+    C = H * D
+    lse = 4 * N * H
     return Work(4 * N * C * width + lse, 4 * C * squares), Work(
         8 * N * C * width + lse, 10 * C * squares
     )
@@ -88,7 +89,8 @@ class Layout:
     # rows [N] in window order, rows of each window [M]; int32
     def __init__(self, order: Tensor, lengths: Tensor):
         lengths = lengths[lengths > 0]
-        self.order, self.longest = order.long(), int(lengths.max())
+        self.order = order.long()
+        self.longest = int(lengths.max())
         self.starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         self.inverse = torch.empty_like(self.order).scatter_(
             0, self.order, torch.arange(len(self.order)).to(self.order)
@@ -203,7 +205,8 @@ def attention_case(
     """One coordinate set, one type, with every peer."""
     coords = coords.to(device)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
-    layout, N = Layout(windows.order, windows.lengths), len(coords)
+    layout = Layout(windows.order, windows.lengths)
+    N = len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
     common = dict(
         op=op, size=f"{name}, N = {N}", dtype=dtype, forward=[forward], backward=[backward]
@@ -261,8 +264,11 @@ def serialized_attention_cases(
     index list, rows repeat.
     """
     name, coords = next(iter(voxels(size).items()))
-    coords, (H, D), run = coords.to(device), sizes(size), 64 if size == "small" else 512
-    windows, N = serialized_windows(coords, int(coords[-1, 0]) + 1, run), len(coords)
+    coords = coords.to(device)
+    H, D = sizes(size)
+    run = 64 if size == "small" else 512
+    windows = serialized_windows(coords, int(coords[-1, 0]) + 1, run)
+    N = len(coords)
     scores = int((windows.lengths.long() * windows.key_starts.diff()).sum())
     for dtype in dtypes:
         forward, backward = attention_work(N, scores, H, D, DTYPES[dtype].itemsize)
@@ -283,8 +289,10 @@ def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -
     small to count.
     """
     name, coords = next(iter(voxels(size).items()))
-    coords, (H, D) = coords.to(device), sizes(size)
-    windows, N = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0), len(coords)
+    coords = coords.to(device)
+    H, D = sizes(size)
+    windows = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0)
+    N = len(coords)
     angle = (
         coords[:, 1:].float()
         @ torch.ones(3, D // 2, device=device)

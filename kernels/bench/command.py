@@ -304,7 +304,8 @@ def _errors(args: argparse.Namespace) -> int:
         "worst gradient.\n"
     )
     print(ERROR_TABLE, flush=True)
-    reasons, failed = {}, False
+    reasons = {}
+    failed = False
     for case in _chosen(args):
         if case.reference is None:
             continue

@@ -50,7 +50,8 @@ def across_rotation(inputs: tuple, grads: list[Tensor]) -> list[Tensor]:
 
     `inputs` and `grads` are center, scale, rotation, opacity and colour.
     """
-    rotation, grad = inputs[2].detach(), grads[2]
+    rotation = inputs[2].detach()
+    grad = grads[2]
     unit = torch.nn.functional.normalize(rotation)
     return [*grads[:2], grad - (grad * unit).sum(1, keepdim=True) * unit, *grads[3:]]
 
@@ -99,7 +100,8 @@ def splat_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         return tuple(t.to(device).requires_grad_() for t in gaussians(size, seed))
 
     G = len(inputs(0)[0])
-    scene, picture = 4 * GAUSSIAN * G, 4 * 4 * edge * edge
+    scene = 4 * GAUSSIAN * G
+    picture = 4 * 4 * edge * edge
 
     def pictures(render, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         image = render(

@@ -92,7 +92,9 @@ class Jobs:
         May be called by several threads. What is stopped gets SIGINT, and what is left of its
         process group SIGKILL after a grace. No group is left behind, whatever ends this.
         """
-        waiting, running, ended = dict(commands), {}, {}
+        waiting = dict(commands)
+        running = {}
+        ended = {}
         with ExitStack() as stack:
             while (waiting or running) and time.monotonic() < until and not self.stopped.is_set():
                 while waiting and len(running) < at_once:

@@ -79,7 +79,8 @@ class Clock:
     cuda: object = torch.cuda  # the module whose events and waits are used
 
     def _host(self, call: Callable[[int], object]) -> list[float]:
-        began, samples = time.perf_counter(), []
+        began = time.perf_counter()
+        samples = []
         for i in range(self.most):
             before = time.perf_counter()
             call(i)
@@ -89,7 +90,8 @@ class Clock:
         return samples
 
     def _events(self, call: Callable[[int], object], host_seconds: float) -> list[float]:
-        samples, numbers = [], count()
+        samples = []
+        numbers = count()
         while len(samples) < self.most and (
             len(samples) < self.least or sum(samples) < 1e6 * self.seconds
         ):
@@ -245,7 +247,9 @@ def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dic
 
     None where nothing is compared. Then what did not run or disagrees, with the reason.
     """
-    ours, agrees, missing = None, {}, _Missing(case)
+    ours = None
+    agrees = {}
+    missing = _Missing(case)
     for name, impl in implementations(case).items():
         if isinstance(impl, str):
             missing.note(name, impl)
@@ -282,7 +286,8 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
     """
     # so that no case runs into the limit of recompilations and falls back to eager unseen
     torch.compiler.reset()
-    rows, first = [], case.inputs(0)
+    rows = []
+    first = case.inputs(0)
     agrees, known = verdicts(case, first)
     missing = _Missing(case, known)
     sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, clock.device)))]
@@ -338,7 +343,8 @@ def errors(case: Case) -> list[dict]:
     exact = evaluate(
         case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args)
     )
-    rows, impls = [], implementations(case)
+    rows = []
+    impls = implementations(case)
     # the interpreter's bf16 arithmetic is wrong
     if os.environ.get("TRITON_INTERPRET") == "1" and case.dtype != "bf16":
         impls = {OURS: impls.pop(OURS), INTERPRETED: Impl(case.ours, restore=case.restore)} | impls

@@ -49,7 +49,10 @@ def conv_work(rows: tuple[int, int], pairs: int, Ci: int, Co: int, width: int) -
     """Forward and backward from rows[0] input to rows[1] output rows, over `pairs` of an output row
     and a neighbour.
     """
-    x, y, weight, flops = rows[0] * Ci, rows[1] * Co, 27 * Ci * Co, 2 * pairs * Ci * Co
+    x = rows[0] * Ci
+    y = rows[1] * Co
+    weight = 27 * Ci * Co
+    flops = 2 * pairs * Ci * Co
     return Work(width * (x + y + weight), flops), Work(width * (2 * x + y + 2 * weight), 2 * flops)
 
 
@@ -63,7 +66,8 @@ def _spconv(
     if isinstance(module, str):
         return module
     conv = module.SubMConv3d(Ci, Co, 3, indice_key="bench").to(device, DTYPES[dtype])
-    shape, known = [max(cache.extent)] * 3, {}
+    shape = [max(cache.extent)] * 3
+    known = {}
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         voxels = module.SparseConvTensor(
@@ -83,7 +87,8 @@ def _flex_gemm(cache: SpatialCache) -> Impl | str:
     module = optional("flex_gemm.ops.spconv")
     if isinstance(module, str):
         return module
-    shape, known = torch.Size([cache.batch_size, 1, *[max(cache.extent)] * 3]), [None]
+    shape = torch.Size([cache.batch_size, 1, *[max(cache.extent)] * 3])
+    known = [None]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out, known[0] = module.sparse_submanifold_conv3d(
@@ -113,7 +118,8 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
     for _, C in channels:
         cache = cache.subdivide()
         near, order = cache.get(neighbours, 3), cache.get(tap_order, 3)
-        pairs, N = int((near >= 0).sum()), len(cache)
+        pairs = int((near >= 0).sum())
+        N = len(cache)
         for dtype in dtypes:
             forward, backward = conv_work((N, N), pairs, C, C, DTYPES[dtype].itemsize)
             yield Case(
@@ -150,11 +156,9 @@ def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> 
     cache = SpatialCache(cache.coords.to(device))
     for Ci, Co in channels:
         children = cache.subdivide()
-        near, below, order = (
-            cache.get(neighbours, 3),
-            children.get(neighbours, 3),
-            cache.get(octant_order),
-        )
+        near = cache.get(neighbours, 3)
+        below = children.get(neighbours, 3)
+        order = cache.get(octant_order)
         pairs = parents_read(below)
         for dtype in dtypes:
             forward, backward = conv_work(
@@ -183,8 +187,10 @@ def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
     x and dy twice.
     """
     name, cache, channels = _levels(size)
-    children, C = SpatialCache(cache.coords.to(device)).subdivide(), channels[0][1]
-    N, starts = len(children), children.starts
+    children = SpatialCache(cache.coords.to(device)).subdivide()
+    C = channels[0][1]
+    N = len(children)
+    starts = children.starts
     affine = lambda seed: tuple(_random((C,), "fp32", device, seed + i) for i in (1, 2))
     for dtype in dtypes:
         row = N * C * DTYPES[dtype].itemsize
@@ -205,7 +211,8 @@ def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 def pool_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """The mean of 2^3 voxels. Forward x -> y; backward dy -> dx."""
     name, cache, channels = _levels(size)
-    cache, C = SpatialCache(cache.coords.to(device)), channels[0][0]
+    cache = SpatialCache(cache.coords.to(device))
+    C = channels[0][0]
     coarse, index = cache.pool(2)
     made = pooling(cache, 2)
     for dtype in dtypes:
@@ -275,7 +282,8 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
     if isinstance(module, str):
         return module
     context = module.RasterizeCudaContext(device=faces.device)
-    layout, matrix = make_layout([0, vertices], [0], faces.device), projection(camera, 1.0, 3.0)
+    layout = make_layout([0, vertices], [0], faces.device)
+    matrix = projection(camera, 1.0, 3.0)
     faces = faces.int().contiguous()
 
     def run(vertices: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,9 +302,12 @@ def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
     backward again, with gradients.
     """
     cache, fields, resolution = _surface(size, device)
-    out, edge = isosurface(cache, fields, resolution, True), 48 if size == "small" else 512
-    camera, faces = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), edge).to(device), out.faces
-    P, F = len(out.vertices), len(faces)
+    out = isosurface(cache, fields, resolution, True)
+    edge = 48 if size == "small" else 512
+    camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), edge).to(device)
+    faces = out.faces
+    P = len(out.vertices)
+    F = len(faces)
     moved = 4 * (6 * P + 3 * F + 11 * edge * edge)
 
     def pictures(render: Callable, vertices: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,10 +106,8 @@ def _row_count(size: str) -> tuple[str, int, int, int]:
 def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """With the bias that a block's stream lacks. Forward x -> y; backward y, dy -> dx."""
     name, N, H, D = _row_count(size)
-    ours, reference = (
-        (lambda x, bias: layer_norm(x, EPS, bias)),
-        (lambda x, bias: layer_norm_reference(x, EPS, bias)),
-    )
+    ours = lambda x, bias: layer_norm(x, EPS, bias)
+    reference = lambda x, bias: layer_norm_reference(x, EPS, bias)
     eager = lambda x, bias: eager_layer_norm(x + bias)
     yield from _pass(
         "layer_norm", ours, reference, eager, [(N, H * D), (H * D,)], (2, 3), name, dtypes, device
@@ -119,10 +117,8 @@ def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """Forward x, h -> sum, y; backward y, dsum, dy -> dx, which is dh too."""
     name, N, H, D = _row_count(size)
-    ours, reference = (
-        (lambda x, h: add_layer_norm(x, h, EPS)),
-        (lambda x, h: add_layer_norm_reference(x, h, EPS)),
-    )
+    ours = lambda x, h: add_layer_norm(x, h, EPS)
+    reference = lambda x, h: add_layer_norm_reference(x, h, EPS)
     yield from _pass(
         "add_layer_norm",
         ours,
@@ -169,7 +165,8 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
     """The mean of a micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> 1;
     backward a, b -> da.
     """
-    V, edge = 2, 128 if size == "small" else 512
+    V = 2
+    edge = 128 if size == "small" else 512
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -177,7 +174,8 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
         rendered = (truth + 0.1 * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
         return rendered.to(device).requires_grad_(), truth.to(device)
 
-    picture, fused = 4 * V * 3 * edge * edge, optional("fused_ssim")
+    picture = 4 * V * 3 * edge * edge
+    fused = optional("fused_ssim")
     peers = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
     mean = lambda a, b: ssim_reference(a, b).mean()
     form = compiled(mean, device)

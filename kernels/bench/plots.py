@@ -38,10 +38,8 @@ def read(folder: Path | str) -> Results:
 def describe(results: Results) -> str:
     """What was measured where, and whether any of it is a GPU's."""
     told = ("device", "date", "commit", "torch", "triton", "driver")
-    lines, measured = (
-        [],
-        {name: any(row["median_us"] for row in r["cases"]) for name, r in results.items()},
-    )
+    lines = []
+    measured = {name: any(row["median_us"] for row in r["cases"]) for name, r in results.items()}
     for name, result in results.items():
         facts = ", ".join(f"{key} {result[key]}" for key in told)
         lines.append(f"{name}: {facts}" + ("" if measured[name] else " (no op was timed)"))
@@ -122,10 +120,8 @@ def throughput(results: Results, op: str, along: str = "N", without: str | None 
             found = [row for row in table if row["pass"] == which]
             for impl, group in _lines(found):
                 group.sort(key=lambda row: value(row, along))
-                x, rate = (
-                    [value(row, along) for row in group],
-                    [value(row, "N") / row["median_us"] for row in group],
-                )
+                x = [value(row, along) for row in group]
+                rate = [value(row, "N") / row["median_us"] for row in group]
                 ax.plot(x, rate, "o-", label=impl, **_style(impl))
                 if impl.startswith(f"{OURS},"):
                     at = [

@@ -30,7 +30,8 @@ def fields(size: str, stage: str, seed: int) -> tuple[Tensor, list[Tensor], int]
     (xyz, resolution), rank, taps = (
         ((shell("sphere", 8), 8), 2, 4) if size == "small" else ((shell("sphere"), 64), 16, 8)
     )
-    N, generator = len(xyz), torch.Generator().manual_seed(seed)
+    N = len(xyz)
+    generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(N, rank, *shape, generator=generator)
     tensors = [1 + 0.1 * normal(3, taps), STAGES[stage] + 0.1 * normal(), normal(1, 3)]
     return (xyz + 0.5) / resolution, tensors, resolution
@@ -38,7 +39,8 @@ def fields(size: str, stage: str, seed: int) -> tuple[Tensor, list[Tensor], int]
 
 def raymarch_work(N: int, floats: int, pixels: int) -> tuple[Work, Work]:
     """Forward and backward of N voxels of `floats` numbers."""
-    scene, picture = 4 * N * floats, 4 * 5 * pixels
+    scene = 4 * N * floats
+    picture = 4 * 5 * pixels
     return Work(scene + picture), Work(2 * scene + 2 * picture)
 
 
@@ -51,7 +53,8 @@ def raymarch_cases(size: str, dtypes: list[str], device: torch.device) -> Iterat
     for stage in STAGES:
         position, tensors, resolution = fields(size, stage, 0)
         position = position.to(device)
-        N, (rank, _, taps) = len(position), tensors[0].shape[1:]
+        N = len(position)
+        rank, _, taps = tensors[0].shape[1:]
         offset = torch.rand(1, edge, edge, generator=torch.Generator().manual_seed(0)).to(device)
 
         def pictures(

@@ -21,7 +21,8 @@ def _waves(seed: int, frequency: float) -> Field:
     """A smooth random field of unit variance: 24 plane waves."""
     generator = np.random.default_rng(seed)
     direction = generator.normal(size=(24, 3)) * (frequency * np.pi)
-    phase, amplitude = generator.uniform(0, 2 * np.pi, 24), generator.normal(size=24) / np.sqrt(24)
+    phase = generator.uniform(0, 2 * np.pi, 24)
+    amplitude = generator.normal(size=24) / np.sqrt(24)
 
     def field(x, y, z):
         return sum(
@@ -101,7 +102,8 @@ def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:
     cells = window**3
     if rows > cells:
         raise ValueError(f"{rows} rows do not fit a window of {window}^3 = {cells} voxels")
-    generator, edge = torch.Generator().manual_seed(seed), math.ceil(windows ** (1 / 3))
+    generator = torch.Generator().manual_seed(seed)
+    edge = math.ceil(windows ** (1 / 3))
     cell = torch.rand(windows, cells, generator=generator).argsort(1)[:, :rows]
     cube = torch.arange(windows)[:, None].expand(-1, rows)
     digits = lambda i, base: torch.stack([i // base**2, i // base % base, i % base], -1)

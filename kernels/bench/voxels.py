@@ -140,7 +140,8 @@ def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: 
     """The map of a 3^3 kernel, its table included; compared as sets, because packages number the
     taps differently.
     """
-    ordered, cache = (lambda found: found.sort(1).values), SpatialCache(coords)
+    ordered = lambda found: found.sort(1).values
+    cache = SpatialCache(coords)
     return Case(
         op=op,
         size=size,

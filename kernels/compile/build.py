@@ -227,7 +227,8 @@ def build_one(build: Build, target_name: str) -> dict:
         return row | {"failure": f"{type(error).__name__}: {str(error)[-400:]}"}
     row["seconds"] = round(time.perf_counter() - began, 2)
     row |= (_read_nvidia if target.backend == "cuda" else _read_amd)(compiled)
-    row["shared"], row["warps"] = compiled.metadata.shared, compiled.metadata.num_warps
+    row["shared"] = compiled.metadata.shared
+    row["warps"] = compiled.metadata.num_warps
     row["shared_limit"] = f"{100 * row['shared'] / target.shared_block:.0f} %"
     row["blocks_per_unit"] = _blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
     failure = _verdict(row, target, target_name)

@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
             f"triton {triton.__version__}, torch {torch.__version__}: {len(chosen)} launches",
             flush=True,
         )
-        began, rows = time.perf_counter(), _build_all(chosen, args.workers)
+        began = time.perf_counter()
+        rows = _build_all(chosen, args.workers)
         # as another version's rows come: lists where there were tuples
         rows = json.loads(json.dumps(rows))
         reports = [{"triton": triton.__version__, "torch": torch.__version__, "rows": rows}]

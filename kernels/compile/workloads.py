@@ -29,7 +29,9 @@ from kernels.voxels.hash import build_table, lookup, neighbours
 from kernels.voxels.pool import pool, pooling, unpool
 from kernels.voxels.window import Windows, window_partition
 
-CHANNELS, HEADS, WINDOW = 768, 12, 8
+CHANNELS = 768
+HEADS = 12
+WINDOW = 8
 DEMO_CHANNELS, DEMO_HEADS = 64, 2
 
 
@@ -68,10 +70,8 @@ def rotary(dtype: torch.dtype) -> None:
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
         D = channels // heads
         qkv = torch.randn(N, 3, heads, D).to(dtype).requires_grad_()
-        phases, gamma = (
-            torch.ones(N, D // 2, dtype=torch.complex64),
-            torch.ones(heads, D, requires_grad=True),
-        )
+        phases = torch.ones(N, D // 2, dtype=torch.complex64)
+        gamma = torch.ones(heads, D, requires_grad=True)
         _backward(window_attention(qkv, windows, phases=phases))
         _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma, phases=phases))
 
@@ -86,10 +86,8 @@ def serialized(dtype: torch.dtype) -> None:
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
         D = channels // heads
         qkv = torch.randn(16, 3, heads, D).to(dtype).requires_grad_()
-        phases, gamma = (
-            torch.ones(16, D // 2, dtype=torch.complex64),
-            torch.ones(heads, D, requires_grad=True),
-        )
+        phases = torch.ones(16, D // 2, dtype=torch.complex64)
+        gamma = torch.ones(heads, D, requires_grad=True)
         _backward(window_attention(qkv, windows))
         _backward(window_attention(qkv, windows, phases=phases))
         _backward(window_attention(qkv, windows, q_gamma=gamma, k_gamma=gamma))
@@ -126,12 +124,11 @@ def gaussians(dtype: torch.dtype) -> None:
     """A rendered view of a few Gaussians; the renderer computes in fp32 whatever it is given."""
     G = 8
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
-    center, scale = torch.rand(G, 3) * 0.2, torch.full((G, 3), 0.02)
-    rotation, opacity, sh = (
-        torch.nn.functional.normalize(torch.rand(G, 4)),
-        torch.full((G, 1), 0.5),
-        torch.rand(G, 1, 3),
-    )
+    center = torch.rand(G, 3) * 0.2
+    scale = torch.full((G, 3), 0.02)
+    rotation = torch.nn.functional.normalize(torch.rand(G, 4))
+    opacity = torch.full((G, 1), 0.5)
+    sh = torch.rand(G, 1, 3)
     tensors = [t.requires_grad_() for t in (center, scale, rotation, opacity, sh)]
     image = splat(*tensors, [0, G], camera, [0], torch.ones(1, 3))
     _backward(image.color, image.alpha)
@@ -143,7 +140,8 @@ def convolution(dtype: torch.dtype) -> None:
     Nobody has neighbours, so that there is nothing for the interpreter to compute.
     """
     N = 16
-    taps, order = torch.full((N, 27), -1, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
+    taps = torch.full((N, 27), -1, dtype=torch.int32)
+    order = torch.arange(N, dtype=torch.int32)
     for CI, CO, subdivided in (
         (CHANNELS, 192, True),
         (192, 192, False),
@@ -151,10 +149,8 @@ def convolution(dtype: torch.dtype) -> None:
         (96, 96, False),
     ):
         x = torch.randn(N, CI).to(dtype).requires_grad_()
-        weight, bias = (
-            torch.randn(CO, 3, 3, 3, CI, requires_grad=True),
-            torch.zeros(CO, requires_grad=True),
-        )
+        weight = torch.randn(CO, 3, 3, 3, CI, requires_grad=True)
+        bias = torch.zeros(CO, requires_grad=True)
         norm = torch.ones(CI, requires_grad=True), torch.zeros(CI, requires_grad=True)
         _backward(group_norm_silu(x, *norm, torch.tensor([0, N], dtype=torch.int32)))
         if subdivided:
@@ -185,7 +181,8 @@ def meshes(dtype: torch.dtype) -> None:
     corners = torch.tensor(
         [[-0.4, 0.0, -0.4], [0.4, 0.0, -0.4], [0.0, 0.0, 0.4], [0.0, 0.1, 0.02], [0.02, 0.1, 0.0]]
     )
-    vertices, colors = corners.requires_grad_(), torch.rand(5, 6, requires_grad=True)
+    vertices = corners.requires_grad_()
+    colors = torch.rand(5, 6, requires_grad=True)
     faces = torch.tensor([[0, 1, 2], [2, 3, 4]], dtype=torch.int32)
     image = render_mesh(vertices, faces, colors, [0, 5], [0, 2], camera, [0])
     _backward(image.color, image.alpha, image.depth, image.normal, image.normal_map)

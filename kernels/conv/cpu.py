@@ -42,8 +42,10 @@ def product(x: Tensor, matrices: Tensor, bias: Tensor | None, taps: Tensor) -> T
     """Sum over taps of x [S, A] @ matrices [M, A, C], and bias [C]: [R * G, C] in x's dtype; row r
     of group g at r * G + g.
     """
-    (R, G, _), C = taps.shape, matrices.shape[2]
-    matrices, out = _wide(matrices), x.new_empty(R, G, C)
+    R, G, _ = taps.shape
+    C = matrices.shape[2]
+    matrices = _wide(matrices)
+    out = x.new_empty(R, G, C)
     for span, g, live in _chunks(taps):
         total = matrices.new_zeros(span.stop - span.start, C)
         for m, near, rows in live:
@@ -60,8 +62,11 @@ def weight_gradient(x: Tensor, grad: Tensor, taps: Tensor) -> Tensor:
     """Sum over rows r, g of grad [R * G, C] times the row of x [S, A] under each tap: [C, M, A], in
     fp32 or fp64.
     """
-    (R, G, T), A, C = taps.shape, x.shape[1], grad.shape[1]
-    sums, grad = _wide(x[:0]).new_zeros(G * T, C, A), grad.view(R, G, C)
+    R, G, T = taps.shape
+    A = x.shape[1]
+    C = grad.shape[1]
+    sums = _wide(x[:0]).new_zeros(G * T, C, A)
+    grad = grad.view(R, G, C)
     for span, g, live in _chunks(taps):
         for m, near, rows in live:
             up = grad[span, g]

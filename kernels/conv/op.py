@@ -84,10 +84,8 @@ class Taps(NamedTuple):
         """
         R, G, T = self.rows.shape
         tiles = triton.cdiv(R, rows)
-        taps, some = (
-            self.rows.new_empty(G, tiles, 1 + T),
-            self.rows.new_empty(G * T, tiles, dtype=torch.int8),
-        )
+        taps = self.rows.new_empty(G, tiles, 1 + T)
+        some = self.rows.new_empty(G * T, tiles, dtype=torch.int8)
         pad = triton.next_power_of_2(T)
         args = (self.rows, self.order, taps, some, R)
         backend.launch(
@@ -102,7 +100,8 @@ def _product(
     """[R * G, C]: the sum over taps of x's rows times the weight [Co, M, Ci], or times its
     transpose.
     """
-    (R, G, T), (CO, _, CI) = taps.rows.shape, weight.shape
+    R, G, T = taps.rows.shape
+    CO, _, CI = weight.shape
     if backend.is_torch(x):
         rows = taps.rows.flip(2) if mirror else taps.rows
         with torch.autocast(x.device.type, enabled=False):
@@ -141,7 +140,9 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     """[Co, M, Ci] fp32 (fp64 where x is): the sum over rows of grad [R * G, Co] times the row of x
     [S, Ci] under each tap.
     """
-    (R, G, T), CI, CO = taps.rows.shape, x.shape[1], grad.shape[1]
+    R, G, T = taps.rows.shape
+    CI = x.shape[1]
+    CO = grad.shape[1]
     if backend.is_torch(x):
         with torch.autocast(x.device.type, enabled=False):
             return gathered.weight_gradient(x, grad, taps.rows)
@@ -362,10 +363,8 @@ def octant_weights(
     """
     for axis in (1, 3, 5):  # becomes (octant bit, parent)
         before, own, after = weight.unbind(axis)
-        lower, upper = (
-            torch.stack([before, own + after], axis),
-            torch.stack([before + own, after], axis),
-        )
+        lower = torch.stack([before, own + after], axis)
+        upper = torch.stack([before + own, after], axis)
         weight = torch.stack([lower, upper], axis)
     return weight.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 6)
 

@@ -76,7 +76,9 @@ def _conv_product(
     OUT_STRIDE: tl.constexpr = 1 if BACK else G * T * CI
     BLOCKS: tl.constexpr = (OUT + WIDE + NARROW - 1) // (WIDE + NARROW)
     STEPS: tl.constexpr = (IN + STEP - 1) // STEP
-    tile, g, tiles = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.num_programs(0) // BLOCKS
+    tile = tl.program_id(0) // BLOCKS
+    g = tl.program_id(1)
+    tiles = tl.num_programs(0) // BLOCKS
     at = tile * ROWS + tl.arange(0, ROWS)
     live = at < R
     row = (
@@ -160,7 +162,8 @@ def _conv_weight_gradient(
     """
     BLOCKS: tl.constexpr = (CO + WIDE + NARROW - 1) // (WIDE + NARROW)
     m, share = tl.program_id(1), tl.program_id(2)
-    g, t = m // T, m % T
+    g = m // T
+    t = m % T
     a = tl.program_id(0) // BLOCKS * TILE_A + tl.arange(0, TILE_A)
     c = tl.program_id(0) % BLOCKS * (WIDE + NARROW) + tl.arange(0, WIDE)
     total = tl.zeros([TILE_A, WIDE], tl.float32)

@@ -54,7 +54,8 @@ def _emit(
     live = n < P
     p = tl.load(order_ptr + n, live, 0)
     rect = rect_ptr + p * 4
-    x0, y0 = tl.load(rect, live, 0), tl.load(rect + 1, live, 0)
+    x0 = tl.load(rect, live, 0)
+    y0 = tl.load(rect + 1, live, 0)
     across, down = tl.load(rect + 2, live, 0) - x0, tl.load(rect + 3, live, 0) - y0
     count = across * down
     at = tl.load(end_ptr + n, live, 0) - count
@@ -74,7 +75,9 @@ def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins
     Raises ValueError where that is more than an int32 counts.
     """
     rect, depth = projected.rect, projected.depth
-    TX, TY, P = triton.cdiv(width, TILE), triton.cdiv(height, TILE), len(depth)
+    TX = triton.cdiv(width, TILE)
+    TY = triton.cdiv(height, TILE)
+    P = len(depth)
     order = torch.sort(depth, stable=True).indices
     end = ((rect[:, 2] - rect[:, 0]) * (rect[:, 3] - rect[:, 1]))[order].cumsum(0)
     total = int(end[-1]) if P else 0

@@ -48,7 +48,9 @@ def bin_torch(
     rounding of the exponent (relative to the terms that cancel in it, hence product / det). Where
     that says nothing (needles thinner than rounding, NaN) the rectangle counts.
     """
-    P, rows, columns = len(mean), -(-H // TILE), -(-W // TILE)
+    P = len(mean)
+    rows = -(-H // TILE)
+    columns = -(-W // TILE)
     x0, y0, x1, y1 = (rect * BLOCK).unbind(1)
     x1, y1 = x1.clamp(max=W) - 1, y1.clamp(max=H) - 1  # pixels, the last one included
     mx, my = mean.double().unbind(1)
@@ -90,8 +92,10 @@ def bin_torch(
     )
     # dy of the rightmost point; leftmost: -dy
     lean = _of(known(-c12 / c22 * (level * c22 / det).sqrt(), 0), pair)
-    square, bend = _of(known(level / c11, torch.inf), pair), _of(known(det / (c11 * c11), 0), pair)
-    skew, middle = _of(known(c12 / c11, 0), pair), _of(mx, pair)
+    square = _of(known(level / c11, torch.inf), pair)
+    bend = _of(known(det / (c11 * c11), 0), pair)
+    skew = _of(known(c12 / c11, 0), pair)
+    middle = _of(mx, pair)
     first = row * TILE - _of(my, pair)
     last = first + (TILE - 1)
     # dy at which the ellipse reaches furthest inside the row

@@ -28,7 +28,9 @@ from kernels import backend
 from kernels.gaussian.binning import Bins
 from kernels.gaussian.records import TILE
 
-OPAQUE, LEAST, STOP = tl.constexpr(0.99), tl.constexpr(1.0 / 255.0), tl.constexpr(1e-4)
+OPAQUE = tl.constexpr(0.99)
+LEAST = tl.constexpr(1.0 / 255.0)
+STOP = tl.constexpr(1e-4)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -46,7 +48,8 @@ def _pixels(tile, W, H, TX, TY):
     inside the picture.
     """
     lane = tl.arange(0, 256)
-    x, y = tile % TX * 16 + lane % 16, tile // TX % TY * 16 + lane // 16
+    x = tile % TX * 16 + lane % 16
+    y = tile // TX % TY * 16 + lane // 16
     return (tile // TX // TY).to(tl.int64), x, y, y * W + x, (x < W) & (y < H)
 
 
@@ -72,7 +75,9 @@ def _alpha(mx, my, c11, c12, c22, opacity, x, y):
     """[K, 256]: offsets, opacity exp(e), and the alpha that is blended (0 where skipped)."""
     dx, dy = mx[:, None] - x.to(tl.float32)[None, :], my[:, None] - y.to(tl.float32)[None, :]
     # [K]: cheaper here than per pixel
-    h11, h12, h22 = c11 * (-0.5 * LOG2E), c12 * LOG2E, c22 * (-0.5 * LOG2E)
+    h11 = c11 * (-0.5 * LOG2E)
+    h12 = c12 * LOG2E
+    h22 = c22 * (-0.5 * LOG2E)
     e = dx * (h11[:, None] * dx - h12[:, None] * dy) + h22[:, None] * dy * dy  # exponent of 2
     raw = opacity[:, None] * tl.exp2(e)
     alpha = tl.minimum(raw, OPAQUE)
@@ -96,16 +101,15 @@ def _blend(
 ):
     tile = tl.program_id(0)
     v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
-    begin, end = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
+    begin = tl.load(bounds_ptr + tile)
+    end = tl.load(bounds_ptr + tile + 1)
     # (256,) transmittance; below STOP for good once the pixel has stopped
     light = tl.where(inside, 1.0, 0.0)
     final = tl.full([256], 1.0, tl.float32)
     reach = tl.zeros([256], tl.int32)  # instances before the stop
-    red, green, blue = (
-        tl.zeros([256], tl.float32),
-        tl.zeros([256], tl.float32),
-        tl.zeros([256], tl.float32),
-    )
+    red = tl.zeros([256], tl.float32)
+    green = tl.zeros([256], tl.float32)
+    blue = tl.zeros([256], tl.float32)
     i = begin
     while i < end:
         n = i + tl.arange(0, K)
@@ -123,7 +127,8 @@ def _blend(
         light = tl.min(through, 0)
         i = tl.where(tl.max(light, 0) >= STOP, i + K, end)
     size = H * W
-    background, image = background_ptr + v * 3, image_ptr + v * 3 * size
+    background = background_ptr + v * 3
+    image = image_ptr + v * 3 * size
     tl.store(image + at, red + final * tl.load(background), inside)
     tl.store(image + size + at, green + final * tl.load(background + 1), inside)
     tl.store(image + 2 * size + at, blue + final * tl.load(background + 2), inside)
@@ -151,10 +156,12 @@ def _blend_backward(
 ):
     tile = tl.program_id(0)
     v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
-    begin, end = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
+    begin = tl.load(bounds_ptr + tile)
+    end = tl.load(bounds_ptr + tile + 1)
     size = H * W
     image, grad = image_ptr + v * 3 * size, grad_image_ptr + v * 3 * size
-    gr, gg = tl.load(grad + at, inside, 0.0), tl.load(grad + size + at, inside, 0.0)
+    gr = tl.load(grad + at, inside, 0.0)
+    gg = tl.load(grad + size + at, inside, 0.0)
     gb = tl.load(grad + 2 * size + at, inside, 0.0)
     # (256,)
     behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(image + size + at, inside, 0.0)
@@ -207,8 +214,11 @@ def blend(
     """Image [V, 3, H, W], final transmittance [V, H, W] and, for the backward, how far each pixel
     came [V, H, W] int32.
     """
-    V, TX, TY = len(background), triton.cdiv(width, TILE), triton.cdiv(height, TILE)
-    image, final = background.new_empty(V, 3, height, width), background.new_empty(V, height, width)
+    V = len(background)
+    TX = triton.cdiv(width, TILE)
+    TY = triton.cdiv(height, TILE)
+    image = background.new_empty(V, 3, height, width)
+    final = background.new_empty(V, height, width)
     reach = torch.empty_like(final, dtype=torch.int32)
     backend.launch(
         _blend,

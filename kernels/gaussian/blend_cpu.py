@@ -59,16 +59,21 @@ def composite_torch(
     lists = bin_torch(mean, conic, opacity, depth, rect, view, V, H, W, SEGMENT)
     shade = _Shader(mean, conic, opacity, color, rect, lists.tile, H, W)
     S = len(lists.tile)
-    blended, final = mean.new_zeros(S, 3, PIXELS), mean.new_ones(S, PIXELS)
+    blended = mean.new_zeros(S, 3, PIXELS)
+    final = mean.new_ones(S, PIXELS)
     light = mean.new_ones(S, PIXELS)  # transmittance so far, 0 where the pixel is finished
-    count, passed, segment = lists.count.clone(), [light[:0]], 0
+    count = lists.count.clone()
+    passed = [light[:0]]
+    segment = 0
     kept = _Kept(_memory(lists, mean) if keep else mean.new_empty(0))
     while len((walk := _Walk(lists.start, count, segment)).live):
-        entering, gained = light[walk.live], mean.new_empty(len(walk.live), 3, PIXELS)
+        entering = light[walk.live]
+        gained = mean.new_empty(len(walk.live), 3, PIXELS)
         passed.append(entering)
         leaving, smallest = torch.empty_like(entering), torch.empty_like(entering)
         for part, L in walk.parts:
-            pair, T = walk.pairs(lists.pair, part, L), part.stop - part.start
+            pair = walk.pairs(lists.pair, part, L)
+            T = part.stop - part.start
             piece, leaving[part], smallest[part] = shade(
                 pair, walk.live[part], entering[part], kept.take(T, L)
             )
@@ -133,13 +138,12 @@ def composite_torch_backward(
     # gradient
     sums = mean.new_zeros(9, len(mean) + 1)
     for walk, rooms in zip(reversed(walks), reversed(places), strict=True):
-        entering, passed = (
-            passed[len(passed) - len(walk.live) :],
-            passed[: len(passed) - len(walk.live)],
-        )
+        entering = passed[len(passed) - len(walk.live) :]
+        passed = passed[: len(passed) - len(walk.live)]
         behind, gradient = arriving[walk.live], upstream[walk.live]
         for (part, L), room in zip(walk.parts, rooms, strict=True):
-            pair, g = walk.pairs(pairs, part, L), gradient[part]
+            pair = walk.pairs(pairs, part, L)
+            g = gradient[part]
             if room is None:
                 piece, _, _ = shade(pair, walk.live[part], entering[part])
             else:
@@ -182,7 +186,9 @@ class _Kept:
     """Room for the weights and ratios of chunks, one after the other in the order of the walk."""
 
     def __init__(self, memory: Tensor):
-        self.memory, self.used, self.full = memory, 0, False
+        self.memory = memory
+        self.used = 0
+        self.full = False
 
     def take(self, T: int, L: int) -> Tensor | None:
         """[2, T, 16, L] for weight and ratio; None from the first chunk on that has no room."""
@@ -221,10 +227,8 @@ class _Shader:
             (c11 > 0) & (c22 > 0) & (c12 * c12 < (1 - 64 * torch.finfo(mean.dtype).eps) * c11 * c22)
         )
         drawn = (rect[:, 2] > rect[:, 0]) & (rect[:, 3] > rect[:, 1])
-        self.steep, self.bright = (
-            bool((drawn & ~plain).any()),
-            bool((drawn & (opacity > ALPHA_MAX)).any()),
-        )
+        self.steep = bool((drawn & ~plain).any())
+        self.bright = bool((drawn & (opacity > ALPHA_MAX)).any())
         self.ratio_max = (mean.new_tensor(ALPHA_MAX) / (1 - mean.new_tensor(ALPHA_MAX))).item()
         below = torch.nextafter(mean.new_tensor([ALPHA_MIN, T_MIN]), mean.new_zeros(()))
         self.alpha_skip, self.light_skip = below.tolist()  # the largest values that are skipped
@@ -247,7 +251,8 @@ class _Shader:
         T, L = pair.shape
         if room is None:
             room = self.buffers[:2, : T * PIXELS * L].view(2, T, PIXELS, L)
-        (weight, ratio), light = room, self.scratch(T, L)[0]
+        weight, ratio = room
+        light = self.scratch(T, L)[0]
         planes = self.planes.index_select(1, pair.view(-1)).view(9, T, L)
         offset = planes[:2].sub_(self.middle[:, tile])
         d = offset.transpose(0, 1)[:, :, None] - self.steps  # [T, 2, 4, L] mean - pixel
@@ -289,7 +294,8 @@ class _Walk:
         )
         self.live = live[order]
         self.start = start[self.live] + segment * SEGMENT
-        lengths, a = self.length.tolist(), 0
+        lengths = self.length.tolist()
+        a = 0
         self.parts: list[tuple[slice, int]] = []  # which of `live`, longest list
         while a < len(lengths):
             b = min(len(lengths), a + COLUMNS // lengths[a])
@@ -314,7 +320,8 @@ def _add_to_pairs(
     pair [T L]; moments [6, T, L] of 1, x, y, x^2, y^2, xy about a tile's middle; offset [2, T, L],
     the mean less that middle; color [3, T, L].
     """
-    once, linear = moments[0], moments[1:3]
+    once = moments[0]
+    linear = moments[1:3]
     planes = moments.new_empty(9, *once.shape)
     planes[0] = once
     first, second = planes[1:3], planes[3:5]
@@ -332,7 +339,8 @@ def _tiled(image: Tensor, tile: Tensor) -> Tensor:
     _, C, H, W = image.shape
     height, width = (-(-n // TILE) * TILE for n in (H, W))
     planes = torch.nn.functional.pad(image.transpose(0, 1), (0, width - W, 0, height - H))
-    step, columns = torch.arange(TILE, device=tile.device), width // TILE
+    step = torch.arange(TILE, device=tile.device)
+    columns = width // TILE
     first = (tile // columns * width + tile % columns) * TILE
     pixels = first[:, None] + (step[:, None] * width + step).view(-1)  # [S, 16]
     return planes.reshape(C, -1).index_select(1, pixels.view(-1)).view(C, -1, PIXELS)

@@ -54,7 +54,8 @@ def clamped_ratio(x, z, focal, centre, size):
     """x/z clamped to 1.3 times the half field of view (from an off-centre principal point: the same
     margin), and whether it was left alone.
     """
-    low, high = -(centre + 0.15 * size) / focal, (size - centre + 0.15 * size) / focal
+    low = -(centre + 0.15 * size) / focal
+    high = (size - centre + 0.15 * size) / focal
     t = x / z
     return tl.minimum(tl.maximum(t, low), high), (t >= low) & (t <= high)
 
@@ -76,7 +77,10 @@ def filtered(n0, n1, kernel_size):
     filter.
     """
     w = cross3(n0, n1)
-    a, b, c, before = dot3(n0, n0), dot3(n0, n1), dot3(n1, n1), dot3(w, w)
+    a = dot3(n0, n0)
+    b = dot3(n0, n1)
+    c = dot3(n1, n1)
+    before = dot3(w, w)
     return a, b, c, w, before, before + kernel_size * (a + c) + kernel_size * kernel_size
 
 

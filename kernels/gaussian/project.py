@@ -75,16 +75,16 @@ def _project(
     BLOCK: tl.constexpr,
 ):
     v = tl.program_id(1)
-    first, count, pair = (
-        tl.load(views_ptr + v * 3),
-        tl.load(views_ptr + v * 3 + 1),
-        tl.load(views_ptr + v * 3 + 2),
-    )
+    first = tl.load(views_ptr + v * 3)
+    count = tl.load(views_ptr + v * 3 + 1)
+    pair = tl.load(views_ptr + v * 3 + 2)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     g = gaussians_ptr + (first + n) * 14
     r, t, focal, centre = load_camera(cameras_ptr, v)
-    m, s, f = load3(g, live), load3(g + 3, live), load3(g + 11, live)
+    m = load3(g, live)
+    s = load3(g + 3, live)
+    f = load3(g + 11, live)
     q = (
         tl.load(g + 6, live, 0.0),
         tl.load(g + 7, live, 0.0),
@@ -147,14 +147,16 @@ def _moments(moments_ptr, first_ptr, rect_ptr, p, live):
     across = tl.load(rect + 2, live, 0) - tl.load(rect, live, 0)
     count = across * (tl.load(rect + 3, live, 0) - tl.load(rect + 1, live, 0))
     zero = tl.zeros(count.shape, tl.float32)
-    c, d, e, f = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero), count > 0
+    c = (zero, zero, zero)
+    d = (zero, zero, zero)
+    e = (zero, zero, zero)
+    f = count > 0
     for k in range(0, tl.max(count, 0)):
-        here, mask = moments_ptr + (at + k) * 9, k < count
-        c, d, e = (
-            add3(c, load3(here, mask)),
-            add3(d, load3(here + 3, mask)),
-            add3(e, load3(here + 6, mask)),
-        )
+        here = moments_ptr + (at + k) * 9
+        mask = k < count
+        c = add3(c, load3(here, mask))
+        d = add3(d, load3(here + 3, mask))
+        e = add3(e, load3(here + 6, mask))
     return c, d, e, f
 
 
@@ -175,16 +177,16 @@ def _project_backward(
     BLOCK: tl.constexpr,
 ):
     scene = scenes_ptr + tl.program_id(1) * 4
-    first, count, mine, views = (
-        tl.load(scene),
-        tl.load(scene + 1),
-        tl.load(scene + 2),
-        tl.load(scene + 3),
-    )
+    first = tl.load(scene)
+    count = tl.load(scene + 1)
+    mine = tl.load(scene + 2)
+    views = tl.load(scene + 3)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     g = gaussians_ptr + (first + n) * 14
-    m, s, f = load3(g, live), load3(g + 3, live), load3(g + 11, live)
+    m = load3(g, live)
+    s = load3(g + 3, live)
+    f = load3(g + 11, live)
     q = (
         tl.load(g + 6, live, 0.0),
         tl.load(g + 7, live, 0.0),
@@ -193,8 +195,14 @@ def _project_backward(
     )
     opacity = tl.load(g + 10, live, 0.0)
     zero = tl.zeros([BLOCK], tl.float32)
-    gm, gs, gf, go = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero), zero
-    gw, gx, gy, gz = zero, zero, zero, zero
+    gm = (zero, zero, zero)
+    gs = (zero, zero, zero)
+    gf = (zero, zero, zero)
+    go = zero
+    gw = zero
+    gx = zero
+    gy = zero
+    gz = zero
     for i in range(0, views):
         v = tl.load(by_scene_ptr + mine + i)
         p = tl.load(views_ptr + v * 3 + 2) + n
@@ -223,7 +231,9 @@ def _project_backward(
         go += tl.where(drawn, per_opacity * rho, 0.0)
         g_rho2 = per_opacity * opacity * 0.5 / safe
         inverse = 1 / after
-        c11, c12, c22 = (c + kernel_size) * inverse, -b * inverse, (a + kernel_size) * inverse
+        c11 = (c + kernel_size) * inverse
+        c12 = -b * inverse
+        c22 = (a + kernel_size) * inverse
         g_after = (0.5 * sxx * c11 + sxy * c12 + 0.5 * syy * c22) * inverse - g_rho2 * before / (
             (after + EPS) * (after + EPS)
         )
@@ -241,16 +251,17 @@ def _project_backward(
         z_grad = -(dot3(g0, k0) + dot3(g1, k1) + gtx * tx + gty * ty) / z
         o0, o1 = times3(g0, fx), times3(g1, fy)
         o2 = -(tx * o0[0] + ty * o1[0]), -(tx * o0[1] + ty * o1[1]), -(tx * o0[2] + ty * o1[2])
-        h0, h1, h2 = (
-            rotate_back(r, (o0[0], o1[0], o2[0])),
-            rotate_back(r, (o0[1], o1[1], o2[1])),
-            rotate_back(r, (o0[2], o1[2], o2[2])),
-        )
+        h0 = rotate_back(r, (o0[0], o1[0], o2[0]))
+        h1 = rotate_back(r, (o0[1], o1[1], o2[1]))
+        h2 = rotate_back(r, (o0[2], o1[2], o2[2]))
         dw, dx, dy, dz = quaternion_gradient(
             q, (h0[0], h1[0], h2[0]), (h0[1], h1[1], h2[1]), (h0[2], h1[2], h2[2])
         )
         dx, dy, dz = masked3(drawn, (dx, dy, dz))
-        gw, gx, gy, gz = gw + tl.where(drawn, dw, 0.0), gx + dx, gy + dy, gz + dz
+        gw = gw + tl.where(drawn, dw, 0.0)
+        gx = gx + dx
+        gy = gy + dy
+        gz = gz + dz
 
         # mean: its gradient is minus the conic times the first moments
         w = 1 / (z + 1e-7)
@@ -292,7 +303,8 @@ def project(
 ) -> Projected:
     """All pairs in one launch."""
     P = layout.pair_start[-1]
-    record, depth = gaussians.new_empty(P, 9), gaussians.new_empty(P)
+    record = gaussians.new_empty(P, 9)
+    depth = gaussians.new_empty(P)
     rect, view = (gaussians.new_empty(*size, dtype=torch.int32) for size in ((P, 4), (P,)))
     tiles = _tiles()
     backend.launch(

@@ -11,7 +11,10 @@ from torch import Tensor
 from kernels.gaussian.records import TILE, Projected
 from kernels.views import Layout
 
-NEAR, SH0, EPS, VISIBLE = 0.2, 0.28209479177387814, 1e-6, 1 / 255
+NEAR = 0.2
+SH0 = 0.28209479177387814
+EPS = 1e-6
+VISIBLE = 1 / 255
 
 
 class _Pairs:
@@ -42,18 +45,18 @@ class _Pairs:
             1,
         )
         m, self.scale, self.quaternion, (self.opacity,), self.sh = planes.split([3, 3, 4, 1, 3])
-        self.r, translation, self.focal, centre = (
-            camera[:9].view(3, 3, -1),
-            camera[9:12],
-            camera[12:14],
-            camera[14:],
-        )
+        self.r = camera[:9].view(3, 3, -1)
+        translation = camera[9:12]
+        self.focal = camera[12:14]
+        centre = camera[14:]
         self.p = _product(self.r, m[:, None])[:, 0] + translation
         in_front = self.p[2] > NEAR
         self.z = torch.where(in_front, self.p[2], 1)
         ratio = self.p[:2] / self.z
-        low, high = -(centre + 0.15 * size) / self.focal, (size - centre + 0.15 * size) / self.focal
-        self.ratio, self.free = ratio.clamp(low, high), (ratio >= low) & (ratio <= high)
+        low = -(centre + 0.15 * size) / self.focal
+        high = (size - centre + 0.15 * size) / self.focal
+        self.ratio = ratio.clamp(low, high)
+        self.free = (ratio >= low) & (ratio <= high)
         self.rotated = _product(self.r, _rotation(self.quaternion))  # rows o0, o1, o2
         # J R Q
         self.rows = (self.focal / self.z)[:, None] * (
@@ -62,14 +65,17 @@ class _Pairs:
         self.n = self.rows * self.scale  # [2, 3, P]
         n0, n1 = self.n
         self.cross = _cross(n0, n1)
-        self.a, self.b, self.c = (n0 * n0).sum(0), (n0 * n1).sum(0), (n1 * n1).sum(0)
+        self.a = (n0 * n0).sum(0)
+        self.b = (n0 * n1).sum(0)
+        self.c = (n1 * n1).sum(0)
         self.before = (self.cross * self.cross).sum(0)
         after = self.before + kernel_size * (self.a + self.c) + kernel_size * kernel_size
         self.seen = in_front & (after > 0) & after.isfinite()
         self.after = torch.where(self.seen, after, 1)
         rho = torch.sqrt(self.before / (self.after + EPS) + EPS)
         self.rho = torch.where((self.before > EPS) & (self.after > EPS), rho, 0)
-        self.A, self.C = self.a + kernel_size, self.c + kernel_size
+        self.A = self.a + kernel_size
+        self.C = self.c + kernel_size
         self.conic = torch.stack([self.C, -self.b, self.A]) / self.after
         self.lens = 1 / (self.z + 1e-7)
         self.offset = centre - 0.5 * size
@@ -87,7 +93,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
     """[3, P] x [3, P]"""
-    (a0, a1, a2), (b0, b1, b2) = a, b
+    a0, a1, a2 = a
+    b0, b1, b2 = b
     return torch.stack([a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, a0 * b1 - a1 * b0])
 
 

@@ -12,7 +12,9 @@ def splat_reference(
     """`splat` by the book: one view after another, every pixel with every Gaussian, textbook
     formulas, autograd.
     """
-    starts, color, alpha = host_list("starts", starts), [], []
+    starts = host_list("starts", starts)
+    color = []
+    alpha = []
     for v, s in enumerate(host_list("view_scene", view_scene)):
         mine = slice(starts[s], starts[s + 1])
         image, final = _view_reference(
@@ -31,19 +33,21 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
     """Colour [3, H * W] and final transmittance [H * W] of one view; the two published rules are
     marked.
     """
-    E, K, W, H = (
-        camera.extrinsics[0].to(m.dtype),
-        camera.intrinsics[0].to(m.dtype),
-        camera.width,
-        camera.height,
-    )
-    fx, fy, cx, cy = K[0, 0] * W, K[1, 1] * H, K[0, 2] * W, K[1, 2] * H
+    E = camera.extrinsics[0].to(m.dtype)
+    K = camera.intrinsics[0].to(m.dtype)
+    W = camera.width
+    H = camera.height
+    fx = K[0, 0] * W
+    fy = K[1, 1] * H
+    cx = K[0, 2] * W
+    cy = K[1, 2] * H
     x, y, z = (m @ E[:3, :3].T + E[:3, 3]).unbind(1)
     keep = z.detach() > 0.2
     m, s, q, o, sh, x, y, z = (t[keep] for t in (m, s, q, o, sh, x, y, z))
 
     def clamped(value, focal, centre, size):
-        low, high = (-centre - 0.15 * size) / focal, (size - centre + 0.15 * size) / focal
+        low = (-centre - 0.15 * size) / focal
+        high = (size - centre + 0.15 * size) / focal
         t = value / z
         # published rule 1: past the clamp, the gradient of z is that of (value * z.detach()) / z
         return torch.where(
@@ -78,10 +82,8 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
         (D0.clamp(min=1e-6) / (D1.clamp(min=1e-6) + 1e-6) + 1e-6).sqrt(),
         0,
     )
-    mx, my = (
-        (fx * x + (cx - W / 2) * z) / (z + 1e-7) + (W - 1) / 2,
-        (fy * y + (cy - H / 2) * z) / (z + 1e-7) + (H - 1) / 2,
-    )
+    mx = (fx * x + (cx - W / 2) * z) / (z + 1e-7) + (W - 1) / 2
+    my = (fy * y + (cy - H / 2) * z) / (z + 1e-7) + (H - 1) / 2
     mid = ((A + C) / 2).detach()
     radius = torch.ceil(3 * (mid + (mid * mid - D1.detach()).clamp(min=0.1).sqrt()).sqrt()).float()
     left, top = mx.detach().float() - radius, my.detach().float() - radius
@@ -94,10 +96,8 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
 
     # whether the pixel's tile is in the rectangle: C truncation, clamped to the grid
     def touched(low, pixel, size):
-        first, last = (
-            (low / 16).trunc().clamp(0, -(-size // 16)),
-            ((low + 2 * radius + 15) / 16).trunc().clamp(0, -(-size // 16)),
-        )
+        first = (low / 16).trunc().clamp(0, -(-size // 16))
+        last = ((low + 2 * radius + 15) / 16).trunc().clamp(0, -(-size // 16))
         return ((pixel // 16)[:, None] >= first) & ((pixel // 16)[:, None] < last)
 
     inside = (touched(left, column, W) & touched(top, row, H))[:, order]

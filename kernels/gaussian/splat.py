@@ -69,12 +69,14 @@ def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @_splat.register_fake
 def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_size, keep):
-    V, first = len(view_scene), [*starts, 0]
+    V = len(view_scene)
+    first = [*starts, 0]
     P = sum(first[s + 1] - first[s] for s in view_scene)
     dynamic = torch.library.get_ctx().new_dynamic_size
     empty = lambda *size, dtype=gaussians.dtype: gaussians.new_empty(size, dtype=dtype)
     i32, i64 = torch.int32, torch.int64
-    record, rect = empty(P, RECORD), empty(P, 4, dtype=i32)
+    record = empty(P, RECORD)
+    rect = empty(P, 4, dtype=i32)
     if backend.is_torch(gaussians):
         record = empty(RECORD, P).t()
         S = dynamic()
@@ -94,7 +96,8 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(dynamic()),
         ]
     else:
-        I, T = dynamic(), V * -(-width // TILE) * -(-height // TILE)
+        I = dynamic()
+        T = V * -(-width // TILE) * -(-height // TILE)
         order = [
             empty(I, dtype=i32),
             empty(I, dtype=i64),

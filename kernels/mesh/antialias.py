@@ -125,11 +125,9 @@ def antialias(
         raise ValueError(
             f"all tensors must be on one device, not on {image.device} and {clip.device}"
         )
-    image, clip, faces = (
-        check_floats("image", image),
-        check_floats("clip", clip),
-        check_faces(faces),
-    )
+    image = check_floats("image", image)
+    clip = check_floats("clip", clip)
+    faces = check_faces(faces)
     if opposite is None:
         if table is not None:
             raise ValueError(
@@ -158,21 +156,21 @@ def antialias_reference(image: Tensor, rast: Tensor, clip: Tensor, faces: Tensor
             if face[k] not in known and len(known) < 2:
                 known.append(face[k])
     _, H, W, _ = image.shape
-    c, (depth, number) = image[0], rast[0, ..., 2:].unbind(-1)
+    c = image[0]
+    depth, number = rast[0, ..., 2:].unbind(-1)
     rows = [list(row.unbind(0)) for row in c.unbind(0)]
     for down in (False, True):
         for j in range(H - down):
             for i in range(W - (not down)):
-                p0, p1 = (j, i), (j + down, i + (not down))
+                p0 = (j, i)
+                p1 = (j + down, i + (not down))
                 if number[p0] == number[p1]:
                     continue
                 second = number[p0] == 0 or (number[p1] != 0 and depth[p1] <= depth[p0])
                 near = p1 if second else p0
                 face = faces[int(number[near]) - 1].tolist()
-                size, middle = (
-                    clip.new_tensor([W, H]) / 2,
-                    clip.new_tensor([near[1] + 0.5 - W / 2, near[0] + 0.5 - H / 2]),
-                )
+                size = clip.new_tensor([W, H]) / 2
+                middle = clip.new_tensor([near[1] + 0.5 - W / 2, near[0] + 0.5 - H / 2])
                 alpha = _pair_reference(
                     clip, face, thirds, size, middle, down, -1.0 if second else 1.0
                 )
@@ -190,7 +188,8 @@ def _pair_reference(clip, face, thirds, size, middle, down: bool, ds: float) -> 
     cross = lambda p, q: p[0] * q[1] - p[1] * q[0]
     point = [screen(n) for n in face]
     area = lambda p: cross(p[1] - p[0], p[2] - p[0]).signbit()
-    best, chosen = -torch.inf, None
+    best = -torch.inf
+    chosen = None
     for k in range(3):
         p, q = (point[n].flip(0) if down else point[n] for n in (k - 2, k - 1))
         dx, dy = q - p
@@ -198,7 +197,8 @@ def _pair_reference(clip, face, thirds, size, middle, down: bool, ds: float) -> 
             continue
         r = ds * (p[0] * dy - p[1] * dx) / dy
         if r > best:
-            best, chosen = r.item(), (k, p, dx, dy, r)
+            best = r.item()
+            chosen = (k, p, dx, dy, r)
     if chosen is None:
         return None
     k, p, dx, dy, r = chosen

@@ -22,7 +22,8 @@ def _area(x: list[Tensor], y: list[Tensor]) -> Tensor:
 
 def _origin(at: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """Pixel centres, counted from the middle of the picture: [2, K]."""
-    x, y = at % width, torch.div(at, width, rounding_mode="floor") % height
+    x = at % width
+    y = torch.div(at, width, rounding_mode="floor") % height
     return torch.stack([x.to(dtype) + 0.5 - width / 2, y.to(dtype) + 0.5 - height / 2])
 
 
@@ -32,10 +33,8 @@ def find_pairs(
     """alpha and code, [2, V, H, W] each, as kernels.mesh.antialias_gpu has them."""
     V, H, W, _ = rast.shape
     number, depth = rast[..., 3].reshape(-1), rast[..., 2].reshape(-1)
-    alphas, codes = (
-        clip.new_zeros(2, V * H * W),
-        torch.zeros(2, V * H * W, dtype=torch.int8, device=clip.device),
-    )
+    alphas = clip.new_zeros(2, V * H * W)
+    codes = torch.zeros(2, V * H * W, dtype=torch.int8, device=clip.device)
     half = clip.new_tensor([W / 2, H / 2])
     for d in (0, 1):
         grid = rast[..., 3]
@@ -70,7 +69,10 @@ def find_pairs(
         r = torch.where(crosses, r, torch.finfo(torch.float32).min)
         m = torch.where((r[2] > r[0]) & (r[2] > r[1]), 2, torch.where(r[1] > r[0], 1, 0))[None]
         pick = lambda value, m=m: value.gather(0, m)[0]
-        r, dx, dy, fold = pick(r), pick(dx), pick(dy), pick(torch.stack(folds))
+        r = pick(r)
+        dx = pick(dx)
+        dy = pick(dy)
+        fold = pick(torch.stack(folds))
         alpha = ds * (0.5 - r.clamp(0, 1))
         hit = (
             fold
@@ -111,18 +113,25 @@ def antialias_torch_backward(
 ) -> tuple[Tensor, Tensor]:
     """Of the image [V, H, W, C] and of the clip positions [P, 4]."""
     V, H, W, C = image.shape
-    flat, g, number = image.reshape(-1, C), grad.reshape(-1, C), rast[..., 3].reshape(-1)
-    grad_image, grad_clip = g.clone(), torch.zeros_like(clip)
+    flat = image.reshape(-1, C)
+    g = grad.reshape(-1, C)
+    number = rast[..., 3].reshape(-1)
+    grad_image = g.clone()
+    grad_clip = torch.zeros_like(clip)
     half = clip.new_tensor([W / 2, H / 2])
     for d, step in ((0, 1), (1, W)):
         first = code[d].view(-1).nonzero()[:, 0]
-        a, c = alpha[d].view(-1)[first], code[d].view(-1)[first].long() - 1
+        a = alpha[d].view(-1)[first]
+        c = code[d].view(-1)[first].long() - 1
         other = first + step
         y = g[torch.where(a > 0, first, other)]
         grad_image.index_add_(0, first, -a[:, None] * y).index_add_(0, other, a[:, None] * y)
         delta = (y * (flat[other] - flat[first])).sum(1)
         moves = (a.abs() < 0.5).nonzero()[:, 0]
-        first, other, c, delta = first[moves], other[moves], c[moves], delta[moves]
+        first = first[moves]
+        other = other[moves]
+        c = c[moves]
+        delta = delta[moves]
         near = torch.where(c >= 3, other, first)
         view = table[torch.div(near, H * W, rounding_mode="floor")]
         rows = faces[view[:, 0] + number[near].long() - 1].long() + view[:, 2:3]
@@ -132,14 +141,16 @@ def antialias_torch_backward(
         hx, hy = half.tolist()
         if d:
             sx, sy, hx, hy = sy, sx, hy, hx
-        (px, qx), (py, qy) = sx, sy
+        px, qx = sx
+        py, qy = sy
         dx, dy = qx - px, qy - py
         inverse = 1 / (dy + torch.copysign(torch.full_like(dy, STEEP), dy))
         at = (px * dy - py * dx) * inverse
         x, _, _, w = clip[row].unbind(-1)
         y = clip[row][..., 1]
         scale = delta * inverse / w
-        gx, gy = hx * torch.stack([-qy, py]) * scale, hy * torch.stack([qx - at, at - px]) * scale
+        gx = hx * torch.stack([-qy, py]) * scale
+        gy = hy * torch.stack([qx - at, at - px]) * scale
         if d:
             gx, gy = gy, gx
         gradient = torch.stack([gx, gy, torch.zeros_like(gx), -(x * gx + y * gy) / w], -1)

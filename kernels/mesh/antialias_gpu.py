@@ -33,7 +33,9 @@ def _screen(clip_ptr, row, ox, oy, W, H, live):
     y, w.
     """
     c = clip_ptr + row * 4
-    x, y, w = tl.load(c, live, 0.0), tl.load(c + 1, live, 0.0), tl.load(c + 3, live, 1.0)
+    x = tl.load(c, live, 0.0)
+    y = tl.load(c + 1, live, 0.0)
+    w = tl.load(c + 3, live, 1.0)
     return x / w * (W * 0.5) - ox, y / w * (H * 0.5) - oy, x, y, w
 
 
@@ -76,7 +78,8 @@ def _silhouette_pairs(
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.program_id(1)
     inside = n < N
-    x, y = n % W, n // W % H
+    x = n % W
+    y = n // W % H
     down = d == 1
     pair = inside & tl.where(down, y + 1 < H, x + 1 < W)
     other = n + tl.where(down, W, 1)
@@ -84,17 +87,16 @@ def _silhouette_pairs(
     pair = pair & (f0 != f1)
     alpha, code = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     if tl.max(pair.to(tl.int32), 0) > 0:
-        z0, z1 = (
-            tl.load(rast_ptr + n * 4 + 2, pair, 0.0),
-            tl.load(rast_ptr + other * 4 + 2, pair, 0.0),
-        )
+        z0 = tl.load(rast_ptr + n * 4 + 2, pair, 0.0)
+        z1 = tl.load(rast_ptr + other * 4 + 2, pair, 0.0)
         second = (f0 == 0) | ((f1 != 0) & (z1 <= z0))  # whose face is the nearer one
         ds = tl.where(second, -1.0, 1.0)
         face = tl.where(second, f1, f0).to(tl.int64) - 1
         ox = (x + tl.where(second & (d == 0), 1, 0)).to(tl.float32) + 0.5 - W * 0.5
         oy = (y + tl.where(second & down, 1, 0)).to(tl.float32) + 0.5 - H * 0.5
         t = table_ptr + n // W // H * 4
-        f, base = (tl.load(t, pair, 0) + face) * 3, tl.load(t + 2, pair, 0)
+        f = (tl.load(t, pair, 0) + face) * 3
+        base = tl.load(t + 2, pair, 0)
         x0, y0, _, _, _ = _screen(
             clip_ptr, base + tl.load(faces_ptr + f, pair, 0), ox, oy, W, H, pair
         )
@@ -119,13 +121,12 @@ def _silhouette_pairs(
         r0, dx0, dy0 = _crossing(a1, b1, a2, b2, ds)
         r1, dx1, dy1 = _crossing(a2, b2, a0, b0, ds)
         r2, dx2, dy2 = _crossing(a0, b0, a1, b1, ds)
-        two, one = (r2 > r0) & (r2 > r1), r1 > r0
+        two = (r2 > r0) & (r2 > r1)
+        one = r1 > r0
         r = tl.where(two, r2, tl.where(one, r1, r0))
         fold = tl.where(two, fold2, tl.where(one, fold1, fold0))
-        dx, dy = (
-            tl.where(two, dx2, tl.where(one, dx1, dx0)),
-            tl.where(two, dy2, tl.where(one, dy1, dy0)),
-        )
+        dx = tl.where(two, dx2, tl.where(one, dx1, dx0))
+        dy = tl.where(two, dy2, tl.where(one, dy1, dy0))
         alpha = ds * (0.5 - tl.minimum(tl.maximum(r, 0.0), 1.0))
         hit = (
             pair
@@ -147,7 +148,8 @@ def _around(n, N, W, H):
     """The four pairs of a pixel (right, below, left, above): which pair, which neighbour, whether
     it is there.
     """
-    x, y = n % W, n // W % H
+    x = n % W
+    y = n // W % H
     inside = n < N
     return (
         (n, N + n, n - 1, N + n - W),
@@ -161,20 +163,14 @@ def _silhouette_blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.const
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     pair, other, there = _around(n, N, W, H)
-    a0, a1 = (
-        tl.load(alpha_ptr + pair[0], there[0], 0.0),
-        tl.load(alpha_ptr + pair[1], there[1], 0.0),
-    )
-    a2, a3 = (
-        tl.load(alpha_ptr + pair[2], there[2], 0.0),
-        tl.load(alpha_ptr + pair[3], there[3], 0.0),
-    )
-    a0, a1, a2, a3 = (
-        tl.maximum(a0, 0.0),
-        tl.maximum(a1, 0.0),
-        tl.maximum(-a2, 0.0),
-        tl.maximum(-a3, 0.0),
-    )
+    a0 = tl.load(alpha_ptr + pair[0], there[0], 0.0)
+    a1 = tl.load(alpha_ptr + pair[1], there[1], 0.0)
+    a2 = tl.load(alpha_ptr + pair[2], there[2], 0.0)
+    a3 = tl.load(alpha_ptr + pair[3], there[3], 0.0)
+    a0 = tl.maximum(a0, 0.0)
+    a1 = tl.maximum(a1, 0.0)
+    a2 = tl.maximum(-a2, 0.0)
+    a3 = tl.maximum(-a3, 0.0)
     for c in range(0, C):
         own = tl.load(image_ptr + n * C + c, inside, 0.0)
         value = own + a0 * (tl.load(image_ptr + other[0] * C + c, a0 > 0, 0.0) - own)
@@ -206,54 +202,45 @@ def _silhouette_backward(
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     pair, other, there = _around(n, N, W, H)
-    a0, a1 = (
-        tl.load(alpha_ptr + pair[0], there[0], 0.0),
-        tl.load(alpha_ptr + pair[1], there[1], 0.0),
-    )
-    a2, a3 = (
-        tl.load(alpha_ptr + pair[2], there[2], 0.0),
-        tl.load(alpha_ptr + pair[3], there[3], 0.0),
-    )
-    c0, c1 = (
-        tl.load(code_ptr + pair[0], there[0], 0).to(tl.int32),
-        tl.load(code_ptr + pair[1], there[1], 0).to(tl.int32),
-    )
-    c2, c3 = (
-        tl.load(code_ptr + pair[2], there[2], 0).to(tl.int32),
-        tl.load(code_ptr + pair[3], there[3], 0).to(tl.int32),
-    )
+    a0 = tl.load(alpha_ptr + pair[0], there[0], 0.0)
+    a1 = tl.load(alpha_ptr + pair[1], there[1], 0.0)
+    a2 = tl.load(alpha_ptr + pair[2], there[2], 0.0)
+    a3 = tl.load(alpha_ptr + pair[3], there[3], 0.0)
+    c0 = tl.load(code_ptr + pair[0], there[0], 0).to(tl.int32)
+    c1 = tl.load(code_ptr + pair[1], there[1], 0).to(tl.int32)
+    c2 = tl.load(code_ptr + pair[2], there[2], 0).to(tl.int32)
+    c3 = tl.load(code_ptr + pair[3], there[3], 0).to(tl.int32)
     d0, d1 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     d2, d3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for c in range(0, C):
-        g, own = (
-            tl.load(grad_ptr + n * C + c, inside, 0.0),
-            tl.load(image_ptr + n * C + c, inside, 0.0),
-        )
+        g = tl.load(grad_ptr + n * C + c, inside, 0.0)
+        own = tl.load(image_ptr + n * C + c, inside, 0.0)
         y0, e0 = pair_upstream(grad_ptr, image_ptr, g, own, other[0], a0, c0 > 0, C, c, True)
         y1, e1 = pair_upstream(grad_ptr, image_ptr, g, own, other[1], a1, c1 > 0, C, c, True)
         y2, e2 = pair_upstream(grad_ptr, image_ptr, g, own, other[2], a2, c2 > 0, C, c, False)
         y3, e3 = pair_upstream(grad_ptr, image_ptr, g, own, other[3], a3, c3 > 0, C, c, False)
         tl.store(grad_image_ptr + n * C + c, g - a0 * y0 - a1 * y1 + a2 * y2 + a3 * y3, inside)
-        d0, d1, d2, d3 = d0 + e0, d1 + e1, d2 + e2, d3 + e3
+        d0 = d0 + e0
+        d1 = d1 + e1
+        d2 = d2 + e2
+        d3 = d3 + e3
 
     mine = ((c0 > 0) & (c0 <= 3)) | ((c1 > 0) & (c1 <= 3)) | (c2 > 3) | (c3 > 3)
     face = tl.load(rast_ptr + n * 4 + 3, inside, 0.0).to(tl.int64) - 1
     live = face >= 0
     t = table_ptr + n // W // H * 4
-    f, base = faces_ptr + (tl.load(t, live, 0) + face) * 3, tl.load(t + 2, live, 0)
-    i, j, k = (
-        base + tl.load(f, live, 0),
-        base + tl.load(f + 1, live, 0),
-        base + tl.load(f + 2, live, 0),
-    )
-    ox, oy = (n % W).to(tl.float32) + 0.5 - W * 0.5, (n // W % H).to(tl.float32) + 0.5 - H * 0.5
+    f = faces_ptr + (tl.load(t, live, 0) + face) * 3
+    base = tl.load(t + 2, live, 0)
+    i = base + tl.load(f, live, 0)
+    j = base + tl.load(f + 1, live, 0)
+    k = base + tl.load(f + 2, live, 0)
+    ox = (n % W).to(tl.float32) + 0.5 - W * 0.5
+    oy = (n // W % H).to(tl.float32) + 0.5 - H * 0.5
     sx0, sy0, x0, y0, w0 = _screen(clip_ptr, i, ox, oy, W, H, mine)
     sx1, sy1, x1, y1, w1 = _screen(clip_ptr, j, ox, oy, W, H, mine)
     sx2, sy2, x2, y2, w2 = _screen(clip_ptr, k, ox, oy, W, H, mine)
-    screen, corner = (
-        ((sx0, sy0), (sx1, sy1), (sx2, sy2)),
-        ((x0, y0, w0), (x1, y1, w1), (x2, y2, w2)),
-    )
+    screen = ((sx0, sy0), (sx1, sy1), (sx2, sy2))
+    corner = ((x0, y0, w0), (x1, y1, w1), (x2, y2, w2))
     g0 = edge_gradient(c0, a0, d0, screen, corner, W, H, True, False)
     g1 = edge_gradient(c1, a1, d1, screen, corner, W, H, True, True)
     g2 = edge_gradient(c2, a2, d2, screen, corner, W, H, False, False)
@@ -270,8 +257,10 @@ def antialias_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The blended image [V, H, W, C], alpha [2, V, H, W] and code [2, V, H, W] of the pairs."""
     V, H, W, C = image.shape
-    N, block = V * H * W, pixel_block(backend.target(image))
-    out, alpha = torch.empty_like(image), image.new_empty(2, V, H, W)
+    N = V * H * W
+    block = pixel_block(backend.target(image))
+    out = torch.empty_like(image)
+    alpha = image.new_empty(2, V, H, W)
     code = torch.empty(2, V, H, W, dtype=torch.int8, device=image.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
     backend.launch(
@@ -306,11 +295,14 @@ def antialias_triton_backward(
 ) -> tuple[Tensor, Tensor]:
     """Of the image [V, H, W, C] and of the clip positions [P, 4]."""
     V, H, W, C = image.shape
-    N, block = V * H * W, pixel_block(backend.target(image))
-    grad_image, rows = torch.empty_like(image), image.new_empty(N * 3, 3)
+    N = V * H * W
+    block = pixel_block(backend.target(image))
+    grad_image = torch.empty_like(image)
+    rows = image.new_empty(N * 3, 3)
     key = torch.empty(N * 3, dtype=torch.int32, device=image.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
-    pairs, mesh = (alpha, code), (rast, clip, faces, table)
+    pairs = (alpha, code)
+    mesh = (rast, clip, faces, table)
     backend.launch(
         _silhouette_backward,
         grid,

@@ -26,9 +26,12 @@ def projection(
     """
     k, e = camera.intrinsics.detach().double(), camera.extrinsics.detach().double()
     p = k.new_zeros(len(k), 4, 4)
-    p[:, 0, 0], p[:, 0, 2] = 2 * k[:, 0, 0], 2 * k[:, 0, 2] - 1
-    p[:, 1, 1], p[:, 1, 2] = 2 * k[:, 1, 1], 2 * k[:, 1, 2] - 1
-    p[:, 2, 2], p[:, 2, 3] = far / (far - near), near * far / (near - far)
+    p[:, 0, 0] = 2 * k[:, 0, 0]
+    p[:, 0, 2] = 2 * k[:, 0, 2] - 1
+    p[:, 1, 1] = 2 * k[:, 1, 1]
+    p[:, 1, 2] = 2 * k[:, 1, 2] - 1
+    p[:, 2, 2] = far / (far - near)
+    p[:, 2, 3] = near * far / (near - far)
     p[:, 3, 2] = 1
     return (p @ e).to(dtype)
 
@@ -46,15 +49,15 @@ def _load4(ptr, live):
 @triton.jit
 def _to_clip(vertices_ptr, matrix_ptr, views_ptr, clip_ptr, BLOCK: tl.constexpr):
     v = tl.program_id(1)
-    first, count, row = (
-        tl.load(views_ptr + v * 3),
-        tl.load(views_ptr + v * 3 + 1),
-        tl.load(views_ptr + v * 3 + 2),
-    )
+    first = tl.load(views_ptr + v * 3)
+    count = tl.load(views_ptr + v * 3 + 1)
+    row = tl.load(views_ptr + v * 3 + 2)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     p = vertices_ptr + (first + n) * 3
-    x, y, z = tl.load(p, live, 0.0), tl.load(p + 1, live, 0.0), tl.load(p + 2, live, 0.0)
+    x = tl.load(p, live, 0.0)
+    y = tl.load(p + 1, live, 0.0)
+    z = tl.load(p + 2, live, 0.0)
     for i in tl.static_range(4):
         m = _load4(matrix_ptr + v * 16 + i * 4, True)
         tl.store(clip_ptr + (row + n) * 4 + i, m[0] * x + m[1] * y + m[2] * z + m[3], live)
@@ -65,14 +68,15 @@ def _to_clip_backward(
     grad_ptr, matrix_ptr, views_ptr, scenes_ptr, by_scene_ptr, out_ptr, BLOCK: tl.constexpr
 ):
     s = scenes_ptr + tl.program_id(1) * 4
-    first, count, entry, views = tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3)
+    first = tl.load(s)
+    count = tl.load(s + 1)
+    entry = tl.load(s + 2)
+    views = tl.load(s + 3)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
-    x, y, z = (
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-    )
+    x = tl.zeros([BLOCK], tl.float32)
+    y = tl.zeros([BLOCK], tl.float32)
+    z = tl.zeros([BLOCK], tl.float32)
     for e in range(entry, entry + views):
         v = tl.load(by_scene_ptr + e)
         g = _load4(grad_ptr + (tl.load(views_ptr + v * 3 + 2) + n) * 4, live)
@@ -136,7 +140,8 @@ def _to_clip_backward_op(
             for m, (first, count, row) in zip(matrix, views.tolist(), strict=True):
                 out[first : first + count].addmm_(grad[row : row + count], m[:, :3])
         return out
-    out, block = grad.new_empty(vertices, 3), pixel_block(backend.target(grad))
+    out = grad.new_empty(vertices, 3)
+    block = pixel_block(backend.target(grad))
     grid = (triton.cdiv(most, block["BLOCK"]), len(scenes))
     backend.launch(_to_clip_backward, grid, grad, matrix, views, scenes, by_scene, out, **block)
     return out

@@ -59,13 +59,12 @@ def clip_faces(
             last = distance.gather(1, before)
             previous = polygon.gather(1, before[..., None].expand(-1, -1, 4))
             live = slot < count
-            crosses, stays = live & (distance * last < 0), live & (distance >= 0)
+            crosses = live & (distance * last < 0)
+            stays = live & (distance >= 0)
             inner, outer = torch.maximum(distance, last), torch.minimum(distance, last)
             entering = (distance > last)[..., None]
-            start, end = (
-                torch.where(entering, polygon, previous),
-                torch.where(entering, previous, polygon),
-            )
+            start = torch.where(entering, polygon, previous)
+            end = torch.where(entering, previous, polygon)
             share = torch.where(crosses, inner / torch.where(crosses, inner - outer, 1), 0)[
                 ..., None
             ]
@@ -73,7 +72,8 @@ def clip_faces(
             emitted = crosses.int() + stays.int()
             at = emitted.cumsum(1) - emitted
             # the last entry takes what is dropped
-            new, old = polygon.new_zeros(n, 10, 4), origin.new_full((n, 10), -1)
+            new = polygon.new_zeros(n, 10, 4)
+            old = origin.new_full((n, 10), -1)
             for take, place, vertex, name in (
                 (crosses, at, cut, torch.full_like(origin, -1)),
                 (stays, at + crosses, polygon, origin),
@@ -81,17 +81,16 @@ def clip_faces(
                 place = torch.where(take, place, 9).clamp_(max=9)
                 new.scatter_(1, place[..., None].expand(-1, -1, 4), vertex)
                 old.scatter_(1, place, name)
-            polygon, origin, count = (
-                new[:, :9],
-                old[:, :9],
-                emitted.sum(1, keepdim=True).clamp_(max=9),
-            )
+            polygon = new[:, :9]
+            origin = old[:, :9]
+            count = emitted.sum(1, keepdim=True).clamp_(max=9)
 
     scale = 1 / torch.where(polygon[..., 3] > 0, polygon[..., 3], 1)
     cut = on_grid(polygon[..., :2] * scale[..., None], height, width).int()
     for axis, size in enumerate((width, height)):
         cut[..., axis].clamp_(-STEPS // 2 * size, STEPS // 2 * size)
-    known, corner = origin >= 0, origin.clamp(min=0)
+    known = origin >= 0
+    corner = origin.clamp(min=0)
     cut = torch.where(known[..., None], xy.gather(1, corner[..., None].expand(-1, -1, 2)), cut)
     z = torch.where(known, depth.gather(1, corner), polygon[..., 2] * scale)
     fan = [torch.zeros(7, dtype=torch.int64, device=z.device), slot[1:8], slot[2:9]]

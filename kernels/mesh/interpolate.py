@@ -26,9 +26,12 @@ def _face_rows(rast_ptr, faces_ptr, table_ptr, n, size, inside):
     t = table_ptr + n // size * 4
     f = faces_ptr + (tl.load(t, live, 0) + face) * 3
     base, rows = tl.load(t + 2, live, 0), tl.load(t + 3, live, 0)
-    a, b, c = tl.load(f, live, 0), tl.load(f + 1, live, 0), tl.load(f + 2, live, 0)
+    a = tl.load(f, live, 0)
+    b = tl.load(f + 1, live, 0)
+    c = tl.load(f + 2, live, 0)
     named = (tl.minimum(tl.minimum(a, b), c) >= 0) & (tl.maximum(tl.maximum(a, b), c) < rows)
-    u, v = tl.load(rast_ptr + n * 4, inside, 0.0), tl.load(rast_ptr + n * 4 + 1, inside, 0.0)
+    u = tl.load(rast_ptr + n * 4, inside, 0.0)
+    v = tl.load(rast_ptr + n * 4 + 1, inside, 0.0)
     return u, v, base + a, base + b, base + c, live, live & named
 
 
@@ -98,7 +101,8 @@ def _interpolate_op(
 ) -> Tensor:
     """[V, H, W, C]."""
     V, H, W, _ = rast.shape
-    M, C = V * H * W, attributes.shape[1]
+    M = V * H * W
+    C = attributes.shape[1]
     if backend.is_torch(attributes):
         s = shown(rast, faces, table)
         if len(s.rows) and not 0 <= int(s.rows.min()) <= int(s.rows.max()) < len(attributes):
@@ -112,7 +116,8 @@ def _interpolate_op(
             value.addcmul_(weights[:, k : k + 1], attributes[s.rows[:, k]])
         out[s.at] = value
     else:
-        out, block = attributes.new_empty(M, C), pixel_block(backend.target(rast))
+        out = attributes.new_empty(M, C)
+        block = pixel_block(backend.target(rast))
         grid = (triton.cdiv(M, block["BLOCK"]),)
         backend.launch(
             _interpolate, grid, attributes, rast, faces, table, out, M, C, H * W, **block
@@ -131,7 +136,8 @@ def _interpolate_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the attributes and of rast."""
     V, H, W, _ = rast.shape
-    M, (N, C) = V * H * W, attributes.shape
+    M = V * H * W
+    N, C = attributes.shape
     if backend.is_torch(attributes):
         s = shown(rast, faces, table)
         g = grad.reshape(M, C)[s.at]
@@ -142,8 +148,10 @@ def _interpolate_backward_op(
         grad_rast = torch.zeros_like(rast).view(M, 4)
         grad_rast[s.at, :2] = torch.stack(uv, 1)
         return total, grad_rast.view_as(rast)
-    grad, grad_rast = grad.contiguous(), torch.empty_like(rast)
-    weight, key = rast.new_empty(M * 3), torch.empty(M * 3, dtype=torch.int32, device=rast.device)
+    grad = grad.contiguous()
+    grad_rast = torch.empty_like(rast)
+    weight = rast.new_empty(M * 3)
+    key = torch.empty(M * 3, dtype=torch.int32, device=rast.device)
     block = pixel_block(backend.target(rast))
     inputs = (grad, attributes, rast, faces, table)
     grid = (triton.cdiv(M, block["BLOCK"]),)
@@ -192,7 +200,8 @@ def interpolate(
     """
     if attributes.ndim != 2:
         raise ValueError(f"attributes must be [N, C], not {list(attributes.shape)}")
-    attributes, faces = check_floats("attributes", attributes), check_faces(faces)
+    attributes = check_floats("attributes", attributes)
+    faces = check_faces(faces)
     table = check_table(table, faces, len(attributes))
     rast = check_rast(rast, attributes, faces, table)
     return _interpolate_op(
@@ -210,5 +219,6 @@ def interpolate_reference(attributes: Tensor, rast: Tensor, faces: Tensor) -> Te
     if len(faces) == 0:
         return rast.new_zeros(*rast.shape[:3], attributes.shape[1]) + 0 * attributes.sum()
     a0, a1, a2 = attributes[faces[face.clamp(min=0)].long()].unbind(-2)
-    u, v = rast[..., :1], rast[..., 1:2]
+    u = rast[..., :1]
+    v = rast[..., 1:2]
     return torch.where((face >= 0)[..., None], u * a0 + v * a1 + (1 - u - v) * a2, 0)

@@ -41,12 +41,11 @@ def _normal(vertices_ptr, rast_ptr, faces_ptr, table_ptr, n, size, inside):
     face = tl.load(rast_ptr + n * 4 + 3, inside, 0.0).to(tl.int64) - 1
     live = face >= 0
     t = table_ptr + n // size * 4
-    f, base = faces_ptr + (tl.load(t, live, 0) + face) * 3, tl.load(t + 2, live, 0)
-    a, b, c = (
-        base + tl.load(f, live, 0),
-        base + tl.load(f + 1, live, 0),
-        base + tl.load(f + 2, live, 0),
-    )
+    f = faces_ptr + (tl.load(t, live, 0) + face) * 3
+    base = tl.load(t + 2, live, 0)
+    a = base + tl.load(f, live, 0)
+    b = base + tl.load(f + 1, live, 0)
+    c = base + tl.load(f + 2, live, 0)
     e1 = _difference(vertices_ptr + b * 3, vertices_ptr + a * 3, live)
     e2 = _difference(vertices_ptr + c * 3, vertices_ptr + a * 3, live)
     x, y, z = _cross(e1, e2)
@@ -81,7 +80,9 @@ def _normals_backward(
         vertices_ptr, rast_ptr, faces_ptr, table_ptr, n, size, inside
     )
     g = grad_ptr + n * 3
-    gx, gy, gz = tl.load(g, live, 0.0), tl.load(g + 1, live, 0.0), tl.load(g + 2, live, 0.0)
+    gx = tl.load(g, live, 0.0)
+    gy = tl.load(g + 1, live, 0.0)
+    gz = tl.load(g + 2, live, 0.0)
     along = tl.where(length > LEAST, gx * normal[0] + gy * normal[1] + gz * normal[2], 0.0)
     g = (
         (gx - along * normal[0]) / length,
@@ -118,7 +119,8 @@ def _flat_normals(
         out = vertices.new_zeros(M, 3)
         out[s.at] = _torch_normal(vertices, s.rows)[2]
     else:
-        out, block = vertices.new_empty(M, 3), pixel_block(backend.target(rast))
+        out = vertices.new_empty(M, 3)
+        block = pixel_block(backend.target(rast))
         grid = (triton.cdiv(M, block["BLOCK"]),)
         backend.launch(_normals, grid, vertices, rast, faces, table, out, M, H * W, **block)
     return out.view(V, H, W, 3)
@@ -145,10 +147,8 @@ def _flat_normals_backward(
         g1, g2 = torch.linalg.cross(e2, g), torch.linalg.cross(g, e1)
         spread = torch.stack([-(g1 + g2), g1, g2], 1).view(-1, 3)
         return torch.zeros_like(vertices).index_add_(0, s.rows.flatten(), spread)
-    rows, key = (
-        vertices.new_empty(M * 3, 3),
-        torch.empty(M * 3, dtype=torch.int32, device=rast.device),
-    )
+    rows = vertices.new_empty(M * 3, 3)
+    key = torch.empty(M * 3, dtype=torch.int32, device=rast.device)
     block = pixel_block(backend.target(rast))
     grid = (triton.cdiv(M, block["BLOCK"]),)
     grad = grad.contiguous()
@@ -190,7 +190,8 @@ def flat_normals(
     """
     if vertices.ndim != 2 or vertices.shape[1] != 3:
         raise ValueError(f"vertices must be [N, 3], not {list(vertices.shape)}")
-    vertices, faces = check_floats("vertices", vertices), check_faces(faces)
+    vertices = check_floats("vertices", vertices)
+    faces = check_faces(faces)
     table = check_table(table, faces, len(vertices))
     rast = check_rast(rast, vertices, faces, table)
     return _flat_normals(

@@ -27,9 +27,11 @@ def move_outlines(
     A border that moves by s pixels outwards changes both of its pixels by s / 2 (covered - empty),
     so their sum by one pixel's worth. Same inputs, same bits. Errors as `interpolate`.
     """
-    covered, picture = rast[..., 3] > 0, picture.detach()
+    covered = rast[..., 3] > 0
+    picture = picture.detach()
     place = interpolate(clip, rast.detach(), faces, table, order)
-    w, change = torch.where(covered, place[..., 3], 1.0), torch.zeros_like(picture)
+    w = torch.where(covered, place[..., 3], 1.0)
+    change = torch.zeros_like(picture)
     for axis, dim in ((0, 2), (1, 1)):  # pixels beside each other, and one above the other
         length = rast.shape[dim]
         if length < 2:

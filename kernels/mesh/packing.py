@@ -116,7 +116,8 @@ def opposite_vertices(
     scene = torch.repeat_interleave(scene_table[:, 2], scene_table[:, 1], output_size=F)
     corner = faces.long() + scene[:, None]
     # a list as an index would be copied to the device, which waits
-    a, b = corner.roll(-1, 1), corner.roll(1, 1)
+    a = corner.roll(-1, 1)
+    b = corner.roll(1, 1)
     good = (a != b) & (corner != a) & (corner != b)
     good &= ((faces >= 0) & (faces < 2**31 - 1)).all(1, keepdim=True)
     key = torch.where(good, torch.minimum(a, b) * vertices + torch.maximum(a, b), -1).flatten()

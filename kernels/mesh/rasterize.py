@@ -139,7 +139,8 @@ def rasterize(
         raise ValueError(
             f"all tensors must be on one device, not on {clip.device} and {faces.device}"
         )
-    clip, faces = check_floats("clip", clip), check_faces(faces)
+    clip = check_floats("clip", clip)
+    faces = check_faces(faces)
     table = check_table(table, faces, len(clip))
     check_picture(height, width, len(table))
     if len(faces) >= FACES_MAX:

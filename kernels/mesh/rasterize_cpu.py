@@ -134,7 +134,8 @@ def _cover_part(
         ) * dx
         slope = -STEPS * dy
         e = origin[run] + (STEPS * dx)[run] * y
-        room, m = e - bias[run], slope[run]
+        room = e - bias[run]
+        m = slope[run]
         bound = -room / torch.where(m == 0, 1, m)
         lower = torch.where(m > 0, torch.maximum(lower, bound.ceil()), lower)
         upper = torch.where(m < 0, torch.minimum(upper, bound.floor()), upper)
@@ -167,7 +168,8 @@ def _edges(clip: Tensor, s: Shown, height: int, width: int) -> tuple[Tensor, Ten
     products of them more.
     """
     corner = clip[s.rows].double()
-    x, y = s.at % width, torch.div(s.at, width, rounding_mode="floor") % height
+    x = s.at % width
+    y = torch.div(s.at, width, rounding_mode="floor") % height
     f = torch.stack([(2 * x + 1).double() / width - 1, (2 * y + 1).double() / height - 1])
     return (corner[..., :2].permute(1, 2, 0) - f * corner[..., 3].mT[:, None]), f, corner
 

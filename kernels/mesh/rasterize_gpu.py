@@ -49,7 +49,8 @@ def _corner(clip_ptr, faces_ptr, table_ptr, v, face, k, live):
         faces_ptr + (tl.load(t, live, 0) + face) * 3 + k, live, 0
     )
     c = clip_ptr + row * 4
-    x, y = tl.load(c, live, 0.0).to(tl.float64), tl.load(c + 1, live, 0.0).to(tl.float64)
+    x = tl.load(c, live, 0.0).to(tl.float64)
+    y = tl.load(c + 1, live, 0.0).to(tl.float64)
     return (
         x,
         y,
@@ -91,13 +92,12 @@ def _raster_resolve(
     key = tl.load(keys_ptr + n, inside, NONE)
     live = key != NONE
     face = 0xFFFFFFFF - (key & 0xFFFFFFFF)
-    fx, fy = _centre(n % W, W), _centre(n // W % H, H)
+    fx = _centre(n % W, W)
+    fy = _centre(n // W % H, H)
     p0, p1, p2, z, w, _ = _seen(clip_ptr, faces_ptr, table_ptr, n // W // H, face, fx, fy, live)
-    a0, a1, a2 = (
-        p1[0] * p2[1] - p1[1] * p2[0],
-        p2[0] * p0[1] - p2[1] * p0[0],
-        p0[0] * p1[1] - p0[1] * p1[0],
-    )
+    a0 = p1[0] * p2[1] - p1[1] * p2[0]
+    a1 = p2[0] * p0[1] - p2[1] * p0[0]
+    a2 = p0[0] * p1[1] - p0[1] * p1[0]
     total = a0 + a1 + a2
     # 0: a face without area that covers a pixel as snapped
     total = tl.where(total != 0, total, 1.0)
@@ -143,24 +143,23 @@ def _raster_backward(
     inside = n < N
     face = tl.load(rast_ptr + n * 4 + 3, inside, 0.0).to(tl.int64) - 1
     live = face >= 0
-    fx, fy = _centre(n % W, W), _centre(n // W % H, H)
+    fx = _centre(n % W, W)
+    fy = _centre(n // W % H, H)
     p0, p1, p2, _, _, row = _seen(clip_ptr, faces_ptr, table_ptr, n // W // H, face, fx, fy, live)
-    a0, a1, a2 = (
-        p1[0] * p2[1] - p1[1] * p2[0],
-        p2[0] * p0[1] - p2[1] * p0[0],
-        p0[0] * p1[1] - p0[1] * p1[0],
-    )
+    a0 = p1[0] * p2[1] - p1[1] * p2[0]
+    a1 = p2[0] * p0[1] - p2[1] * p0[0]
+    a2 = p0[0] * p1[1] - p0[1] * p1[0]
     total = a0 + a1 + a2
     inverse = 1 / (total + tl.where(total < 0, -1e-6, 1e-6))
     g0 = tl.load(grad_ptr + n * 4, live, 0.0).to(tl.float64) * inverse
     g1 = tl.load(grad_ptr + n * 4 + 1, live, 0.0).to(tl.float64) * inverse
     mean = (g0 * a0 + g1 * a1) * inverse
-    x0, y0 = mean * (p2[1] - p1[1]) - g1 * p2[1], mean * (p1[0] - p2[0]) + g1 * p2[0]
-    x1, y1 = mean * (p0[1] - p2[1]) + g0 * p2[1], mean * (p2[0] - p0[0]) - g0 * p2[0]
-    x2, y2 = (
-        mean * (p1[1] - p0[1]) - g0 * p1[1] + g1 * p0[1],
-        mean * (p0[0] - p1[0]) + g0 * p1[0] - g1 * p0[0],
-    )
+    x0 = mean * (p2[1] - p1[1]) - g1 * p2[1]
+    y0 = mean * (p1[0] - p2[0]) + g1 * p2[0]
+    x1 = mean * (p0[1] - p2[1]) + g0 * p2[1]
+    y1 = mean * (p2[0] - p0[0]) - g0 * p2[0]
+    x2 = mean * (p1[1] - p0[1]) - g0 * p1[1] + g1 * p0[1]
+    y2 = mean * (p0[0] - p1[0]) + g0 * p1[0] - g1 * p0[0]
     _store_corner(rows_ptr + n * 9, key_ptr + n * 3, x0, y0, fx, fy, row[0], live, inside)
     _store_corner(rows_ptr + n * 9 + 3, key_ptr + n * 3 + 1, x1, y1, fx, fy, row[1], live, inside)
     _store_corner(rows_ptr + n * 9 + 6, key_ptr + n * 3 + 2, x2, y2, fx, fy, row[2], live, inside)
@@ -172,9 +171,12 @@ def rasterize_triton(
     """The picture [V, H, W, 4] (u, v, z / w, face + 1), and how many faces name a row that is not
     there. Waits once for the device, for the lengths of the two lists.
     """
-    V, P, device = len(table), len(clip), clip.device
+    V = len(table)
+    P = len(clip)
+    device = clip.device
     tiles, block = _tiles(backend.target(clip)), pixel_block(backend.target(clip))
-    snapped, depth = torch.empty(P, 3, dtype=torch.int32, device=device), clip.new_empty(P)
+    snapped = torch.empty(P, 3, dtype=torch.int32, device=device)
+    depth = clip.new_empty(P)
     backend.launch(
         _raster_snap,
         (triton.cdiv(P, block["BLOCK"]),),
@@ -234,9 +236,11 @@ def _pieces(
     names, large: int, clip, snapped, depth, faces, table, height: int, width: int
 ) -> Pieces:
     """The listed faces, the first `large` whole, the others clipped."""
-    view, face = names >> 32, names & 0xFFFFFFFF
+    view = names >> 32
+    face = names & 0xFFFFFFFF
     rows = faces[table[view, 0] + face].long() + table[view, 2:3]
-    xy, z = snapped[rows][..., :2], depth[rows]
+    xy = snapped[rows][..., :2]
+    z = depth[rows]
     whole = Pieces(xy[:large].reshape(-1, 6), z[:large], view[:large], face[:large])
     if large == len(names):
         return whole
@@ -253,7 +257,8 @@ def rasterize_triton_backward(
     V, H, W, _ = rast.shape
     N = V * H * W
     block = pixel_block(backend.target(rast))
-    rows, key = clip.new_empty(N * 3, 3), torch.empty(N * 3, dtype=torch.int32, device=clip.device)
+    rows = clip.new_empty(N * 3, 3)
+    key = torch.empty(N * 3, dtype=torch.int32, device=clip.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
     backend.launch(
         _raster_backward, grid, grad, rast, clip, faces, table, rows, key, N, W, H, **block

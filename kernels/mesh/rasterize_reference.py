@@ -10,10 +10,8 @@ def rasterize_reference(clip: Tensor, faces: Tensor, height: int, width: int) ->
     """
     nearest = torch.full((height, width), torch.inf)
     shown = torch.full((height, width), -1)
-    px, py = (
-        torch.arange(width)[None] * 16 + 8 - 8 * width,
-        torch.arange(height)[:, None] * 16 + 8 - 8 * height,
-    )
+    px = torch.arange(width)[None] * 16 + 8 - 8 * width
+    py = torch.arange(height)[:, None] * 16 + 8 - 8 * height
     for n, face in enumerate(faces.tolist()):
         polygon = _clip_reference([tuple(c) for c in clip.detach()[face].tolist()])
         screen = [
@@ -28,12 +26,11 @@ def rasterize_reference(clip: Tensor, faces: Tensor, height: int, width: int) ->
                 continue
             if twice < 0:
                 corners = [screen[0], c, b]
-            covered, depth = (
-                torch.ones(height, width, dtype=torch.bool),
-                torch.zeros(height, width, dtype=torch.float64),
-            )
+            covered = torch.ones(height, width, dtype=torch.bool)
+            depth = torch.zeros(height, width, dtype=torch.float64)
             for k in range(3):
-                (ax, ay, _), (bx, by, _) = corners[(k + 1) % 3], corners[(k + 2) % 3]
+                ax, ay, _ = corners[(k + 1) % 3]
+                bx, by, _ = corners[(k + 2) % 3]
                 dx, dy = bx - ax, by - ay
                 e = (ax - px) * dy - (ay - py) * dx
                 covered &= e >= 0 if dy < 0 or (dy == 0 and dx > 0) else e > 0

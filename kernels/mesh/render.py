@@ -68,10 +68,8 @@ def render_mesh(
     check_tensors(
         vertices=vertices, faces=faces, **({} if attributes is None else {"attributes": attributes})
     )
-    vertex_starts, face_starts = (
-        host_list("vertex_starts", vertex_starts),
-        host_list("face_starts", face_starts),
-    )
+    vertex_starts = host_list("vertex_starts", vertex_starts)
+    face_starts = host_list("face_starts", face_starts)
     view_scene = host_list("view_scene", view_scene)
     N, F, V = len(vertices), len(faces), len(camera)
     if vertices.ndim != 2 or vertices.shape[1] != 3:
@@ -102,7 +100,8 @@ def render_mesh(
             raise ValueError(
                 f"all tensors must be on one device, not on {vertices.device} and {value.device}"
             )
-    vertices, faces = check_floats("vertices", vertices), check_faces(faces)
+    vertices = check_floats("vertices", vertices)
+    faces = check_faces(faces)
     height, width = camera.height * ssaa, camera.width * ssaa
     check_picture(height, width, V)
     layout = make_mesh_layout(vertex_starts, face_starts, view_scene, vertices.device)
@@ -124,10 +123,8 @@ def render_mesh(
         width,
         layout.vertex_table if moving else None,
     )
-    of_vertices, of_clip = (
-        {"table": layout.vertex_table, "order": order},
-        {"table": layout.clip_table, "order": order},
-    )
+    of_vertices = {"table": layout.vertex_table, "order": order}
+    of_clip = {"table": layout.clip_table, "order": order}
     parts = [
         (rast[..., 3:].detach() > 0).to(clip.dtype),
         interpolate(clip[:, 3:], rast, faces, **of_clip),
@@ -136,7 +133,8 @@ def render_mesh(
     if attributes is not None:
         parts.append(interpolate(attributes.to(clip.dtype), rast, faces, **of_vertices))
     opposite = opposite_vertices(faces, layout.scene_table, N)
-    raw, by_edges = torch.cat(parts, -1), silhouettes == "edges"
+    raw = torch.cat(parts, -1)
+    by_edges = silhouettes == "edges"
     picture = antialias(
         raw, rast, clip if by_edges else clip.detach(), faces, opposite=opposite, **of_clip
     )
@@ -194,14 +192,13 @@ def render_mesh_reference(
     """`render_mesh` view after view by the book, with autograd: the references of its stages, every
     face with every pixel.
     """
-    starts, first, views = (
-        host_list("vertex_starts", vertex_starts),
-        host_list("face_starts", face_starts),
-        [],
-    )
+    starts = host_list("vertex_starts", vertex_starts)
+    first = host_list("face_starts", face_starts)
+    views = []
     matrix = projection(camera, near, far, vertices.dtype)
     for v, s in enumerate(host_list("view_scene", view_scene)):
-        own, triangles = slice(starts[s], starts[s + 1]), faces[first[s] : first[s + 1]]
+        own = slice(starts[s], starts[s + 1])
+        triangles = faces[first[s] : first[s + 1]]
         clip = to_clip_reference(vertices[own], matrix[v])
         rast = rasterize_reference(clip, triangles, camera.height, camera.width).to(clip)
         parts = [(rast[..., 3:] > 0).to(rast), interpolate_reference(clip[:, 3:], rast, triangles)]

@@ -37,14 +37,10 @@ def edge_gradient(
     m = (code - 1) % 3
     # the edge runs from P to Q
     p, q = tl.where(mine, (m + 1) % 3, -1), tl.where(mine, (m + 2) % 3, -1)
-    px, py = (
-        _pick(p, screen[0][0], screen[1][0], screen[2][0]),
-        _pick(p, screen[0][1], screen[1][1], screen[2][1]),
-    )
-    qx, qy = (
-        _pick(q, screen[0][0], screen[1][0], screen[2][0]),
-        _pick(q, screen[0][1], screen[1][1], screen[2][1]),
-    )
+    px = _pick(p, screen[0][0], screen[1][0], screen[2][0])
+    py = _pick(p, screen[0][1], screen[1][1], screen[2][1])
+    qx = _pick(q, screen[0][0], screen[1][0], screen[2][0])
+    qy = _pick(q, screen[0][1], screen[1][1], screen[2][1])
     hx, hy = W * 0.5, H * 0.5
     if DOWN:
         px, py, qx, qy = py, px, qy, qx
@@ -52,22 +48,19 @@ def edge_gradient(
     dx, dy = qx - px, qy - py
     inverse = 1 / (dy + tl.where(is_negative(dy), -STEEP, STEEP))
     at = (px * dy - py * dx) * inverse
-    wp, wq = (
-        _pick(p, corner[0][2], corner[1][2], corner[2][2]),
-        _pick(q, corner[0][2], corner[1][2], corner[2][2]),
-    )
+    wp = _pick(p, corner[0][2], corner[1][2], corner[2][2])
+    wq = _pick(q, corner[0][2], corner[1][2], corner[2][2])
     gp, gq = delta * inverse / wp, delta * inverse / wq
-    gxp, gyp, gxq, gyq = -gp * hx * qy, -gp * hy * (at - qx), gq * hx * py, gq * hy * (at - px)
+    gxp = -gp * hx * qy
+    gyp = -gp * hy * (at - qx)
+    gxq = gq * hx * py
+    gyq = gq * hy * (at - px)
     if DOWN:
         gxp, gyp, gxq, gyq = gyp, gxp, gyq, gxq
-    xp, yp = (
-        _pick(p, corner[0][0], corner[1][0], corner[2][0]),
-        _pick(p, corner[0][1], corner[1][1], corner[2][1]),
-    )
-    xq, yq = (
-        _pick(q, corner[0][0], corner[1][0], corner[2][0]),
-        _pick(q, corner[0][1], corner[1][1], corner[2][1]),
-    )
+    xp = _pick(p, corner[0][0], corner[1][0], corner[2][0])
+    yp = _pick(p, corner[0][1], corner[1][1], corner[2][1])
+    xq = _pick(q, corner[0][0], corner[1][0], corner[2][0])
+    yq = _pick(q, corner[0][1], corner[1][1], corner[2][1])
     gwp, gwq = -(xp * gxp + yp * gyp) / wp, -(xq * gxq + yq * gyq) / wq
     return (
         _give(0, p, q, gxp, gxq),

@@ -28,12 +28,10 @@ def _raster_snap(clip_ptr, snapped_ptr, depth_ptr, P, W, H, BLOCK: tl.constexpr)
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = n < P
     c = clip_ptr + n * 4
-    x, y, z, w = (
-        tl.load(c, live, 0.0),
-        tl.load(c + 1, live, 0.0),
-        tl.load(c + 2, live, 0.0),
-        tl.load(c + 3, live, 1.0),
-    )
+    x = tl.load(c, live, 0.0)
+    y = tl.load(c + 1, live, 0.0)
+    z = tl.load(c + 2, live, 0.0)
+    w = tl.load(c + 3, live, 1.0)
     code = (
         (x > w).to(tl.int32)
         + 2 * (x < -w).to(tl.int32)
@@ -125,7 +123,10 @@ def _raster_small(
 ):
     v = tl.program_id(1).to(tl.int64)
     t = table_ptr + v * 4
-    first, count, base, rows = tl.load(t), tl.load(t + 1), tl.load(t + 2), tl.load(t + 3)
+    first = tl.load(t)
+    count = tl.load(t + 1)
+    base = tl.load(t + 2)
+    rows = tl.load(t + 3)
     face = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = face < count
     f = faces_ptr + (first + face) * 3
@@ -149,14 +150,13 @@ def _raster_small(
     boxes = tl.where(whole & (area != 0), across * down, 0)
     small = (boxes > 0) & (boxes <= FEW)
     boxes_small = tl.where(small, boxes, 0)
-    z0, z1, z2 = (
-        tl.load(depth_ptr + a, small, 0.0),
-        tl.load(depth_ptr + b, small, 0.0),
-        tl.load(depth_ptr + c, small, 0.0),
-    )
+    z0 = tl.load(depth_ptr + a, small, 0.0)
+    z1 = tl.load(depth_ptr + b, small, 0.0)
+    z2 = tl.load(depth_ptr + c, small, 0.0)
     across = tl.maximum(across, 1)
     for k in range(0, tl.max(boxes_small, 0)):
-        i, j = i0 + k % across, j0 + k // across
+        i = i0 + k % across
+        j = j0 + k // across
         covered, key = _test(x0, y0, z0, x1, y1, z1, x2, y2, z2, area, face, i, j, W, H)
         covered = covered & (k < boxes_small)
         tl.atomic_min(keys_ptr + (v * H + j) * W + i, key, covered, sem="relaxed")

@@ -36,7 +36,9 @@ def _gelu_fwd(
     chunks = tl.cdiv(C, TILE_C)
     m = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
-    live, at = (m < M)[:, None] & (c < C)[None, :], m[:, None] * C + c[None, :]  # [ROWS, TILE_C]
+    # [ROWS, TILE_C]
+    live = (m < M)[:, None] & (c < C)[None, :]
+    at = m[:, None] * C + c[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
@@ -67,7 +69,8 @@ def _gelu_bwd(
     for tile in range(program, tl.cdiv(M, ROWS), programs):
         m = tile * ROWS + tl.arange(0, ROWS)
         # [ROWS, TILE_C]
-        live, at = (m < M)[:, None] & (c < C)[None, :], m.to(tl.int64)[:, None] * C + c[None, :]
+        live = (m < M)[:, None] & (c < C)[None, :]
+        at = m.to(tl.int64)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         s, ds, dv = _gelu_parts(x)
@@ -99,7 +102,8 @@ def _gelu_torch(x: Tensor) -> Tensor:
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     if backend.is_torch(x):
         return _gelu_torch(wide(x) if bias is None else wide(x) + wide(bias)).to(x.dtype)
-    y, (M, C, tiles) = torch.empty_like(x), _tiles(x, bias)
+    y = torch.empty_like(x)
+    M, C, tiles = _tiles(x, bias)
     grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(C, tiles["TILE_C"]),)
     backend.launch(_gelu_fwd, grid, x, bias, y, M, C, BIAS=bias is not None, **tiles, num_warps=8)
     return y
@@ -113,7 +117,8 @@ def _gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, 
             return torch.ops.aten.gelu_backward(dy, x, approximate="tanh"), x.new_empty(0)
         dx = torch.ops.aten.gelu_backward(wide(dy), wide(x) + wide(bias), approximate="tanh")
         return dx.to(x.dtype), dx.view(-1, dx.shape[-1]).sum(0).to(bias.dtype)
-    dx, (M, C, tiles) = torch.empty_like(x), _tiles(x, bias)
+    dx = torch.empty_like(x)
+    M, C, tiles = _tiles(x, bias)
     chunks, programs = triton.cdiv(C, tiles["TILE_C"]), triton.cdiv(M, tiles["ROWS"])
     programs = programs if bias is None else min(programs, max(1, PROGRAMS // chunks))
     partial = x.new_empty(0 if bias is None else programs, C, dtype=torch.float32)

@@ -37,7 +37,8 @@ def _partial_statistics(
     p, p + P, ... of sample b.
     """
     p, b = tl.program_id(0), tl.program_id(1)
-    begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
+    begin = tl.load(starts_ptr + b).to(tl.int64)
+    end = tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
     # the program's first row: means start from it, so those of equal values stay what they are
     own = begin + p * ROWS
@@ -83,7 +84,8 @@ def _merge_statistics(
     rows = tl.load(starts_ptr + b + 1) - tl.load(starts_ptr + b)
     p, w = tl.arange(0, P), tl.arange(0, TILE_W)
     # rows of program p: its turns, and its share of the last turn
-    full, rest = rows // (P * ROWS), rows % (P * ROWS)
+    full = rows // (P * ROWS)
+    rest = rows % (P * ROWS)
     # [P, 1]
     count = (full * ROWS + tl.minimum(tl.maximum(rest - p * ROWS, 0), ROWS)).to(tl.float32)[:, None]
     part = part_ptr + (b * P + p)[:, None] * 2 * C + g * W + w[None, :]
@@ -124,13 +126,12 @@ def _group_norm_fwd(
     P: tl.constexpr,
 ):
     p, b = tl.program_id(0), tl.program_id(1)
-    begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
+    begin = tl.load(starts_ptr + b).to(tl.int64)
+    end = tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
     group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = (
-        tl.load(mean_ptr + group, mask=c < C, other=0.0),
-        tl.load(rstd_ptr + group, mask=c < C, other=0.0),
-    )
+    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)  # [TILE_C]
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     for first in range(begin + p * ROWS, end, P * ROWS):
@@ -176,13 +177,12 @@ def _partial_gradients(
 ):
     """part [B, P, 2, C]: the program's share of the sums over rows of dz * normed and dz."""
     p, b = tl.program_id(0), tl.program_id(1)
-    begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
+    begin = tl.load(starts_ptr + b).to(tl.int64)
+    end = tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
     group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = (
-        tl.load(mean_ptr + group, mask=c < C, other=0.0),
-        tl.load(rstd_ptr + group, mask=c < C, other=0.0),
-    )
+    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros([TILE_C], tl.float32), tl.zeros([TILE_C], tl.float32)
@@ -219,7 +219,8 @@ def _group_norm_bwd(
 ):
     """along [B, 2, GROUPS]: the group's means of weight * dz * normed and of weight * dz."""
     p, b = tl.program_id(0), tl.program_id(1)
-    begin, end = tl.load(starts_ptr + b).to(tl.int64), tl.load(starts_ptr + b + 1).to(tl.int64)
+    begin = tl.load(starts_ptr + b).to(tl.int64)
+    end = tl.load(starts_ptr + b + 1).to(tl.int64)
     c = tl.arange(0, TILE_C)
     group = c // (C // GROUPS)
     mean = tl.load(mean_ptr + b * GROUPS + group, mask=c < C, other=0.0)  # [TILE_C]
@@ -259,8 +260,10 @@ def _group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, C], mean and reciprocal deviation [B, groups]."""
-    C, B = x.shape[1], len(starts) - 1
-    y, (mean, rstd) = torch.empty_like(x), _statistics(x, B, groups)
+    C = x.shape[1]
+    B = len(starts) - 1
+    y = torch.empty_like(x)
+    mean, rstd = _statistics(x, B, groups)
     if backend.is_torch(x):
         mean.zero_(), rstd.zero_()
         for b, rows, out in _samples(starts, x, y):
@@ -270,7 +273,8 @@ def _group_norm(
             z = ((cube - mean[b, :, None]) * rstd[b, :, None]).view(-1, C) * weight + bias
             out.copy_(F.silu(z) if silu else z)
         return y, mean, rstd
-    tiles, TILE_C = _tiles(x), triton.next_power_of_2(C)
+    tiles = _tiles(x)
+    TILE_C = triton.next_power_of_2(C)
     part = x.new_empty(B, tiles["P"], 2, C, dtype=torch.float32)
     backend.launch(
         _partial_statistics,
@@ -316,7 +320,8 @@ def _group_norm_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, each in its input's dtype."""
-    C, B = x.shape[1], len(starts) - 1
+    C = x.shape[1]
+    B = len(starts) - 1
     dx = torch.empty_like(x)
     if backend.is_torch(x):
         dweight, dbias = mean.new_zeros(C), mean.new_zeros(C)
@@ -338,7 +343,8 @@ def _group_norm_backward(
                 ).view(-1, C)
             )
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
-    tiles, TILE_C = _tiles(x), triton.next_power_of_2(C)
+    tiles = _tiles(x)
+    TILE_C = triton.next_power_of_2(C)
     # four warps of a wide row's six vectors spill in fp32 on sm_80
     warps = 8 if TILE_C > 512 else 4
     constants = dict(C=C, GROUPS=groups, SILU=silu, TILE_C=TILE_C, num_warps=warps, **tiles)

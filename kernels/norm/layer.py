@@ -104,7 +104,9 @@ def _layer_norm_bwd(
         rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
         y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-        mean, along = tl.sum(dy, 1) * (1.0 / C), tl.sum(dy * y, 1) * (1.0 / C)  # [ROWS]
+        # [ROWS]
+        mean = tl.sum(dy, 1) * (1.0 / C)
+        along = tl.sum(dy * y, 1) * (1.0 / C)
         dx = (dy - mean[:, None] - y * along[:, None]) * rstd[:, None]
         if BIAS:
             dbias += dx
@@ -158,7 +160,8 @@ def _rms_norm_bwd(
     ROWS: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    h, d = tl.program_id(1), tl.arange(0, TILE_D)
+    h = tl.program_id(1)
+    d = tl.arange(0, TILE_D)
     gamma = tl.load(gamma_ptr + h * D + d, mask=d < D, other=0.0).to(tl.float32)  # [TILE_D]
     dgamma = tl.zeros([TILE_D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
@@ -206,12 +209,10 @@ def _forward(
             rows if bias is None else rows + wide(bias), [C], None, None, eps
         )
         return total, y.to(x.dtype), rstd.view(N)
-    total, y, rstd, tiles = (
-        None if h is None else torch.empty_like(x),
-        torch.empty_like(x),
-        _deviations(x),
-        _tiles(C),
-    )
+    total = None if h is None else torch.empty_like(x)
+    y = torch.empty_like(x)
+    rstd = _deviations(x)
+    tiles = _tiles(C)
     args = (x, h, bias, total, y, rstd, N, eps)
     constants = dict(C=C, ADD=h is not None, BIAS=bias is not None, **tiles, num_warps=4)
     backend.launch(_layer_norm_fwd, (triton.cdiv(N, tiles["ROWS"]),), *args, **constants)
@@ -235,10 +236,8 @@ def _layer_norm_backward(
     """The gradient of x, `dsum` added to it, and that of the bias (empty without one)."""
     N, C = y.shape
     if backend.is_torch(y):
-        still, keep = (
-            (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1)),
-            [True, False, False],
-        )
+        still = (torch.zeros_like(rstd).view(N, 1), torch.ones_like(rstd).view(N, 1))
+        keep = [True, False, False]
         # y is its own norm
         dx = torch.ops.aten.native_layer_norm_backward(
             wide(dy), wide(y), [C], *still, None, None, keep
@@ -246,7 +245,8 @@ def _layer_norm_backward(
         dx.mul_(rstd.view(N, 1))
         dbias = y.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)
         return (dx if dsum is None else dx.add_(dsum)).to(y.dtype), dbias
-    dx, tiles = torch.empty_like(y), _tiles(C)
+    dx = torch.empty_like(y)
+    tiles = _tiles(C)
     programs = triton.cdiv(N, tiles["ROWS"])
     programs = programs if bias is None else min(programs, PROGRAMS)
     partial = y.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
@@ -289,13 +289,15 @@ def _rms_norm_backward(x: Tensor, gamma: Tensor, dy: Tensor) -> tuple[Tensor, Te
         rows, up = wide(x), wide(dy)
         length = rows.norm(dim=-1, keepdim=True)
         norm = length.clamp_min(TINY)
-        y, g = rows / norm, up * wide(gamma) * D**0.5
+        y = rows / norm
+        g = up * wide(gamma) * D**0.5
         along = torch.where(length >= TINY, (g * y).sum(-1, keepdim=True), 0)
         return ((g - y * along) / norm).to(x.dtype), ((up * y).sum(0) * D**0.5).to(gamma.dtype)
     TILE_D = triton.next_power_of_2(D)
     ROWS = max(1, TILE // TILE_D)
     programs = min(PARTIALS, triton.cdiv(N, ROWS))
-    dx, partial = torch.empty_like(x), x.new_empty(programs, H, D, dtype=torch.float32)
+    dx = torch.empty_like(x)
+    partial = x.new_empty(programs, H, D, dtype=torch.float32)
     args = (x, gamma, dy, dx, partial, N, D**0.5, TINY)
     backend.launch(
         _rms_norm_bwd, (programs, H), *args, H=H, D=D, ROWS=ROWS, TILE_D=TILE_D, num_warps=4

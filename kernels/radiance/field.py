@@ -14,7 +14,8 @@ def load_taps(axis_ptr, q, rank, valid, R, DIM: tl.constexpr):
     i = tl.minimum(tl.maximum(q, 0.0), DIM - 2.0).to(tl.int32)
     w = q - i
     at = (axis_ptr + i * R)[:, :, None] + rank[None, None, :]
-    a, b = tl.load(at, valid, 0.0), tl.load(at + R, valid, 0.0)
+    a = tl.load(at, valid, 0.0)
+    b = tl.load(at + R, valid, 0.0)
     return i, w, a + w[:, :, None] * (b - a)
 
 

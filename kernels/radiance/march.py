@@ -87,24 +87,32 @@ def _march(
     SIDE: tl.constexpr,
     K: tl.constexpr,
 ):
-    tile, lane = tl.program_id(0), tl.arange(0, SIDE * SIDE)
+    tile = tl.program_id(0)
+    lane = tl.arange(0, SIDE * SIDE)
     v = (tile // TX // TY).to(tl.int64)
-    x, y = tile % TX * SIDE + lane % SIDE, tile // TX % TY * SIDE + lane // SIDE
-    inside, pixel = (x < W) & (y < H), y * W + x
+    x = tile % TX * SIDE + lane % SIDE
+    y = tile // TX % TY * SIDE + lane // SIDE
+    inside = (x < W) & (y < H)
+    pixel = y * W + x
     ray = v * H * W + pixel
-    cursor, end = tl.load(bounds_ptr + ray, inside, 0), tl.load(bounds_ptr + ray + 1, inside, 0)
+    cursor = tl.load(bounds_ptr + ray, inside, 0)
+    end = tl.load(bounds_ptr + ray + 1, inside, 0)
     rank = tl.arange(0, RANKS)
     taps = 3 * DIM * R
     light = tl.full([SIDE * SIDE], 1.0, tl.float32)
     zero = tl.zeros([SIDE * SIDE], tl.float32)
-    red, green, blue, distance = zero, zero, zero, zero
+    red = zero
+    green = zero
+    blue = zero
+    distance = zero
     k = tl.zeros([SIDE * SIDE], tl.int32)  # samples done of the segment at the cursor
     alive = cursor < end
     while tl.max(alive.to(tl.int32), 0) > 0:
         slot = tl.load(order_ptr + cursor, alive, 0)
         samples = tl.load(samples_ptr + slot, alive, 0)
         row = tl.load(voxel_ptr + slot, alive, 0).to(tl.int64)
-        entry, entering = state_ptr + slot * 5, alive & (k == 0)
+        entry = state_ptr + slot * 5
+        entering = alive & (k == 0)
         tl.store(entry, light, entering)
         tl.store(entry + 1, red, entering)
         tl.store(entry + 2, green, entering)
@@ -112,11 +120,10 @@ def _march(
         tl.store(entry + 4, distance, entering)
         at = k[:, None] + tl.arange(0, K)[None, :]
         live = alive[:, None] & (at < samples[:, None])
-        base, path = voxels_ptr + row * (taps + 4 * R), path_ptr + slot * 8
-        axis, valid = (
-            base[:, None] + tl.zeros_like(at),
-            live[:, :, None] & (rank < R)[None, None, :],
-        )
+        base = voxels_ptr + row * (taps + 4 * R)
+        path = path_ptr + slot * 8
+        axis = base[:, None] + tl.zeros_like(at)
+        valid = live[:, :, None] & (rank < R)[None, None, :]
         _, _, e = load_taps(axis, along_ray(path, at, alive), rank, valid, R, DIM)
         _, _, f = load_taps(axis + DIM * R, along_ray(path + 1, at, alive), rank, valid, R, DIM)
         e *= f
@@ -147,7 +154,8 @@ def _march(
         k = tl.where(done, 0, k + K)
         alive = alive & (cursor < end) & (light >= STOP)
     plane = H * W
-    background, image = background_ptr + v * 3, image_ptr + v * 3 * plane + pixel
+    background = background_ptr + v * 3
+    image = image_ptr + v * 3 * plane + pixel
     tl.store(image, red + light * tl.load(background), inside)
     tl.store(image + plane, green + light * tl.load(background + 1), inside)
     tl.store(image + 2 * plane, blue + light * tl.load(background + 2), inside)
@@ -195,12 +203,10 @@ def _march_backward(
     K: tl.constexpr,
 ):
     scene = scenes_ptr + tl.program_id(1) * 4
-    n, count, mine, views = (
-        tl.program_id(0),
-        tl.load(scene + 1),
-        tl.load(scene + 2),
-        tl.load(scene + 3),
-    )
+    n = tl.program_id(0)
+    count = tl.load(scene + 1)
+    mine = tl.load(scene + 2)
+    views = tl.load(scene + 3)
     if n >= count:
         return
     row = tl.load(scene) + n
@@ -208,20 +214,18 @@ def _march_backward(
     some = rank < R
     taps = 3 * DIM * R
     base = voxels_ptr + row * (taps + 4 * R)
-    density, k_red = (
-        tl.load(base + taps + rank, some, 0.0),
-        tl.load(base + taps + R + rank, some, 0.0),
-    )
-    k_green, k_blue = (
-        tl.load(base + taps + 2 * R + rank, some, 0.0),
-        tl.load(base + taps + 3 * R + rank, some, 0.0),
-    )
+    density = tl.load(base + taps + rank, some, 0.0)
+    k_red = tl.load(base + taps + R + rank, some, 0.0)
+    k_green = tl.load(base + taps + 2 * R + rank, some, 0.0)
+    k_blue = tl.load(base + taps + 3 * R + rank, some, 0.0)
     total_x, total_y = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([DIM_P, RANKS], tl.float32)
-    total_z, total_w = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([4, RANKS], tl.float32)
+    total_z = tl.zeros([DIM_P, RANKS], tl.float32)
+    total_w = tl.zeros([4, RANKS], tl.float32)
     for j in range(0, views):
         v = tl.load(by_scene_ptr + mine + j)
         pair = start_ptr + tl.load(views_ptr + v * 3 + 2) + n
-        begin, end = tl.load(pair), tl.load(pair + 1)
+        begin = tl.load(pair)
+        end = tl.load(pair + 1)
         for m in range(begin, end, L):
             slot = m + tl.arange(0, L)
             used = tl.load(used_ptr + slot, slot < end, 0)
@@ -229,8 +233,10 @@ def _march_backward(
             ray = tl.load(ray_ptr + slot, live, 0).to(tl.int64)
             pixel = ray - v * plane
             grad = grad_image_ptr + v * 3 * plane + pixel
-            gr, gg = tl.load(grad, live, 0.0), tl.load(grad + plane, live, 0.0)
-            gb, gd = tl.load(grad + 2 * plane, live, 0.0), tl.load(grad_depth_ptr + ray, live, 0.0)
+            gr = tl.load(grad, live, 0.0)
+            gg = tl.load(grad + plane, live, 0.0)
+            gb = tl.load(grad + 2 * plane, live, 0.0)
+            gd = tl.load(grad_depth_ptr + ray, live, 0.0)
             entry, path = state_ptr + slot * 5, path_ptr + slot * 8
             light = tl.load(entry, live, 0.0)
             behind = tl.load(arriving_ptr + ray, live, 0.0) - gr * tl.load(entry + 1, live, 0.0)
@@ -251,10 +257,8 @@ def _march_backward(
                 xy = fx * fy
                 e = xy * fz
                 s = tl.sum(e * density[None, None, :], 2)
-                r, g = (
-                    sigmoid(tl.sum(e * k_red[None, None, :], 2)),
-                    sigmoid(tl.sum(e * k_green[None, None, :], 2)),
-                )
+                r = sigmoid(tl.sum(e * k_red[None, None, :], 2))
+                g = sigmoid(tl.sum(e * k_green[None, None, :], 2))
                 b = sigmoid(tl.sum(e * k_blue[None, None, :], 2))
                 rho, slope = softplus(s)
                 alpha = tl.where(taken, opacity(rho * step), 0.0)
@@ -284,7 +288,8 @@ def _march_backward(
                 total_y = _contract(_weights(iy, wy, DIM_P), ge * fx, total_y, L, K, DIM_P, RANKS)
     out = grad_ptr + row * (taps + 4 * R)
     tap = tl.arange(0, DIM_P)[:, None]
-    at, there = tap * R + rank[None, :], (tap < DIM) & some[None, :]
+    at = tap * R + rank[None, :]
+    there = (tap < DIM) & some[None, :]
     tl.store(out + at, total_x, there)
     tl.store(out + DIM * R + at, total_y, there)
     tl.store(out + 2 * DIM * R + at, total_z, there)
@@ -306,9 +311,11 @@ def march(
     are used.
     """
     V = len(background)
-    image, final = background.new_empty(V, 3, height, width), background.new_empty(V, height, width)
+    image = background.new_empty(V, 3, height, width)
+    final = background.new_empty(V, height, width)
     depth = torch.empty_like(final)
-    used, state = torch.zeros_like(segments.samples), background.new_empty(len(segments.ray), 5)
+    used = torch.zeros_like(segments.samples)
+    state = background.new_empty(len(segments.ray), 5)
     tiles = _tiles(backend.target(voxels))
     TX, TY = triton.cdiv(width, tiles["SIDE"]), triton.cdiv(height, tiles["SIDE"])
     backend.launch(
@@ -356,7 +363,8 @@ def march_backward(
     dim: int,
 ) -> Tensor:
     """The gradient of the voxels, each written once: the same bits every time."""
-    grad, pad = torch.empty_like(voxels), triton.next_power_of_2
+    grad = torch.empty_like(voxels)
+    pad = triton.next_power_of_2
     _, height, width = grad_depth.shape
     backend.launch(
         _march_backward,

@@ -38,14 +38,13 @@ def _weights(q: Tensor, dim: int) -> Tensor:
     """The weight of every tap at places q [..., 1, L] -> [..., n, L]: hats around each tap, but the
     first two and the last two go on outwards in straight lines, which extrapolates.
     """
-    tap, infinite = torch.arange(dim, dtype=q.dtype)[:, None], torch.inf
+    tap = torch.arange(dim, dtype=q.dtype)[:, None]
+    infinite = torch.inf
     least_rise, least_fall = torch.zeros_like(tap), torch.zeros_like(tap)
-    least_rise[0], least_rise[1], least_fall[-1], least_fall[-2] = (
-        infinite,
-        -infinite,
-        infinite,
-        -infinite,
-    )
+    least_rise[0] = infinite
+    least_rise[1] = -infinite
+    least_fall[-1] = infinite
+    least_fall[-2] = -infinite
     rise = torch.sub(q, tap - 1)
     torch.maximum(rise, least_rise, out=rise)
     fall = torch.sub(tap + 1, q)
@@ -63,7 +62,10 @@ class _Part:
     ):
         R, dim = field.rank, field.dim
         m = int(length.sum())
-        self.field, self.voxel, self.G, self.L = field, voxel, G, m // G
+        self.field = field
+        self.voxel = voxel
+        self.G = G
+        self.L = m // G
         self.start = length.cumsum(0) - length  # [T]
         self.samples = samples
         self.owner = torch.repeat_interleave(length, output_size=m)  # [m] segment
@@ -76,7 +78,8 @@ class _Part:
         q, self.z = torch.addcmul(first, further, k).split([3, 1])
         self.weights = _weights(q.view(3, G, 1, self.L), dim).view(3 * G, dim, self.L)
         rows = field.voxels.index_select(0, voxel)
-        taps, self.heads = rows[:, : 3 * dim * R], rows[:, 3 * dim * R :].reshape(G, 4, R)
+        taps = rows[:, : 3 * dim * R]
+        self.heads = rows[:, 3 * dim * R :].reshape(G, 4, R)
         taps = taps.view(G, 3, dim, R).transpose(0, 1).reshape(3 * G, dim, R)
         self.f = torch.bmm(self.weights.transpose(1, 2), taps).view(3, G, self.L, R)
         self.xy = self.f[0] * self.f[1]
@@ -103,7 +106,8 @@ class _Part:
         [T]; float64.
         """
         passed = self.along(self.depth)
-        behind, entering = passed.neg().exp_(), self.of(entering)
+        behind = passed.neg().exp_()
+        entering = self.of(entering)
         return torch.exp_(self.depth - passed).mul_(entering), behind.mul_(entering)
 
     def total(self, values: Tensor) -> Tensor:
@@ -117,7 +121,9 @@ class _Part:
         """The gradient of the groups' voxels [G, (3 n + 4) R], of that of s and the colour logits
         [4, m].
         """
-        G, L, R = self.G, self.L, self.field.rank
+        G = self.G
+        L = self.L
+        R = self.field.rank
         grad = grad.view(4, G, L).transpose(0, 1)  # [G, 4, L]
         g_heads = torch.bmm(grad, self.e)
         ge = torch.bmm(grad.transpose(1, 2), self.heads)
@@ -153,21 +159,25 @@ def _parts(
     rank = torch.empty_like(by_total)
     rank[by_total] = torch.arange(len(rank))
     order = order[rank[group].sort(stable=True).indices]
-    size, of_group = size[by_total], owner[begins[by_total]]
+    size = size[by_total]
+    of_group = owner[begins[by_total]]
     ends = size.cumsum(0)
 
-    path, samples = (
-        path.index_select(0, order).t().contiguous(),
-        samples.index_select(0, order).long(),
-    )
-    length, lengths, at, a, done = samples.clone(), total.tolist(), ends.tolist(), 0, 0
+    path = path.index_select(0, order).t().contiguous()
+    samples = samples.index_select(0, order).long()
+    length = samples.clone()
+    lengths = total.tolist()
+    at = ends.tolist()
+    a = 0
+    done = 0
     while a < len(lengths):
         b = min(len(lengths), a + max(1, SAMPLES // lengths[a]))
         length[ends[a:b] - 1] += lengths[a] - total[a:b]
         here = slice(done, at[b - 1])
         part = _Part(field, of_group[a:b], path[:, here], samples[here], length[here], b - a)
         yield part, order[here]
-        a, done = b, at[b - 1]
+        a = b
+        done = at[b - 1]
 
 
 def march_torch(
@@ -181,16 +191,20 @@ def march_torch(
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As kernels.radiance.march.march."""
-    field, bounds = _Field(voxels, step, rank, dim), segments.bounds.long()
-    used, state = torch.zeros_like(segments.samples), voxels.new_empty(len(segments.ray), 5)
+    field = _Field(voxels, step, rank, dim)
+    bounds = segments.bounds.long()
+    used = torch.zeros_like(segments.samples)
+    state = voxels.new_empty(len(segments.ray), 5)
     seen = voxels.new_zeros(5, len(bounds) - 1)  # transmittance, colour, depth so far
     seen[0] = 1
-    alive, j = (bounds[1:] > bounds[:-1]).nonzero()[:, 0], 0
+    alive = (bounds[1:] > bounds[:-1]).nonzero()[:, 0]
+    j = 0
     while len(alive):
         slot = segments.order[bounds[alive] + j]
         entry = seen.index_select(1, alive)
         state[slot] = entry.t()
-        taken, leaving = used.new_empty(len(slot)), torch.empty_like(entry)
+        taken = used.new_empty(len(slot))
+        leaving = torch.empty_like(entry)
         for part, which in _parts(
             field,
             *(t.index_select(0, slot) for t in (segments.voxel, segments.path, segments.samples)),
@@ -237,7 +251,8 @@ def march_torch_backward(
         torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)
     )
     behind = arriving.view(-1)[ray] - (upstream * state[:, 1:].t()).sum(0)
-    grad, entering = torch.zeros_like(voxels), state[:, 0].contiguous()
+    grad = torch.zeros_like(voxels)
+    entering = state[:, 0].contiguous()
     for part, which in _parts(_Field(voxels, step, rank, dim), voxel, path, used):
         g = part.of(upstream.index_select(1, which))
         before, after = part.light(entering.index_select(0, which))

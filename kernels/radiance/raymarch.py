@@ -94,7 +94,8 @@ def _refuse(mistakes: list[int], position: Tensor, offset: Tensor, resolution: i
 @_raymarch.register_fake
 def _(voxels, position, cameras, offset, background, starts, view_scene, resolution, rank, dim):
     V, H, W = offset.shape
-    S, first = torch.library.get_ctx().new_dynamic_size(), [*starts, 0]
+    S = torch.library.get_ctx().new_dynamic_size()
+    first = [*starts, 0]
     P = sum(first[s + 1] - first[s] for s in view_scene)
     ray, voxel, used = (voxels.new_empty(S, dtype=torch.int32) for _ in range(3))
     start = voxels.new_empty(P + 1, dtype=torch.int64)

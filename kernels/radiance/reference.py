@@ -13,7 +13,8 @@ def raymarch_reference(
     """`raymarch` by the book: one view after another, every ray with every voxel, textbook
     formulas, autograd.
     """
-    starts, images = host_list("starts", starts), []
+    starts = host_list("starts", starts)
+    images = []
     for v, s in enumerate(host_list("view_scene", view_scene)):
         mine = slice(starts[s], starts[s + 1])
         parts = (t[mine] for t in (position, trivec, density, sh[:, :, 0]))
@@ -25,30 +26,32 @@ def raymarch_reference(
 
 def _view_reference(position, trivec, density, sh, camera, background, resolution, offset):
     """Colour [3, rays], alpha [rays] and depth [rays] of one view; the published rule is marked."""
-    exact, n = trivec.dtype, trivec.shape[3]
+    exact = trivec.dtype
+    n = trivec.shape[3]
     step = 0.5 / n / resolution
     camera = camera.to(exact)
-    extrinsics, (o, d) = camera.extrinsics[0], (t[0] for t in camera.rays())
+    extrinsics = camera.extrinsics[0]
+    o, d = (t[0] for t in camera.rays())
     d = d.reshape(-1, 3)
     shrink = 1 / d.norm(dim=1)
-    d, offset = d * shrink[:, None], offset.reshape(-1).to(exact)
+    d = d * shrink[:, None]
+    offset = offset.reshape(-1).to(exact)
     low = torch.floor(position.to(exact) * resolution) / resolution - 0.5
     keep = ((low + 0.5 / resolution) @ extrinsics[2, :3] + extrinsics[2, 3]) > 0.2
     inverse = torch.where(d == 0, 1e10, 1 / d)
     # [rays, N, 3]
     a, b = ((low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution))
     t_in, t_out = torch.minimum(a, b).amax(2), torch.maximum(a, b).amin(2)
-    first, last = (
-        torch.ceil(t_in / step - offset[:, None]),
-        torch.floor(t_out / step - offset[:, None]),
-    )
+    first = torch.ceil(t_in / step - offset[:, None])
+    last = torch.floor(t_out / step - offset[:, None])
     ray, voxel = ((t_in < t_out) & (first <= last) & keep).nonzero(as_tuple=True)
     first, count = first[ray, voxel], (last - first + 1)[ray, voxel].long()
     ray, voxel, first = (t.repeat_interleave(count) for t in (ray, voxel, first))
     t = first + torch.arange(len(ray)) - (count.cumsum(0) - count).repeat_interleave(count)
     t, order = t.sort(stable=True)
     ray, order2 = ray[order].sort(stable=True)
-    t, voxel = t[order2], voxel[order][order2]
+    t = t[order2]
+    voxel = voxel[order][order2]
     z = (t + offset[ray]) * step
     q = (o + d[ray] * z[:, None] - low[voxel]) * resolution * n - 0.5  # [samples, 3]
     i = q.trunc().clamp(0, n - 2).long()

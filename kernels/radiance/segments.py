@@ -67,16 +67,12 @@ def _direction(rotation, focal, middle, x, y):
     """World direction of unit length through the centre of pixel (x, y), and the camera depth of
     one unit along it.
     """
-    u, v = (
-        (x.to(tl.float32) + 0.5 - middle[0]) / focal[0],
-        (y.to(tl.float32) + 0.5 - middle[1]) / focal[1],
-    )
+    u = (x.to(tl.float32) + 0.5 - middle[0]) / focal[0]
+    v = (y.to(tl.float32) + 0.5 - middle[1]) / focal[1]
     r0, r1, r2 = rotation
-    d0, d1, d2 = (
-        u * r0[0] + v * r1[0] + r2[0],
-        u * r0[1] + v * r1[1] + r2[1],
-        u * r0[2] + v * r1[2] + r2[2],
-    )
+    d0 = u * r0[0] + v * r1[0] + r2[0]
+    d1 = u * r0[1] + v * r1[1] + r2[1]
+    d2 = u * r0[2] + v * r1[2] + r2[2]
     shrink = 1 / tl.sqrt(d0 * d0 + d1 * d1 + d2 * d2)
     return (d0 * shrink, d1 * shrink, d2 * shrink), shrink
 
@@ -87,7 +83,8 @@ def _rectangle(rotation, center, focal, middle, low, high, W, H):
     centre.
     """
     r0, r1, r2 = rotation
-    left, right = low[0] * 0 + 1e9, low[0] * 0 - 1e9
+    left = low[0] * 0 + 1e9
+    right = low[0] * 0 - 1e9
     top, bottom, nearest = left, right, left
     for i in tl.static_range(8):
         a = (high[0] if i % 2 == 1 else low[0]) - center[0]
@@ -113,11 +110,9 @@ def _rectangle(rotation, center, focal, middle, low, high, W, H):
     y1 = tl.where(whole, H, tl.minimum(tl.maximum(tl.floor(bottom + 0.5 + MARGIN), 0.0), H)).to(
         tl.int32
     )
-    a, b, c = (
-        (low[0] + high[0]) * 0.5 - center[0],
-        (low[1] + high[1]) * 0.5 - center[1],
-        (low[2] + high[2]) * 0.5 - center[2],
-    )
+    a = (low[0] + high[0]) * 0.5 - center[0]
+    b = (low[1] + high[1]) * 0.5 - center[1]
+    c = (low[2] + high[2]) * 0.5 - center[2]
     return x0, y0, x1, y1, r2[0] * a + r2[1] * b + r2[2] * c
 
 
@@ -152,19 +147,15 @@ def _segments(
     PIXELS: tl.constexpr,
 ):
     v = tl.program_id(1)
-    begin, count, pair = (
-        tl.load(views_ptr + v * 3),
-        tl.load(views_ptr + v * 3 + 1),
-        tl.load(views_ptr + v * 3 + 2),
-    )
+    begin = tl.load(views_ptr + v * 3)
+    count = tl.load(views_ptr + v * 3 + 1)
+    pair = tl.load(views_ptr + v * 3 + 2)
     n = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = n < count
     rotation, o, focal, middle = _camera(cameras_ptr, v)
     p = position_ptr + (begin + n) * 3
-    c0, c1 = (
-        tl.floor(tl.load(p, live, 0.0) * resolution),
-        tl.floor(tl.load(p + 1, live, 0.0) * resolution),
-    )
+    c0 = tl.floor(tl.load(p, live, 0.0) * resolution)
+    c1 = tl.floor(tl.load(p + 1, live, 0.0) * resolution)
     c2 = tl.floor(tl.load(p + 2, live, 0.0) * resolution)
     low = c0 * size - 0.5, c1 * size - 0.5, c2 * size - 0.5
     high = (c0 + 1) * size - 0.5, (c1 + 1) * size - 0.5, (c2 + 1) * size - 0.5
@@ -178,16 +169,15 @@ def _segments(
     for i in range(0, tl.max(area, 0), PIXELS):
         at = i + tl.arange(0, PIXELS)[None, :]
         inside = at < area[:, None]
-        x, y = x0[:, None] + at % across[:, None], y0[:, None] + at // across[:, None]
+        x = x0[:, None] + at % across[:, None]
+        y = y0[:, None] + at // across[:, None]
         ray = (v * H + y) * W + x
         d, shrink = _direction(rotation, focal, middle, x, y)
         in0, out0 = _slab(low[0], high[0], o[0], d[0])
         in1, out1 = _slab(low[1], high[1], o[1], d[1])
         in2, out2 = _slab(low[2], high[2], o[2], d[2])
-        t_in, t_out = (
-            tl.maximum(tl.maximum(in0, in1), in2),
-            tl.minimum(tl.minimum(out0, out1), out2),
-        )
+        t_in = tl.maximum(tl.maximum(in0, in1), in2)
+        t_out = tl.minimum(tl.minimum(out0, out1), out2)
         offset = tl.load(offset_ptr + ray, inside, 0.0)
         first, last = tl.ceil(t_in * per_unit - offset), tl.floor(t_out * per_unit - offset)
         hit = inside & (t_in < t_out) & (first <= last)
@@ -198,7 +188,8 @@ def _segments(
             tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
             tl.store(samples_ptr + slot, (last - first + 1).to(tl.int32), hit)
             tl.store(voxel_ptr + slot, (begin + n)[:, None].to(tl.int32) + tl.zeros_like(x), hit)
-            z, path = (first + offset) / per_unit, path_ptr + slot * 8
+            z = (first + offset) / per_unit
+            path = path_ptr + slot * 8
             tl.store(path, ((o[0] - low[0])[:, None] + d[0] * z) * scale - 0.5, hit)
             tl.store(path + 1, ((o[1] - low[1])[:, None] + d[1] * z) * scale - 0.5, hit)
             tl.store(path + 2, ((o[2] - low[2])[:, None] + d[2] * z) * scale - 0.5, hit)
@@ -256,7 +247,8 @@ def find_segments(
         raise ValueError(
             f"{S} segments (a ray in a voxel) are more than {2**31 - 1}: render fewer views at once"
         )
-    key, path = torch.empty(S, dtype=torch.int64, device=device), torch.empty(S, 8, device=device)
+    key = torch.empty(S, dtype=torch.int64, device=device)
+    path = torch.empty(S, 8, device=device)
     samples, voxel = (torch.empty(S, dtype=torch.int32, device=device) for _ in range(2))
     arrays = count, start, key, samples, voxel, path
     backend.launch(

@@ -8,7 +8,9 @@ from torch import Tensor
 from kernels.radiance.rays import Segments, by_ray
 from kernels.views import Layout
 
-NEAR, MARGIN, CLIP = 0.2, 0.05, 1e-3
+NEAR = 0.2
+MARGIN = 0.05
+CLIP = 1e-3
 TESTS = 16384  # pixels of boxes tested at once
 
 
@@ -19,7 +21,8 @@ def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tenso
     focal, middle = cameras[:, 12:14, None], cameras[:, 14:16, None]
     u = (torch.arange(width).to(cameras) + 0.5 - middle[:, 0]) / focal[:, 0]  # [V, W]
     v = (torch.arange(height).to(cameras) + 0.5 - middle[:, 1]) / focal[:, 1]
-    u, v = u[:, None, :], v[:, :, None]
+    u = u[:, None, :]
+    v = v[:, :, None]
     r = cameras[:, :9].view(-1, 3, 3)[..., None, None]
     # [3, V, H, W]
     d = torch.stack([u * r[:, 0, a] + v * r[:, 1, a] + r[:, 2, a] for a in range(3)])
@@ -41,19 +44,22 @@ def _rectangles(
     """Pixels [4, N] (x0, y0, x1, y1; end exclusive) that one view [16] tries for each voxel, and
     their number [N].
     """
-    rotation, center = camera[:9].view(3, 3), camera[9:12, None]
+    rotation = camera[:9].view(3, 3)
+    center = camera[9:12, None]
     # [8, 3, N]
     at = torch.stack(
         [torch.stack([(high if i >> a & 1 else low)[a] for a in range(3)]) for i in range(8)]
     )
     local = rotation @ (at - center)
-    nearest, z = local[:, 2].amin(0), local[:, 2:].clamp(min=CLIP)
+    nearest = local[:, 2].amin(0)
+    z = local[:, 2:].clamp(min=CLIP)
     pixel = local[:, :2] / z * camera[12:14, None] + camera[14:16, None]
     size = torch.tensor([[width], [height]])
     a = torch.minimum((pixel.amin(0) - 0.5 - MARGIN).ceil_().clamp_(min=0), size)
     b = torch.minimum((pixel.amax(0) + 0.5 + MARGIN).floor_().clamp_(min=0), size)
     whole = nearest <= CLIP
-    a, b = torch.where(whole, 0, a).long(), torch.where(whole, size, b).long()
+    a = torch.where(whole, 0, a).long()
+    b = torch.where(whole, size, b).long()
     seen = (rotation[2] @ ((low + high) / 2 - center)) > NEAR
     return torch.cat([a, b]), (b - a).clamp_(min=0).prod(0) * seen
 
@@ -68,7 +74,8 @@ def find_segments_torch(
 ) -> Segments:
     """As kernels.radiance.segments.find_segments."""
     V, H, W = offset.shape
-    per_unit, scale = 2 * dim * resolution, dim * resolution
+    per_unit = 2 * dim * resolution
+    scale = dim * resolution
     low, high = _corners(position, resolution)
     direction, shrink = _directions(cameras, H, W)
     inverse = torch.where(direction == 0, 1e10, 1 / direction)
@@ -76,15 +83,16 @@ def find_segments_torch(
     found: list[tuple[Tensor, ...]] = []
     counts = []
     for v, s in enumerate(layout.view_scene):
-        begin, end = layout.starts[s], layout.starts[s + 1]
+        begin = layout.starts[s]
+        end = layout.starts[s + 1]
         # distances in samples: (plane - centre) * per_unit / d
-        near, far = (
-            low[:, begin:end] - cameras[v, 9:12, None],
-            high[:, begin:end] - cameras[v, 9:12, None],
-        )
+        near = low[:, begin:end] - cameras[v, 9:12, None]
+        far = high[:, begin:end] - cameras[v, 9:12, None]
         rect, area = _rectangles(cameras[v], low[:, begin:end], high[:, begin:end], H, W)
         ends = area.cumsum(0)
-        hits, a, done = [], 0, 0
+        hits = []
+        a = 0
+        done = 0
         while a < end - begin and done < int(ends[-1]):
             b = max(a + 1, int(torch.searchsorted(ends, done + TESTS, right=True)))
             total = int(ends[b - 1]) - done
@@ -98,10 +106,8 @@ def find_segments_torch(
             t_in, t_out = None, None
             for axis in range(3):
                 step = inverse[axis].index_select(0, ray)
-                p, q = (
-                    near[axis, a:b].index_select(0, n).mul_(step),
-                    far[axis, a:b].index_select(0, n).mul_(step),
-                )
+                p = near[axis, a:b].index_select(0, n).mul_(step)
+                q = far[axis, a:b].index_select(0, n).mul_(step)
                 lo, hi = torch.minimum(p, q), torch.maximum(p, q)
                 t_in, t_out = (
                     (lo, hi)
@@ -111,12 +117,14 @@ def find_segments_torch(
             xi = offset.index_select(0, ray)
             first, last = (t_in * per_unit).sub_(xi).ceil_(), (t_out * per_unit).sub_(xi).floor_()
             hit = ((t_in < t_out) & (first <= last)).nonzero()[:, 0]
-            n, ray, first, last, xi = n[hit], ray[hit], first[hit], last[hit], xi[hit]
-            d, shorter, z = (
-                direction.index_select(1, ray),
-                shrink.index_select(0, ray),
-                xi.add_(first).div_(per_unit),
-            )
+            n = n[hit]
+            ray = ray[hit]
+            first = first[hit]
+            last = last[hit]
+            xi = xi[hit]
+            d = direction.index_select(1, ray)
+            shorter = shrink.index_select(0, ray)
+            z = xi.add_(first).div_(per_unit)
             q = torch.addcmul(near[:, a:b].index_select(1, n).neg_(), d, z).mul_(scale).sub_(0.5)
             path = torch.cat(
                 [q, (z * shorter)[None], d.mul_(0.5), shorter.div_(per_unit)[None]]
@@ -129,7 +137,8 @@ def find_segments_torch(
                     path,
                 )
             )
-            a, done = b, int(ends[b - 1])
+            a = b
+            done = int(ends[b - 1])
         found += hits
         owners = torch.cat([h[2] for h in hits]) - begin if hits else area[:0]
         counts.append(torch.bincount(owners, minlength=end - begin))

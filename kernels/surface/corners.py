@@ -40,7 +40,8 @@ def _average(
 ):
     t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, 16)[None, :]
-    total, count = tl.zeros([TILE, 16], tl.float32), tl.zeros([TILE], tl.float32)
+    total = tl.zeros([TILE, 16], tl.float32)
+    count = tl.zeros([TILE], tl.float32)
     for i in tl.static_range(8):
         channel = tl.where(k == 0, i, tl.where(k < 4, 7 + 3 * i + k, 49 + 6 * i + k))
         n = tl.load(voxel_ptr + t * 8 + i, mask=t < T, other=-1).to(tl.int64)
@@ -109,7 +110,9 @@ def _channels(i: int, K: int) -> list[int]:
 
 def average(fields: Tensor, cubes: Cubes, bias: float) -> tuple[Tensor, Tensor]:
     """Means [T, K], bias added to the signed distance, and the sum of squares around them [T]."""
-    N, T, K = len(fields), len(cubes.vertex), 10 if fields.shape[1] > 53 else 4
+    N = len(fields)
+    T = len(cubes.vertex)
+    K = 10 if fields.shape[1] > 53 else 4
     mean = fields.new_zeros(T, K)
     if backend.is_torch(fields):
         spread = fields.new_zeros(T)
@@ -122,7 +125,8 @@ def average(fields: Tensor, cubes: Cubes, bias: float) -> tuple[Tensor, Tensor]:
                 0, cubes.rows[:, i], _away(fields, cubes.rows, mean, bias, i).square_().sum(1)
             )
         return mean, spread
-    voxel, spread = cubes.rows.new_full((T, 8), -1), fields.new_empty(T)
+    voxel = cubes.rows.new_full((T, 8), -1)
+    spread = fields.new_empty(T)
     row = torch.arange(N, dtype=torch.int32, device=fields.device)
     for i in range(8):
         voxel[:, i].index_copy_(0, cubes.rows[:, i].long(), row)
@@ -161,7 +165,9 @@ def fields_backward(
     bias: float,
 ) -> Tensor:
     """The gradient of the fields, [N, channels]."""
-    N, K, out = len(fields), mean.shape[1], torch.empty_like(fields)
+    N = len(fields)
+    K = mean.shape[1]
+    out = torch.empty_like(fields)
     if backend.is_torch(fields):
         for begin in range(0, N, CHUNK):
             part = slice(begin, begin + CHUNK)
@@ -199,11 +205,9 @@ def _part_backward(
     fields, rows, surface, scene, out, mean, grad_mean, grad_weights, pull, shrink, bias
 ) -> None:
     """`fields_backward` of some voxels on the torch path, into `out`."""
-    pulls, first, last = (
-        pull.index_select(0, scene)[:, None],
-        WEIGHTS.start,
-        WEIGHTS.start + PENALISED,
-    )
+    pulls = pull.index_select(0, scene)[:, None]
+    first = WEIGHTS.start
+    last = WEIGHTS.start + PENALISED
     for i in range(8):
         grad = _away(fields, rows, mean, bias, i).mul_(pulls)
         out[:, _channels(i, mean.shape[1])] = grad.add_(grad_mean.index_select(0, rows[:, i]))

@@ -66,8 +66,12 @@ def find_cubes(
     """Reads the device twice: for the numbers of vertices and cubes, then of dual vertices and
     quads.
     """
-    B, N, R, S = samples, len(coords), resolution, resolution + 1
-    device, tables = coords.device, cube_tables(coords.device)
+    B = samples
+    N = len(coords)
+    R = resolution
+    S = resolution + 1
+    device = coords.device
+    tables = cube_tables(coords.device)
     b, x, y, z = coords.long().unbind(1)
     base = ((b * S + x) * S + y) * S + z
     offset = [((i & 1) * S + (i >> 1 & 1)) * S + (i >> 2) for i in range(8)]
@@ -95,7 +99,9 @@ def find_cubes(
     sign = sign.view(B, S, S, S)
     case = torch.zeros(B, R, R, R, dtype=torch.uint8, device=device)
     for i in range(8):
-        dx, dy, dz = i & 1, i >> 1 & 1, i >> 2
+        dx = i & 1
+        dy = i >> 1 & 1
+        dz = i >> 2
         case |= sign[:, dx : dx + R, dy : dy + R, dz : dz + R] << i
     mixed = (case > 0) & (case < 255)
 
@@ -140,7 +146,8 @@ def find_cubes(
     dual = order.repeat_interleave(duals[order], output_size=P)
     kind = 4 * resolved[dual] + torch.arange(P, device=device) - first[dual]
     owned = key.view(-1).sort().indices[:Q]
-    owner, axis = owned // 3, owned % 3
+    owner = owned // 3
+    axis = owned % 3
     step = (tables.quad_offset[..., 0] * R + tables.quad_offset[..., 1]) * R + tables.quad_offset[
         ..., 2
     ]
@@ -176,7 +183,8 @@ def _resolve(cases: Tensor, case: Tensor, cube: Tensor, R: int, tables: CubeTabl
     at are both ambiguous.
     """
     look = tables.direction[case].long()
-    axis, step = look // 2, 2 * (look & 1) - 1
+    axis = look // 2
+    step = 2 * (look & 1) - 1
     _, *place = unravel(cube, R)
     along = torch.where(axis == 0, place[0], torch.where(axis == 1, place[1], place[2])) + step
     stride = torch.where(axis == 0, R * R, torch.where(axis == 1, R, 1))

@@ -60,13 +60,12 @@ def _edges(
     edge = tl.load(edges_ptr + kind * 8 + tl.arange(0, 8)[None, :]).to(tl.int32)
     on = live[:, None] & (edge >= 0)
     edge = tl.where(on, edge, 0)
-    i, j = tl.load(ends_ptr + 2 * edge), tl.load(ends_ptr + 2 * edge + 1)
+    i = tl.load(ends_ptr + 2 * edge)
+    j = tl.load(ends_ptr + 2 * edge + 1)
     vi = tl.load(corner_ptr + cube * 8 + i, mask=on, other=0).to(tl.int64)
     vj = tl.load(corner_ptr + cube * 8 + j, mask=on, other=0).to(tl.int64)
-    si, sj = (
-        tl.load(values_ptr + vi * (1 + M), mask=on, other=-1.0),
-        tl.load(values_ptr + vj * (1 + M), mask=on, other=1.0),
-    )
+    si = tl.load(values_ptr + vi * (1 + M), mask=on, other=-1.0)
+    sj = tl.load(values_ptr + vj * (1 + M), mask=on, other=1.0)
     ai = si * tl.load(weights_ptr + cube * 21 + 12 + i, mask=on, other=1.0)
     aj = sj * tl.load(weights_ptr + cube * 21 + 12 + j, mask=on, other=1.0)
     return (
@@ -217,7 +216,8 @@ def _vertex_bwd(
     3.
     """
     t = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
-    q, n = tl.arange(0, 32)[None, :] // 4, tl.arange(0, 32)[None, :] % 4
+    q = tl.arange(0, 32)[None, :] // 4
+    n = tl.arange(0, 32)[None, :] % 4
     # [TILE, 32]
     cube = tl.load(cube_ptr + t * 8 + q, mask=(t < T) & (n < 3), other=-1).to(tl.int64)
     case = tl.load(case_ptr + cube, mask=cube >= 0, other=0)
@@ -231,7 +231,8 @@ def _vertex_bwd(
     alpha = tl.load(weights_ptr + cube * 21 + 12 + q, mask=on, other=1.0)
     s = tl.load(values_ptr + t * (1 + M), mask=t < T, other=0.0)  # [TILE, 1]
     so = tl.load(values_ptr + v * (1 + M), mask=on, other=0.0)
-    a, ao = s * alpha, so * tl.load(weights_ptr + cube * 21 + 12 + other, mask=on, other=1.0)
+    a = s * alpha
+    ao = so * tl.load(weights_ptr + cube * 21 + 12 + other, mask=on, other=1.0)
     gap, plain_gap = tl.where(on, ao - a, 1.0), tl.where(on, so - s, 1.0)
     # of this vertex in the weighted and in the plain crossing
     share, plain = ao / gap, so / plain_gap
@@ -272,8 +273,10 @@ def dual_vertices(g: Geometry) -> tuple[Tensor, Tensor]:
     """Dual vertices [P, M], position and color, and their deviations [P]."""
     if backend.is_torch(g.values):
         return dual_torch(g)
-    P, M = len(g.dual), g.values.shape[1] - 1
-    out, deviation = g.values.new_empty(P, M), g.values.new_empty(P)
+    P = len(g.dual)
+    M = g.values.shape[1] - 1
+    out = g.values.new_empty(P, M)
+    deviation = g.values.new_empty(P)
     _launch(_dual_fwd, "DUALS", P, g, *_duals(g), out, deviation)
     return out, deviation
 
@@ -287,8 +290,12 @@ def dual_vertices_backward(
     """Gradients of values [T + 1, 1 + M] (the last row is none), beta [C, 12] and alpha [C, 8]."""
     if backend.is_torch(g.values):
         return dual_torch_backward(g, grad, grad_deviation)
-    C, T, tables = len(g.corner), len(g.values) - 1, cube_tables(g.values.device)
-    pull, slope, grad_beta = torch.empty_like(out), out.new_zeros(C, 12), out.new_zeros(C, 12)
+    C = len(g.corner)
+    T = len(g.values) - 1
+    tables = cube_tables(g.values.device)
+    pull = torch.empty_like(out)
+    slope = out.new_zeros(C, 12)
+    grad_beta = out.new_zeros(C, 12)
     _launch(
         _dual_bwd,
         "DUALS",
@@ -302,14 +309,13 @@ def dual_vertices_backward(
         slope,
         grad_beta,
     )
-    cubes, row = (
-        g.corner.new_full((T + 1, 8), -1),
-        torch.arange(C, dtype=torch.int32, device=out.device),
-    )
+    cubes = g.corner.new_full((T + 1, 8), -1)
+    row = torch.arange(C, dtype=torch.int32, device=out.device)
     # q-th corners of different cubes are different vertices, but for those without a voxel
     for q in range(8):
         cubes[:, q].index_copy_(0, g.corner[:, q].long(), row)
-    grad_values, grad_alpha = torch.zeros_like(g.values), out.new_zeros(C, 8)
+    grad_values = torch.zeros_like(g.values)
+    grad_alpha = out.new_zeros(C, 8)
     _launch(
         _vertex_bwd,
         "VERTICES",

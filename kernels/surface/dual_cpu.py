@@ -41,7 +41,8 @@ def _pairs(g: Geometry) -> Iterator[_Pairs]:
         span = slice(begin, min(begin + CHUNK, len(g.dual)))
         edges = tables.edges[g.kind[span]]
         p, slot = (edges >= 0).nonzero().unbind(1)
-        edge, cube = edges[p, slot].long(), g.dual[span][p].long()
+        edge = edges[p, slot].long()
+        cube = g.dual[span][p].long()
         ends = tuple(_end(g, cube, corner) for corner in tables.ends[edge].unbind(1))
         yield _Pairs(span, p, 12 * cube + edge, g.weights[cube, edge, None], ends)
 
@@ -95,8 +96,10 @@ def _shape(pairs: _Pairs) -> _Shape:
 
 def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
     """As kernels.surface.dual.dual_vertices."""
-    P, M = len(g.dual), g.values.shape[1] - 1
-    out, deviation = g.values.new_empty(P, M), g.values.new_empty(P)
+    P = len(g.dual)
+    M = g.values.shape[1] - 1
+    out = g.values.new_empty(P, M)
+    deviation = g.values.new_empty(P)
     for pairs in _pairs(g):
         shape = _shape(pairs)
         out[pairs.span] = shape.vertex
@@ -112,7 +115,8 @@ def dual_torch_backward(
     grad_values = torch.zeros_like(g.values)
     grad_beta, grad_alpha = grad.new_zeros(12 * C), grad.new_zeros(8 * C)
     for pairs in _pairs(g):
-        s, up = _shape(pairs), grad[pairs.span].clone()
+        s = _shape(pairs)
+        up = grad[pairs.span].clone()
         sign = s.beyond.sign()
         slope = (sign - (_total(sign, pairs) / s.edges)[pairs.p]) * grad_deviation[pairs.span][
             pairs.p, None

@@ -55,7 +55,8 @@ def _forward(
     values, starts (of vertices, faces, corners, dual vertices and quads, [5, B + 1] on the host),
     and what the backward needs.
     """
-    B, R = len(counts), resolution
+    B = len(counts)
+    R = resolution
     cubes = find_cubes(coords, fields, B, R)
     mean, spread = average(fields, cubes, -1 / R)
     g = _geometry(
@@ -73,7 +74,10 @@ def _forward(
     dual, deviation = dual_vertices(g)
     row, quad = quad_duals(cubes.around, g)
     gamma = g.weights[:, 20][row]
-    D, Q, V, N = cubes.dual_starts, cubes.quad_starts, cubes.tsdf_starts, [0, *accumulate(counts)]
+    D = cubes.dual_starts
+    Q = cubes.quad_starts
+    V = cubes.tsdf_starts
+    N = [0, *accumulate(counts)]
     if training:
         centre = centres(dual, quad, gamma)
         vertices = torch.cat(
@@ -137,7 +141,9 @@ _isosurface = torch.library.custom_op("trislat::isosurface", _forward, mutates_a
 
 @_isosurface.register_fake
 def _(fields, coords, counts, resolution, training):
-    B, A, N = len(counts), 6 if fields.shape[1] > 53 else 0, len(fields)
+    B = len(counts)
+    A = 6 if fields.shape[1] > 53 else 0
+    N = len(fields)
     dynamic = torch.library.get_ctx().new_dynamic_size
     P, F, T, C, D, Q = (dynamic() for _ in range(6))
     empty = lambda *size, dtype=fields.dtype: fields.new_empty(size, dtype=dtype)
@@ -169,8 +175,10 @@ def _geometry(mean: Tensor, fields: Tensor, surface: Tensor, cube: Tensor, *rest
     # the color of a vertex without a voxel
     values = mean.new_full((len(mean) + 1, mean.shape[1]), 0.5)
     # one element alone would be copied to the device, which waits
-    values[:-1, 0], values[-1:, 0] = mean[:, 0], 1
-    values[:-1, 1:4], values[-1:, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R)), 0
+    values[:-1, 0] = mean[:, 0]
+    values[-1:, 0] = 1
+    values[:-1, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R))
+    values[-1:, 1:4] = 0
     values[:-1, 4:] = torch.sigmoid(mean[:, 4:])
     raw = _raw_weights(fields, surface, len(cube))
     weights = torch.cat(
@@ -206,8 +214,10 @@ def _reverse(
     rows, count, surface, cube, *cubes, around, mean, dual, share = saved
     g = _geometry(mean, fields, surface, cube, *cubes, resolution)
     *_, D, Q = starts.tolist()
-    B, R = len(D) - 1, resolution
-    up, grad_gamma = torch.cat([grad_vertices, grad_attributes], 1), None
+    B = len(D) - 1
+    R = resolution
+    up = torch.cat([grad_vertices, grad_attributes], 1)
+    grad_gamma = None
     if training:
         sizes = [
             end - begin for b in range(B) for begin, end in ((D[b], D[b + 1]), (Q[b], Q[b + 1]))
@@ -240,7 +250,8 @@ def _reverse(
     gate = torch.sigmoid(raw[:, 20])
     grad_weights[:, 20] *= 0.99 * gate * (1 - gate)
     # else its alignment, and so the compiled kernel, would depend on B
-    pull, shrink = 2 * scale[0], scale[2].clone()
+    pull = 2 * scale[0]
+    shrink = scale[2].clone()
     return fields_backward(
         fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R
     )

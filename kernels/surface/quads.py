@@ -18,7 +18,8 @@ TINY = 1e-8  # added to w + w'
 
 def quad_duals(around: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
     """Cubes [Q, 4] and dual vertices [Q, 4] around each quad."""
-    cube, edge = around.long() // 12, around.long() % 12
+    cube = around.long() // 12
+    edge = around.long() % 12
     return cube, g.first[cube] + cube_tables(around.device).component[g.case[cube], edge]
 
 
@@ -47,12 +48,10 @@ def centres_backward(
     """The gradient of dual vertices, up [P, M] included, and of gamma [C], from that of the
     centres, grad [Q, M].
     """
-    C, Q, gamma, tables = (
-        len(g.weights),
-        len(quad),
-        g.weights[:, 20][cube],
-        cube_tables(around.device),
-    )
+    C = len(g.weights)
+    Q = len(quad)
+    gamma = g.weights[:, 20][cube]
+    tables = cube_tables(around.device)
     even, odd, share, share_ = _diagonals(dual, quad, gamma)
     centre = share * even + share_ * odd
     total = sum(_weigh(gamma)) + TINY
@@ -71,10 +70,8 @@ def centres_backward(
     )
     pad = torch.nn.functional.pad
     grad_gamma = pad(torch.stack(slots, 1).view(-1), (0, 1))[at].view(C, 12).sum(1)
-    grad, share = (
-        pad(grad, (0, 0, 0, 1)),
-        pad(torch.cat([share, share_, share, share_], 1).view(-1), (0, 1)),
-    )
+    grad = pad(grad, (0, 0, 0, 1))
+    share = pad(torch.cat([share, share_, share, share_], 1).view(-1), (0, 1))
     edges = tables.edges[g.kind]
     for n in range(8):
         edge = edges[:, n]

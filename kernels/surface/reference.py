@@ -9,19 +9,21 @@ from kernels.surface.tables import EDGES, ambiguous_faces, crossing, dual_parts
 
 def isosurface_reference(coords, fields, resolution, training, batch_size=None) -> Surfaces:
     """`isosurface` by the book: every scene as a dense grid of cubes, autograd."""
-    R, S, bias = resolution, resolution + 1, -1 / resolution
+    R = resolution
+    S = resolution + 1
+    bias = -1 / resolution
     parts = []
     for b in range(int(coords[:, 0].max()) + 1 if batch_size is None else batch_size):
         mine = coords[:, 0] == b
-        voxel, field = coords[mine, 1:].long(), fields[mine]
-        n, A = len(voxel), 6 if fields.shape[1] == 101 else 0
+        voxel = coords[mine, 1:].long()
+        field = fields[mine]
+        n = len(voxel)
+        A = 6 if fields.shape[1] == 101 else 0
         offset = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)])
         corner = (voxel[:, None] + offset).flatten(0, 1)  # [8 n, 3]
-        sdf, deform, color = (
-            field[:, :8].flatten() + bias,
-            field[:, 8:32].reshape(-1, 3),
-            field[:, 53:].reshape(8 * n, A),
-        )
+        sdf = field[:, :8].flatten() + bias
+        deform = field[:, 8:32].reshape(-1, 3)
+        color = field[:, 53:].reshape(8 * n, A)
         value = torch.cat([sdf[:, None], deform, color], 1)
         vertex, row = torch.unique(
             (corner[:, 0] * S + corner[:, 1]) * S + corner[:, 2], return_inverse=True
@@ -83,13 +85,15 @@ def flexicubes_reference(
     """Vertices, faces, attributes of one dense grid, and the deviation of every (dual vertex, edge)
     pair.
     """
-    R, S = resolution, resolution + 1
+    R = resolution
+    S = resolution + 1
     axis = torch.arange(R)
     cx, cy, cz = (t.flatten() for t in torch.meshgrid(axis, axis, axis, indexing="ij"))
     corner = torch.stack(
         [((cx + (i & 1)) * S + cy + (i >> 1 & 1)) * S + cz + (i >> 2) for i in range(8)], 1
     )
-    beta, alpha = torch.tanh(weights[:, :12]) * 0.99 + 1, torch.tanh(weights[:, 12:20]) * 0.99 + 1
+    beta = torch.tanh(weights[:, :12]) * 0.99 + 1
+    alpha = torch.tanh(weights[:, 12:20]) * 0.99 + 1
     gamma = torch.sigmoid(weights[:, 20]) * 0.99 + 0.005
     negative = sdf < 0
     cases = sum(negative[corner[:, i]].int() << i for i in range(8))
@@ -114,11 +118,13 @@ def flexicubes_reference(
     duals = sorted(
         (len(parts[kind[c]]), c, k) for c in original for k in range(len(parts[kind[c]]))
     )
-    dual_of, incidences = {}, []
+    dual_of = {}
+    incidences = []
     for p, (_, c, k) in enumerate(duals):
         dual_of.update({(c, e): p for e in parts[kind[c]][k]})
         incidences += [(p, c, e) for e in parts[kind[c]][k]]
-    P, ends = len(duals), torch.tensor(EDGES)
+    P = len(duals)
+    ends = torch.tensor(EDGES)
     p, c, e = torch.tensor(incidences, dtype=torch.long).view(-1, 3).unbind(1)
     i, j = ends[e].unbind(1)
     vi, vj = corner[c, i], corner[c, j]

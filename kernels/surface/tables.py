@@ -104,14 +104,10 @@ def _on_face(case: int, corners: list[int]) -> list[int]:
 @cache
 def cube_tables(device: torch.device) -> CubeTables:
     """The tables on a device, made once for each; it is not waited for."""
-    duals, component = (
-        torch.zeros(256, dtype=torch.int64),
-        torch.full((256, 12), -1, dtype=torch.int8),
-    )
-    edges, direction = (
-        torch.full((1024, 8), -1, dtype=torch.int8),
-        torch.full((256,), -1, dtype=torch.int8),
-    )
+    duals = torch.zeros(256, dtype=torch.int64)
+    component = torch.full((256, 12), -1, dtype=torch.int8)
+    edges = torch.full((1024, 8), -1, dtype=torch.int8)
+    direction = torch.full((256,), -1, dtype=torch.int8)
     for case in range(256):
         parts, faces = dual_parts(case), ambiguous_faces(case)
         duals[case] = len(parts)

@@ -79,13 +79,17 @@ class SpatialCache:
         """
         samples = torch.arange(batch_size + 1, dtype=torch.int32, device=coords.device)
         starts = torch.searchsorted(coords[:, 0].contiguous(), samples, out_int32=True)
-        cache, family = cls.__new__(cls), _Family()
+        cache = cls.__new__(cls)
+        family = _Family()
         cache._join(family, family.add(_Scale(coords, starts, None, extent)))
         return cache
 
     def _join(self, family: _Family, number: int) -> None:
-        self._family, self._number, self._scale = family, number, family.scales[number]
-        self.coords, self.starts = self._scale.coords, self._scale.starts
+        self._family = family
+        self._number = number
+        self._scale = family.scales[number]
+        self.coords = self._scale.coords
+        self.starts = self._scale.starts
         self.counts, self.extent, self.batch_size = (
             self._scale.counts,
             self._scale.extent,

@@ -28,7 +28,8 @@ def _child_neighbours(
 ):
     # one (child, tap) a lane: stores are contiguous
     entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    child, tap = entry // (k * k * k), (entry % (k * k * k)).to(tl.int32)
+    child = entry // (k * k * k)
+    tap = (entry % (k * k * k)).to(tl.int32)
     octant = (child % 8).to(tl.int32)
     # the tap's cell from the corner of the parents' kernel, in children
     x = octant // 4 + tap // (k * k) + (PARENT_K - 1 - k // 2)
@@ -49,11 +50,9 @@ def _child_neighbours_op(parents: Tensor, k: int) -> Tensor:
     N, parent_k = len(parents), parent_size(k)
     if backend.is_torch(parents):
         axis = torch.arange(2)[:, None] + torch.arange(k) + (parent_k - 1 - k // 2)  # [2, k]
-        x, y, z = (
-            axis.view(2, 1, 1, k, 1, 1),
-            axis.view(1, 2, 1, 1, k, 1),
-            axis.view(1, 1, 2, 1, 1, k),
-        )
+        x = axis.view(2, 1, 1, k, 1, 1)
+        y = axis.view(1, 2, 1, 1, k, 1)
+        z = axis.view(1, 1, 2, 1, 1, k)
         # of every (octant, tap)
         column = ((x // 2 * parent_k + y // 2) * parent_k + z // 2).flatten()
         octant = (x % 2 * 4 + y % 2 * 2 + z % 2).flatten().int()

@@ -46,7 +46,8 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
         raise ValueError(f"coords must be torch.int32, got {coords.dtype}")
     if batch_size is not None:
         check_whole("batch_size", batch_size, 0)
-    N, samples = len(coords), MOST_SAMPLES if batch_size is None else batch_size
+    N = len(coords)
+    samples = MOST_SAMPLES if batch_size is None else batch_size
     if N == 0:
         return Extent([0] * (batch_size or 0), (1, 1, 1)), coords.new_zeros((batch_size or 0) + 1)
 

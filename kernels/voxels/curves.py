@@ -62,10 +62,14 @@ def _codes(
         for i in tl.static_range(BITS - 1):
             bit = 1 << (BITS - 1 - i)
             x = tl.where(x & bit != 0, x ^ (bit - 1), x)
-            flip, t = y & bit != 0, (x ^ y) & (bit - 1)
-            x, y = x ^ tl.where(flip, bit - 1, t), tl.where(flip, y, y ^ t)
-            flip, t = z & bit != 0, (x ^ z) & (bit - 1)
-            x, z = x ^ tl.where(flip, bit - 1, t), tl.where(flip, z, z ^ t)
+            flip = y & bit != 0
+            t = (x ^ y) & (bit - 1)
+            x = x ^ tl.where(flip, bit - 1, t)
+            y = tl.where(flip, y, y ^ t)
+            flip = z & bit != 0
+            t = (x ^ z) & (bit - 1)
+            x = x ^ tl.where(flip, bit - 1, t)
+            z = tl.where(flip, z, z ^ t)
         y ^= x
         z ^= y
         t = z >> 1  # to be: in each bit, the parity of the bits of z above it
@@ -82,7 +86,8 @@ def _codes_torch(c: list[Tensor], hilbert: bool) -> Tensor:
     if hilbert:
         for bit in (1 << i for i in range(BITS - 1, 0, -1)):
             for axis in range(3):
-                flip, t = c[axis] & bit != 0, (c[0] ^ c[axis]) & (bit - 1)
+                flip = c[axis] & bit != 0
+                t = (c[0] ^ c[axis]) & (bit - 1)
                 c[axis] = c[axis].where(flip, c[axis] ^ t)
                 c[0] = c[0] ^ torch.where(flip, bit - 1, t)
         c[1] = c[1] ^ c[0]
@@ -103,7 +108,8 @@ def _curve_codes(coords: Tensor, shift: list[int], hilbert: bool, transposed: bo
     if backend.is_torch(coords):
         c = [coords[:, a + 1] + shift[a] for a in range(3)]
         return _codes_torch([c[1], c[0], c[2]] if transposed else c, hilbert)
-    codes, N = coords.new_empty(len(coords)), len(coords)
+    codes = coords.new_empty(len(coords))
+    N = len(coords)
     constants = dict(HILBERT=hilbert, TRANSPOSED=transposed, BITS=BITS, TILE=TILE, num_warps=4)
     backend.launch(_codes, (triton.cdiv(N, TILE),), coords, codes, N, *shift, **constants)
     return codes
@@ -162,12 +168,14 @@ def serialized_windows(
     # [N]: samples in order, along the curve
     line = ((cache.coords[:, 0].long() << 3 * BITS) | codes).argsort(stable=True)
     runs = [-(-n // window) for n in cache.counts]
-    M, K = sum(runs), sum(min(n, window) * r for n, r in zip(cache.counts, runs, strict=True))
+    M = sum(runs)
+    K = sum(min(n, window) * r for n, r in zip(cache.counts, runs, strict=True))
     arange = {"dtype": torch.int64, "device": line.device}
     starts = cache.starts.long()
     # of each window: its sample's number of rows and of windows, its sample's first row, its number
     # in the sample
-    n, r = starts.diff(), (starts.diff() + window - 1) // window
+    n = starts.diff()
+    r = (starts.diff() + window - 1) // window
     sample = torch.arange(batch_size, **arange).repeat_interleave(r, output_size=M)
     i = torch.arange(M, **arange) - (r.cumsum(0) - r)[sample]
     shift = torch.where(r > 1, shift_sequence, 0)
@@ -175,7 +183,10 @@ def serialized_windows(
     at = torch.arange(len(line), **arange)
     b = cache.coords[:, 0].long()
     order = line[starts[b] + (at - starts[b] + shift[b]) % n[b]]
-    n, r, first, shift = n[sample], r[sample], starts[sample], shift[sample]
+    n = n[sample]
+    r = r[sample]
+    first = starts[sample]
+    shift = shift[sample]
     q_starts = torch.cat([first + i * n // r, starts[-1:]])
     # keys: floor((i + 1/2) n / r - window / 2) + shift, and on
     length = n.clamp(max=window)
@@ -211,7 +222,8 @@ def serialized_windows_reference(
     coords, batch_size, window, mode="z_order", shift_sequence=0, shift_window=0
 ):
     """[(query rows, key rows)] of every window in order, sample by sample."""
-    shift, found = per_axis(shift_window, "shift_window", 0), []
+    shift = per_axis(shift_window, "shift_window", 0)
+    found = []
     for b in range(batch_size):
         line = []
         for row, (sample, *c) in enumerate(coords.tolist()):

@@ -53,11 +53,9 @@ def _insert(coords_ptr, keys_ptr, rows_ptr, N, slots, TILE: tl.constexpr):
     live = row < N
     c = coords_ptr + row.to(tl.int64) * 4
     b = tl.load(c, mask=live, other=0).to(tl.int64)  # [TILE]
-    x, y, z = (
-        tl.load(c + 1, mask=live, other=0),
-        tl.load(c + 2, mask=live, other=0),
-        tl.load(c + 3, mask=live, other=0),
-    )
+    x = tl.load(c + 1, mask=live, other=0)
+    y = tl.load(c + 2, mask=live, other=0)
+    z = tl.load(c + 3, mask=live, other=0)
     key = ((b * 1024 + x) * 1024 + y) * 1024 + z
     slot = _slot(key, slots - 1)
     # compare-and-swap takes no mask: a finished lane swaps its key for itself, a dead one asks for
@@ -116,11 +114,9 @@ def _lookup(
     live = m < M
     q = q_ptr + m.to(tl.int64) * 4
     b = tl.load(q, mask=live, other=0)
-    x, y, z = (
-        tl.load(q + 1, mask=live, other=0),
-        tl.load(q + 2, mask=live, other=0),
-        tl.load(q + 3, mask=live, other=0),
-    )
+    x = tl.load(q + 1, mask=live, other=0)
+    y = tl.load(q + 2, mask=live, other=0)
+    z = tl.load(q + 3, mask=live, other=0)
     tl.store(
         out_ptr + m,
         _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE),
@@ -146,7 +142,8 @@ def _neighbours(
 ):
     # one (row, tap) a lane: stores are contiguous
     entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row, tap = entry // (k * k * k), (entry % (k * k * k)).to(tl.int32)
+    row = entry // (k * k * k)
+    tap = (entry % (k * k * k)).to(tl.int32)
     live = row < N
     c = coords_ptr + row * 4
     b = tl.load(c, mask=live, other=0)
@@ -226,10 +223,13 @@ def build_table(
     the device.
     """
     if isinstance(voxels, Tensor):
-        coords, extent = voxels, check_coords(voxels)[0]
+        coords = voxels
+        extent = check_coords(voxels)[0]
     else:
-        coords, extent = voxels.coords, Extent(voxels.counts, voxels.extent)
-    N, size = len(coords), [len(extent.counts), *extent.size]
+        coords = voxels.coords
+        extent = Extent(voxels.counts, voxels.extent)
+    N = len(coords)
+    size = [len(extent.counts), *extent.size]
     kind = "dense" if _is_dense(N, size) else "sorted" if backend.is_torch(coords) else "hash"
     return Table(kind, *torch.ops.trislat.build_table(coords.contiguous(), size, kind), size)
 
@@ -271,7 +271,8 @@ def _neighbours_op(
     coords: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: str, k: int
 ) -> Tensor:
     _check_kind(kind, coords)
-    N, r = len(coords), k // 2
+    N = len(coords)
+    r = k // 2
     if backend.is_torch(coords) or kind == "sorted":
         axis = torch.arange(-r, r + 1, dtype=torch.int32, device=coords.device)
         taps = torch.cartesian_prod(axis.new_zeros(1), axis, axis, axis)  # [K, 4], x slowest
@@ -322,13 +323,15 @@ def neighbours(
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
     if isinstance(voxels, Tensor):
-        coords, table = voxels.contiguous(), build_table(voxels)
+        coords = voxels.contiguous()
+        table = build_table(voxels)
     elif voxels.parent is not None:
         return child_neighbours(
             voxels.parent.get(neighbours, parent_size(kernel_size)), kernel_size
         )
     else:
-        coords, table = voxels.coords, voxels.get(build_table)
+        coords = voxels.coords
+        table = voxels.get(build_table)
     return torch.ops.trislat.neighbours(
         coords, table.keys, table.rows, table.size, table.kind, kernel_size
     )

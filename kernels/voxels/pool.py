@@ -102,7 +102,8 @@ def _pool_copy(
 
 
 def _launch(kernel, x: Tensor, place: Tensor, starts: Tensor, rows: int, mean: bool) -> Tensor:
-    y, tiles = x.new_empty(rows, x.shape[1]), _tiles(x.shape[1])
+    y = x.new_empty(rows, x.shape[1])
+    tiles = _tiles(x.shape[1])
     grid = triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(x.shape[1], tiles["TILE_C"])
     backend.launch(
         kernel, grid, x, place, starts, y, rows, x.shape[1], MEAN=mean, **tiles, num_warps=4

@@ -32,7 +32,8 @@ class lazy:
     """functools.cached_property without its lock (Python 3.11): torch.compile cannot trace it."""
 
     def __init__(self, make: Callable[[Any], Any]):
-        self.make, self.__doc__ = make, make.__doc__
+        self.make = make
+        self.__doc__ = make.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -155,14 +156,16 @@ def _cells(
 ) -> tuple[Tensor, Tensor]:
     """Window and cell number of each row, [N] int64: what `_cell` computes, but the number of
     windows and of cells for a row outside the grid."""
-    b, c = coords[:, 0].long(), [coords[:, a + 1].long() + shift[a] for a in range(3)]
+    b = coords[:, 0].long()
+    c = [coords[:, a + 1].long() + shift[a] for a in range(3)]
     inside = (coords >= 0).all(1) & (b < samples)
     for a in range(3):
         inside &= c[a] < grid[a] * window[a]
     inner = [c[a] % window[a] for a in range(3)]
     c = [c[a] // window[a] for a in range(3)]
     number = ((b * grid[0] + c[0]) * grid[1] + c[1]) * grid[2] + c[2]
-    volume, M = window[0] * window[1] * window[2], samples * grid[0] * grid[1] * grid[2]
+    volume = window[0] * window[1] * window[2]
+    M = samples * grid[0] * grid[1] * grid[2]
     cell = number * volume + (inner[0] * window[1] + inner[1]) * window[2] + inner[2]
     return torch.where(inside, number, M), torch.where(inside, cell, M * volume)
 
@@ -185,15 +188,18 @@ def _partition(
     window: Sequence[int],
     shift: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    grid, N = _grid(extent, window, shift), len(coords)
-    M, volume = batch_size * grid[0] * grid[1] * grid[2], window[0] * window[1] * window[2]
+    grid = _grid(extent, window, shift)
+    N = len(coords)
+    M = batch_size * grid[0] * grid[1] * grid[2]
+    volume = window[0] * window[1] * window[2]
     cells = M * volume
     if backend.is_torch(coords):  # where looking is no wait for a GPU
         _refuse(coords, batch_size, extent)
     if cells > DENSE_CELLS:
         number, cell = _cells(coords, batch_size, window, shift, grid)
         order = cell.argsort(stable=True)
-        number, edges = number[order], torch.arange(M + 1, device=coords.device)
+        number = number[order]
+        edges = torch.arange(M + 1, device=coords.device)
         order = torch.where(number < M, order, -1)
         return order.int(), torch.searchsorted(number, edges, out_int32=True)
     # cell k at k + 1, so that the running sum counts the cells before k
@@ -286,7 +292,9 @@ def full_windows(
 ) -> Windows:
     """One window per sample, rows in their own order: attention among all voxels of an object."""
     if isinstance(voxels, SpatialCache):
-        starts, N, bound = voxels.starts, len(voxels), max(voxels.counts, default=0)
+        starts = voxels.starts
+        N = len(voxels)
+        bound = max(voxels.counts, default=0)
     elif N is None:
         raise ValueError(f"full_windows of starts {list(voxels.shape)} needs N, the number of rows")
     else:

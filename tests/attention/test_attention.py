@@ -81,7 +81,9 @@ def test_norm_of_rows_that_are_zero_or_tiny(device):
     """
     qkv, windows, gammas = make([5, 70], 1, 16, torch.float32, device, norm=True)
     with torch.no_grad():
-        qkv[3, :2], qkv[20, :2], qkv[40, :2] = 0, 1e-13, 1e-20
+        qkv[3, :2] = 0
+        qkv[20, :2] = 1e-13
+        qkv[40, :2] = 1e-20
     compare(qkv, windows, gammas)
 
 
@@ -158,7 +160,9 @@ def test_backward_is_linear_and_repeatable(device):
         out = window_attention(qkv, windows, q_gamma=gammas[0], k_gamma=gammas[1])
         return [out, *torch.autograd.grad(out, [qkv, *gammas], upstream * scale)]
 
-    once, twice, large = run(1.0), run(1.0), run(2.0**20)
+    once = run(1.0)
+    twice = run(1.0)
+    large = run(2.0**20)
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
     assert all(torch.equal(a * 2.0**20, b) for a, b in zip(once[1:], large[1:], strict=True))
 

@@ -117,7 +117,8 @@ def test_batched_equals_looped(device):
     upstream = torch.randn(len(qkv), 1, 16, device=device)
     out = window_attention(qkv, windows, **extra)
     (grad,) = torch.autograd.grad(out, qkv, upstream)
-    coords, first = voxels(counts), 0
+    coords = voxels(counts)
+    first = 0
     for b, n in enumerate(counts):
         rows = slice(first, first + n)
         part = coords[coords[:, 0] == b].clone()
@@ -150,7 +151,8 @@ def test_nan_stays_in_the_windows_that_read_it(device):
 def test_published_serialized_attention(device, case):
     meta, tensors = golden("ops_serialized")
     config = meta["configs"][f"cfg{case}"]
-    coords, qkv = tensors["coords"].to(device), tensors["attn_qkv"].float().to(device)
+    coords = tensors["coords"].to(device)
+    qkv = tensors["attn_qkv"].float().to(device)
     shift = config["shift_sequence"], config["shift_window"]
     windows = serialized_windows(coords, 3, config["window_size"], config["mode"].lower(), *shift)
     assert_close(window_attention(qkv, windows), tensors[f"cfg{case}/out"], 1e-5)
@@ -226,10 +228,8 @@ def test_float64_gradients():
 def test_the_reference_rotates_sixteen_bits(device, dtype):
     """Through fp32, without torch's warning of complex fp16."""
     random = torch.Generator().manual_seed(0)
-    x, angle = (
-        torch.randn(5, 2, 16, generator=random).to(device, dtype),
-        torch.randn(5, 8, generator=random).to(device),
-    )
+    x = torch.randn(5, 2, 16, generator=random).to(device, dtype)
+    angle = torch.randn(5, 8, generator=random).to(device)
     phases = torch.polar(torch.ones_like(angle), angle)
     assert torch.equal(rotate_reference(x, phases), rotate_reference(x.float(), phases).to(dtype))
 
@@ -240,11 +240,9 @@ def test_published_cross_attention(device):
     """
     meta, tensors = golden("ops_sparse")
     tensors = {k: v.to(device) for k, v in tensors.items()}
-    weights, context, feats = (
-        load_weights(tensors, "cross/sd/"),
-        tensors["cross/context"].float(),
-        tensors["feats"].float(),
-    )
+    weights = load_weights(tensors, "cross/sd/")
+    context = tensors["cross/context"].float()
+    feats = tensors["feats"].float()
     linear = {
         name: (weights[f"{name}.weight"], weights[f"{name}.bias"])
         for name in ("to_q", "to_kv", "to_out")
@@ -258,12 +256,10 @@ def test_published_cross_attention(device):
 
 
 def test_rotation_at_an_odd_storage_offset(device):
-    N, windows = (
+    N = 5
+    windows = Windows(
+        *(torch.tensor(t, dtype=torch.int32, device=device) for t in ([4, 2, 0, 1, 3], [0, 5])),
         5,
-        Windows(
-            *(torch.tensor(t, dtype=torch.int32, device=device) for t in ([4, 2, 0, 1, 3], [0, 5])),
-            5,
-        ),
     )
     qkv = torch.randn(1 + N * 3 * 16, device=device)[1:].view(N, 3, 1, 16)
     angles = torch.randn(N, 8, device=device)

@@ -229,7 +229,9 @@ class Device:
     """What Clock uses of torch.cuda, with a clock that advances by what is launched."""
 
     def __init__(self):
-        self.now, self.slept, self.waits = 0.0, 0, 0
+        self.now = 0.0
+        self.slept = 0
+        self.waits = 0
 
     def Event(self, enable_timing):
         device = self
@@ -439,7 +441,8 @@ def test_flex_attention_with_the_block_list_agrees(compile):
     coords = batch(shell("sphere", 16), shell("blobs", 16))
     windows = window_partition(coords, 2, 8, 0)
     layout = Layout(windows.order, windows.lengths)
-    case, flex = attention(), layout.flex(compile)
+    case = attention()
+    flex = layout.flex(compile)
     qkv = case.inputs(0)[0].detach()  # on a CPU FlexAttention has no backward pass
     assert difference([flex.restore(flex.run(*flex.prepare(qkv)))], [case.reference(qkv)]) < 1e-5
 
@@ -475,10 +478,8 @@ def test_the_published_number_of_gaussians():
 
 def test_results_of_other_ops_stay_in_the_file(tmp_path):
     """Several commands make one file, unless something that numbers depend on has changed."""
-    path, same = (
-        tmp_path / "cpu.json",
-        {"device": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"},
-    )
+    path = tmp_path / "cpu.json"
+    same = {"device": "cpu", "driver": "none", "torch": "2", "triton": "3", "commit": "abc"}
     result = lambda op, **more: (
         same | more | {"cases": [{"op": op, "n": more.get("n")}], "missing": [{"op": op}]}
     )

@@ -140,7 +140,9 @@ class Bench:
     """Stands in for kernels.bench: a case of every op into the file, until one ends the process."""
 
     def __init__(self, ends: dict):
-        self.ends, self.asked = ends, []  # op -> status: None stopped, after its case is written
+        # op -> status: None stopped, after its case is written
+        self.ends = ends
+        self.asked = []
 
     def run(self, commands: dict, *_) -> dict[str, Ended]:
         ((name, command),) = commands.items()

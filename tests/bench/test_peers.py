@@ -32,7 +32,8 @@ def small(op: str) -> Case:
 def test_gsplat_agrees_but_along_the_quaternion(monkeypatch):
     stand_ins.install(monkeypatch, gsplat=stand_ins.GSPLAT)
     case = small("splat")
-    peer, inputs = case.peers["gsplat"], case.inputs(0)
+    peer = case.peers["gsplat"]
+    inputs = case.inputs(0)
     assert measure.verdicts(case, inputs) == ({measure.OURS: True, "gsplat": True}, [])
     # what is left out is most of the gradient, and only there is it left out
     whole = replace(case, peers={"gsplat": replace(peer, compared=Impl.compared)})
@@ -49,7 +50,8 @@ def test_gsplat_agrees_but_along_the_quaternion(monkeypatch):
 def test_gsplat_is_called_with_the_same_scene(monkeypatch):
     camera = Camera.orbit([0.3], [0.2], 2.0, 0.7, 32, 16)
     background = torch.tensor([[0.2, 0.4, 0.6]])
-    scene, seen = gaussians("small", 0), []
+    scene = gaussians("small", 0)
+    seen = []
 
     def rasterization(*args, **options):
         seen.append((args, options))
@@ -71,14 +73,16 @@ def test_nvdiffrast_draws_the_same_picture(monkeypatch):
     case = small("render_mesh")
     assert measure.verdicts(case, case.inputs(0)) == ({measure.OURS: True, "nvdiffrast": True}, [])
     vertices, colors = case.inputs(0)
-    faces, camera = torch.tensor([[0, 1, 2]]), Camera.orbit([0.3], [0.2], 2.0, 0.7, 24, 16)
+    faces = torch.tensor([[0, 1, 2]])
+    camera = Camera.orbit([0.3], [0.2], 2.0, 0.7, 24, 16)
     color, alpha = nvdiffrast(len(vertices), faces, camera).run(vertices, colors)  # int64, oblong
     assert color.shape == (1, 3, 16, 24) and alpha.shape == (1, 1, 16, 24)
 
 
 @pytest.mark.parametrize("package", ["spconv", "spconv_triton", "flex_gemm"])
 def test_other_convolutions_get_our_weights_and_make_their_map_once(monkeypatch, package):
-    cache, generator = SpatialCache(batch(shell("sphere", 8))), torch.Generator().manual_seed(0)
+    cache = SpatialCache(batch(shell("sphere", 8)))
+    generator = torch.Generator().manual_seed(0)
     stand_ins.install(monkeypatch, flex_gemm__ops__spconv=stand_ins.FLEX_GEMM)
     stand_ins.install(monkeypatch, **{f"{package}__pytorch": stand_ins.SPCONV})
     monkeypatch.setattr(stand_ins.SubMConv3d, "made", 0)
@@ -89,7 +93,8 @@ def test_other_convolutions_get_our_weights_and_make_their_map_once(monkeypatch,
         shapes = (272, 4), (6, 3, 3, 3, 4), (6,)
         random = lambda shape: torch.randn(shape, generator=generator, requires_grad=True)
         x, weight, bias = map(random, shapes)
-        got, expected = peer.run(x, weight, bias), sparse_conv(x, weight, bias, near)
+        got = peer.run(x, weight, bias)
+        expected = sparse_conv(x, weight, bias, near)
         assert torch.equal(got, expected)
         wrt = x, weight, bias
         grads = lambda out, wrt=wrt: torch.autograd.grad(out.square().sum(), wrt)

@@ -23,10 +23,8 @@ def inputs(counts, CI, CO, k=3, dtype=FLOAT, device=None, extent=(7, 6, 8)):
     """A cache of dense random voxels, x, and an fp32 weight and bias whose outputs are about 1."""
     cache = SpatialCache(voxels(counts, extent).to(device), len(counts))
     generator = torch.Generator().manual_seed(CI + CO)
-    x, weight = (
-        torch.randn(len(cache), CI, generator=generator),
-        torch.randn(CO, k, k, k, CI, generator=generator),
-    )
+    x = torch.randn(len(cache), CI, generator=generator)
+    weight = torch.randn(CO, k, k, k, CI, generator=generator)
     weight /= (k**3 * CI) ** 0.5
     bias = torch.randn(CO, generator=generator)
     return cache, *(t.to(device).requires_grad_() for t in (x.to(dtype), weight, bias))
@@ -71,7 +69,8 @@ def conv_tolerance(dtype):
 )
 def test_subdivide_conv(device, counts, CI, CO, dtype):
     cache, *args = inputs(counts, CI, CO, 3, dtype, device)
-    taps, order = cache.get(neighbours, 3), cache.get(octant_order)
+    taps = cache.get(neighbours, 3)
+    order = cache.get(octant_order)
     children = neighbours(cache.subdivide().coords)  # searched for, not derived
     op = lambda x, weight, bias, _: subdivide_conv(x, weight, bias, taps, order=order)
     assert_same(op, subdivide_conv_reference, *args, children, tolerance=2 * conv_tolerance(dtype))
@@ -131,10 +130,8 @@ def test_weights_are_summed_in_fp32_and_rounded_once(device):
 
 def test_rows_without_neighbours_but_themselves(device):
     coords = torch.tensor([[0, 4 * i, 0, 8] for i in range(9)], dtype=torch.int32, device=device)
-    x, weight = (
-        torch.randn(9, 6, device=device, requires_grad=True),
-        torch.randn(4, 3, 3, 3, 6, device=device),
-    )
+    x = torch.randn(9, 6, device=device, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, 6, device=device)
     y = sparse_conv(x, weight, None, neighbours(coords))
     assert_close(y, x @ weight[:, 1, 1, 1].T, 1e-6)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -143,7 +140,9 @@ def test_rows_without_neighbours_but_themselves(device):
 
 def test_batched_equals_looped(device):
     cache, x, weight, bias = inputs([20, 0, 7], 6, 4, device=device)
-    weight, bias, order = weight.detach(), bias.detach(), cache.get(octant_order)
+    weight = weight.detach()
+    bias = bias.detach()
+    order = cache.get(octant_order)
     for op, factor in ((sparse_conv, 1), (subdivide_conv, 8)):
         whole = op(x, weight, bias, neighbours(cache), order=order if factor == 8 else order[0])
         up = torch.randn_like(whole)
@@ -201,7 +200,8 @@ def test_sorted_rows_need_few_taps(kernel_device):
 
 def test_orders_of_octants(device):
     cache = SpatialCache(voxels([70, 0, 20], (8, 9, 7)).to(device))
-    order, taps = cache.get(octant_order).long(), cache.get(neighbours, 3)
+    order = cache.get(octant_order).long()
+    taps = cache.get(neighbours, 3)
     assert torch.equal(order[0], cache.get(tap_order, 3).long())
     present = torch.cat([taps[:, None] >= 0, octants(taps).repeat(1, 1, 4)[..., :27] >= 0], 1)
     for group, rows in enumerate(order):
@@ -256,7 +256,8 @@ def test_bf16_on_the_torch_path():
 
 def test_strides_of_every_argument(device):
     cache, x, weight, bias = inputs([20, 4], 6, 4, device=device)
-    taps, order = cache.get(neighbours, 3), cache.get(octant_order)
+    taps = cache.get(neighbours, 3)
+    order = cache.get(octant_order)
     spread = lambda t: torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]  # every other number
     for op, given in ((sparse_conv, order[0]), (subdivide_conv, order)):
         plain = op(x, weight, bias, taps, order=given)
@@ -274,7 +275,8 @@ def test_gradients_in_double_precision():
 
 def test_registered_as_torch_asks_and_compiles(device):
     cache, x, weight, bias = inputs([6, 3], 6, 4, device=device)
-    taps, order = cache.get(neighbours, 3), cache.get(octant_order)
+    taps = cache.get(neighbours, 3)
+    order = cache.get(octant_order)
 
     def both(x, weight, bias):
         y = sparse_conv(x, weight, None, taps)
@@ -295,11 +297,9 @@ def test_registered_as_torch_asks_and_compiles(device):
 
 
 def test_wrong_input_is_refused(device):
-    x, weight, bias = (
-        torch.zeros(5, 4, device=device),
-        torch.zeros(2, 3, 3, 3, 4, device=device),
-        torch.zeros(2, device=device),
-    )
+    x = torch.zeros(5, 4, device=device)
+    weight = torch.zeros(2, 3, 3, 3, 4, device=device)
+    bias = torch.zeros(2, device=device)
     taps = torch.full((5, 27), -1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="kernel size 3 has 27 taps, neighbours has 125"):
         sparse_conv(x, weight, bias, taps.new_zeros(5, 125))

@@ -15,7 +15,10 @@ from kernels.camera import Camera
 from train.data.dataset import EMBEDDED, Batch, Dataset, Sampler, collate
 from train.data.loader import loader
 
-RES, SIZE, VIEWS, CHANNELS = 8, 24, 5, 6
+RES = 8
+SIZE = 24
+VIEWS = 5
+CHANNELS = 6
 AA, BB, CC, DD, EE = (2 * digit * 32 for digit in "abcde")  # as long as a sha256
 
 
@@ -46,7 +49,8 @@ def make(root, names=(AA, BB, CC), resolution=RES, size=SIZE, **columns):
     """A dataset whose pictures are smooth, whose voxels are shuffled, with one voxel more for each
     object.
     """
-    folder, rows = root / "features" / f"rgb_{resolution}", []
+    folder = root / "features" / f"rgb_{resolution}"
+    rows = []
     folder.mkdir(parents=True)
     for i, name in enumerate(names):
         rng = np.random.default_rng([i, resolution])
@@ -205,7 +209,8 @@ def record_holdout(root, name, value):
 
 
 def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
-    root, other = make(tmp_path / "one"), make(tmp_path / "two", [DD, EE])
+    root = make(tmp_path / "one")
+    other = make(tmp_path / "two", [DD, EE])
     # the published layout does not say what features saw
     assert len(opened(root, holdout_views=4)) == 3
     for name in (AA, BB):
@@ -358,7 +363,8 @@ def test_workers_read_the_same_batches_and_name_what_is_broken(tmp_path):
 
 def test_the_cache_reads_each_file_once_and_changes_nothing(tmp_path):
     root = make(tmp_path)
-    plain, cached = opened(root), opened(root, cache=True)
+    plain = opened(root)
+    cached = opened(root, cache=True)
     before = [(plain.item(i), cached.item(i)) for i in range(3)]
     for path in (root / "renders").rglob("*.png"):
         path.unlink()

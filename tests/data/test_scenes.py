@@ -44,7 +44,9 @@ def test_pictures_of_another_size_are_resampled_colour_and_alpha_apart(tmp_path)
     root = make(tmp_path, [AA])
     file = root / "renders" / AA / "000.png"
     hidden = np.zeros((SIZE, SIZE, 4), np.uint8)
-    hidden[..., 0], hidden[: SIZE // 2, :, 3] = 200, 255  # red everywhere, half of it transparent
+    # red everywhere, half of it transparent
+    hidden[..., 0] = 200
+    hidden[: SIZE // 2, :, 3] = 255
     Image.fromarray(hidden).save(file)
     image = opened(root, image_size=12).item(AA, [0]).image[0]
     assert image.shape == (4, 12, 12)
@@ -55,7 +57,8 @@ def test_pictures_of_another_size_are_resampled_colour_and_alpha_apart(tmp_path)
     assert np.array_equal((image[3] * 255).round().byte().numpy(), np.asarray(expected))
 
 
-NPZ, CSV = f"features/rgb_{RES}/{AA}.npz", "metadata.csv"
+NPZ = f"features/rgb_{RES}/{AA}.npz"
+CSV = "metadata.csv"
 PNG, JSON = f"renders/{AA}/000.png", f"renders/{AA}/transforms.json"
 
 

@@ -32,11 +32,9 @@ def reference(
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     images, finals = [], []
     for v in range(V):
-        image, T, T_decide = (
-            torch.zeros(3, H, W).double(),
-            torch.ones(H, W).double(),
-            torch.ones(H, W, dtype=decide),
-        )
+        image = torch.zeros(3, H, W).double()
+        T = torch.ones(H, W).double()
+        T_decide = torch.ones(H, W, dtype=decide)
         finished = torch.zeros(H, W, dtype=torch.bool)
         for p in sorted(
             (view == v).nonzero().flatten().tolist(), key=lambda p: (depth[p].item(), p)

@@ -35,7 +35,8 @@ def scene(G: int, device, seed: int = 0, dtype=torch.float32) -> list[torch.Tens
     """Gaussians around the origin, some needles, some large, some faint, that require gradients."""
     rng = torch.Generator().manual_seed(seed)
     normal = lambda *size: torch.randn(*size, generator=rng, dtype=torch.float64)
-    center, scale = normal(G, 3) * 0.25, torch.exp(normal(G, 3) * 0.7 - 3.5)
+    center = normal(G, 3) * 0.25
+    scale = torch.exp(normal(G, 3) * 0.7 - 3.5)
     rotation = torch.nn.functional.normalize(normal(G, 4)) * (1 + 0.05 * normal(G, 1))
     tensors = [center, scale, rotation, torch.sigmoid(2 * normal(G, 1)), normal(G, 1, 3)]
     return [t.to(device, dtype).requires_grad_() for t in tensors]
@@ -86,10 +87,8 @@ def test_published_images_and_gradients(device, case):
         want = tensors.get(f"f64_{name}", tensors[name]).double()
         difference = value.detach().cpu().double() - want
         limit = note["tolerance"][name]
-        relative, largest = (
-            limit["rel_l2_if_exact_derivative"],
-            limit["max_abs_if_exact_derivative"],
-        )
+        relative = limit["rel_l2_if_exact_derivative"]
+        largest = limit["max_abs_if_exact_derivative"]
         assert difference.norm() <= relative * want.norm() + 1e-12, (
             f"{name}: {difference.norm() / want.norm():.2e}"
         )
@@ -111,7 +110,9 @@ def test_rectangles_are_the_published_ones_less_what_cannot_be_seen(device, case
     note, tensors, inputs, view = golden_scene(case, device)
     p = projected(inputs, view, note["kernel_size"])
     mean, conic, opacity = p.record.cpu().split_with_sizes([2, 3, 4], 1)[:3]
-    opacity, rect, radii = opacity[:, 0], p.rect.cpu(), tensors["radii"].float()
+    opacity = opacity[:, 0]
+    rect = p.rect.cpu()
+    radii = tensors["radii"].float()
     grid = torch.tensor([-(-note["W"] // 16), -(-note["H"] // 16)])
     low = ((mean - radii[:, None]) / 16).trunc().int().clamp(min=0)
     high = torch.minimum(((mean + radii[:, None] + 15) / 16).trunc().int().clamp(min=0), grid)
@@ -190,7 +191,8 @@ def test_float64_matches_the_reference_to_rounding():
         inputs[3][:10] = 0.999  # beyond the clamp of alpha
         inputs[1][:20] *= 4
         inputs[0][20:30] *= 4  # beyond the clamp of the frustum
-    view, light = camera(3, 40, 25), colors(3)
+    view = camera(3, 40, 25)
+    light = colors(3)
     assert_same(
         lambda *x: both(splat(*x, [0, 30, 80], view, [1, 0, 1], light)),
         lambda *x: both(splat_reference(*x, [0, 30, 80], view, [1, 0, 1], light)),
@@ -199,8 +201,11 @@ def test_float64_matches_the_reference_to_rounding():
 
 
 def test_batched_equals_looped(device):
-    inputs, starts = scene(45, device), [0, 20, 45]
-    view, light, view_scene = camera(6, 20, 16, device), colors(6, device), [0, 1, 1, 0, 1, 0]
+    inputs = scene(45, device)
+    starts = [0, 20, 45]
+    view = camera(6, 20, 16, device)
+    light = colors(6, device)
+    view_scene = [0, 1, 1, 0, 1, 0]
     image = splat(*inputs, starts, view, view_scene, light)
     total = [torch.zeros_like(t) for t in inputs]
     upstream = torch.randn(image.color.shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -261,16 +266,15 @@ def test_no_views(device):
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's numpy
 def test_a_gaussian_that_is_not_finite_is_not_drawn(device):
     inputs = scene(20, device)
-    view, light = camera(1, 20, 20, device), colors(1, device)
+    view = camera(1, 20, 20, device)
+    light = colors(1, device)
     rest = [torch.cat([t[5:]]).detach().requires_grad_() for t in inputs]
     want = splat(*rest, [0, 15], view, [0], light)
     with torch.no_grad():
-        inputs[0][0, 1], inputs[1][1, 0], inputs[2][2], inputs[3][3] = (
-            float("nan"),
-            float("inf"),
-            float("nan"),
-            float("nan"),
-        )
+        inputs[0][0, 1] = float("nan")
+        inputs[1][1, 0] = float("inf")
+        inputs[2][2] = float("nan")
+        inputs[3][3] = float("nan")
         inputs[0][4] = float("inf")
     image = splat(*inputs, [0, 20], view, [0], light)
     assert torch.equal(image.color, want.color)
@@ -283,18 +287,18 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     run = lambda: splat(*inputs, [0, 40], camera(2, 20, 17, device), [0, 0], light)
     first, second = run(), run()
     assert torch.equal(first.color, second.color) and torch.equal(first.alpha, second.alpha)
-    once, again, scaled = grads(first, inputs), grads(second, inputs), grads(run(), inputs, 2.0**20)
+    once = grads(first, inputs)
+    again = grads(second, inputs)
+    scaled = grads(run(), inputs, 2.0**20)
     for a, b, c in zip(once, again, scaled, strict=True):
         assert torch.equal(a, b) and torch.equal(a * 2**20, c) and a.abs().max() > 0
 
 
 @pytest.mark.parametrize("opaque", [False, True])
 def test_chunk_size_changes_only_rounding(kernel_device, monkeypatch, opaque):
-    inputs, view, light = (
-        scene(30, kernel_device),
-        camera(1, 20, 20, kernel_device),
-        colors(1, kernel_device),
-    )
+    inputs = scene(30, kernel_device)
+    view = camera(1, 20, 20, kernel_device)
+    light = colors(1, kernel_device)
     if opaque:
         with torch.no_grad():
             inputs[1].fill_(0.5)
@@ -312,18 +316,19 @@ def test_chunk_size_changes_only_rounding(kernel_device, monkeypatch, opaque):
 def test_sixteen_bit_inputs_are_converted(device):
     half = scene(20, device, dtype=torch.float16)
     full = [t.detach().float().requires_grad_() for t in half]
-    view, light = camera(1, 20, 20, device), colors(1, device)
-    a, b = (
-        splat(*half, [0, 20], view, [0], light.half().float()),
-        splat(*full, [0, 20], view, [0], light.half().float()),
-    )
+    view = camera(1, 20, 20, device)
+    light = colors(1, device)
+    a = splat(*half, [0, 20], view, [0], light.half().float())
+    b = splat(*full, [0, 20], view, [0], light.half().float())
     assert a.color.dtype == torch.float32 and torch.equal(a.color, b.color)
     for g, h in zip(grads(a, half), grads(b, full), strict=True):
         assert g.dtype == torch.float16 and torch.equal(g, h.half())
 
 
 def test_autocast_changes_nothing(device):
-    inputs, view, light = scene(20, device), camera(1, 20, 20, device), colors(1, device)
+    inputs = scene(20, device)
+    view = camera(1, 20, 20, device)
+    light = colors(1, device)
     image = splat(*inputs, [0, 20], view, [0], light)
     want = grads(image, inputs)
     with torch.autocast(device.type, torch.bfloat16):
@@ -335,7 +340,9 @@ def test_autocast_changes_nothing(device):
 
 
 def test_gradient_of_one_output_alone(device):
-    inputs, view, light = scene(20, device), camera(1, 20, 20, device), colors(1, device)
+    inputs = scene(20, device)
+    view = camera(1, 20, 20, device)
+    light = colors(1, device)
     color, alpha = both(splat(*inputs, [0, 20], view, [0], light))
     g, h = torch.ones_like(color), torch.ones_like(alpha)
     a = torch.autograd.grad(color, inputs, g, retain_graph=True)
@@ -346,7 +353,8 @@ def test_gradient_of_one_output_alone(device):
 
 
 def test_no_gradient_for_camera_and_background(device):
-    inputs, view = scene(10, device), camera(1, 16, 16, device)
+    inputs = scene(10, device)
+    view = camera(1, 16, 16, device)
     view.extrinsics.requires_grad_()
     light = colors(1, device).requires_grad_()
     splat(*inputs, [0, 10], view, [0], light).color.sum().backward()
@@ -362,7 +370,9 @@ def test_registered_with_torch(device):
 
 
 def test_torch_compile_keeps_one_graph(device):
-    inputs, view, light = scene(12, device), camera(2, 18, 16, device), colors(2, device)
+    inputs = scene(12, device)
+    view = camera(2, 18, 16, device)
+    light = colors(2, device)
     run = lambda *x: both(splat(*x, [0, 5, 12], view, [1, 0], light))
     torch._dynamo.reset()  # a graph remembers which implementation it was traced for
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)

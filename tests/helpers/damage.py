@@ -99,10 +99,8 @@ def pristine(folder: Path) -> list[Path]:
     gltf.document["accessors"][gltf.array(TRIANGLE)]["sparse"] = sparse | {
         "values": {"bufferView": gltf.view(bytes(12))}
     }
-    turned, same = (
-        {"translation": [1, 0, 0], "rotation": [0, 0, 0, 1]},
-        {"matrix": np.eye(4).ravel().tolist()},
-    )
+    turned = {"translation": [1, 0, 0], "rotation": [0, 0, 0, 1]}
+    same = {"matrix": np.eye(4).ravel().tolist()}
     gltf.document["nodes"] = [{"mesh": 0, "skin": 0}, {"children": [2]}, turned, {"mesh": 1} | same]
     gltf.document["scenes"] = [{"nodes": [0, 1, 3]}]
     gltf.document["meshes"] = [
@@ -149,7 +147,8 @@ def _swap_word(data: bytes, rng: np.random.Generator) -> bytes:
     lines = data.split(b"\n")
     at = rng.integers(len(lines))
     words = lines[at].split(b" ")
-    change, other = rng.integers(len(words)), WORDS[rng.integers(len(WORDS))].encode()
+    change = rng.integers(len(words))
+    other = WORDS[rng.integers(len(WORDS))].encode()
     words[change : change + 1] = [other, other] if rng.random() < 0.1 else [other]
     lines[at] = b" ".join(words)
     return b"\n".join(lines)

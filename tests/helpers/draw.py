@@ -82,7 +82,9 @@ class Draw:
     """Random choices from one seed. A case is small where Triton's interpreter computes it."""
 
     def __init__(self, seed: int, device: torch.device):
-        self.rng, self.device, self.seed = torch.Generator().manual_seed(seed), device, seed
+        self.rng = torch.Generator().manual_seed(seed)
+        self.device = device
+        self.seed = seed
         self.fast = backend.name(torch.empty(0, device=device)) != "interpreter"
         self.compiled = not backend.is_torch(torch.empty(0, device=device))
 
@@ -166,14 +168,14 @@ class Draw:
 
 
 def norms(d: Draw) -> Case:
-    dtype, N = d.dtype(), d.number(0, 200)
+    dtype = d.dtype()
+    N = d.number(0, 200)
     if d.pick(0, 1):
-        C, eps = d.width(d.pick(1, d.number(3, 300)), 1, 33, 48), d.pick(1e-6, 1e-5)
+        C = d.width(d.pick(1, d.number(3, 300)), 1, 33, 48)
+        eps = d.pick(1e-6, 1e-5)
         if d.pick(0, 1):
-            tensors, slow = (
-                [d.normal(N, C, dtype=dtype), *[d.normal(C)] * d.pick(0, 1)],
-                layer_norm_reference,
-            )
+            tensors = [d.normal(N, C, dtype=dtype), *[d.normal(C)] * d.pick(0, 1)]
+            slow = layer_norm_reference
             if d.pick(0, 1):
                 return Case(
                     lambda x, *b: layer_norm(x, eps, *b),
@@ -187,7 +189,8 @@ def norms(d: Draw) -> Case:
                 *stream_norm(x.contiguous() + 0, eps, *b)
             )
             return Case(op, lambda x, *b: (x + 1, slow(x, eps, *b)), tensors, None, CANCELLED)
-        slow, tensors = add_layer_norm_reference, [d.normal(N, C, dtype=dtype) for _ in range(2)]
+        slow = add_layer_norm_reference
+        tensors = [d.normal(N, C, dtype=dtype) for _ in range(2)]
         return Case(
             lambda x, h: add_layer_norm(x, h, eps),
             lambda x, h: slow(x, h, eps),
@@ -220,20 +223,25 @@ def attention(d: Draw) -> Case:
     """In windows, with and without the norm and the rotation, and among the lists of keys along a
     curve.
     """
-    dtype, (H, D) = d.dtype(), d.width((d.number(1, 2), 8 * d.number(1, 8)), (1, 16), (2, 24))
+    dtype = d.dtype()
+    H, D = d.width((d.number(1, 2), 8 * d.number(1, 8)), (1, 16), (2, 24))
     if d.pick(0, 0, 1):
         cache = d.cache(150 if d.fast else 60)
         arguments = d.number(1, 40), d.pick(*MODES), d.number(0, 5), d.number(0, 3)
-        windows, N = serialized_windows(cache, cache.batch_size, *arguments), len(cache)
+        windows = serialized_windows(cache, cache.batch_size, *arguments)
+        N = len(cache)
     else:
         lengths = d.lengths(400 if d.fast else 80)
-        N, most = sum(lengths), max(lengths, default=0)
+        N = sum(lengths)
+        most = max(lengths, default=0)
         order = torch.randperm(N, generator=d.rng).int().to(d.device)
         windows = Windows(order, d.starts(lengths), d.pick(most, N, most + 300))
-    tensors, keys = [d.normal(N, 3, H, D, dtype=dtype)], ("q_gamma", "k_gamma")
+    tensors = [d.normal(N, 3, H, D, dtype=dtype)]
+    keys = ("q_gamma", "k_gamma")
     if d.pick(0, 0, 1):
         tensors += [d.normal(H, D) for _ in keys]
-    phases, scale = None, d.pick(None, 0.4)
+    phases = None
+    scale = d.pick(None, 0.4)
     if d.pick(0, 0, 1):
         angles = d.normal(N, D // 2).detach()
         phases = torch.polar(torch.ones_like(angles), angles)
@@ -255,7 +263,8 @@ def attention(d: Draw) -> Case:
 
 
 def segments(d: Draw) -> Case:
-    dtype, (H, D) = d.dtype(), d.width((d.number(1, 2), 8 * d.number(1, 8)), (2, 24))
+    dtype = d.dtype()
+    H, D = d.width((d.number(1, 2), 8 * d.number(1, 8)), (2, 24))
     queries = d.lengths(300 if d.fast else 60)
     keys = [d.number(0, 60) for _ in queries]
     q_starts, k_starts = d.starts(queries), d.starts(keys)
@@ -271,7 +280,9 @@ def segments(d: Draw) -> Case:
 
 
 def convolution(d: Draw) -> Case:
-    cache, dtype, k = d.cache(60 if d.fast else 30), d.dtype(), d.pick(1, 3, 3)
+    cache = d.cache(60 if d.fast else 30)
+    dtype = d.dtype()
+    k = d.pick(1, 3, 3)
     CI, CO = d.width((d.number(1, 40), d.number(1, 40)), (6, 4))
     subdivided = k == 3 and d.pick(False, True)
     tensors = [
@@ -279,7 +290,8 @@ def convolution(d: Draw) -> Case:
         d.normal(CO, k, k, k, CI, spread=(k**3 * CI) ** -0.5),
     ]
     tensors += [d.normal(CO)] * d.pick(0, 1)
-    near, ordered = cache.get(neighbours, k), d.pick(False, True)
+    near = cache.get(neighbours, k)
+    ordered = d.pick(False, True)
     order = (
         None if not ordered else cache.get(octant_order) if subdivided else cache.get(tap_order, k)
     )
@@ -297,7 +309,9 @@ def convolution(d: Draw) -> Case:
 
 
 def group_norms(d: Draw) -> Case:
-    lengths, dtype, silu = d.lengths(120), d.dtype(), d.pick(False, True)
+    lengths = d.lengths(120)
+    dtype = d.dtype()
+    silu = d.pick(False, True)
     groups_, size = d.width((d.number(1, 4), d.number(2, 20)), (3, 2), (4, 4))
     C = groups_ * size
     tensors = [d.normal(sum(lengths), C, dtype=dtype), d.normal(C), d.normal(C)]
@@ -315,8 +329,11 @@ def group_norms(d: Draw) -> Case:
 
 def scales(d: Draw) -> Case:
     cache = d.cache(100, 9)
-    table, dtype, C = cache.get(pooling, d.number(1, 4)), d.dtype(), d.width(d.number(1, 50), 5, 33)
-    index, S = table.index.cpu(), len(table)
+    table = cache.get(pooling, d.number(1, 4))
+    dtype = d.dtype()
+    C = d.width(d.number(1, 50), 5, 33)
+    index = table.index.cpu()
+    S = len(table)
     op, slow, rows = d.pick((pool, pool_reference, len(cache)), (unpool, unpool_reference, S))
     return Case(
         lambda x: op(x, table), lambda x: slow(x, index, S), [d.normal(rows, C, dtype=dtype)]
@@ -340,7 +357,8 @@ def similarity(d: Draw) -> Case:
 def surfaces(d: Draw) -> Case:
     R, channels, training = d.number(1, 6), d.pick(53, 101), d.pick(False, True)
     cache = d.cache(40, R)
-    coords, B = cache.coords.cpu(), cache.batch_size
+    coords = cache.coords.cpu()
+    B = cache.batch_size
     tensors = [d.normal(len(cache), channels, dtype=d.exact())]
     return Case(
         lambda f: isosurface(cache, f, R, training),
@@ -351,7 +369,8 @@ def surfaces(d: Draw) -> Case:
 
 def _mesh(d: Draw) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Vertices, faces, clip positions, height, width of one view of one mesh."""
-    F, (height, width) = d.number(0, 16), ((d.number(1, 14), d.number(1, 14)))
+    F = d.number(0, 16)
+    height, width = (d.number(1, 14), d.number(1, 14))
     vertices, faces, _ = meshes.soup(F, d.seed)
     return vertices, faces, positions(vertices, width, height, d.pick(2.0, 1.2, 0.5)), height, width
 
@@ -377,7 +396,8 @@ def rasters(d: Draw) -> Case:
 def attributes(d: Draw) -> Case:
     """Interpolated values, and normals of faces."""
     vertices, faces, *rest = _mesh(d)
-    rast, there = _picture(rest[0], faces, *rest[1:], d), faces.to(d.device)
+    rast = _picture(rest[0], faces, *rest[1:], d)
+    there = faces.to(d.device)
     exact = rast.cpu().double()
     if d.pick(0, 1):
         tensor = vertices.to(rast).requires_grad_()
@@ -397,7 +417,8 @@ def attributes(d: Draw) -> Case:
 
 def silhouettes(d: Draw) -> Case:
     _, faces, clip, height, width = _mesh(d)
-    rast, there = _picture(clip, faces, height, width, d), faces.to(d.device)
+    rast = _picture(clip, faces, height, width, d)
+    there = faces.to(d.device)
     exact = rast.cpu().double()
     tensors = [
         d.normal(1, height, width, d.number(1, 4), dtype=rast.dtype),
@@ -433,10 +454,8 @@ def projections(d: Draw) -> Case:
     view = meshes.cameras(len(view_scene), 1, 1, d.pick(2.0, 0.5))
     layout = make_mesh_layout(starts, face_starts, view_scene, d.device)
     matrix = projection(view, 1.0, d.pick(3.0, 100.0), torch.float64)
-    tensor, there = (
-        vertices.to(d.device, d.exact()).requires_grad_(),
-        matrix.to(d.device, d.exact()),
-    )
+    tensor = vertices.to(d.device, d.exact()).requires_grad_()
+    there = matrix.to(d.device, d.exact())
 
     def reference(v: Tensor) -> Tensor:
         rows = [
@@ -455,10 +474,8 @@ def mesh_pictures(d: Draw) -> Case:
     tensors = [vertices.to(d.device, d.exact()).requires_grad_()]
     if channels := d.pick(0, 3, 6):
         tensors.append(d.normal(len(vertices), channels, dtype=d.exact()))
-    there, index = (
-        (view.to(d.device), view_scene),
-        faces.to(d.device, d.pick(torch.int32, torch.int64)),
-    )
+    there = (view.to(d.device), view_scene)
+    index = faces.to(d.device, d.pick(torch.int32, torch.int64))
 
     def outputs(render: Callable, triangles: Tensor, *rest) -> Callable:
         def run(v: Tensor, a: Tensor | None = None) -> list[Tensor]:
@@ -477,11 +494,14 @@ def mesh_pictures(d: Draw) -> Case:
 
 
 def gaussians(d: Draw) -> Case:
-    sizes, V = [d.number(0, 12) for _ in range(d.number(1, 3))], d.number(1, 3)
+    sizes = [d.number(0, 12) for _ in range(d.number(1, 3))]
+    V = d.number(1, 3)
     size = d.number(1, 33), d.number(1, 33)
-    view_scene, starts = [d.number(0, len(sizes) - 1) for _ in range(V)], d.starts(sizes).tolist()
+    view_scene = [d.number(0, len(sizes) - 1) for _ in range(V)]
+    starts = d.starts(sizes).tolist()
     tensors = test_splat.scene(sum(sizes), d.device, d.seed, d.exact())
-    view, light = test_splat.camera(V, *size), test_splat.colors(V)
+    view = test_splat.camera(V, *size)
+    light = test_splat.colors(V)
     there = view.to(d.device), view_scene, light.to(d.device)
     return Case(
         lambda *x: test_splat.both(splat(*x, starts, *there, 0.3)),
@@ -492,23 +512,17 @@ def gaussians(d: Draw) -> Case:
 
 
 def radiance(d: Draw) -> Case:
-    sizes, V, resolution = (
-        [d.number(0, 6) for _ in range(d.number(1, 3))],
-        d.number(1, 2),
-        d.pick(8, 16, 20, 32),
-    )
-    (rank, dim), density = (
-        d.width((d.number(1, 4), d.number(2, 5)), (1, 4), (2, 4), (3, 5)),
-        d.pick(0.0, 60.0),
-    )
+    sizes = [d.number(0, 6) for _ in range(d.number(1, 3))]
+    V = d.number(1, 2)
+    resolution = d.pick(8, 16, 20, 32)
+    rank, dim = d.width((d.number(1, 4), d.number(2, 5)), (1, 4), (2, 4), (3, 5))
+    density = d.pick(0.0, 60.0)
     view_scene = [d.number(0, len(sizes) - 1) for _ in range(V)]
     position, tensors, starts = test_raymarch.voxels(
         sizes, resolution, rank, dim, d.device, d.seed, density, d.exact()
     )
-    view, light = (
-        test_raymarch.camera(V, d.number(1, 17), d.number(1, 17), resolution),
-        test_raymarch.colors(V),
-    )
+    view = test_raymarch.camera(V, d.number(1, 17), d.number(1, 17), resolution)
+    light = test_raymarch.colors(V)
     offset = test_raymarch.safe_offset(position, starts, view, view_scene, resolution, dim)
     there = [t.to(d.device) for t in (view, light, offset)]
     at = position.cpu().double()
@@ -526,19 +540,21 @@ def radiance(d: Draw) -> Case:
 
 def coordinates(d: Draw) -> Case:
     """Tables, neighbours, their children's, cubes and curves: equal, not close."""
-    cache, B = d.cache(60, d.pick(5, 6, 11)), 0
-    B, coords = cache.batch_size, cache.coords.cpu()
-    k, window, shift = d.pick(1, 3, 5), d.number(1, 7), d.number(-4, 4)
+    cache = d.cache(60, d.pick(5, 6, 11))
+    B = 0
+    B = cache.batch_size
+    coords = cache.coords.cpu()
+    k = d.pick(1, 3, 5)
+    window = d.number(1, 7)
+    shift = d.number(-4, 4)
     curve = d.number(1, 40), d.pick(*MODES), d.number(-9, 9), d.number(0, 4)
     asked = (torch.randint(-2, 12, (d.number(0, 40), 4), generator=d.rng)).int()
 
     def ours():
         fine = child_neighbours(neighbours(cache, parent_size(k)), k) if len(cache) < 30 else None
         found = lookup(build_table(cache), asked.to(d.device))
-        cubes, line = (
-            window_partition(cache, B, window, shift),
-            serialized_windows(cache, B, *curve),
-        )
+        cubes = window_partition(cache, B, window, shift)
+        line = serialized_windows(cache, B, *curve)
         return (
             found.tolist(),
             neighbours(cache, k).tolist(),
@@ -553,10 +569,8 @@ def coordinates(d: Draw) -> Case:
             if len(cache) < 30
             else None
         )
-        cubes, line = (
-            window_partition_reference(coords, B, window, shift),
-            serialized_windows_reference(coords, B, *curve),
-        )
+        cubes = window_partition_reference(coords, B, window, shift)
+        line = serialized_windows_reference(coords, B, *curve)
         near = neighbours_reference(coords, k).tolist()
         return (
             lookup_reference(coords, asked).tolist(),

@@ -87,7 +87,8 @@ def shoot(out: Path, number: int, workers: int, whom: str, flags: list[str]) -> 
 def main() -> None:
     """Answer line by line."""
     report.curves = lambda *_: None  # seconds of drawing, which no signal meets
-    folder, flags = Path(sys.argv[1]), sys.argv[2:]
+    folder = Path(sys.argv[1])
+    flags = sys.argv[2:]
     for i, line in enumerate(sys.stdin):
         name, workers, whom = line.split()
         print(

@@ -24,7 +24,9 @@ HEADS = (64, 128, 256, 512, 512)
 
 def parameters() -> dict:
     """Random weights in the package's layout, features kept at one size from layer to layer."""
-    rng, before, vgg = np.random.RandomState(0), 3, {}
+    rng = np.random.RandomState(0)
+    before = 3
+    vgg = {}
     for i, width in enumerate(WIDTHS):
         kernel = rng.standard_normal((3, 3, before, width)) * np.sqrt(2 / (9 * before))
         vgg[f"Conv_{i}"] = {

@@ -19,7 +19,8 @@ def watch_reads() -> Iterator[list[str]]:
     otherwise names of functions that the stand-in ran.
     """
     if not GPU:
-        before, StandIn.current.seen = StandIn.current.seen, []
+        before = StandIn.current.seen
+        StandIn.current.seen = []
         try:
             yield StandIn.current.seen
         finally:

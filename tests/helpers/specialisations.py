@@ -42,7 +42,8 @@ def _noted(request, monkeypatch):
     from kernels import backend
     from kernels.compile.build import launched
 
-    found, launch = {}, backend.launch
+    found = {}
+    launch = backend.launch
     path = request.config.getoption("specialisations")
 
     def note(kernel, grid, *args, **constants):

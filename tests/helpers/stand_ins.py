@@ -134,7 +134,9 @@ class SparseConvTensor:
         assert features.ndim == indices.ndim == 2 and indices.dtype == torch.int32
         assert batch_size > 0 and len(spatial_shape) == indices.shape[1] - 1
         assert (indices[:, 1:].amax(0) < torch.tensor(spatial_shape)).all()
-        self.features, self.indices, self.batch_size = features, indices, batch_size
+        self.features = features
+        self.indices = indices
+        self.batch_size = batch_size
         self.indice_dict = {} if indice_dict is None else indice_dict
 
 

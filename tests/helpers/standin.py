@@ -140,7 +140,8 @@ class StandIn(TorchDispatchMode):
         if out is not NotImplemented:
             return out
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        given, name = kwargs.get("device"), function.overloadpacket.__name__
+        given = kwargs.get("device")
+        name = function.overloadpacket.__name__
         away = any(isinstance(t, Away) for t in tensors)
         if name == "_pin_memory":
             return self._pin(*args)
@@ -180,10 +181,8 @@ class StandIn(TorchDispatchMode):
     ) -> None:
         """copy_(target, source), or _to_copy(target) to a device."""
         if name == "_to_copy":
-            begin, end = (
-                isinstance(target, Away),
-                isinstance(target, Away) if device is None else device.type == DEVICE.type,
-            )
+            begin = isinstance(target, Away)
+            end = isinstance(target, Away) if device is None else device.type == DEVICE.type
             source = target
         else:
             begin, end = isinstance(source, Away), isinstance(target, Away)
@@ -227,12 +226,10 @@ def _inner(values):
     return tree_map_only(Away, lambda t: t.inner, values)
 
 
-_tensor, _as_tensor, _launch, _autocast = (
-    torch.tensor,
-    torch.as_tensor,
-    backend.launch,
-    torch.is_autocast_enabled,
-)
+_tensor = torch.tensor
+_as_tensor = torch.as_tensor
+_launch = backend.launch
+_autocast = torch.is_autocast_enabled
 
 
 def _made(function):

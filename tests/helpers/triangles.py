@@ -27,17 +27,20 @@ def ball(n: int, radius: float = 0.4) -> tuple[torch.Tensor, torch.Tensor, torch
     """A closed sphere of about 4 n^2 faces with small waves: vertices, faces that turn outwards,
     attributes.
     """
-    theta, phi = torch.linspace(0, math.pi, n + 1)[1:-1], torch.arange(2 * n) * math.pi / n
+    theta = torch.linspace(0, math.pi, n + 1)[1:-1]
+    phi = torch.arange(2 * n) * math.pi / n
     t, p = (x.flatten() for x in torch.meshgrid(theta, phi, indexing="ij"))
     ring = torch.stack([t.sin() * p.cos(), t.sin() * p.sin(), t.cos()], 1)
     poles = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
     vertices = torch.cat(
         [ring * (radius + 0.03 * (5 * t).sin() * (3 * p).cos())[:, None], poles * radius]
     )
-    i, j = torch.arange(n - 2)[:, None] * 2 * n, torch.arange(2 * n)
+    i = torch.arange(n - 2)[:, None] * 2 * n
+    j = torch.arange(2 * n)
     k = (j + 1) % (2 * n)
     a, b, c, d = ((i + x).flatten() for x in (j, k, j + 2 * n, k + 2 * n))
-    top, last = len(ring), (n - 2) * 2 * n
+    top = len(ring)
+    last = (n - 2) * 2 * n
     faces = torch.cat(
         [
             torch.stack([a, c, b], 1),

@@ -11,7 +11,9 @@ from models import GaussianScene
 from train import evaluate as floors
 from train.data.dataset import Batch
 
-V, SIZE, RESOLUTION = 3, 32, 4
+V = 3
+SIZE = 32
+RESOLUTION = 4
 RED = torch.tensor([0.8, 0.2, 0.1])
 
 
@@ -20,7 +22,8 @@ def batch(color=RED, hole: bool = False) -> Batch:
     a full grid of voxels.
     """
     image = torch.zeros(V, 4, SIZE, SIZE)
-    image[:, :3, 8:24, 8:24], image[:, 3, 8:24, 8:24] = color[:, None, None], 1
+    image[:, :3, 8:24, 8:24] = color[:, None, None]
+    image[:, 3, 8:24, 8:24] = 1
     if hole:
         image[:, 3, 10:12, 10:12] = 0
     grid = torch.cartesian_prod(*[torch.arange(1, 3)] * 3)  # the 8 voxels around the origin

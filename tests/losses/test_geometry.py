@@ -60,14 +60,10 @@ def test_the_sum_of_a_rendered_mesh_matches_published():
     size = note["resolution"]
     camera = Camera(t["extrinsics"][None], t["intrinsics"][None], size, size)
     draw = lambda v, f, a: render_mesh(v, f, a, [0, len(v)], [0, len(f)], camera, [0])
-    vertices, colors = (
-        t["pred_vertices"].clone().requires_grad_(),
-        t["pred_vertex_attrs"].clone().requires_grad_(),
-    )
-    image, true = (
-        draw(vertices, t["pred_faces"], colors),
-        draw(t["gt_vertices"], t["gt_faces"], None),
-    )
+    vertices = t["pred_vertices"].clone().requires_grad_()
+    colors = t["pred_vertex_attrs"].clone().requires_grad_()
+    image = draw(vertices, t["pred_faces"], colors)
+    true = draw(t["gt_vertices"], t["gt_faces"], None)
     true = Image(None, true.alpha, true.depth, face_camera(true.normal, camera))
     terms = Surfaces().pictures(image, true, t["image"].float() * t["alpha"], note["rep_res"])
     weights = BASE.weights

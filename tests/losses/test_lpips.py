@@ -76,7 +76,8 @@ def test_the_released_weights_give_the_packages_distances():
 
 
 def test_the_file_has_every_tensor_in_torch_layout(weights_file):
-    made, source = load_file(weights_file), parameters()
+    made = load_file(weights_file)
+    source = parameters()
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == weight_shapes()
     assert {tensor.dtype for tensor in made.values()} == {torch.float32}
     for layer, i in ((0, 0), (7, 3), (28, 12)):
@@ -90,7 +91,8 @@ def test_the_file_has_every_tensor_in_torch_layout(weights_file):
 
 def test_the_gradient_is_the_slope(weights_file):
     """Central differences in float64 along random directions."""
-    term, generator = LPIPS(weights_file, torch.float64), torch.Generator().manual_seed(0)
+    term = LPIPS(weights_file, torch.float64)
+    generator = torch.Generator().manual_seed(0)
     picture, target, *directions = torch.rand(
         6, 1, 3, 24, 17, generator=generator, dtype=torch.float64
     )
@@ -167,10 +169,8 @@ def test_arrays_that_do_not_fit_are_named(tmp_path, capsys):
 
 
 def test_damaged_pickles_end_in_a_message(tmp_path, capsys):
-    rng, data = (
-        np.random.default_rng(0),
-        bytearray(pickled({"VGG16_0": {"Conv_0": {"bias": np.zeros(4, np.float32)}}})),
-    )
+    rng = np.random.default_rng(0)
+    data = bytearray(pickled({"VGG16_0": {"Conv_0": {"bias": np.zeros(4, np.float32)}}}))
     file = tmp_path / "vgg16.ckpt"
     for _ in range(300):
         broken = data.copy()

@@ -47,7 +47,8 @@ def weights_file(weights, tmp_path_factory):
 
 def lpips_by_hand(weights, picture, target):
     """torchvision's layer list, cut where LPIPS cuts it, without a guard."""
-    layers, channels = [], 3
+    layers = []
+    channels = 3
     for width in [
         64,
         64,
@@ -78,7 +79,9 @@ def lpips_by_hand(weights, picture, target):
     )
     shift = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64)[:, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64)[:, None, None]
-    total, a, b = 0, (picture * 2 - 1 - shift) / scale, (target * 2 - 1 - shift) / scale
+    total = 0
+    a = (picture * 2 - 1 - shift) / scale
+    b = (target * 2 - 1 - shift) / scale
     for i, layer in enumerate(vgg):
         a, b = layer(a), layer(b)
         if i in (3, 8, 15, 22, 29):
@@ -93,10 +96,8 @@ def lpips_by_hand(weights, picture, target):
 def test_lpips_is_the_definition_and_so_is_its_gradient(weights, weights_file):
     ours, theirs = (PAIR[0].double().requires_grad_() for _ in range(2))
     target = PAIR[1].double()
-    value, expected = (
-        LPIPS(weights_file, torch.float64)(ours, target),
-        lpips_by_hand(weights, theirs, target),
-    )
+    value = LPIPS(weights_file, torch.float64)(ours, target)
+    expected = lpips_by_hand(weights, theirs, target)
     assert_close(value, expected, 1e-12)
     assert value.shape == (2,) and value.min() > 0.01
     value.sum().backward()
@@ -268,10 +269,8 @@ def test_clipper_follows_the_published_one(name):
     )
     for i, grad in enumerate(t["grads"]):
         if i == len(t["grads"]) // 2:  # an interruption changes nothing
-            state, clipper = (
-                clipper.state_dict(),
-                GradClipper(case["max_norm"], case["clip_percentile"], case["buffer_size"]),
-            )
+            state = clipper.state_dict()
+            clipper = GradClipper(case["max_norm"], case["clip_percentile"], case["buffer_size"])
             clipper.load_state_dict(state)
         parameter.grad = grad.clone()
         same(clipper([parameter]), "returned_norm", i)
@@ -284,7 +283,8 @@ def test_clipper_follows_the_published_one(name):
 
 
 def test_clipper_state_is_a_copy_both_ways():
-    clipper, parameter = GradClipper(1.0, 95, 2), nn.Parameter(torch.zeros(1))
+    clipper = GradClipper(1.0, 95, 2)
+    parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
     clipper([parameter])
     state = clipper.state_dict()

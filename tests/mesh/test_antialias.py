@@ -96,7 +96,8 @@ def test_silhouette_gradients_are_finite_differences():
         [[-0.62, -0.71, 0, 1.1], [0.93, -0.33, 0.1, 1.4], [0.07, 0.9, 0.2, 1.3]],
         dtype=torch.float64,
     )
-    faces, step = torch.tensor([[0, 1, 2]], dtype=torch.int32), 1e-6
+    faces = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    step = 1e-6
     (g,) = torch.autograd.grad(coverage(clip.requires_grad_(), faces, 24, 20), clip)
     for i in range(3):
         for j in (0, 1, 3):
@@ -119,17 +120,13 @@ def test_batched_equals_looped_and_twice_the_same_bits(device):
         .requires_grad_()
     )
     run = lambda: antialias(image, rast, clip, faces, layout.clip_table, opposite)
-    out, upstream = (
-        run(),
-        torch.randn(5, 12, 18, 2, generator=torch.Generator().manual_seed(4)).to(device),
-    )
+    out = run()
+    upstream = torch.randn(5, 12, 18, 2, generator=torch.Generator().manual_seed(4)).to(device)
     grads, again = (torch.autograd.grad(o, (image, clip), upstream) for o in (out, run()))
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
     for v, (f, n, row, rows) in enumerate(layout.clip_table.tolist()):
-        i, c = (
-            image[v : v + 1].detach().requires_grad_(),
-            clip[row : row + rows].detach().requires_grad_(),
-        )
+        i = image[v : v + 1].detach().requires_grad_()
+        c = clip[row : row + rows].detach().requires_grad_()
         alone = antialias(i, rast[v : v + 1], c, faces[f : f + n])
         assert torch.equal(alone[0], out[v])
         g = torch.autograd.grad(alone, (i, c), upstream[v : v + 1])
@@ -159,10 +156,8 @@ def test_one_pixel_has_no_neighbour(device):
 def test_no_faces_leave_the_image(device):
     image = torch.rand(1, 3, 4, 2, device=device, requires_grad=True)
     clip = torch.zeros(0, 4, device=device, requires_grad=True)
-    rast, faces = (
-        torch.zeros(1, 3, 4, 4, device=device),
-        torch.zeros(0, 3, dtype=torch.int32, device=device),
-    )
+    rast = torch.zeros(1, 3, 4, 4, device=device)
+    faces = torch.zeros(0, 3, dtype=torch.int32, device=device)
     out = antialias(image, rast, clip, faces)
     assert torch.equal(out, image)
     grads = torch.autograd.grad(out.sum(), (image, clip))

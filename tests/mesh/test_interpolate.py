@@ -25,7 +25,8 @@ def picture(device, width: int = 21, height: int = 14, F: int = 25, dtype=torch.
 @pytest.mark.parametrize("C", [1, 6])
 def test_interpolation_matches_the_reference(device, C):
     _, faces, attributes, rast = picture(device)
-    attributes, rast = attributes[:, :C].clone().requires_grad_(), rast.requires_grad_()
+    attributes = attributes[:, :C].clone().requires_grad_()
+    rast = rast.requires_grad_()
     run = lambda a, r: interpolate(
         a, torch.cat([r[..., :2], rast[..., 2:].detach().to(r)], -1), faces.to(r.device)
     )

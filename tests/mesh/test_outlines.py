@@ -32,10 +32,14 @@ def test_the_gradient_is_that_of_the_book(device, width, height, F):
 
 def sphere(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit sphere, closed but for doubled vertices: n x 2 n quads between the poles."""
-    theta, phi = torch.linspace(0, math.pi, n + 1), torch.linspace(0, 2 * math.pi, 2 * n + 1)
+    theta = torch.linspace(0, math.pi, n + 1)
+    phi = torch.linspace(0, 2 * math.pi, 2 * n + 1)
     t, p = (x.flatten() for x in torch.meshgrid(theta, phi, indexing="ij"))
     i = torch.arange(n * (2 * n + 1)).view(n, -1)[:, :-1].flatten()
-    a, b, c, d = i, i + 1, i + 2 * n + 1, i + 2 * n + 2
+    a = i
+    b = i + 1
+    c = i + 2 * n + 1
+    d = i + 2 * n + 2
     return torch.stack([t.sin() * p.cos(), t.sin() * p.sin(), t.cos()], 1), torch.cat(
         [
             torch.stack([a, c, b], 1),
@@ -46,7 +50,8 @@ def sphere(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def growth(n: int, silhouettes: str, edge: int = 64) -> float:
     """The derivative of the covered area by the radius, over that of a perfect sphere's disc."""
-    (vertices, faces), camera = sphere(n), Camera.orbit([0.3], [0.4], 2.0, math.radians(40), edge)
+    vertices, faces = sphere(n)
+    camera = Camera.orbit([0.3], [0.4], 2.0, math.radians(40), edge)
     size = torch.tensor(0.35, requires_grad=True)
     image = render_mesh(
         vertices * size,
@@ -58,7 +63,8 @@ def growth(n: int, silhouettes: str, edge: int = 64) -> float:
         [0],
         silhouettes=silhouettes,
     )
-    focal, r = edge / (2 * math.tan(math.radians(20))), 0.35
+    focal = edge / (2 * math.tan(math.radians(20)))
+    r = 0.35
     # of the disc pi focal^2 r^2 / (d^2 - r^2), d = 2
     exact = 2 * math.pi * r * 4 / (4 - r * r) ** 2 * focal**2
     return torch.autograd.grad(image.alpha.sum(), size)[0].item() / exact

@@ -73,7 +73,8 @@ def image_close(got, want, what):
 @pytest.mark.parametrize("here, case", cases(CASES), indirect=["here"])
 def test_published_ids_images_and_gradients(here, case):
     _, t = golden(f"mesh_{case}")
-    faces, (H, W) = t["faces"].to(here), t["rast"].shape[1:3]
+    faces = t["faces"].to(here)
+    H, W = t["rast"].shape[1:3]
     E = t["extrinsics"].to(here)
     vertices = t["vertices"].to(here).requires_grad_()
     attributes = t["vertex_attrs"][:, :3].to(here).requires_grad_()
@@ -82,7 +83,8 @@ def test_published_ids_images_and_gradients(here, case):
     clip = t["clip"][0].to(here).requires_grad_()
 
     rast = rasterize(clip, faces, H, W)
-    ids, want_ids = rast[..., 3].detach().cpu().long(), t["rast"][..., 3].long()
+    ids = rast[..., 3].detach().cpu().long()
+    want_ids = t["rast"][..., 3].long()
     other = ids != want_ids
     if other.any():  # only the same face with its corners in another order, of equal depth
         assert (
@@ -147,12 +149,10 @@ def check_pairs(t, rast, clip, faces, other):
     image = torch.zeros_like(rast[..., :1])
     none = torch.empty(0, dtype=torch.int64, device=faces.device)
     _, alpha, code = _antialias(image, rast.detach(), clip.detach(), faces, table, opposite, none)
-    alpha, code, ids, corners = (
-        alpha.cpu(),
-        code.cpu().long(),
-        t["rast"][0, ..., 3].long(),
-        t["faces"],
-    )
+    alpha = alpha.cpu()
+    code = code.cpu().long()
+    ids = t["rast"][0, ..., 3].long()
+    corners = t["faces"]
     ours = rast[0, ..., 3].detach().cpu().long()
 
     def edge(ids, x, y, down, second, m):
@@ -174,8 +174,10 @@ def check_pairs(t, rast, clip, faces, other):
 def test_published_backward_of_each_op(here, case):
     """From the published pictures, so each backward alone is compared."""
     _, t = golden(f"mesh_{case}")
-    faces, (H, W) = t["faces"].to(here), t["rast"].shape[1:3]
-    clip, rast = t["clip"][0].to(here).requires_grad_(), t["rast"].to(here).requires_grad_()
+    faces = t["faces"].to(here)
+    H, W = t["rast"].shape[1:3]
+    clip = t["clip"][0].to(here).requires_grad_()
+    rast = t["rast"].to(here).requires_grad_()
     upstream = {name: t[f"up_{name}"].to(here).float() for name in NAMES}
 
     own = rasterize(clip, faces, H, W)
@@ -260,7 +262,8 @@ def test_published_training_pictures_and_gradients(here):
         image_close(value, t[f"pred_{name}"], name)
     image_close(image.normal_map, t["pred_normal_map"], "normal map")
 
-    mask, target = t["gt_mask"].to(here), t["image"].to(here).float() * t["alpha"].to(here)
+    mask = t["gt_mask"].to(here)
+    target = t["image"].to(here).float() * t["alpha"].to(here)
     l1 = lambda a, b: (a - b).abs().mean()
     perceptual = lambda a, b: l1(a, b) + note["lambdas"]["ssim"] * (1 - ssim(a, b).mean())
     beta = 1 / (2 * note["rep_res"])

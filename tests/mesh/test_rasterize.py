@@ -20,7 +20,8 @@ def positions(vertices: torch.Tensor, width: int, height: int, radius: float = 2
 
 
 def agrees(clip, faces, H: int, W: int, device) -> None:
-    clip, faces = clip.to(device).requires_grad_(), faces.to(device)
+    clip = clip.to(device).requires_grad_()
+    faces = faces.to(device)
     assert_same(
         lambda c: rasterize(c, faces, H, W),
         lambda c: rasterize_reference(c, faces.cpu(), H, W),
@@ -158,7 +159,8 @@ def batch(device):
     """Three scenes, the middle one empty, and five views of them: positions that require a
     gradient, faces, layout.
     """
-    a, b = soup(14, 1), ball(3)
+    a = soup(14, 1)
+    b = ball(3)
     starts = [0, len(a[0]), len(a[0]), len(a[0]) + len(b[0])]
     face_starts = [0, len(a[1]), len(a[1]), len(a[1]) + len(b[1])]
     view_scene = [2, 0, 1, 2, 0]
@@ -190,10 +192,8 @@ def test_views_share_their_launches(kernel_device, few_sums, target):
     triangle = torch.tensor(
         [[-0.9, -0.9, 0, 1], [0.9, -0.9, 0, 1], [0, 0.9, 0, 1]], device=kernel_device
     )
-    clip, faces = (
-        triangle.repeat(2, 1).requires_grad_(),
-        torch.tensor([[0, 1, 2]], device=kernel_device),
-    )
+    clip = triangle.repeat(2, 1).requires_grad_()
+    faces = torch.tensor([[0, 1, 2]], device=kernel_device)
     table = torch.tensor([[0, 1, 0, 3], [0, 1, 3, 3]], device=kernel_device)
     stages = (
         "_raster_snap",
@@ -247,7 +247,8 @@ def test_sums_by_key(kernel_device, monkeypatch, B):
     counts = torch.tensor([0, 3, B - 3, 1, 5 * B + 2, 0, B, 2, 9 * B, 1])
     key = torch.repeat_interleave(torch.arange(-1, 9), counts).int()
     key = key[torch.randperm(len(key), generator=rng)].to(kernel_device)
-    rows, weight = torch.randn(len(key), 3, generator=rng), torch.rand(3 * len(key), generator=rng)
+    rows = torch.randn(len(key), 3, generator=rng)
+    weight = torch.rand(3 * len(key), generator=rng)
     order = key.sort(stable=True).indices
     want = torch.zeros(10, 3, dtype=torch.float64).index_add_(
         0, key.cpu().clamp(min=0), rows.double() * (key.cpu() >= 0)[:, None]

@@ -23,7 +23,8 @@ def scenes(device, dtype=torch.float32):
     """Three scenes, the middle one without faces, and no last vertices used: tensors, starts of
     vertices and faces.
     """
-    a, b = soup(12, 1), ball(3)
+    a = soup(12, 1)
+    b = ball(3)
     vertices, colors = (
         torch.cat([a[i], torch.full((2, 3 + 3 * (i > 0)), 0.1), b[i]]).to(device, dtype)
         for i in (0, 2)
@@ -80,10 +81,8 @@ def test_scenes_and_views_share_their_launches(kernel_device):
     triangle = torch.tensor(
         [[-0.5, 0.0, -0.5], [0.5, 0.0, -0.5], [0.0, 0.0, 0.5]], device=kernel_device
     )
-    vertices, colors = (
-        triangle.repeat(2, 1).requires_grad_(),
-        torch.rand(6, 6, device=kernel_device, requires_grad=True),
-    )
+    vertices = triangle.repeat(2, 1).requires_grad_()
+    colors = torch.rand(6, 6, device=kernel_device, requires_grad=True)
     faces = torch.tensor([[0, 1, 2]] * 2, device=kernel_device)
     counts = []
     for views in (1, 2):
@@ -118,11 +117,9 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     first, second = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(pictures(first), pictures(second), strict=True))
     inputs = (vertices, colors)
-    once, again, scaled = (
-        gradients(first, inputs),
-        gradients(second, inputs),
-        gradients(first, inputs, 2.0**20),
-    )
+    once = gradients(first, inputs)
+    again = gradients(second, inputs)
+    scaled = gradients(first, inputs, 2.0**20)
     for a, b, c in zip(once, again, scaled, strict=True):
         assert torch.equal(a, b) and torch.equal(a * 2**20, c) and a.abs().max() > 0
 
@@ -154,7 +151,8 @@ def test_gradients_are_finite_differences_of_a_smooth_loss():
         return ((image.normal[0] ** 2 + image.color[0] + image.depth[0]) * weight).sum()
 
     (g,) = torch.autograd.grad(loss(vertices), vertices)
-    step, seen = 1e-7, g.abs().max(1).values.argsort(descending=True)[:4].tolist()
+    step = 1e-7
+    seen = g.abs().max(1).values.argsort(descending=True)[:4].tolist()
     for i in seen:
         for j in range(3):
             values = []
@@ -170,7 +168,9 @@ def test_to_clip_matches_the_textbook(device):
     view = cameras(4, 16, 12)
     view.intrinsics[:, 0, 2] += 0.06
     view.intrinsics[:, 1, 2] -= 0.04
-    starts, view_scene, N = [0, 7, 7, 10], [2, 0, 1, 0], 10
+    starts = [0, 7, 7, 10]
+    view_scene = [2, 0, 1, 0]
+    N = 10
     layout = make_mesh_layout(starts, [0, 0, 0, 0], view_scene, device)
     vertices = torch.rand(N, 3, generator=torch.Generator().manual_seed(0)) - 0.5
 
@@ -213,10 +213,8 @@ def test_an_off_centre_principal_point_shifts_the_picture(device):
 @pytest.mark.parametrize("V", [0, 2])
 def test_nothing_to_see_shows_the_background(device, V):
     vertices = torch.zeros(0, 3, device=device, requires_grad=True)
-    colors, faces = (
-        torch.zeros(0, 3, device=device, requires_grad=True),
-        torch.zeros(0, 3, dtype=torch.int32, device=device),
-    )
+    colors = torch.zeros(0, 3, device=device, requires_grad=True)
+    faces = torch.zeros(0, 3, dtype=torch.int32, device=device)
     image = render_mesh(
         vertices, faces, colors, [0, 0], [0, 0], cameras(V, 6, 5).to(device), [0] * V, ssaa=2
     )
@@ -240,7 +238,8 @@ def test_normals_turn_to_the_camera(device):
     vertices, faces, _ = (t.to(device) for t in ball(5))
     view = cameras(2, 20, 20).to(device)
     run = lambda f: render_mesh(vertices, f, None, [0, len(vertices)], [0, len(f)], view, [0, 0])
-    outwards, inwards = run(faces), run(faces[:, [0, 2, 1]])
+    outwards = run(faces)
+    inwards = run(faces[:, [0, 2, 1]])
     inside = outwards.alpha == 1
     both = [
         torch.where(inside, face_camera(image.normal, view), 0) for image in (outwards, inwards)
@@ -253,7 +252,8 @@ def test_normals_turn_to_the_camera(device):
 
 def test_sixteen_bit_inputs_are_converted_and_autocast_changes_nothing(device):
     vertices, faces, colors = (t.to(device) for t in ball(3))
-    starts, view = ([0, len(vertices)], [0, len(faces)]), cameras(1, 16, 16).to(device)
+    starts = ([0, len(vertices)], [0, len(faces)])
+    view = cameras(1, 16, 16).to(device)
     want = render_mesh(
         vertices.half().float(), faces.long(), colors.half().float(), *starts, view, [0]
     )
@@ -267,13 +267,12 @@ def test_sixteen_bit_inputs_are_converted_and_autocast_changes_nothing(device):
 
 def test_torch_compile_keeps_one_graph(device):
     vertices, faces, colors, starts, face_starts = scenes(device)
-    starts, view = starts.tolist(), cameras(2, 12, 9).to(device)
+    starts = starts.tolist()
+    view = cameras(2, 12, 9).to(device)
     run = lambda v, c: pictures(render_mesh(v, faces, c, starts, face_starts, view, [0, 2]))
     torch._dynamo.reset()  # a graph remembers which implementation it was traced for
-    compiled, plain = (
-        torch.compile(run, backend="aot_eager", fullgraph=True)(vertices, colors),
-        run(vertices, colors),
-    )
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(vertices, colors)
+    plain = run(vertices, colors)
     assert all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
     upstream = [torch.ones_like(t) for t in plain]
     got, want = (

@@ -258,7 +258,8 @@ def test_hooks_of_weights_run_once_a_pass_and_are_not_recorded(device):
 
 def test_recordings_serve_every_mode_and_are_not_pickled(device):
     graphed, eager = both(device)
-    x, file = batch([60, 40], device), io.BytesIO()
+    x = batch([60, 40], device)
+    file = io.BytesIO()
     with torch.inference_mode():
         first = graphed.trunk(x.feats, x.cache)
     with torch.no_grad():
@@ -275,7 +276,8 @@ def test_recordings_serve_every_mode_and_are_not_pickled(device):
 
 def test_only_the_last_run_is_differentiated_and_once(device):
     graphed, _ = both(device)
-    x, other = batch([60, 40], device), batch([61, 41], device, seed=1)
+    x = batch([60, 40], device)
+    other = batch([61, 41], device, seed=1)
     first = graphed.trunk(x.feats, x.cache)
     kept = first.detach().clone()
     graphed.trunk(other.feats, other.cache)
@@ -306,7 +308,8 @@ def test_what_is_recorded_depends_on_sizes_alone(watched_device, backward):
     """Two batches of nothing alike but their rows: the same launches with the same numbers, and no
     wait for the device.
     """
-    model, runs = randomize(small_encoder()).to(watched_device), []
+    model = randomize(small_encoder()).to(watched_device)
+    runs = []
 
     def note(kernel, grid, args, constants) -> None:
         sizes = [(a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in args]

@@ -259,7 +259,8 @@ def test_without_colour_there_is_geometry_alone(device):
 def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
     decoder = spread(small_decoder()).to(kernel_device).eval()
     scenes = decoder(batch([1, 1, 2, 1], kernel_device, channels=4))
-    camera, background = cameras(4, kernel_device, 16), torch.zeros(4, 3, device=kernel_device)
+    camera = cameras(4, kernel_device, 16)
+    background = torch.zeros(4, 3, device=kernel_device)
     with torch.no_grad(), backend.count_launches() as four:
         models.render(scenes, camera, [0, 1, 2, 3], background)
     with torch.no_grad(), backend.count_launches() as one:

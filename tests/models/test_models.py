@@ -220,10 +220,8 @@ def batch(counts, device, channels=5, seed=0):
 
 @pytest.mark.parametrize("mode", ["swin", "full"])
 def test_batched_equals_looped_with_empty_samples(device, mode):
-    encoder, decoder = (
-        randomize(small_encoder(attn_mode=mode)).to(device),
-        randomize(small_decoder(attn_mode=mode)).to(device),
-    )
+    encoder = randomize(small_encoder(attn_mode=mode)).to(device)
+    decoder = randomize(small_decoder(attn_mode=mode)).to(device)
     x = batch([40, 0, 1, 57, 0], device)
     posterior = encoder(x)
     scenes = decoder(posterior.mode())
@@ -276,7 +274,8 @@ def test_scenes_render_with_the_low_pass_filter_of_their_decoder():
         )
     )
     (scene,) = decoder(batch([3], "cpu", channels=4))
-    camera, background = Camera.orbit(0.3, 0.1, width=24), torch.zeros(1, 3)
+    camera = Camera.orbit(0.3, 0.1, width=24)
+    background = torch.zeros(1, 3)
     gaussians = (
         scene.center,
         scene.scale,

@@ -13,7 +13,8 @@ from kernels import backend
 from models.layers import Block, block_windows
 from tests.models.test_models import batch, randomize
 
-C, LAUNCH = 32, backend.launch
+C = 32
+LAUNCH = backend.launch
 FREE = {
     "view",
     "_unsafe_view",
@@ -37,7 +38,8 @@ class Passes(TorchDispatchMode):
 
     def __init__(self, N: int):
         super().__init__()
-        self.N, self.units = N, Counter()
+        self.N = N
+        self.units = Counter()
 
     def size(self, *given) -> float:
         tensors = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
@@ -49,7 +51,8 @@ class Passes(TorchDispatchMode):
             LAUNCH(kernel, grid, *args, **constants)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
         if function.namespace == "trislat":
             with self:
                 return OPDEFS[function.name()]._init_fn(*args, **kwargs)
@@ -111,7 +114,8 @@ def test_a_block_keeps_no_residual_stream_for_its_backward_pass(kernel_device):
     stream would be 2 more.
     """
     block, stream, bias, cache = given(kernel_device)
-    copy, kept = stream.clone(), {}
+    copy = stream.clone()
+    kept = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / (4 * len(stream) * C)

@@ -46,7 +46,8 @@ def test_the_trunk_computes_in_16_bits_and_everything_else_in_fp32(device, dtype
     if dtype == torch.bfloat16 and backend.name(torch.empty(0, device=device)) == "interpreter":
         pytest.skip("Triton's interpreter gets bf16 wrong")
     encoder, decoder = randomize(small_encoder()).to(device), randomize(small_decoder()).to(device)
-    vae, x = models.GaussianVAE(encoder, decoder), batch([30, 0, 12], device)
+    vae = models.GaussianVAE(encoder, decoder)
+    x = batch([30, 0, 12], device)
     noise = torch.zeros(42, 4, device=device)
     exact = [encoder(x).mean, decoder.fields(encoder(x).mode()).feats]
     vae.set_activation_dtype(dtype)

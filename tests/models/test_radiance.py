@@ -47,7 +47,8 @@ def test_radiance_decoder_matches_published(device):
 
 
 def test_density_scale_multiplies_densities_alone():
-    plain, scaled = randomize(small_decoder()), randomize(small_decoder(density_scale=50.0))
+    plain = randomize(small_decoder())
+    scaled = randomize(small_decoder(density_scale=50.0))
     x = batch([20], "cpu", channels=4)
     ours, theirs = scaled(x)[0], plain(x)[0]
     assert torch.equal(ours.density, theirs.density * 50) and torch.equal(
@@ -106,7 +107,8 @@ def test_no_voxels_at_all(device):
 def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
     decoder = randomize(small_decoder()).to(kernel_device)
     scenes = decoder(batch([3, 2, 4, 1], kernel_device, channels=4))
-    camera, background = cameras(4, kernel_device, 16), torch.zeros(4, 3, device=kernel_device)
+    camera = cameras(4, kernel_device, 16)
+    background = torch.zeros(4, 3, device=kernel_device)
     with torch.no_grad(), backend.count_launches() as four:
         models.render(scenes, camera, [0, 1, 2, 3], background)
     with torch.no_grad(), backend.count_launches() as one:
@@ -117,7 +119,8 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
 def test_offsets_are_drawn_for_training_and_fixed_for_pictures(device):
     decoder = randomize(small_decoder(density_scale=100.0)).to(device)
     scene = decoder(batch([60], device, channels=4))[0]
-    camera, background = cameras(1, device, 16), torch.zeros(1, 3, device=device)
+    camera = cameras(1, device, 16)
+    background = torch.zeros(1, 3, device=device)
     with torch.no_grad():
         assert torch.equal(
             scene.render(camera, background).color, scene.render(camera, background).color
@@ -148,11 +151,9 @@ def test_impossible_representations(change, message):
 
 def test_scenes_of_several_resolutions_are_no_batch():
     x = batch([5], "cpu", channels=4)
-    one, other = (
-        small_decoder(),
-        models.RadianceDecoder(
-            32, 32, 4, 2, num_heads=2, representation_config={"rank": 3, "dim": 4}
-        ),
+    one = small_decoder()
+    other = models.RadianceDecoder(
+        32, 32, 4, 2, num_heads=2, representation_config={"rank": 3, "dim": 4}
     )
     with pytest.raises(ValueError, match=r"different resolutions: \[16, 32\]"):
         models.render([*one(x), *other(x)], cameras(2, "cpu"), [0, 1], torch.zeros(2, 3))

@@ -34,10 +34,8 @@ def test_published_rotation(device):
     rotated = tensors["rope/q_out"][:, None], tensors["rope/k_out"][:, None]
     assert_close(rotate_reference(q, phases), rotated[0], 1e-5, "q")
     assert_close(rotate_reference(k, phases), rotated[1], 1e-5, "k")
-    windows, v = (
-        full_windows(torch.tensor([0, 64], dtype=torch.int32, device=device), 64),
-        torch.randn_like(q),
-    )
+    windows = full_windows(torch.tensor([0, 64], dtype=torch.int32, device=device), 64)
+    v = torch.randn_like(q)
     out = window_attention(torch.stack([q, k, v], 1), windows, phases=phases)
     assert_close(out, window_attention(torch.stack([*rotated, v], 1), windows), 1e-5, "attention")
 
@@ -104,8 +102,10 @@ def test_a_stream_that_autograd_protects_is_not_changed(device):
     """A leaf, a view, and what a backward hook of a module makes of its inputs: the same numbers
     out of place.
     """
-    model, x = encoder(device), batch([25, 0, 9], device, channels=32)
-    block, upstream = model.blocks[0], torch.randn(len(x), 32, device=device)
+    model = encoder(device)
+    x = batch([25, 0, 9], device, channels=32)
+    block = model.blocks[0]
+    upstream = torch.randn(len(x), 32, device=device)
     seen = []
 
     def gradients(stream, given):
@@ -134,7 +134,8 @@ def test_a_stream_that_autograd_protects_is_not_changed(device):
 
 @pytest.mark.parametrize("mode, position", [("shift_sequence", "rope"), ("swin", "rope")])
 def test_batched_equals_looped_with_empty_samples(device, mode, position):
-    model, x = encoder(device, attn_mode=mode, pe_mode=position), batch([25, 0, 1, 9, 0], device)
+    model = encoder(device, attn_mode=mode, pe_mode=position)
+    x = batch([25, 0, 1, 9, 0], device)
     together = model(x).mean
     for sample, rows in enumerate(x.split()):
         coords = x.coords[x.coords[:, 0] == sample].clone()
@@ -148,7 +149,8 @@ def test_rotary_embedding_is_relative(device):
     """Moving the whole object changes nothing: no absolute position is added, and rotations meet
     only as differences.
     """
-    model, x = encoder(device, attn_mode="full", pe_mode="rope"), batch([30], device)
+    model = encoder(device, attn_mode="full", pe_mode="rope")
+    x = batch([30], device)
     moved = models.SparseTensor(
         x.feats, x.coords + torch.tensor([0, 5, 1, 2], dtype=torch.int32, device=device)
     )
@@ -159,7 +161,8 @@ def test_rotary_embedding_is_relative(device):
 
 def test_checkpointed_training_step():
     """Gradients of every parameter, the same with and without recomputing the blocks."""
-    x, grads = batch([30, 9], "cpu"), []
+    x = batch([30, 9], "cpu")
+    grads = []
     for use in (False, True):
         model = encoder(
             "cpu", attn_mode="shift_order", pe_mode="rope", qk_rms_norm=True, use_checkpoint=use
@@ -171,7 +174,8 @@ def test_checkpointed_training_step():
 
 
 def test_windows_and_phases_are_made_once(device):
-    model, x = encoder(device, attn_mode="shift_sequence", pe_mode="rope"), batch([30], device)
+    model = encoder(device, attn_mode="shift_sequence", pe_mode="rope")
+    x = batch([30], device)
     model(x)
     made = x.cache.misses
     model(x)

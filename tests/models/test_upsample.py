@@ -17,7 +17,8 @@ from tests.voxels.test_window import voxels
 
 def test_published_convolutions(device):
     tensors = golden("ops_sparse")[1]
-    cache, x = SpatialCache(tensors["coords"].to(device)), tensors["feats"].to(device).float()
+    cache = SpatialCache(tensors["coords"].to(device))
+    x = tensors["feats"].to(device).float()
     for name, size in (("conv3", 3), ("conv1", 1)):
         layer = SparseConv3d(32, 16, size, skip_weight="spconv").to(device)
         layer.conv.load_state_dict(
@@ -59,7 +60,8 @@ def test_a_block_is_its_plain_form(channels):
     x = torch.randn(39, channels[0], dtype=torch.float64, requires_grad=True)
     y, children = block(x, cache)
     assert children is cache.subdivide() and y.shape == (8 * 39, channels[1])
-    wrt, up = [x, *block.parameters()], torch.randn_like(y)
+    wrt = [x, *block.parameters()]
+    up = torch.randn_like(y)
     assert_close(y, plain_block(block, x, cache), 1e-11)
     grads = [torch.autograd.grad(out, wrt, up) for out in (y, plain_block(block, x, cache))]
     for ours, theirs in zip(*grads, strict=True):

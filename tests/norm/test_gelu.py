@@ -28,7 +28,8 @@ def test_gelu(device, shape, dtype):
 )
 def test_gelu_of_a_sum_with_a_bias(device, shape, dtype):
     """Several chunks of columns, several tiles of rows, none."""
-    x, bias = normal(*shape, dtype=dtype, device=device), normal(shape[-1], device=device, seed=1)
+    x = normal(*shape, dtype=dtype, device=device)
+    bias = normal(shape[-1], device=device, seed=1)
     assert_same(gelu, gelu_reference, x, bias)
 
 
@@ -63,8 +64,10 @@ def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
     bias = normal(96, device=device, seed=2)
     if dtype == torch.bfloat16 and backend.name(x) == "interpreter":
         pytest.skip("the interpreter truncates where a GPU rounds to bf16")
-    wide, last_bit = x.detach().float().requires_grad_(), torch.finfo(dtype).eps
-    y, exact = gelu(x, bias), F.gelu(wide + bias, approximate="tanh")
+    wide = x.detach().float().requires_grad_()
+    last_bit = torch.finfo(dtype).eps
+    y = gelu(x, bias)
+    exact = F.gelu(wide + bias, approximate="tanh")
     assert y.dtype == dtype
     assert_close(y, exact, last_bit)
     dx, dbias = torch.autograd.grad(y, [x, bias], up.detach())
@@ -74,7 +77,8 @@ def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
 
 
 def test_strided_inputs_and_gradients(device):
-    x, bias = normal(6, 40, device=device), normal(12, device=device, seed=1)
+    x = normal(6, 40, device=device)
+    bias = normal(12, device=device, seed=1)
     assert_same(lambda x: gelu(x.t()).t(), gelu_reference, x)
     assert_same(
         lambda x, b: gelu(x.t(), b[::2]).t(),
@@ -85,26 +89,30 @@ def test_strided_inputs_and_gradients(device):
 
 
 def test_the_same_bits_twice(kernel_device):
-    x, bias = normal(700, 96, device=kernel_device), normal(96, device=kernel_device, seed=1)
+    x = normal(700, 96, device=kernel_device)
+    bias = normal(96, device=kernel_device, seed=1)
     runs = [torch.autograd.grad(gelu(x, bias).square().sum(), [x, bias]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_one_launch_a_direction(kernel_device):
-    x, bias = normal(5, 96, device=kernel_device), normal(96, device=kernel_device, seed=1)
+    x = normal(5, 96, device=kernel_device)
+    bias = normal(96, device=kernel_device, seed=1)
     with backend.count_launches() as launches:
         gelu(x, bias).sum().backward()
     assert launches == {"_gelu_fwd": 1, "_gelu_bwd": 1}
 
 
 def test_gradients_in_double_precision():
-    x, bias = normal(3, 7, dtype=torch.float64), normal(7, dtype=torch.float64, seed=1)
+    x = normal(3, 7, dtype=torch.float64)
+    bias = normal(7, dtype=torch.float64, seed=1)
     assert torch.autograd.gradcheck(gelu, (x,))
     assert torch.autograd.gradcheck(gelu, (x, bias))
 
 
 def test_compiles_without_breaking_the_graph(device):
-    x, bias = normal(5, 96, device=device), normal(96, device=device, seed=1)
+    x = normal(5, 96, device=device)
+    bias = normal(96, device=device, seed=1)
     compiled = torch.compile(gelu, fullgraph=True, backend="aot_eager")(x, bias)
     assert torch.equal(gelu(x, bias), compiled)
     grads, compiled_grads = (
@@ -114,7 +122,8 @@ def test_compiles_without_breaking_the_graph(device):
 
 
 def test_registered_as_torch_asks(device):
-    x, bias = normal(3, 96, device=device), normal(96, device=device, seed=1)
+    x = normal(3, 96, device=device)
+    bias = normal(96, device=device, seed=1)
     torch.library.opcheck(torch.ops.trislat.gelu, (x, None))
     torch.library.opcheck(torch.ops.trislat.gelu, (x, bias))
 

@@ -52,7 +52,9 @@ def test_published_group_norm(device):
         if k.startswith(("gn/", "feats"))
     }
     scale, shift = tensors["gn/in_scale_shift"]
-    x, weight, bias = (tensors["feats"] * scale + shift), tensors["gn/weight"], tensors["gn/bias"]
+    x = tensors["feats"] * scale + shift
+    weight = tensors["gn/weight"]
+    bias = tensors["gn/bias"]
     wrt = [t.requires_grad_() for t in (x, weight, bias)]
     y = group_norm(*wrt, torch.tensor([0, 104, 158, 236], dtype=torch.int32, device=device), 8)
     assert_close(y, tensors["gn/out"], 1e-5)
@@ -157,10 +159,8 @@ def test_the_same_bits_twice_in_one_launch_a_pass(kernel_device):
 
 def test_gradients_in_double_precision():
     x, weight, bias, starts = inputs([4, 0, 3], 6, torch.float64)
-    weight, bias = (
-        weight.detach().double().requires_grad_(),
-        bias.detach().double().requires_grad_(),
-    )
+    weight = weight.detach().double().requires_grad_()
+    bias = bias.detach().double().requires_grad_()
     for silu in (False, True):
         op = lambda x, weight, bias, silu=silu: group_norm(x, weight, bias, starts, 2, silu=silu)
         assert torch.autograd.gradcheck(op, (x, weight, bias))

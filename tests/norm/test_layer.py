@@ -55,7 +55,8 @@ def test_add_layer_norm(device, N, C, dtype):
     ids=str,
 )
 def test_rms_norm(device, N, H, D, dtype):
-    x, gamma = normal(N, H, D, dtype=dtype, device=device), normal(H, D, device=device, seed=1)
+    x = normal(N, H, D, dtype=dtype, device=device)
+    gamma = normal(H, D, device=device, seed=1)
     assert_same(rms_norm, rms_norm_reference, x, gamma)
 
 
@@ -71,7 +72,8 @@ def test_the_programs_of_rms_norm_share_more_tiles_than_there_are_programs(devic
 
 @pytest.mark.parametrize("N, C, dtype", SIZED, ids=str)
 def test_layer_norm_of_a_sum_with_a_bias(device, N, C, dtype):
-    x, bias = normal(N, C, dtype=dtype, device=device), normal(C, device=device, seed=1)
+    x = normal(N, C, dtype=dtype, device=device)
+    bias = normal(C, device=device, seed=1)
     assert_same(
         lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias
     )
@@ -99,7 +101,8 @@ def test_the_stream_is_added_to_in_place(device, N, C, biases):
 
 def test_the_programs_of_layer_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
     monkeypatch.setattr("kernels.norm.layer.PROGRAMS", 2)
-    x, bias = normal(9, 4096, device=device), normal(4096, device=device, seed=1)
+    x = normal(9, 4096, device=device)
+    bias = normal(4096, device=device, seed=1)
     assert_same(
         lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias
     )
@@ -131,10 +134,8 @@ def test_a_head_of_zeros_or_nearly_follows_normalize(device, length):
         .mul(length)
         .requires_grad_()
     )
-    gamma, up = (
-        normal(2, 24, device=device),
-        normal(2, 2, 24, device=device, seed=2).detach() * 1e-12,
-    )
+    gamma = normal(2, 24, device=device)
+    up = normal(2, 2, 24, device=device, seed=2).detach() * 1e-12
     expected = F.normalize(x, dim=-1) * gamma * 24**0.5
     y = rms_norm(x, gamma)
     assert_close(y, expected, 1e-6)
@@ -187,7 +188,8 @@ def test_published_rms_norm(device):
 
 def test_only_one_output_used(device):
     for used in (0, 1):
-        x, h = normal(5, 48, device=device), normal(5, 48, device=device, seed=1)
+        x = normal(5, 48, device=device)
+        h = normal(5, 48, device=device, seed=1)
         assert_same(
             lambda x, h, i=used: add_layer_norm(x, h)[i],
             lambda x, h, i=used: add_layer_norm_reference(x, h)[i],
@@ -204,13 +206,15 @@ def test_strided_inputs_and_gradients(device):
 
 
 def test_the_same_bits_twice(kernel_device):
-    x, gamma = normal(700, 2, 64, device=kernel_device), normal(2, 64, device=kernel_device, seed=1)
+    x = normal(700, 2, 64, device=kernel_device)
+    gamma = normal(2, 64, device=kernel_device, seed=1)
     runs = [torch.autograd.grad(rms_norm(x, gamma).square().sum(), [x, gamma]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_one_launch_a_direction(kernel_device):
-    x, h = normal(5, 48, device=kernel_device), normal(5, 48, device=kernel_device, seed=1)
+    x = normal(5, 48, device=kernel_device)
+    h = normal(5, 48, device=kernel_device, seed=1)
     with backend.count_launches() as launches:
         total, y = add_layer_norm(x, h)
         (total + y).sum().backward()
@@ -218,7 +222,8 @@ def test_one_launch_a_direction(kernel_device):
 
 
 def test_gradients_in_double_precision():
-    x, h = normal(3, 7, dtype=torch.float64), normal(3, 7, dtype=torch.float64, seed=1)
+    x = normal(3, 7, dtype=torch.float64)
+    h = normal(3, 7, dtype=torch.float64, seed=1)
     gamma = normal(1, 7, dtype=torch.float64, seed=2)
     assert torch.autograd.gradcheck(add_layer_norm, (x, h))
     assert torch.autograd.gradcheck(layer_norm, (x,))
@@ -231,11 +236,9 @@ def test_compiles_without_breaking_the_graph(device):
         total, y = add_layer_norm(x, h)
         return total + layer_norm(y) + rms_norm(y.view(-1, 2, 24), gamma).flatten(1)
 
-    x, h, gamma = (
-        normal(5, 48, device=device),
-        normal(5, 48, device=device, seed=1),
-        normal(2, 24, device=device),
-    )
+    x = normal(5, 48, device=device)
+    h = normal(5, 48, device=device, seed=1)
+    gamma = normal(2, 24, device=device)
     y = block(x, h, gamma)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, h, gamma)
     assert torch.equal(y, compiled)
@@ -246,11 +249,9 @@ def test_compiles_without_breaking_the_graph(device):
 
 
 def test_registered_as_torch_asks(device):
-    x, h, gamma = (
-        normal(3, 48, device=device),
-        normal(3, 48, device=device, seed=1),
-        normal(2, 24, device=device),
-    )
+    x = normal(3, 48, device=device)
+    h = normal(3, 48, device=device, seed=1)
+    gamma = normal(2, 24, device=device)
     ops = torch.ops.trislat
     for op, args in [
         (ops.layer_norm, (x, None, 1e-6)),

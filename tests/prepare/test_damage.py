@@ -43,7 +43,8 @@ SMALL = (
 
 
 def test_thirty_damaged_meshes_and_a_good_one(tmp_path, capsys):
-    rng, meshes = np.random.default_rng(14), {}
+    rng = np.random.default_rng(14)
+    meshes = {}
     for i in range(30):
         folder = tmp_path / "in" / f"{i:02d}"
         folder.mkdir(parents=True)
@@ -174,7 +175,8 @@ EPS = (
 
 
 def test_an_eps_by_the_name_of_a_png_starts_nothing(tmp_path, monkeypatch):
-    started, drawn = [], Image.new("RGB", (24, 24)).im
+    started = []
+    drawn = Image.new("RGB", (24, 24)).im
     monkeypatch.setattr(
         EpsImagePlugin, "Ghostscript", lambda *args, **more: started.append(args) or drawn
     )

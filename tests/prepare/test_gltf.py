@@ -44,7 +44,8 @@ def test_strips_fans_and_lists_without_indices(tmp_path):
 def test_strides_sparse_values_and_normalised_integers(tmp_path):
     gltf = Gltf()
     mixed = np.zeros((3, 5), "<f4")
-    mixed[:, :3], mixed[:, 3:] = TRIANGLE, 9
+    mixed[:, :3] = TRIANGLE
+    mixed[:, 3:] = 9
     position = gltf.array(TRIANGLE)
     gltf.document["accessors"][position] |= {
         "bufferView": gltf.view(mixed.tobytes(), byteStride=20)
@@ -93,11 +94,9 @@ def test_a_skin_moves_its_vertices_and_the_node_does_not(tmp_path):
 
 def test_base_colour_is_texture_times_factor_times_vertex_colour_in_linear_light(tmp_path):
     gltf = Gltf()
-    texel, factor, tint = (
-        np.array([200, 150, 90]),
-        np.array([0.9, 0.3, 0.5]),
-        np.array([0.5, 0.8, 0.25]),
-    )
+    texel = np.array([200, 150, 90])
+    factor = np.array([0.9, 0.3, 0.5])
+    tint = np.array([0.5, 0.8, 0.25])
     gltf.document |= {
         "images": [
             {"bufferView": gltf.view(png(np.full((4, 4, 3), texel))), "mimeType": "image/png"}

@@ -71,7 +71,8 @@ def test_features_of_a_cube(tmp_path):
         ((1, 0, 1), 1, -1, 5, 0.5),
     ]
     for cell, axis, sign, side, light in cases:
-        token, normal = rows[cell], np.zeros(3)
+        token = rows[cell]
+        normal = np.zeros(3)
         normal[axis] = sign
         color = np.array([0.2 + 0.1 * side, 0.9 - 0.1 * side, 0.5]) * light
         assert np.allclose(token[:3], color, atol=2e-3)
@@ -98,10 +99,8 @@ def test_features_see_the_training_views_only(tmp_path):
     assert transforms["holdout"] == 2 and len(transforms["frames"]) == 6
     mesh = read_mesh(path)
     normalize(mesh)
-    caster, made = (
-        Caster(mesh),
-        np.load(tmp_path / f"o/features/rgb_4/{folder.name}.npz")["patchtokens"],
-    )
+    caster = Caster(mesh)
+    made = np.load(tmp_path / f"o/features/rgb_4/{folder.name}.npz")["patchtokens"]
     for views, same in ((4, True), (6, False)):
         grid = Features(
             voxelize(mesh.vertices, mesh.faces, 4), voxelize(mesh.vertices, mesh.faces, 8), 4
@@ -121,7 +120,8 @@ def test_layout_and_transforms_round_trip(tmp_path):
     assert command(path, "--out", tmp_path / "o", *SMALL, "--size", 64, "--resolution", 8, 64) == 0
     (row,) = metadata(tmp_path / "o")
     sha = row["sha256"]
-    out, renders = tmp_path / "o", tmp_path / "o/renders" / sha
+    out = tmp_path / "o"
+    renders = tmp_path / "o/renders" / sha
     assert (
         row["rendered"] == row["voxelized"] == row["feature_rgb"] == row["feature_rgb_8"] == "True"
     )
@@ -140,10 +140,8 @@ def test_layout_and_transforms_round_trip(tmp_path):
     ]
     import trimesh
 
-    mesh, points = (
-        trimesh.load(renders / "mesh.ply", process=False),
-        trimesh.load(out / f"voxels_8/{sha}.ply"),
-    )
+    mesh = trimesh.load(renders / "mesh.ply", process=False)
+    points = trimesh.load(out / f"voxels_8/{sha}.ply")
     assert np.allclose(
         mesh.bounds, [[-0.5, -0.1, -0.225], [0.5, 0.1, 0.225]]
     ) and mesh.faces.shape == (12, 3)
@@ -191,7 +189,8 @@ def pair(tmp_path) -> Path:
 
 def test_an_interrupted_run_continues_to_the_same_dataset(pair, tmp_path, monkeypatch, capsys):
     assert command(pair, "--out", tmp_path / "whole", *SMALL) == 0
-    calls, render = [], Caster.render
+    calls = []
+    render = Caster.render
 
     def interrupted(self, *args):
         calls.append(None)
@@ -477,7 +476,8 @@ def test_the_embedded_dataset_is_whole():
     }
     assert not groups["train"] & groups["test"]
     for row in rows:
-        sha, renders = row["sha256"], demo / "renders" / row["sha256"]
+        sha = row["sha256"]
+        renders = demo / "renders" / row["sha256"]
         transforms = json.loads((renders / "transforms.json").read_text())
         assert transforms["holdout"] == 4 and len(transforms["frames"]) == 20
         data = np.load(demo / f"features/rgb_16/{sha}.npz")

@@ -17,9 +17,13 @@ from train.prepare.raycast import Caster, camera_to_world, direction
 from train.prepare.voxelize import voxelize
 
 # from -y, where an OBJ's +z looks, and from +y
-FRONT, BACK = camera_to_world(-np.pi / 2, 0), camera_to_world(np.pi / 2, 0)
+FRONT = camera_to_world(-np.pi / 2, 0)
+BACK = camera_to_world(np.pi / 2, 0)
 SIDE = 0.5  # light on a vertical surface that the key light does not reach
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+RED = (255, 0, 0)
+GREEN = (0, 255, 0)
+BLUE = (0, 0, 255)
+WHITE = (255, 255, 255)
 
 
 def view(path: Path, pose: np.ndarray, size: int = 32, samples: int = 4) -> np.ndarray:
@@ -110,7 +114,8 @@ def test_voxels_agree_with_exact_clipping(resolution):
     anywhere = rng.uniform(-0.49, 0.49, (4, 3, 3))
     tiny = rng.uniform(-0.4, 0.4, (8, 1, 3)) + rng.uniform(-0.02, 0.02, (8, 3, 3))
     for triangles in (on_planes, np.concatenate([anywhere, tiny])):
-        vertices, faces = triangles.reshape(-1, 3), np.arange(3 * len(triangles)).reshape(-1, 3)
+        vertices = triangles.reshape(-1, 3)
+        faces = np.arange(3 * len(triangles)).reshape(-1, 3)
         expected = voxels_exactly(vertices, faces, resolution)
         assert np.array_equal(voxelize(vertices, faces, resolution), expected.reshape(-1, 3))
 
@@ -227,7 +232,8 @@ def test_glb_with_node_transform_is_the_obj(tmp_path):
 
 def test_texture_look_up_interpolates_and_wraps():
     texture = np.zeros((2, 2, 4), np.uint8)
-    texture[0, 0], texture[1, 1] = 255, (0, 0, 0, 255)
+    texture[0, 0] = 255
+    texture[1, 1] = (0, 0, 0, 255)
     uv = np.array([[0.25, 0.75], [0.5, 0.5], [0.0, 0.75], [1.25, -0.25]])
     expected = [[1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5], [1, 1, 1, 0.5], [1, 1, 1, 1]]
     assert np.allclose(raycast.sample(texture, uv), expected)
@@ -259,7 +265,8 @@ def test_no_surface_is_passed_twice():
         0.007,
         0.0123,
     ]
-    faces, zero = np.array([[0, 1, 2], [0, 2, 3]]), np.zeros((2, 3, 3), np.float32)
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    zero = np.zeros((2, 3, 3), np.float32)
     for _ in range(60):
         turn = np.linalg.qr(rng.normal(size=(3, 3)))[0].T
         mesh = Mesh(

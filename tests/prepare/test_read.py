@@ -101,7 +101,8 @@ def moved() -> trimesh.Scene:
     square = trimesh.Trimesh(
         [[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False
     )
-    scene, shift = trimesh.Scene(), trimesh.transformations.translation_matrix([5.0, -3, 1])
+    scene = trimesh.Scene()
+    shift = trimesh.transformations.translation_matrix([5.0, -3, 1])
     scene.graph.update(frame_to="group", frame_from="world", matrix=shift @ np.diag([*SIZE / 2, 1]))
     for k, normal in enumerate(NORMALS):
         part = square.copy()
@@ -121,7 +122,8 @@ def write_gltf(folder: Path, name: str, mesh) -> None:
     files = trimesh.exchange.gltf.export_gltf(trimesh.Scene(mesh))
     document = json.loads(files.pop("model.gltf"))
     for buffer in document["buffers"]:
-        data, buffer["uri"] = files[buffer["uri"]], f"{name} {buffer['uri']}"
+        data = files[buffer["uri"]]
+        buffer["uri"] = f"{name} {buffer['uri']}"
         (folder / buffer["uri"]).write_bytes(data)
     if "images" in document:
         Image.fromarray(atlas()[0]).save(folder / f"{name}.png")
@@ -143,7 +145,8 @@ def check_pictures(folder: Path, colors: np.ndarray, up: str) -> None:
     half = (SIZE if up == "z" else SIZE[[0, 2, 1]]) / 2
     light = raycast.AMBIENT + raycast.KEY * np.maximum(normals @ raycast.KEY_DIRECTION, 0)
     light = light + raycast.TOP * (1 + normals[:, 2]) / 2 + raycast.BOTTOM * (1 - normals[:, 2]) / 2
-    lit, seen = colors * 255 * light[:, None], set()
+    lit = colors * 255 * light[:, None]
+    seen = set()
     for frame in json.loads((folder / "transforms.json").read_text())["frames"]:
         with Image.open(folder / frame["file_path"]) as picture:
             pixels = np.asarray(picture, float)

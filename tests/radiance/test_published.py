@@ -49,11 +49,10 @@ def check_golden(case: str, device) -> None:
         assert torch.equal(got.pop("rgb"), background[:, None, None].expand_as(image.color[0]))
     for name, value in got.items():
         want = tensors.get(f"f64_{name}", tensors[name]).double()
-        difference, limit = value.detach().cpu().double() - want, note["tolerance"][name]
-        relative, largest = (
-            limit["rel_l2_if_exact_derivative"],
-            limit["max_abs_if_exact_derivative"],
-        )
+        difference = value.detach().cpu().double() - want
+        limit = note["tolerance"][name]
+        relative = limit["rel_l2_if_exact_derivative"]
+        largest = limit["max_abs_if_exact_derivative"]
         assert difference.norm() <= relative * want.norm() + 1e-12, (
             f"{name}: {difference.norm() / want.norm():.2e}"
         )
@@ -91,7 +90,8 @@ def straight(y: float, device, size: int = 1) -> Camera:
 def test_pinned_numbers(device, density, alpha):
     position = torch.tensor([[32.5, 40.5, 32.5]], device=device) / 64
     inputs = torch.ones(1, 16, 3, 8), torch.full((1, 16), density), torch.zeros(1, 16, 1, 3)
-    offset, light = torch.full((1, 1, 1), 0.5, device=device), torch.zeros(1, 3, device=device)
+    offset = torch.full((1, 1, 1), 0.5, device=device)
+    light = torch.zeros(1, 3, device=device)
     image = raymarch(
         position,
         *(t.to(device) for t in inputs),

@@ -60,8 +60,10 @@ def safe_offset(
     """Random offsets [V, H, W] that keep every sample away from the faces of voxels, where fp32 and
     float64 may disagree.
     """
-    view, position = view.to("cpu", torch.float64), position.detach().cpu().double()
-    rng, chosen = torch.Generator().manual_seed(3), []
+    view = view.to("cpu", torch.float64)
+    position = position.detach().cpu().double()
+    rng = torch.Generator().manual_seed(3)
+    chosen = []
     origins, directions = view.rays()
     for v, s in enumerate(view_scene):
         low = position[starts[s] : starts[s + 1]] - 0.5 - 0.5 / resolution
@@ -108,7 +110,8 @@ def test_matches_the_reference(device, resolution, rank, dim, sizes, view_scene,
     torch.manual_seed(0)  # of the upstream gradients
     position, inputs, starts = voxels(sizes, resolution, rank, dim, device, density=density)
     V = len(view_scene)
-    view, light = camera(V, 19, 14, resolution), colors(V)
+    view = camera(V, 19, 14, resolution)
+    light = colors(V)
     offset = safe_offset(position, starts, view, view_scene, resolution, dim)
     if half:
         offset = torch.full_like(offset, 0.5)
@@ -135,7 +138,9 @@ def test_float64_matches_the_reference_to_rounding(resolution, rank, dim, densit
     position, inputs, starts = voxels(
         [20, 0, 9], resolution, rank, dim, density=density, dtype=torch.float64
     )
-    view, light, view_scene = camera(3, 21, 16, resolution), colors(3), [2, 0, 0]
+    view = camera(3, 21, 16, resolution)
+    light = colors(3)
+    view_scene = [2, 0, 0]
     offset = torch.rand(3, 16, 21, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     if half:
         offset.fill_(0.5)
@@ -152,7 +157,8 @@ def test_float64_matches_the_reference_to_rounding(resolution, rank, dim, densit
 def test_a_constant_voxel_is_analytic(device):
     """Transmittance exp(-rho h m) with m = floor(L / h) or one more samples on a chord L."""
     resolution, dim, density = 16, 4, 2.0
-    step, position = 0.5 / dim / resolution, torch.tensor([[8.5, 8.5, 8.5]]) / 16
+    step = 0.5 / dim / resolution
+    position = torch.tensor([[8.5, 8.5, 8.5]]) / 16
     view = camera(1, 24, 20, resolution)
     offset = torch.rand(1, 20, 24, generator=torch.Generator().manual_seed(0))
     inputs = (
@@ -173,7 +179,8 @@ def test_a_constant_voxel_is_analytic(device):
     (o,), (d,) = view.to(torch.float64).rays()
     d = torch.nn.functional.normalize(d, dim=-1)
     low = position[0].double() - 0.5 - 0.5 / resolution
-    a, b = (low - o) / d, (low + 1 / resolution - o) / d
+    a = (low - o) / d
+    b = (low + 1 / resolution - o) / d
     chord = (torch.maximum(a, b).amin(-1) - torch.minimum(a, b).amax(-1)).clamp(min=0)
     rho = math.log1p(math.exp(2 * density))
     m = -torch.log1p(-image.alpha[0, 0].cpu().double()) / (rho * step)
@@ -195,7 +202,8 @@ def test_a_ray_inside_a_face_belongs_to_the_voxel_on_the_positive_side(device):
     view.extrinsics[:, :3, :3] = view.extrinsics[:, :3, :3].round()
     view.extrinsics[:, :3, 3] = -(view.extrinsics[:, :3, :3] @ torch.tensor([0.0, 2.0, 0.06]))
     assert (view.rays()[1][0, :, 4, 0] == 0).all()
-    offset, light = torch.full((1, 9, 9), 0.37, device=device), colors(1, device)
+    offset = torch.full((1, 9, 9), 0.37, device=device)
+    light = colors(1, device)
     run = lambda keep: raymarch(
         position[keep],
         *(t[keep] for t in inputs),
@@ -206,25 +214,27 @@ def test_a_ray_inside_a_face_belongs_to_the_voxel_on_the_positive_side(device):
         8,
         offset,
     ).alpha[0, 0]
-    both, negative, positive = run([0, 1]), run([0]), run([1])
+    both = run([0, 1])
+    negative = run([0])
+    positive = run([1])
     assert torch.equal(both[:, 4], positive[:, 4]) and both[:, 4].min() > 0.9
     assert torch.equal(negative[:, 4], torch.zeros_like(negative[:, 4])) and negative.max() > 0.9
 
 
 def test_batched_equals_looped(device):
-    resolution, view_scene = 16, [0, 2, 2, 0]
+    resolution = 16
+    view_scene = [0, 2, 2, 0]
     position, inputs, starts = voxels([4, 0, 5], resolution, 2, 4, device, density=30.0)
-    view, light = camera(4, 16, 13, resolution, device), colors(4, device)
+    view = camera(4, 16, 13, resolution, device)
+    light = colors(4, device)
     offset = torch.rand(4, 13, 16, generator=torch.Generator().manual_seed(2)).to(device)
     image = raymarch(position, *inputs, starts, view, view_scene, light, resolution, offset)
     upstream = torch.randn(image.color.shape, generator=torch.Generator().manual_seed(1)).to(device)
     total = [torch.zeros_like(t) for t in inputs]
     for v, s in enumerate(view_scene):
         mine = slice(starts[s], starts[s + 1])
-        own, alone = (
-            [t[mine] for t in inputs],
-            (view[v], [0], light[v : v + 1], resolution, offset[v : v + 1]),
-        )
+        own = [t[mine] for t in inputs]
+        alone = (view[v], [0], light[v : v + 1], resolution, offset[v : v + 1])
         one = raymarch(position[mine], *own, [0, len(own[0])], *alone)
         for a, b in zip(outputs(one), outputs(image), strict=True):
             if backend.is_torch(a):  # matrix products of other sizes round differently
@@ -254,7 +264,8 @@ def test_views_and_scenes_of_a_batch_share_their_launches(kernel_device):
     counts = []
     for B in (1, 3):
         position, inputs, starts = voxels([2] * B, 16, 1, 4, kernel_device)
-        view, light = camera(B, 8, 8, 16, kernel_device), colors(B, kernel_device)
+        view = camera(B, 8, 8, 16, kernel_device)
+        light = colors(B, kernel_device)
         with backend.count_launches() as count:
             grads(raymarch(position, *inputs, starts, view, range(B), light, 16), inputs)
         counts.append(dict(count))
@@ -266,7 +277,8 @@ def test_views_and_scenes_of_a_batch_share_their_launches(kernel_device):
 )
 def test_nothing_to_see_shows_the_background(device, N, away):
     position, inputs, starts = voxels([N], 16, 2, 4, device)
-    view, light = camera(2, 12, 9, 16, device), colors(2, device)
+    view = camera(2, 12, 9, 16, device)
+    light = colors(2, device)
     view.extrinsics[:, 2 if away > 0 else 0, 3] -= away
     image = raymarch(position, *inputs, starts, view, [0, 0], light, 16)
     assert torch.equal(image.color, light[:, :, None, None].expand(2, 3, 9, 12))
@@ -296,11 +308,9 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     position, inputs, args = simple(device)
     first, second = (raymarch(position, *inputs, *args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(outputs(first), outputs(second), strict=True))
-    once, again, scaled = (
-        grads(first, inputs),
-        grads(second, inputs),
-        grads(raymarch(position, *inputs, *args), inputs, 2.0**20),
-    )
+    once = grads(first, inputs)
+    again = grads(second, inputs)
+    scaled = grads(raymarch(position, *inputs, *args), inputs, 2.0**20)
     for a, b, c in zip(once, again, scaled, strict=True):
         assert torch.equal(a, b) and torch.equal(a * 2**20, c) and a.abs().max() > 0
 
@@ -326,7 +336,8 @@ def test_a_drawn_offset_follows_the_seed_and_serves_the_backward(device):
 def test_sixteen_bit_inputs_are_converted(device):
     position, half, args = simple(device, dtype=torch.float16)
     full = [t.detach().float().requires_grad_() for t in half]
-    a, b = raymarch(position, *half, *args), raymarch(position.float(), *full, *args)
+    a = raymarch(position, *half, *args)
+    b = raymarch(position.float(), *full, *args)
     assert a.color.dtype == torch.float32 and torch.equal(a.color, b.color)
     for g, h in zip(grads(a, half), grads(b, full), strict=True):
         assert g.dtype == torch.float16 and torch.equal(g, h.half())

@@ -15,7 +15,9 @@ class Stack(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.first, self.second, self.act = nn.Linear(3, 4), nn.Linear(4, 4), Root()
+        self.first = nn.Linear(3, 4)
+        self.second = nn.Linear(4, 4)
+        self.act = Root()
 
     def use_graphs(self, most: int) -> None:
         assert most == 0

@@ -77,7 +77,8 @@ def test_a_folder_is_held_before_it_is_looked_into(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys, monkeypatch):
-    out, common = tmp_path / "run", ["--steps", "2", "--eval-objects", "1"]
+    out = tmp_path / "run"
+    common = ["--steps", "2", "--eval-objects", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(
             loop.Run, "step", lambda self, batches: (_ for _ in ()).throw(ValueError("no step"))
@@ -105,10 +106,8 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys, monkeypatch):
 
 def test_leftovers_go_when_a_run_goes_on_and_not_while_another_holds_it(tmp_path, capsys):
     fresh(tmp_path, "--steps", "1", "--eval-objects", "1")
-    leftover, mine = (
-        tmp_path / "samples" / "step_00000009.png.partial",
-        tmp_path / "mine.partial",
-    )
+    leftover = tmp_path / "samples" / "step_00000009.png.partial"
+    mine = tmp_path / "mine.partial"
     with loop.locked(tmp_path):
         leftover.touch(), mine.touch()
         assert (

@@ -91,7 +91,8 @@ def test_fp16_lets_the_loss_scale_fall_first(tmp_path, capsys, monkeypatch):
 
 
 def test_a_few_skipped_steps_stop_nothing(tmp_path, monkeypatch):
-    whole, steps = loop.weighted, []
+    whole = loop.weighted
+    steps = []
     bad = {2, 3, 4, 6, 7, 8}  # 3 in a row, twice
 
     def poisoned(terms, weights):
@@ -178,7 +179,8 @@ def test_the_newest_sound_checkpoint_is_never_deleted(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_weights_that_are_not_finite_are_neither_loaded_nor_saved(tmp_path, dtype):
-    model, prefix = randomize(small_encoder()), tmp_path / "m"
+    model = randomize(small_encoder())
+    prefix = tmp_path / "m"
     models.save_pretrained(model, prefix)
     weights = {name: t.to(dtype) for name, t in load_file(f"{prefix}.safetensors").items()}
     weights["blocks.0.attn.to_qkv.bias"][1:3] = torch.tensor([float("nan"), float("-inf")])

@@ -14,7 +14,8 @@ class Terminal(io.StringIO):
 
 def lines(total: int, seconds: float, due: tuple[int, ...] = (), **options) -> list[str]:
     """What a command writes that does a step in so many seconds and saves at the steps `due`."""
-    stream, now = io.StringIO(), [100.0]
+    stream = io.StringIO()
+    now = [100.0]
     with Progress(total, stream=stream, clock=lambda: now[0], **options) as progress:
         for step in range(progress.done + 1, total + 1):
             now[0] += seconds
@@ -31,10 +32,8 @@ def test_a_line_at_most_every_half_minute_and_at_saves_and_at_the_end():
 
 
 def test_a_line_says_how_far_it_is_and_how_long_it_takes():
-    first, last = (
-        lines(1004, 2.0, done=1000, unit="object")[0],
-        lines(1004, 2.0, done=1000, unit="object")[-1],
-    )
+    first = lines(1004, 2.0, done=1000, unit="object")[0]
+    last = lines(1004, 2.0, done=1000, unit="object")[-1]
     assert first == "object 1,001 of 1,004  loss 1001  00:02, 00:06 to go"
     assert last == "object 1,004 of 1,004  loss 1004  00:08, 00:00 to go"
 

@@ -10,14 +10,17 @@ from train.run import report
 
 
 def test_sample_pictures_put_the_truth_above_the_reconstruction(tmp_path):
-    truth, ours = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4) * 1.5
+    truth = torch.zeros(2, 3, 4, 4)
+    ours = torch.ones(2, 3, 4, 4) * 1.5
     truth[1, 0] = 1
     ours[0, 1] = 0
     draw = lambda columns: report.picture(
         {"truth": truth, "ours": ours}, columns, "a title", tmp_path / "deep" / "sample.png"
     )
     draw(["a", "b\n(unseen)"])
-    left, top, one = report.MARGIN, 4 * report.LINE, report.LEAST
+    left = report.MARGIN
+    top = 4 * report.LINE
+    one = report.LEAST
     with Picture.open(tmp_path / "deep" / "sample.png") as picture:
         assert picture.size == (left + 2 * one, top + 2 * one)
         middles = [
@@ -106,7 +109,8 @@ def test_curves_of_any_history(tmp_path, values):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 800])
 def test_curves_have_whole_steps_and_a_legend_that_covers_none(tmp_path, monkeypatch, steps):
-    figures, plain = [], report.Figure
+    figures = []
+    plain = report.Figure
     monkeypatch.setattr(
         report, "Figure", lambda **size: figures.append(plain(**size)) or figures[-1]
     )
@@ -117,7 +121,8 @@ def test_curves_have_whole_steps_and_a_legend_that_covers_none(tmp_path, monkeyp
     ]
     report.curves(rows, terms, tmp_path / "curves.png")
     (figure,) = figures
-    (legend,), renderer = figure.legends, figure.canvas.get_renderer()
+    (legend,) = figure.legends
+    renderer = figure.canvas.get_renderer()
     assert len(legend.get_texts()) == 12
     for axes in figure.axes:
         ticks = axes.get_xticks()

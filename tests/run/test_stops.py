@@ -23,7 +23,8 @@ def own_data(tmp_path: Path) -> list:
 
 
 def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, capsys):
-    data, out = own_data(tmp_path), tmp_path / "run"
+    data = own_data(tmp_path)
+    out = tmp_path / "run"
     message = refused(capsys, *TINY, *data, "--views", "4", "--out", out)
     assert "transforms.json: 3 train views, 4 wanted" in message and "--resume" not in message
     assert "lists 5 frames: 5 held-out views leave none" in refused(
@@ -33,7 +34,8 @@ def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, c
 
 
 def test_an_object_that_breaks_a_run_is_named_and_the_run_can_go_on(tmp_path, capsys):
-    data, out = own_data(tmp_path), tmp_path / "run"
+    data = own_data(tmp_path)
+    out = tmp_path / "run"
     seed = next(s for s in range(9) if np.random.default_rng([s, 0]).permutation(3)[1] == 1)
     # 3 and 4 are held out
     files = [tmp_path / "data" / "renders" / BB / f"{view:03d}.png" for view in range(3)]
@@ -149,7 +151,8 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
 
 def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
     """Have the forward pass, or the optimiser's step, raise an error after `at` of its calls."""
-    forward, update = loop.Objective.forward, torch.optim.AdamW.step
+    forward = loop.Objective.forward
+    update = torch.optim.AdamW.step
     calls = []
 
     def fails(whole):

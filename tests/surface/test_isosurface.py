@@ -107,10 +107,8 @@ def euler_characteristic(vertices, faces):
     direction.
     """
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).long()
-    forth, back = (
-        edges[:, 0] * len(vertices) + edges[:, 1],
-        edges[:, 1] * len(vertices) + edges[:, 0],
-    )
+    forth = edges[:, 0] * len(vertices) + edges[:, 1]
+    back = edges[:, 1] * len(vertices) + edges[:, 0]
     assert len(forth.unique()) == len(forth) and torch.equal(
         forth.sort().values, back.sort().values
     )
@@ -157,7 +155,8 @@ def test_an_untrained_decoder_shows_the_boundary_of_its_voxels(device):
     """All raw values zero: the signed distance is -1 / R at every corner, and the surface lies
     wholly outside the voxels.
     """
-    R, coords = 8, torch.tensor([[0, 3, 3, 3], [1, 0, 3, 3]], dtype=torch.int32)
+    R = 8
+    coords = torch.tensor([[0, 3, 3, 3], [1, 0, 3, 3]], dtype=torch.int32)
     out = isosurface(coords.to(device), torch.zeros(2, 101, device=device), R, False)
     assert torch.equal(out.tsdf_value.cpu(), torch.full((16,), -1 / R)) and bool(
         (out.attributes == 0.5).all()
@@ -203,7 +202,8 @@ def test_finite_differences(training):
 
 
 def test_batched_equals_looped(device):
-    R, counts = 6, [40, 0, 25, 90]
+    R = 6
+    counts = [40, 0, 25, 90]
     coords = voxels(counts, (R, R, R)).to(device)
     fields = (
         torch.randn(len(coords), 101, generator=torch.Generator().manual_seed(1))
@@ -233,11 +233,9 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     )
     first, second = isosurface(coords, fields, 7, True), isosurface(coords, fields, 7, True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    once, again, scaled = (
-        grads(first, fields),
-        grads(second, fields),
-        grads(isosurface(coords, fields, 7, True), fields, 0, 2.0**20),
-    )
+    once = grads(first, fields)
+    again = grads(second, fields)
+    scaled = grads(isosurface(coords, fields, 7, True), fields, 0, 2.0**20)
     assert (
         torch.equal(once, again)
         and torch.equal(once * 2**20, scaled)

@@ -26,7 +26,8 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_runs_leave_the_same_bits(script, data, tmp_path):
-    module, (compare, sizes) = import_module(f"train.{script}"), SCRIPTS[script]
+    module = import_module(f"train.{script}")
+    compare, sizes = SCRIPTS[script]
     states = []
     for run in "ab":
         flags = [

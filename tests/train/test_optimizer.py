@@ -55,7 +55,8 @@ def traced(case: str, clip, ema_index: int = 0):
         yield step, run, norm, t
         assert math.isfinite(norm) != bool(t["trace/skipped"][step])
         assert run.scale.log2 == t["trace/log_scale_f64"][step]
-        master, average = torch.cat([w1, w2]).detach(), torch.cat(list(run.average.values()))
+        master = torch.cat([w1, w2]).detach()
+        average = torch.cat(list(run.average.values()))
         assert (master - t["trace/master"][step]).abs().max() <= 1e-6
         assert (average - t[f"trace/ema{ema_index}"][step]).abs().max() <= 1e-6
     assert run.skipped == t["trace/skipped"].sum() and run.steps == len(t["g1"])
@@ -241,7 +242,8 @@ def test_averaged_weights_are_swapped_in_and_out():
     run = optimizer(ema=0.9)
     run.backward(sum(p.sum() for p in run.parameters.values()))
     run.step(0.5)
-    live, average = run.parameters["a"].detach().clone(), run.average["a"].clone()
+    live = run.parameters["a"].detach().clone()
+    average = run.average["a"].clone()
     assert not torch.equal(live, average)
     with run.averaged():
         assert torch.equal(run.parameters["a"], average)

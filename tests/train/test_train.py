@@ -219,7 +219,8 @@ def test_low_precision_activations_train_fp32_weights(tmp_path, precision):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
-    whole, calls = loop.weighted, []
+    whole = loop.weighted
+    calls = []
 
     def poisoned(terms, weights):
         calls.append(1)
@@ -245,7 +246,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
 
 
 def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path, monkeypatch):
-    drawn, whole = [], loop.Objective.forward
+    drawn = []
+    whole = loop.Objective.forward
 
     def forward(self, x, noise, batch, background):
         drawn.append((noise, background))

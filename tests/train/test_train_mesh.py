@@ -50,7 +50,10 @@ def test_a_run_leaves_shaded_pictures_scores_and_models(finished):
             sum(weight * row[name] for name, weight in weights.items()), rel=1e-5
         )
     with Picture.open(finished / "samples" / "step_00000003.png") as picture:
-        left, top, one = report.MARGIN, 4 * report.LINE, 96  # 24 enlarged
+        # 24 enlarged
+        left = report.MARGIN
+        top = 4 * report.LINE
+        one = 96
         # shading, normals and colours, the true ones above ours
         assert picture.height == top + 6 * one
         # an object of each group
@@ -91,7 +94,8 @@ def change_fields(monkeypatch, change):
     """Let `change(call, fields [N, 101], object of each cube [N])` replace what the decoder
     predicts in training.
     """
-    plain, calls = MeshDecoder.fields, []
+    plain = MeshDecoder.fields
+    calls = []
 
     def fields(self, z):
         cubes = plain(self, z)

@@ -127,7 +127,8 @@ def test_the_last_row_is_not_lost(n, window):
 def test_batched_equals_looped(device):
     coords = voxels([120, 0, 75])
     whole = lists(serialized_windows(coords.to(device), 3, 16, "hilbert", 8))
-    looped, offset = [], 0
+    looped = []
+    offset = 0
     for b in range(3):
         part = coords[coords[:, 0] == b].clone()
         part[:, 0] = 0

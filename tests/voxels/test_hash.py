@@ -178,7 +178,8 @@ def test_check_coords_of_random_batches(device):
 
 def test_compiles_without_breaking_the_graph(device, table_kind):
     cache = SpatialCache(voxels([40, 30]).to(device))
-    table, asked = build_table(cache), queries(cache.coords.cpu()).to(device)
+    table = build_table(cache)
+    asked = queries(cache.coords.cpu()).to(device)
 
     def search(asked):
         return lookup(table, asked)

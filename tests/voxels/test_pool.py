@@ -129,7 +129,8 @@ def test_down_up_and_down_again_share_what_was_made(device):
 
 def test_the_same_bits_twice(device):
     groups = cached([90, 3], device).get(pooling, 4)
-    x, y = normal(93, 33, device=device), normal(len(groups), 33, device=device)
+    x = normal(93, 33, device=device)
+    y = normal(len(groups), 33, device=device)
     for op, value in ((pool, x), (unpool, y)):
         runs = [
             (out := op(value, groups), *torch.autograd.grad(out.sin().sum(), value))
@@ -156,7 +157,8 @@ def test_sums_of_16_bit_rows_are_taken_in_fp32(device):
 
 def test_registered_and_compiled(device):
     groups = cached([20, 5], device).get(pooling, 2)
-    x, y = normal(25, 33, device=device), normal(len(groups), 33, device=device)
+    x = normal(25, 33, device=device)
+    y = normal(len(groups), 33, device=device)
     args = groups.index, groups.order, groups.starts
     if backend.name(x) != "interpreter":
         torch.library.opcheck(torch.ops.trislat.pool_sum.default, (x, *args, True))

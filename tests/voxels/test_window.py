@@ -20,7 +20,9 @@ def voxels(counts, extent=(11, 7, 16), seed=0):
     parts = []
     for b, n in enumerate(counts):
         cell = torch.randperm(extent[0] * extent[1] * extent[2], generator=generator)[:n]
-        x, y, z = cell // (extent[1] * extent[2]), cell // extent[2] % extent[1], cell % extent[2]
+        x = cell // (extent[1] * extent[2])
+        y = cell // extent[2] % extent[1]
+        z = cell % extent[2]
         parts.append(torch.stack([torch.full_like(x, b), x, y, z], 1))
     return torch.cat([torch.zeros(0, 4, dtype=torch.long), *parts]).int()
 
@@ -119,7 +121,8 @@ def test_published_partition(device, case):
 def test_batched_equals_looped(device):
     coords = voxels([120, 0, 75])
     whole = groups(window_partition(coords.to(device), 3, 4, 2, extent=16))
-    looped, offset = [], 0
+    looped = []
+    offset = 0
     for b in range(3):
         part = coords[coords[:, 0] == b].clone()
         part[:, 0] = 0

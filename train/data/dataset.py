@@ -208,20 +208,20 @@ class Dataset(torch.utils.data.Dataset):
             )
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
             raise ValueError(f"features {features!r} is no name of a folder of features")
-        self.resolution, self.image_size, self.num_views, self.max_voxels = (
-            resolution,
-            image_size,
-            num_views,
-            max_voxels,
-        )
-        self.views, self.holdout_views, self.seed = views, holdout_views, seed
-        self.min_aesthetic, self.split, self.features = min_aesthetic, split, features
+        self.resolution = resolution
+        self.image_size = image_size
+        self.num_views = num_views
+        self.max_voxels = max_voxels
+        self.views = views
+        self.holdout_views = holdout_views
+        self.seed = seed
+        self.min_aesthetic = min_aesthetic
+        self.split = split
+        self.features = features
         suffix = "" if resolution == 64 else f"_{resolution}"
-        self._flag, self._count, self._folder = (
-            f"feature_{features}{suffix}",
-            f"num_voxels{suffix}",
-            f"{features}{suffix}",
-        )
+        self._flag = f"feature_{features}{suffix}"
+        self._count = f"num_voxels{suffix}"
+        self._folder = f"{features}{suffix}"
         self._memory: dict | None = {} if cache else None
         self._meshes = meshes
         self.skipped: Counter[str] = Counter()
@@ -262,7 +262,8 @@ class Dataset(torch.utils.data.Dataset):
                 f"{' or '.join(fits) or 'no --features'}{make}"
             )
         for row in rows:
-            voxels, score = number(row, self._count, file), number(row, "aesthetic_score", file)
+            voxels = number(row, self._count, file)
+            score = number(row, "aesthetic_score", file)
             reason = None
             if not _true(row[self._flag]):
                 reason = "without features"
@@ -325,7 +326,8 @@ class Dataset(torch.utils.data.Dataset):
             raise ValueError(f"{name} is not an object of {self.summary()}")
         coords, features = self._features(name)
         if features.shape[1] != self.channels:
-            a, b = self._feature_file(name), self._feature_file(self.names[0])
+            a = self._feature_file(name)
+            b = self._feature_file(self.names[0])
             raise ValueError(
                 f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}"
             )
@@ -335,10 +337,8 @@ class Dataset(torch.utils.data.Dataset):
         images = [
             self._cached(read_picture, frames.files[v], self.image_size, like) for v in chosen
         ]
-        matrix, fov = (
-            torch.from_numpy(frames.matrix[chosen]),
-            torch.from_numpy(frames.fov[chosen]).float(),
-        )
+        matrix = torch.from_numpy(frames.matrix[chosen])
+        fov = torch.from_numpy(frames.fov[chosen]).float()
         camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
         mesh = (
             self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply")
@@ -375,7 +375,8 @@ class Dataset(torch.utils.data.Dataset):
     def _frames(self, name: str) -> tuple:
         file = self._objects[name][0] / "renders" / name / "transforms.json"
         frames = self._cached(read_frames, file)
-        count, held = len(frames.files), self.holdout_views
+        count = len(frames.files)
+        held = self.holdout_views
         if count <= held:
             raise ValueError(
                 f"{file} lists {count} frames: {held} held-out views leave none to train on: "
@@ -433,7 +434,10 @@ class Sampler:
                 f"a rank's {self.share} objects of a step are not a multiple of micro_batch "
                 f"{self.micro_batch}"
             )
-        self.length, self.batch_size, self.seed, self.rank = length, batch_size, seed, rank
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
         self.step = 0
 
     def _order(self, epoch: int) -> list[int]:
@@ -442,7 +446,8 @@ class Sampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = order = None
         while True:
-            first, keys = self.step * self.batch_size + self.rank * self.share, []
+            first = self.step * self.batch_size + self.rank * self.share
+            keys = []
             for place in range(first, first + self.share):
                 if place // self.length != epoch:
                     epoch = place // self.length

@@ -76,7 +76,8 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
     """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one
     says nothing of them.
     """
-    path, merged = out / "metadata.csv", {}
+    path = out / "metadata.csv"
+    merged = {}
     if path.is_file():
         merged = {row["sha256"]: row for row in read_metadata(out)}
     for row in rows:
@@ -123,7 +124,8 @@ def ply_points(points: np.ndarray) -> bytes:
 
 def ply_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     table = np.empty(len(faces), np.dtype([("n", "u1"), ("v", "<i4", 3)]))
-    table["n"], table["v"] = 3, faces
+    table["n"] = 3
+    table["v"] = faces
     return (
         _ply_header(len(vertices), len(faces)) + vertices.astype("<f4").tobytes() + table.tobytes()
     )

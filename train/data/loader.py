@@ -51,7 +51,8 @@ def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
     ):
         moving = None
         for batch in batches:
-            before, moving = moving, thread.submit(batch.pin_memory)
+            before = moving
+            moving = thread.submit(batch.pin_memory)
             if before:
                 yield before.result()
         if moving:

@@ -23,7 +23,9 @@ class Objects:
     """
 
     def __init__(self, config: Config, here: Machine, meshes: bool = False):
-        roots, self.config, self.here = config.data or [EMBEDDED], config, here
+        roots = config.data or [EMBEDDED]
+        self.config = config
+        self.here = here
         common = dict(
             resolution=config.resolution,
             features=config.features,

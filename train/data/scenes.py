@@ -71,7 +71,8 @@ def read_frames(file: Path) -> Frames:
         raise ValueError(f"{file} is missing")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        frames, holdout = content["frames"], content.get("holdout")
+        frames = content["frames"]
+        holdout = content.get("holdout")
         names = [str(frame["file_path"]) for frame in frames]
         matrix = np.array([frame["transform_matrix"] for frame in frames], np.float64)
         fov = np.array([frame["camera_angle_x"] for frame in frames], np.float64)

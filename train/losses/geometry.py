@@ -79,7 +79,8 @@ class Surfaces(nn.Module):
         Views of a scene without a surface take no part in the terms of pictures; its regulariser
         and signed distances do.
         """
-        black, true = torch.zeros_like(background), truth(batch)
+        black = torch.zeros_like(background)
+        true = truth(batch)
         image = models.render(scenes, batch.camera, batch.view_scene, black)
         target = composite(batch.image, black)
         seen = [view for view, scene in enumerate(batch.view_scene) if len(scenes[scene].faces)]
@@ -138,7 +139,8 @@ class Surfaces(nn.Module):
         """Rows of a sample picture by name, the true one above ours: grey under a lamp, normals,
         colours.
         """
-        white, true = batch.image.new_ones(len(batch.image), 3), truth(batch)
+        white = batch.image.new_ones(len(batch.image), 3)
+        true = truth(batch)
         ours = models.render(scenes, batch.camera, batch.view_scene, white)
         return {
             "truth\nshaded": shaded(true, batch.camera),

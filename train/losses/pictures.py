@@ -134,7 +134,9 @@ class GradClipper:
                 f"max_norm {max_norm} and buffer {buffer} must exceed 0, percentile "
                 f"{percentile} lie in [0, 100]"
             )
-        self.max_norm, self.percentile, self.buffer = max_norm, percentile, buffer
+        self.max_norm = max_norm
+        self.percentile = percentile
+        self.buffer = buffer
         self._norms: list[float] = []  # a ring once it is full
         self._next = 0
 
@@ -171,4 +173,5 @@ class GradClipper:
             raise ValueError(
                 f"this clipper remembers {self.buffer} norms, the saved one {state['buffer']}"
             )
-        self._norms, self._next = list(state["norms"]), state["next"]
+        self._norms = list(state["norms"])
+        self._next = state["next"]

@@ -23,7 +23,10 @@ from train.meshes.surface import GREY, Material, Mesh, assemble, decode, find
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
-REPEAT, TRIANGLES, STRIP, FAN = 10497, 4, 5, 6
+REPEAT = 10497
+TRIANGLES = 4
+STRIP = 5
+FAN = 6
 GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
 # of those that a file may require
 UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}
@@ -98,7 +101,8 @@ def gltf_files(path: Path) -> list[str]:
 
 def _document(path: Path) -> tuple[dict, bytes | None]:
     """The JSON of a file and, of a GLB, its binary chunk."""
-    data, binary = path.read_bytes(), None
+    data = path.read_bytes()
+    binary = None
     if not data:
         raise ValueError(f"{path.name} is empty")
     try:
@@ -112,14 +116,16 @@ def _document(path: Path) -> tuple[dict, bytes | None]:
                 raise ValueError(
                     f"truncated: its header says {length} bytes, the file has {len(data)}"
                 )
-            chunks, at = {}, 12
+            chunks = {}
+            at = 12
             while at + 8 <= length:
                 size, kind = struct.unpack_from("<I4s", data, at)
                 chunks.setdefault(kind, data[at + 8 : at + 8 + size])
                 at += 8 + size
             if b"JSON" not in chunks:
                 raise ValueError(f"no JSON chunk in its {length} bytes")
-            data, binary = chunks[b"JSON"], chunks.get(b"BIN\0")
+            data = chunks[b"JSON"]
+            binary = chunks.get(b"BIN\0")
         document = json.loads(data)
         if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
             raise ValueError("it is not glTF 2.0")
@@ -164,7 +170,10 @@ class _Part:
 
 class _Reader:
     def __init__(self, path: Path, document: dict, binary: bytes | None):
-        self.path, self.name, self.document, self.binary = path, path.name, document, binary
+        self.path = path
+        self.name = path.name
+        self.document = document
+        self.binary = binary
         self.notes: dict[str, None] = {}  # an ordered set
         self.pictures: dict[int, np.ndarray] = {}
         self.buffers: dict[int, bytes] = {}
@@ -185,7 +194,8 @@ class _Reader:
         return entries[number]
 
     def mesh(self) -> Mesh:
-        world, parts = self._world(), []
+        world = self._world()
+        parts = []
         for number, matrix in world.items():
             node = self._entry("nodes", number)
             if "mesh" in node:
@@ -221,7 +231,8 @@ class _Reader:
             roots = sorted(
                 set(range(len(nodes))) - {c for node in nodes for c in node.get("children", ())}
             )
-        world, todo = {}, [(number, np.eye(4)) for number in reversed(roots)]
+        world = {}
+        todo = [(number, np.eye(4)) for number in reversed(roots)]
         while todo:
             number, parent = todo.pop()
             node = self._entry("nodes", number)
@@ -242,7 +253,8 @@ class _Reader:
         return joints
 
     def _part(self, primitive: dict, matrix: np.ndarray, skin: np.ndarray | None) -> list[_Part]:
-        mode, attributes = primitive.get("mode", TRIANGLES), primitive["attributes"]
+        mode = primitive.get("mode", TRIANGLES)
+        attributes = primitive["attributes"]
         if mode not in (TRIANGLES, STRIP, FAN):
             self.note("its points and lines are not shown")
             return []
@@ -302,19 +314,17 @@ class _Reader:
         if number is None:
             return Material((1.0, 1.0, 1.0), linear=True) if colored else Material(GREY), {}
         material = self._entry("materials", number)
-        base, factor, slot = (
-            material.get("pbrMetallicRoughness", {}),
-            "baseColorFactor",
-            "baseColorTexture",
-        )
+        base = material.get("pbrMetallicRoughness", {})
+        factor = "baseColorFactor"
+        slot = "baseColorTexture"
         if GLOSSINESS in material.get("extensions", {}):
-            base, factor, slot = (
-                material["extensions"][GLOSSINESS],
-                "diffuseFactor",
-                "diffuseTexture",
-            )
+            base = material["extensions"][GLOSSINESS]
+            factor = "diffuseFactor"
+            slot = "diffuseTexture"
         r, g, b, opacity = (float(x) for x in base.get(factor, (1, 1, 1, 1)))
-        texture, place, mode = None, {}, material.get("alphaMode", "OPAQUE")
+        texture = None
+        place = {}
+        mode = material.get("alphaMode", "OPAQUE")
         if slot in base:
             texture, place = self._texture(base[slot], material.get("name", number))
         if mode == "MASK":
@@ -322,10 +332,8 @@ class _Reader:
             if texture is None:
                 opacity = float(opacity >= cutoff)
             else:
-                texture[..., 3], opacity = (
-                    np.where(texture[..., 3] / 255 * opacity >= cutoff, 255, 0),
-                    1.0,
-                )
+                texture[..., 3] = np.where(texture[..., 3] / 255 * opacity >= cutoff, 255, 0)
+                opacity = 1.0
         elif mode != "BLEND":
             opacity = 1.0
             if texture is not None:
@@ -333,7 +341,8 @@ class _Reader:
         return Material((r, g, b), min(max(opacity, 0.0), 1.0), texture, linear=True), place
 
     def _texture(self, info: dict, material) -> tuple[np.ndarray, dict]:
-        texture, place = self._entry("textures", info["index"]), dict(info)
+        texture = self._entry("textures", info["index"])
+        place = dict(info)
         place |= info.get("extensions", {}).get("KHR_texture_transform", {})
         if place.get("rotation"):
             raise ValueError(
@@ -405,7 +414,8 @@ class _Reader:
 
     def _view(self, number: int) -> bytes:
         view = self._entry("bufferViews", number)
-        begin, length = view.get("byteOffset", 0), view["byteLength"]
+        begin = view.get("byteOffset", 0)
+        length = view["byteLength"]
         data = self._buffer(view["buffer"])[begin : begin + length]
         if len(data) < length:
             raise ValueError(f"buffer view {number} has {len(data)} of its {length} bytes")
@@ -419,17 +429,16 @@ class _Reader:
                 f"accessor {number} is of {entry['componentType']} {entry['type']}, which glTF "
                 "2.0 does not know"
             )
-        dtype, width, count = (
-            np.dtype(TYPES[entry["componentType"]]),
-            WIDTHS[entry["type"]],
-            entry["count"],
-        )
+        dtype = np.dtype(TYPES[entry["componentType"]])
+        width = WIDTHS[entry["type"]]
+        count = entry["count"]
         if "bufferView" in entry:
             stride = (
                 self._entry("bufferViews", entry["bufferView"]).get("byteStride")
                 or dtype.itemsize * width
             )
-            data, begin = self._view(entry["bufferView"]), entry.get("byteOffset", 0)
+            data = self._view(entry["bufferView"])
+            begin = entry.get("byteOffset", 0)
             values = _strided(data, begin, count, width, stride, dtype, number)
         elif count * width > FEW:
             raise ValueError(f"accessor {number} has {count} rows but no data")
@@ -438,13 +447,12 @@ class _Reader:
         if sparse := entry.get("sparse"):
             rows, new = sparse["indices"], sparse["values"]
             kind = np.dtype(TYPES[rows["componentType"]])
-            data, begin, count = (
-                self._view(rows["bufferView"]),
-                rows.get("byteOffset", 0),
-                sparse["count"],
-            )
+            data = self._view(rows["bufferView"])
+            begin = rows.get("byteOffset", 0)
+            count = sparse["count"]
             at = _strided(data, begin, count, 1, kind.itemsize, kind, number)[:, 0]
-            data, begin = self._view(new["bufferView"]), new.get("byteOffset", 0)
+            data = self._view(new["bufferView"])
+            begin = new.get("byteOffset", 0)
             values[at] = _strided(data, begin, count, width, dtype.itemsize * width, dtype, number)
         if entry.get("normalized") and dtype.kind in "iu":
             values = np.maximum(values / np.iinfo(dtype).max, -1.0)

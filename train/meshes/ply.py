@@ -68,11 +68,13 @@ def read_ply(path: Path) -> Mesh:
     if faces.min() < 0 or faces.max() >= len(vertices):
         wrong = faces.min() if faces.min() < 0 else faces.max()
         raise ValueError(f"{name}: a face uses vertex {wrong} of {len(vertices)}")
-    F, notes = len(faces), []
+    F = len(faces)
+    notes = []
     normals = np.zeros((F, 3, 3))
     if {"nx", "ny", "nz"} <= vertex.keys():
         normals = np.stack([vertex[axis] for axis in ("nx", "ny", "nz")], 1).astype(float)[faces]
-    tint, color = np.ones((F, 3, 3)), (1.0, 1.0, 1.0)
+    tint = np.ones((F, 3, 3))
+    color = (1.0, 1.0, 1.0)
     if set(RGB) <= vertex.keys():
         tint = _unit(vertex)[faces]
     elif set(RGB) <= face.keys():
@@ -81,7 +83,8 @@ def read_ply(path: Path) -> Mesh:
         color = GREY
     if any("alpha" in table and (_scaled(table["alpha"]) < 1).any() for table in (vertex, face)):
         notes.append(f"{name}: the alpha of its colours is not shown")
-    uv, material = np.zeros((F, 3, 2)), np.zeros(F, int)
+    uv = np.zeros((F, 3, 2))
+    material = np.zeros(F, int)
     return assemble(
         name, vertices, faces, normals, uv, tint, material, [Material(color)], notes, up=Z_UP
     )
@@ -108,7 +111,8 @@ def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
     end = re.search(rb"^end_header[ \t]*(\r\n|\n|\r)", data, re.MULTILINE)
     if not re.match(rb"ply\s", data) or end is None:
         raise ValueError(f"no PLY header in its {len(data)} bytes")
-    elements, order = [], None
+    elements = []
+    order = None
     for line in data[: end.start()].decode("latin-1").splitlines()[1:]:
         words = line.split()
         if words[:1] == ["format"] and words[1] in FORMATS:
@@ -137,7 +141,9 @@ def _property(element: _Element, words: list[str], line: str) -> None:
     is_list = words[0] == "list"
     if len(words) != (4 if is_list else 2) or not set(words[:-1]) - {"list"} <= TYPES.keys():
         raise ValueError(f"header line {line!r} is not understood")
-    name, kind, length = words[-1], TYPES[words[-2]], TYPES[words[1]] if is_list else None
+    name = words[-1]
+    kind = TYPES[words[-2]]
+    length = TYPES[words[1]] if is_list else None
     if name in element.fields:
         raise ValueError(f"header line {line!r}: there is a property of that name already")
     if is_list and length[0] == "f":
@@ -165,7 +171,9 @@ def _typed(numbers: list[float], kind: str) -> np.ndarray:
 
 
 def _text(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:
-    words, at, tables = body.split(), 0, {}
+    words = body.split()
+    at = 0
+    tables = {}
     for element in elements:
         numbers = {name: [] for name in element.fields}
         sizes = {name: [] for name in element.fields}
@@ -197,7 +205,8 @@ def _split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
 
 
 def _binary(body: bytes, elements: list[_Element], order: str) -> dict[str, dict]:
-    at, tables = 0, {}
+    at = 0
+    tables = {}
     for element in elements:
         tables[element.name], at = _rows(body, at, element, order)
     return tables

@@ -61,7 +61,8 @@ def content_hash(path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    digest, parts = hashlib.sha256(path.read_bytes()), []
+    digest = hashlib.sha256(path.read_bytes())
+    parts = []
     if path.suffix.lower() == ".obj":
         for value in _values(path, "mtllib"):
             for library in _libraries(path.parent, value).values():
@@ -121,7 +122,8 @@ def _map_name(value: str) -> tuple[str, str | None]:
     """The file name of a map statement, and the first option in front of it that changes where the
     image lands.
     """
-    words, moved = value.split(), None
+    words = value.split()
+    moved = None
     while words and words[0].startswith("-") and len(words) > 1:
         option = words.pop(0)
         if option in ("-s", "-o", "-t"):
@@ -184,7 +186,8 @@ def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
         raise ValueError(f"{owner}: material {name!r}: {error}") from error
     texture = None
     if "map_kd" in statements:
-        color, texture = (1.0, 1.0, 1.0), _image(folder, owner, statements["map_kd"], name)
+        color = (1.0, 1.0, 1.0)
+        texture = _image(folder, owner, statements["map_kd"], name)
     if "map_d" in statements and statements["map_d"] != statements.get("map_kd"):
         mask = Image.fromarray(_image(folder, owner, statements["map_d"], name)).convert("L")
         if texture is None:
@@ -199,8 +202,15 @@ def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
 
 
 def _read_obj(path: Path) -> Mesh:
-    positions, uvs, normals, tints, corners, face_material = [], [], [], [], [], []
-    libraries, names, current = {}, {}, None
+    positions = []
+    uvs = []
+    normals = []
+    tints = []
+    corners = []
+    face_material = []
+    libraries = {}
+    names = {}
+    current = None
     tables = (positions, uvs, normals)
     for number, line in enumerate(_text(path), 1):
         words = line.split()
@@ -267,7 +277,8 @@ def _corner(word: str, tables) -> tuple[int, int, int]:
     found = [-1, -1, -1]
     for column, digits in enumerate(word.split("/")[:3]):
         if digits:
-            i, size = int(digits), len(tables[column])
+            i = int(digits)
+            size = len(tables[column])
             found[column] = i - 1 if i > 0 else size + i
             if not 0 <= found[column] < size:
                 raise ValueError(f"{word!r} points at row {i} of {size}")

@@ -192,7 +192,8 @@ def prepare_object(source: Source, settings: Settings) -> Result:
     """Make everything of one object that is not there yet; bad input ends in `Result.failure`,
     never in an exception.
     """
-    folder, partial = settings.out / "renders" / source.sha256, settings.partial(source.sha256)
+    folder = settings.out / "renders" / source.sha256
+    partial = settings.partial(source.sha256)
     try:
         recipe = {
             k: v
@@ -260,7 +261,9 @@ def _render(
     # not SHA: repainted copies are seen from the same sides
     mesh_file = hashlib.sha256(source.path.read_bytes()).hexdigest()
     r0, r1 = np.random.default_rng([settings.seed, int(mesh_file[:15], 16)]).random(2)
-    caster, frames, shown = Caster(mesh), [], False
+    caster = Caster(mesh)
+    frames = []
+    shown = False
     for frame, i in enumerate(frame_order(settings.views, settings.holdout_views)):
         pose = camera_to_world(*direction(i, settings.views, r0, r1))
         image, points = caster.render(pose, settings.size, settings.supersample)
@@ -288,10 +291,8 @@ def _finished(settings: Settings, sha: str, recipe: dict) -> dict[int, int] | No
         return None
     try:
         transforms = json.loads((folder / "transforms.json").read_text())
-        was, frames = (
-            transforms.get("recipe", {}),
-            [inside(folder, frame["file_path"]) for frame in transforms["frames"]],
-        )
+        was = transforms.get("recipe", {})
+        frames = [inside(folder, frame["file_path"]) for frame in transforms["frames"]]
     except MALFORMED:  # cut short or not what was written
         return None
     for name in recipe:
@@ -335,7 +336,8 @@ def _hashed(sources: list[Source]) -> tuple[list[list[Source]], list[Result]]:
     """Sources with the hash of their content, those of one content together, and a Result for every
     one that cannot be read.
     """
-    copies, refused = {}, []
+    copies = {}
+    refused = []
     for source in sources:
         try:
             # names of files can be any bytes
@@ -361,8 +363,10 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
     """Prepare all sources, print what happened and return the exit code: 0, 1 if nothing could be
     used, 130 if interrupted.
     """
-    start, code = time.perf_counter(), 0
-    (objects, refused), results = _hashed(sources), []
+    start = time.perf_counter()
+    code = 0
+    objects, refused = _hashed(sources)
+    results = []
     if objects:
         try:
             settings.out.mkdir(parents=True, exist_ok=True)
@@ -387,7 +391,8 @@ def run(sources: list[Source], settings: Settings, workers: int) -> int:
         rows = [r.row for r in results if r.row]
         if rows:
             write_metadata(settings.out, sorted(rows, key=lambda row: row["file_identifier"]))
-    made, failed = sum(r.made for r in results), sum(bool(r.failure) for r in results)
+    made = sum(r.made for r in results)
+    failed = sum(bool(r.failure) for r in results)
     print(
         f"{len(rows)} objects ({made} made, {len(rows) - made} there already), "
         f"{made * settings.views} views, "
@@ -411,7 +416,8 @@ def _results(objects: list[list[Source]], settings: Settings, workers: int) -> I
     # of each mesh whose turn it is, those that stand in for it
     left = {copies[0]: copies[1:] for copies in objects}
     while left:
-        turn, retry = left, {}
+        turn = left
+        retry = {}
         for source, result in _prepared(list(turn), settings, workers):
             yield result
             if result.row:

@@ -11,8 +11,13 @@ import numpy as np
 
 from train.meshes.read import Mesh
 
-RADIUS, FOV = 2.0, np.deg2rad(40)
-AMBIENT, KEY, TOP, BOTTOM = 0.3, 0.35, 0.3, 0.1  # no normal gets more than 1
+RADIUS = 2.0
+FOV = np.deg2rad(40)
+# no normal gets more than 1
+AMBIENT = 0.3
+KEY = 0.35
+TOP = 0.3
+BOTTOM = 0.1
 KEY_DIRECTION = np.array([4.0, 1.0, 6.0]) / np.sqrt(53.0)
 LAYERS = 16  # transparent surfaces that one ray can pass
 CLEAR = 1 / 512  # light below this share of a pixel is not followed
@@ -27,9 +32,13 @@ def direction(i: int, count: int, r0: float = 0.0, r1: float = 0.0) -> tuple[flo
     The Hammersley sequence of TRELLIS's render.py with its remap, which leaves a quarter of the
     views below the horizon.
     """
-    u, v, digit = (i + r0) / count, r1, 0.5
+    u = (i + r0) / count
+    v = r1
+    digit = 0.5
     while i:
-        v, i, digit = v + digit * (i & 1), i >> 1, digit / 2
+        v = v + digit * (i & 1)
+        i = i >> 1
+        digit = digit / 2
     u = 2 * u if u < 0.25 else 2 * u / 3 + 1 / 3
     return float(2 * np.pi * v), float(np.arccos(1 - 2 * u) - np.pi / 2)
 
@@ -76,7 +85,8 @@ class Caster:
         grid = (np.arange(size * samples) + 0.5) / (size * samples) * 2 - 1
         tangent = np.tan(FOV / 2)
         band = max(1, RAYS // (size * samples * samples)) * samples  # whole rows of pixels
-        image, points = np.zeros((size, size, 4)), []
+        image = np.zeros((size, size, 4))
+        points = []
         for row in range(0, size * samples, band):
             y = grid[row : row + band]
             rays = np.stack(
@@ -100,12 +110,17 @@ class Caster:
         """Premultiplied RGBA [N, 4] of N rays, front to back through transparent layers, and each
         layer's points.
         """
-        result, through, hits = np.zeros((len(ray), 4)), np.ones(len(ray)), []
-        live, last = np.arange(len(ray)), np.full(len(ray), -1)
+        result = np.zeros((len(ray), 4))
+        through = np.ones(len(ray))
+        hits = []
+        live = np.arange(len(ray))
+        last = np.full(len(ray), -1)
         for _ in range(LAYERS):
             found = self.scene.run(origin, ray[live], output=True)
             hit = found["primID"] >= 0
-            live, face, last = live[hit], found["primID"][hit], last[hit]
+            live = live[hit]
+            face = found["primID"][hit]
+            last = last[hit]
             if len(live) == 0:
                 break
             point = origin[hit] + found["tfar"][hit, None] * ray[live]
@@ -118,11 +133,9 @@ class Caster:
             shown = weight > CLEAR
             hits.append((point[shown], weight[shown], color[shown], normal[shown]))
             onward = through[live] > CLEAR
-            origin, last, live = (
-                (point + STEP * ray[live])[onward].astype(np.float32),
-                face[onward],
-                live[onward],
-            )
+            origin = (point + STEP * ray[live])[onward].astype(np.float32)
+            last = face[onward]
+            live = live[onward]
         return result, hits
 
     def _shade(self, face: np.ndarray, u: np.ndarray, v: np.ndarray, ray: np.ndarray):
@@ -130,7 +143,8 @@ class Caster:
         meet faces at (u, v).
         """
         corner = np.stack([1 - u - v, u, v], 1)
-        mesh, flat = self.mesh, self.flat[face]
+        mesh = self.mesh
+        flat = self.flat[face]
         smooth = np.einsum("mk,mkc->mc", corner, mesh.normals[face])
         length = np.linalg.norm(smooth, axis=1, keepdims=True)
         normal = np.where(length > 1e-6, smooth / np.maximum(length, 1e-6), flat)
@@ -145,7 +159,8 @@ class Caster:
         uv = np.einsum("mk,mkc->mc", corner, mesh.uv[face])
         used = mesh.material[face]
         for m in np.unique(used):
-            material, here = mesh.materials[m], used == m
+            material = mesh.materials[m]
+            here = used == m
             albedo[here] *= material.color
             alpha[here] = material.opacity
             if material.texture is not None:
@@ -176,7 +191,8 @@ def sample(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
     out.
     """
     H, W = texture.shape[:2]
-    x, y = (uv[:, 0] % 1) * W - 0.5, (1 - uv[:, 1] % 1) * H - 0.5
+    x = (uv[:, 0] % 1) * W - 0.5
+    y = (1 - uv[:, 1] % 1) * H - 0.5
     x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     fx, fy = x - x0, y - y0
     total = np.zeros((len(uv), 4))

@@ -50,7 +50,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
     extent = np.ptp(triangles, axis=1).max(1)
     # a block is 2^level cells wide, not less than the triangle
     level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)
-    pairs, blocks = np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
+    pairs = np.zeros(0, np.int64)
+    blocks = np.zeros((0, 3), np.int64)
     for size_log in range(max(level.max(initial=0), 0), -1, -1):
         size = 1 << size_log
         born = np.flatnonzero(level == size_log)
@@ -61,10 +62,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         inside = ((first <= high[:, None]) & (first >= 0) & (first * size < resolution)).all(-1)
         owner = np.broadcast_to(born[:, None], inside.shape)[inside]
         children = (blocks[:, None] * 2 + CORNERS).reshape(-1, 3)
-        pairs, blocks = (
-            np.concatenate([pairs.repeat(8), owner]),
-            np.concatenate([children, first[inside]]),
-        )
+        pairs = np.concatenate([pairs.repeat(8), owner])
+        blocks = np.concatenate([children, first[inside]])
         keep = (blocks * size < resolution).all(1)
         pairs, blocks = pairs[keep], blocks[keep]
         meets = [
@@ -114,12 +113,16 @@ class Features:
         """cells [V, 3] of `voxelize(..., resolution)`, sub_cells of `voxelize(..., 2 *
         resolution)`.
         """
-        self.cells, self.resolution, self.views = cells, resolution, 0
+        self.cells = cells
+        self.resolution = resolution
+        self.views = 0
         self.ids = cell_id(cells, resolution)
         V = len(cells)
         self.cell = np.zeros((V, 10))  # weighted sums of colour, normal, offset; weight
         self.sub = np.zeros((8 * V, 4))  # weighted sum of colour; weight
-        self.cell_seen, self.sub_seen, self.occupied = np.zeros(V), np.zeros(8 * V), np.zeros(8 * V)
+        self.cell_seen = np.zeros(V)
+        self.sub_seen = np.zeros(8 * V)
+        self.occupied = np.zeros(8 * V)
         row, s, known = self._rows(sub_cells)
         self.occupied[row[known] * 8 + s[known]] = 1
 
@@ -159,7 +162,8 @@ class Features:
 
     def result(self) -> np.ndarray:
         """[V, 50] float16."""
-        V, views = len(self.ids), max(self.views, 1)
+        V = len(self.ids)
+        views = max(self.views, 1)
         sub = (self.sub[:, :3] / np.maximum(self.sub[:, 3:], 1e-12)).reshape(V, 24)
         cell = self.cell[:, :9] / np.maximum(self.cell[:, 9:], 1e-12)
         parts = [

@@ -16,7 +16,8 @@ class Rescue:
     """
 
     def __init__(self, unsaved: Callable[[], bool], save: Callable[[], None]):
-        self.unsaved, self.save = unsaved, save
+        self.unsaved = unsaved
+        self.save = save
 
     def __enter__(self) -> "Rescue":
         return self

@@ -64,7 +64,9 @@ class Latents:
     """
 
     def __init__(self, encoder: Encoder, folder: Path):
-        self.encoder, self.folder, self._known = encoder, folder, set()
+        self.encoder = encoder
+        self.folder = folder
+        self._known = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()

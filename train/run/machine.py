@@ -100,7 +100,8 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
     device that is absent.
     """
     chosen = _device(device)
-    rank, world = int(os.environ.get("RANK", 0)), world_size()
+    rank = int(os.environ.get("RANK", 0))
+    world = world_size()
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -28,15 +28,20 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.stream, self.clock = stream or sys.stderr, clock
-        self.total, self.done, self.unit, self.shown = total, done, unit, shown
+        self.stream = stream or sys.stderr
+        self.clock = clock
+        self.total = total
+        self.done = done
+        self.unit = unit
+        self.shown = shown
         terminal = shown and self.stream.isatty()
         self.bar = (
             tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, file=self.stream)
             if terminal
             else None
         )
-        self.first, self.begin = done, clock()
+        self.first = done
+        self.begin = clock()
         self.last: float | None = None  # when the last line was written
 
     def update(self, note: str = "", now: bool = False) -> None:

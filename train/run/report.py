@@ -23,7 +23,9 @@ from train.run.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
 # of sample pictures, in pixels: font, distance of lines, room for the names of rows
-TEXT, LINE, MARGIN = 11, 15, 58
+TEXT = 11
+LINE = 15
+MARGIN = 58
 LEAST = 96  # pixels of an image there, so that its caption fits
 
 
@@ -198,13 +200,12 @@ def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) ->
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    steps, width = [row["step"] for row in rows], max(1, len(rows) // 50)
+    steps = [row["step"] for row in rows]
+    width = max(1, len(rows) // 50)
     marker = "." if len(rows) == 1 else ""
     for i, (name, weight) in enumerate({"loss": 1.0, **weights}.items()):
-        values, style = (
-            [None if row.get(name) is None else weight * row[name] for row in rows],
-            "-" if i < 10 else "--",
-        )
+        values = [None if row.get(name) is None else weight * row[name] for row in rows]
+        style = "-" if i < 10 else "--"
         left.plot(
             steps,
             _smoothed(values, width),
