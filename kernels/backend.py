@@ -1,10 +1,12 @@
-"""Which implementation of an op runs, and the one door through which every Triton kernel is
-launched.
+"""Choice of the implementation of an op, and the launch of every Triton kernel.
 
 A GPU tensor (NVIDIA or AMD) takes the Triton kernels. A CPU tensor takes the vectorised torch path,
 unless `with backend.use("interpreter")` sends it through the same kernels in Triton's interpreter,
 which needs TRITON_INTERPRET=1 in the environment before Triton is first imported. Nothing falls
 back silently.
+
+Triton is imported here alone for the kernels. Where it is not installed, every import works and CPU
+tensors take the torch path; an op that needs a kernel says that Triton is missing.
 """
 
 import os
@@ -16,6 +18,23 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+
+class _Absent:
+    """A stand-in for Triton where it is not installed: decorators and constants do nothing."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *args, **kwargs) -> "_Absent":
+        return self
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
@@ -24,8 +43,17 @@ _observers: list[Callable] = []
 
 
 def name(tensor: Tensor) -> str:
-    """The implementation that an op on `tensor` uses: "triton", "torch" or "interpreter"."""
-    return _cpu_choice.get() if tensor.device.type == "cpu" else "triton"
+    """The implementation that an op on `tensor` uses: "triton", "torch" or "interpreter".
+
+    Raises ImportError where that needs Triton and it is not installed.
+    """
+    chosen = _cpu_choice.get() if tensor.device.type == "cpu" else "triton"
+    if chosen != "torch" and isinstance(triton, _Absent):
+        raise ImportError(
+            f"Triton is not installed: an op on a tensor of the device {tensor.device} needs it "
+            "(pip install triton); tensors on a CPU can do without"
+        )
+    return chosen
 
 
 def is_torch(tensor: Tensor) -> bool:

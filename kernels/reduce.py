@@ -14,11 +14,10 @@ own start, so what stands before and after it in the memory changes no bit of it
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.transfer import to_device
 
 

@@ -22,11 +22,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 
 RADIUS = 5
 CACHED = 1 << 16  # pixels of all channels that are compared at once on a CPU

@@ -7,13 +7,13 @@ Which tiles of which segments exist is listed on the device, once per windows: n
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import backend
 from kernels.attention import long, short
 from kernels.attention.rows import _list_tiles
 from kernels.attention.sizes import Tile, tile_sizes
+from kernels.backend import triton
 
 KEPT = 16  # how many plans and tile lists are kept
 # A product fused into a sum across lanes is exact in its own lane and rounded in the others: copies

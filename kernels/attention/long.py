@@ -1,9 +1,7 @@
 """The attention kernels for segments longer than a tile: keys walked in steps."""
 
-import triton
-import triton.language as tl
-
 from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, rotate
+from kernels.backend import tl, triton
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -1,7 +1,6 @@
 """What the attention kernels do to a tile of rows as they load it: rotation and q/k norm."""
 
-import triton
-import triton.language as tl
+from kernels.backend import tl, triton
 
 EPSILON = tl.constexpr(1e-12)  # least norm of a row in the q/k norm
 

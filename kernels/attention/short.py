@@ -12,10 +12,8 @@ the softmax. Loops call no helper except the rotation and the norm: Triton's int
 milliseconds for each call.
 """
 
-import triton
-import triton.language as tl
-
 from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, rotate
+from kernels.backend import tl, triton
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -17,10 +17,10 @@ weight's gradient the transposed map of theirs.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import triton
 from kernels.conv import cpu as gathered
 from kernels.conv import tiles as kernel
 from kernels.conv.order import child_rows, octants

@@ -7,8 +7,7 @@ channels in a program, as a wide and a narrow accumulator (a tile's width is a p
 none): the gathered rows, which are most of the traffic, are read once.
 """
 
-import triton
-import triton.language as tl
+from kernels.backend import tl, triton
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -11,11 +11,10 @@ sort, where a pair's instances are neighbours: the backward pass writes there an
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.gaussian.records import TILE, Projected
 
 

@@ -20,11 +20,10 @@ two.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.gaussian.binning import Bins
 from kernels.gaussian.records import TILE
 

@@ -2,8 +2,7 @@
 gradients.
 """
 
-import triton
-import triton.language as tl
+from kernels.backend import tl, triton
 
 
 @triton.jit

@@ -21,11 +21,10 @@ and cameras get none.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.gaussian.ellipse import (
     EPS,
     add3,

@@ -13,11 +13,10 @@ second pixel.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.mesh.pixels_gpu import pixel_block, spread
 from kernels.mesh.silhouette_gradient import edge_gradient, is_negative, pair_upstream
 from kernels.reduce import sum_rows

@@ -8,11 +8,10 @@ up its views in their order.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.camera import Camera
 from kernels.mesh.pixels_gpu import pixel_block
 from kernels.views import Layout

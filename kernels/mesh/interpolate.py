@@ -7,11 +7,10 @@ products with a_0 - a_2 and a_1 - a_2.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.mesh.packing import check_faces, check_floats, check_rast, check_table
 from kernels.mesh.pixels_cpu import shown
 from kernels.mesh.pixels_gpu import known_order, pixel_block

@@ -6,11 +6,10 @@ barycentrics: a face has one normal.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.mesh.packing import check_faces, check_floats, check_rast, check_table
 from kernels.mesh.pixels_cpu import shown
 from kernels.mesh.pixels_gpu import known_order, pixel_block

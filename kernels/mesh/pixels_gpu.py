@@ -1,11 +1,10 @@
 """One thread a pixel: launch size, and the rows of the corners of each pixel's face, on a GPU."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 
 
 @triton.jit(do_not_specialize=["N", "size"])

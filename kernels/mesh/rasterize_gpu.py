@@ -18,11 +18,10 @@ included.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.mesh.frustum import EMPTY, Pieces, clip_faces
 from kernels.mesh.pixels_gpu import pixel_block, spread
 from kernels.mesh.zbuffer_gpu import NONE, _raster_large, _raster_small, _raster_snap

@@ -1,7 +1,6 @@
 """The gradient of one blended pair of pixels, as Triton functions."""
 
-import triton
-import triton.language as tl
+from kernels.backend import tl, triton
 
 
 @triton.jit

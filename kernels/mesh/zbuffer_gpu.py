@@ -1,8 +1,6 @@
 """Faces -> the nearest one of every pixel, on a GPU: the stages before it is resolved."""
 
-import triton
-import triton.language as tl
-
+from kernels.backend import tl, triton
 from kernels.mesh.frustum import EMPTY, NOWHERE
 
 NONE = tl.constexpr(EMPTY)

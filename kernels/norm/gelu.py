@@ -3,11 +3,10 @@ arithmetic in fp32.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.norm.layer import check_dtype, wide
 
 TILE = 4096  # elements per program; not yet measured on a GPU

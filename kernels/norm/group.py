@@ -11,11 +11,10 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.checks import check_eps, check_tensors
 
 TILE = 2048  # elements of a program's step, so that nothing spills; not yet measured on a GPU

@@ -10,11 +10,10 @@ anyway: the residual stream need not be kept, and products may add to it in plac
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.checks import check_eps, check_tensors
 
 TILE = 4096  # elements per program; not yet measured on a GPU

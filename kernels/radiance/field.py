@@ -1,7 +1,6 @@
 """The radiance field at a sample as Triton functions: taps, density, opacity, colour."""
 
-import triton
-import triton.language as tl
+from kernels.backend import tl, triton
 
 STOP, CLAMP = tl.constexpr(1e-3), tl.constexpr(0.999)
 

@@ -31,11 +31,10 @@ differ: both kernels are compiled without fusion.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.radiance.field import STOP, along_ray, load_taps, opacity, sigmoid, softplus
 from kernels.radiance.rays import Segments
 from kernels.views import Layout

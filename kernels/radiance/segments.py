@@ -23,11 +23,10 @@ pixels (69e3 pairs of a tile and a voxel) would make 98e6 lanes step through 9.9
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.radiance.rays import Segments, by_ray
 from kernels.views import Layout
 

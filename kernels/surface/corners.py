@@ -8,11 +8,10 @@ neither needs an atomic.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.surface.cubes import Cubes
 
 WEIGHTS = slice(32, 53)

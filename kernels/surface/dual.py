@@ -15,11 +15,10 @@ cubes and the three edges that meet there. No atomics.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.surface.cubes import Geometry
 from kernels.surface.dual_cpu import dual_torch, dual_torch_backward
 from kernels.surface.tables import cube_tables

@@ -6,11 +6,10 @@ parent it falls into, and its row is 8 * that parent + octant: no table, no sear
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 
 TILE = 1024  # entries per program; not yet measured on a GPU
 

@@ -13,11 +13,10 @@ point, which can leave out a sample's last row where that product comes out belo
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.checks import check_whole
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.window import Windows, per_axis

@@ -10,11 +10,10 @@ mean is the true one; microsoft/TRELLIS divides by one child more.
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import tl, triton
 from kernels.checks import check_tensors
 from kernels.voxels.cache import SpatialCache
 
