@@ -81,7 +81,6 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(dynamic(), dtype=i32),
             empty(S, dtype=i64),
             empty(S, dtype=i32),
-            empty(S, dtype=i32),
         ]
         saved = [
             record,
