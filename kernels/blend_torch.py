@@ -216,7 +216,7 @@ class _Shader:
     """Evaluates chunks: what is the same for all of them, and the buffers."""
 
     def __init__(self, mean, conic, opacity, color, rect, tile: Tensor, H: int, W: int):
-        half = conic.new_tensor([[-0.5], [1], [-0.5]])
+        half = conic.new_tensor([[-0.5], [1], [-0.5]]) * LOG2_E  # 2^x takes half the time of e^x
         planes = torch.cat([mean.t(), color.t(), conic.t() * half, opacity.log2()[None]])
         self.planes = torch.nn.functional.pad(planes, (0, 1))
         self.planes[8, -1] = -torch.inf  # the last pair has opacity 0
@@ -267,11 +267,13 @@ class _Shader:
         shape = self.planes[5:].index_select(1, own).view(4, T, 1, L)
         c11, c12, c22, strength = shape  # [T, 1, L]
         exponent = ratio.view(T, TILE, TILE, L)  # [T, y, x, L]
-        torch.add((c11 * dx).mul_(dx)[:, None], (c22 * dy).mul_(dy)[:, :, None], out=exponent)
+        across = (c11 * dx).mul_(dx)
+        if not self.steep:
+            across.add_(strength)
+        torch.add(across[:, None], (c22 * dy).mul_(dy)[:, :, None], out=exponent)
         exponent.addcmul_((c12 * dx)[:, None], dy[:, :, None], value=-1)
         if self.steep:
-            ratio.masked_fill_(ratio > 0, -torch.inf)
-        torch.add(strength, ratio, alpha=LOG2_E, out=ratio)  # 2^x takes half the time of e^x
+            ratio.masked_fill_(ratio > 0, -torch.inf).add_(strength)
         alpha = torch.threshold_(ratio.exp2_(), self.alpha_skip, 0)
         torch.sub(1, alpha.clamp(max=ALPHA_MAX) if self.bright else alpha, out=light)
         ratio.div_(light)
