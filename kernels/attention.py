@@ -196,6 +196,8 @@ def _save_window(ctx, inputs, output):
 
 
 def _differentiate_window(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 12
     # saved_tensors is read once: activation checkpointing recomputes at the first read and allows
     # no second
     dqkv, dgamma = torch.ops.trislat.window_attention_backward(
