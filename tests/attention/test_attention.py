@@ -346,7 +346,10 @@ def test_long_windows_in_pieces(monkeypatch):
     be large.
     """
     monkeypatch.setattr(attention_torch, "SCORES", 1000)
-    compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
+    # all probabilities are kept for the backward pass, then none
+    for most in (attention_torch.KEPT, 0):
+        monkeypatch.setattr(attention_torch, "KEPT", most)
+        compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
 
 
 def test_compiles(device):

@@ -210,6 +210,7 @@ def test_compiles(device):
         torch.view_as_real(extra["phases"]),
         16,
         0.25,
+        True,
     )
     torch.library.opcheck(torch.ops.trislat.window_attention, args)
 
