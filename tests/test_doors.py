@@ -19,9 +19,7 @@ from kernels.voxels.coords import check_coords
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.pool import pool
 from kernels.voxels.window import window_partition
-from tests.models.test_mesh import small_decoder as small_mesh
-from tests.models.test_models import batch, small_decoder, small_encoder
-from tests.models.test_radiance import small_decoder as small_radiance
+from tests.helpers.models import batch, small_decoder, small_encoder, small_mesh, small_radiance
 
 MODELS = {
     "encoder": (small_encoder, 5),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.helpers.shapes import box, write_obj
-from tests.train.test_train import fresh
+from tests.helpers.mesh_files import box, write_obj
+from tests.helpers.runs import fresh
 from train.prepare import command as prepare
 from train.run import checkpoint
 

@@ -14,13 +14,13 @@ from kernels.voxels.curves import MODES, serialized_windows
 from kernels.voxels.hash import build_table, lookup, neighbours
 from kernels.voxels.pool import pooling
 from kernels.voxels.window import full_windows, window_partition
-from tests.conftest import GPU
-from tests.helpers.draw import DRAWS, Draw
-from tests.helpers.reads import watch_reads
-from tests.mesh.test_render_mesh import scenes
-from tests.models.test_models import batch, randomize, small_decoder, small_encoder
-from tests.models.test_radiance import small_decoder as small_radiance
-from tests.voxels.test_window import voxels
+from tests.helpers.device_waits import watch_reads
+from tests.helpers.hardware import GPU
+from tests.helpers.meshes import scenes
+from tests.helpers.models import batch, randomize, small_decoder, small_encoder, small_radiance
+from tests.helpers.random_inputs import DRAWS
+from tests.helpers.random_inputs.choices import Draw
+from tests.helpers.voxels import voxels
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # all others none

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import GOLDEN
+from tests.helpers.golden import GOLDEN
 from tests.helpers.lpips_golden import pairs, parameters
 from train.lpips import LPIPS, main, weight_shapes
 

@@ -14,10 +14,11 @@ from kernels import backend
 from kernels.voxels.cache import SpatialCache
 from models import graphs
 from models.graphs import LEAST, bucket, made_up
-from tests.conftest import GPU, assert_close
-from tests.helpers.reads import watch_reads
-from tests.models.test_models import batch, randomize, small_decoder, small_encoder
-from tests.train.test_train import fresh
+from tests.helpers.compare import assert_close
+from tests.helpers.device_waits import watch_reads
+from tests.helpers.hardware import GPU
+from tests.helpers.models import batch, randomize, small_decoder, small_encoder
+from tests.helpers.runs import fresh
 
 
 class Tape(TorchDispatchMode):

@@ -17,44 +17,19 @@ from kernels.gaussian.splat import splat
 from kernels.voxels.cache import SpatialCache
 from models.layers import Block, block_windows, position_embedding
 from models.vae import load_weights as load_into
-from tests.conftest import GOLDEN, assert_close, golden, load_weights
-
-T1, T2 = 1e-5, 2e-5  # outputs and gradients, relative to the largest golden value
-REPRESENTATION = {
-    "lr": {"_rotation": 0.1},
-    "voxel_size": 1.5,
-    "num_gaussians": 4,
-    "2d_filter_kernel_size": 0.1,
-    "3d_filter_kernel_size": 9e-4,
-    "scaling_bias": 4e-3,
-    "opacity_bias": 0.1,
-    "scaling_activation": "softplus",
-}
-
-
-def build(case, device, **extra):
-    meta, tensors = golden(case)
-    tensors = {k: v.to(device) for k, v in tensors.items()}
-    model = models.MODELS[meta["cls"]](**meta["config"], **extra).to(device)
-    load_into(model, load_weights(tensors), case)
-    x = models.SparseTensor(tensors["in/feats"].clone().requires_grad_(), tensors["in/coords"])
-    return model, x, tensors
-
-
-def check_gradients(model, x, tensors, out):
-    loss = (
-        out.double() * torch.outer(tensors["grad/a"].double(), tensors["grad/b"].double())
-    ).sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(tensors["grad/loss"].item(), rel=1e-4)
-    assert_close(x.feats.grad, tensors["grad/in_feats"], T2, "in_feats")
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        if key.startswith("grad/param/"):
-            assert_close(parameters[key.removeprefix("grad/param/")].grad, value, T2, key)
-        if key.startswith("gradnorm/"):
-            norm = parameters[key.removeprefix("gradnorm/")].grad.double().norm().item()
-            assert norm == pytest.approx(value.item(), rel=2e-5), key
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import GOLDEN, golden, load_weights
+from tests.helpers.models import (
+    REPRESENTATION,
+    T1,
+    T2,
+    batch,
+    build,
+    check_gradients,
+    randomize,
+    small_decoder,
+    small_encoder,
+)
 
 
 def row_projections(model, x):
@@ -186,36 +161,6 @@ def test_initialisation_zeroes_what_the_published_one_does():
         assert (value == 0).all() == (name.endswith("bias") or name.startswith("out_layer")), name
     warm = small_encoder(logvar_init=-4.0)
     assert (warm.out_layer.bias[4:] == -4).all() and warm.out_layer.weight.std() > 0
-
-
-def small_encoder(**kwargs):
-    return models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4, **kwargs)
-
-
-def small_decoder(**kwargs):
-    return models.GaussianDecoder(
-        16, 32, 4, 2, num_heads=2, window_size=4, representation_config=REPRESENTATION, **kwargs
-    )
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.data = torch.randn(p.shape, generator=generator).to(p) * 0.2
-    return model
-
-
-def batch(counts, device, channels=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    coords = []
-    for sample, count in enumerate(counts):
-        # few windows: the interpreter pays for each
-        cells = torch.randperm(6**3, generator=generator)[:count]
-        xyz = torch.stack([cells // 36, cells // 6 % 6, cells % 6], dim=1) + sample
-        coords.append(torch.nn.functional.pad(xyz, (1, 0), value=sample))
-    coords = torch.cat(coords).int()
-    feats = torch.randn(len(coords), channels, generator=generator)
-    return models.SparseTensor(feats.to(device), coords.to(device), batch_size=len(counts))
 
 
 @pytest.mark.parametrize("mode", ["swin", "full"])

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from kernels.camera import Camera
-from tests.helpers.shapes import box, quad, write_obj
+from tests.helpers.mesh_files import box, quad, write_obj
+from tests.helpers.prepare import command, metadata
 from train.meshes.read import normalize, read_mesh
 from train.prepare import command as prepare
 from train.prepare import raycast
@@ -20,15 +21,6 @@ from train.prepare.raycast import Caster
 from train.prepare.voxelize import Features, voxelize
 
 ASSETS = Path(prepare.__file__).parents[1] / "assets"
-
-
-def metadata(folder: Path) -> list[dict]:
-    with (folder / "metadata.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def command(*arguments) -> int:
-    return prepare.main([str(a) for a in arguments])
 
 
 SMALL = (

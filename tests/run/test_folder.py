@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.train.test_train import ROOT, TINY, fresh, refused, rows, state, train
+from tests.helpers.runs import ROOT, TINY, fresh, refused, rows, state, train
 from train import loop
 from train.run import checkpoint
 from train.run import folder as folders

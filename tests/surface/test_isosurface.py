@@ -10,21 +10,8 @@ from kernels import backend
 from kernels.surface.isosurface import Surfaces, _forward, _reverse, isosurface
 from kernels.surface.reference import isosurface_reference
 from kernels.voxels.cache import SpatialCache
-from tests.conftest import assert_close, assert_same
-from tests.voxels.test_window import voxels
-
-OFFSET = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)])
-
-
-def full_grid(R):
-    axis = torch.arange(R)
-    return torch.nn.functional.pad(torch.cartesian_prod(axis, axis, axis), (1, 0)).int()
-
-
-def corners(coords, R):
-    """The vertex at each corner of each voxel, [N, 8]."""
-    x, y, z = (coords[:, None, 1:] + OFFSET).unbind(-1)
-    return (x * (R + 1) + y) * (R + 1) + z
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.voxels import OFFSET, full_grid, voxels
 
 
 def level_set(coords, R, distance, channels=101, seed=0):

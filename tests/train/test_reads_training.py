@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from kernels.camera import Camera
-from tests.helpers.reads import watch_reads
-from tests.models.test_models import randomize, small_encoder
+from tests.helpers.device_waits import watch_reads
+from tests.helpers.models import randomize, small_encoder
 from train import gaussian, mesh, radiance
 from train.config import from_cli
 from train.data.dataset import Batch, collate

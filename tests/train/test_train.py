@@ -20,34 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
+from tests.helpers.runs import ROOT, TINY, fresh, refused, rows, state, train
 from train import loop
-from train.gaussian import PRESETS, build
+from train.gaussian import PRESETS
 from train.run import checkpoint, latents, report
-
-ROOT = Path(__file__).parents[2]
-TINY = (
-    "--device cpu --image-size 32 --batch-size 2 --views 1 --holdout-views 2 --eval-objects 2 "
-    "--sample-every 100 --warmup 0 "
-    "--model.channels 16 --model.heads 1 --model.blocks 1 --model.per-voxel 2"
-).split()
-
-
-def train(*flags: str) -> None:
-    loop.main("gaussian", PRESETS, build, [*map(str, flags)])
-
-
-def fresh(out: Path, *flags: str) -> list[dict]:
-    """A new tiny run; returns its log."""
-    train(*TINY, "--out", out, *flags)
-    return rows(out)
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def state(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    return checkpoint.load(checkpoint.newest(run / "checkpoints"))
 
 
 def size(picture: Path) -> tuple[int, int]:
@@ -360,14 +336,6 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
     )
     with pytest.raises(OSError, match=f"could not write .*{name}.safetensors: No space left"):
         cache(batch)
-
-
-def refused(capsys, *flags) -> str:
-    """The message of a run that ends with status 2 before it trains."""
-    with pytest.raises(SystemExit) as stopped:
-        train(*flags)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_output_folders(tmp_path, capsys, monkeypatch):

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from tests.conftest import GPU
-from tests.helpers.standin import StandIn
+from tests.helpers.fake_device import StandIn
+from tests.helpers.hardware import GPU
 
 # what torch says; when its mode is first set, it says more
 WAIT = "called a synchronizing CUDA operation"

@@ -1,0 +1,15 @@
+"""The command train.prepare, and the table that it writes."""
+
+import csv
+from pathlib import Path
+
+from train.prepare import command as prepare
+
+
+def metadata(folder: Path) -> list[dict]:
+    with (folder / "metadata.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def command(*arguments) -> int:
+    return prepare.main([str(a) for a in arguments])
