@@ -8,9 +8,19 @@ from pathlib import Path
 
 from tests.helpers.source_files import FILES, PACKAGES, ROOT, SOURCES, imports, path, tree
 
-LONGEST = 620  # lines of a file
+LONGEST = 400  # lines of a file
 # files above LONGEST that are still to be split
-KNOWN_LONG: set[str] = set()
+KNOWN_LONG = {
+    "kernels/norm/group.py",
+    "kernels/norm/layer.py",
+    "kernels/similarity.py",
+    "tests/bench/test_cases.py",
+    "train/config.py",
+    "train/data/dataset.py",
+    "train/loop.py",
+    "train/meshes/gltf.py",
+    "train/prepare/command.py",
+}
 # files in kernels/ that still name train
 KNOWN_NAMES_OF_TRAIN = {"kernels/bench/command.py"}
 # docstrings that still open with a word that says no more than "this is"; path: names

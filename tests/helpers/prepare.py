@@ -5,6 +5,9 @@ from pathlib import Path
 
 from train.prepare import command as prepare
 
+# flags for small pictures of few views
+SMALL = "--size 16 --views 4 --holdout-views 1 --resolution 4 --workers 0 --supersample 1".split()
+
 
 def metadata(folder: Path) -> list[dict]:
     with (folder / "metadata.csv").open(newline="") as file:

