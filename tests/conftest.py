@@ -85,15 +85,15 @@ def kernel_device():
 
 @pytest.fixture
 def watched_device():
-    """The GPU, or its stand-in where there is none: for tests of what the host waits for. Kernels
+    """The GPU, or a fake device where there is none: for tests of what the host waits for. Kernels
     only.
     """
     if GPU:
         yield torch.device("cuda")
         return
-    from tests.helpers.fake_device import standin
+    from tests.helpers.fake_device import fake_device
 
-    with standin() as device:
+    with fake_device() as device:
         yield device
 
 

@@ -26,8 +26,8 @@ from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours
 from kernels.voxels.window import window_partition
 from tests.helpers import fake_peers as stand_ins
-from tests.helpers.bench_cases import square
 from tests.helpers.hardware import GPU
+from tests.helpers.square import square
 from train.bench import block_work
 
 CPU = torch.device("cpu")

@@ -15,6 +15,9 @@ SIZE = 24
 VIEWS = 5
 CHANNELS = 6
 AA, BB, CC, DD, EE = (2 * digit * 32 for digit in "abcde")  # as long as a sha256
+# files of the first object
+PNG = f"renders/{AA}/000.png"
+JSON = f"renders/{AA}/transforms.json"
 
 
 def pose(rng) -> np.ndarray:
@@ -29,6 +32,7 @@ def pose(rng) -> np.ndarray:
 
 
 def write_metadata(root, rows):
+    """Write the table of a dataset."""
     with (root / "metadata.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -75,17 +79,17 @@ def make(root, names=(AA, BB, CC), resolution=RES, size=SIZE, **columns):
 
 
 def opened(*roots, **options) -> Dataset:
+    """The dataset of the folders, with the settings of `make` where none are given."""
     return Dataset(roots, **{"resolution": RES, "features": "rgb", "image_size": SIZE} | options)
 
 
-def view_number(image) -> int:  # `make` paints it into the blue channel
+def view_number(image) -> int:
+    """The number of a view, which `make` paints into the blue channel."""
     return round(image[2, 0, 0].item() * 255) // 40
 
 
-PNG, JSON = f"renders/{AA}/000.png", f"renders/{AA}/transforms.json"
-
-
-def enormous(root):  # as its header says
+def enormous(root):
+    """Replace PNG by one whose header says 30,000 x 30,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 6, 0, 0, 0)
     whole = (
         b"\x89PNG\r\n\x1a\n"

@@ -1,4 +1,4 @@
-"""Counting what makes the host wait for a GPU, on a machine without one too."""
+"""The watch on what makes the host wait for the device, on a machine without a GPU too."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,34 +6,47 @@ from contextlib import contextmanager
 
 import torch
 
-from tests.helpers.fake_device import StandIn
+from tests.helpers.fake_device import FakeDevice
 from tests.helpers.hardware import GPU
 
-# what torch says; when its mode is first set, it says more
-WAIT = "called a synchronizing CUDA operation"
+# torch's warning of a wait; when its mode is first set, it warns of something else too
+WARNING = "called a synchronizing CUDA operation"
 
 
 @contextmanager
-def watch_reads() -> Iterator[list[str]]:
-    """What waits for the device inside the block, as it happens: with a GPU torch's own warnings,
-    otherwise names of functions that the stand-in ran.
+def watch_waits() -> Iterator[list[str]]:
+    """A list that grows with every wait inside the block.
+
+    On a GPU it holds torch's own warnings, on the fake device the names of the ops that wait.
     """
-    if not GPU:
-        before = StandIn.current.seen
-        StandIn.current.seen = []
-        try:
-            yield StandIn.current.seen
-        finally:
-            StandIn.current.seen = before
-        return
-    seen: list[str] = []
+    with _watch_gpu() if GPU else _watch_fake_device() as waits:
+        yield waits
+
+
+@contextmanager
+def _watch_fake_device() -> Iterator[list[str]]:
+    device = FakeDevice.current
+    before = device.waits
+    device.waits = []
+    try:
+        yield device.waits
+    finally:
+        device.waits = before
+
+
+@contextmanager
+def _watch_gpu() -> Iterator[list[str]]:
+    waits: list[str] = []
+
+    def note(message, *_):
+        if WARNING in str(message):
+            waits.append(str(message))
+
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: (
-            seen.append(str(message)) if WAIT in str(message) else None
-        )
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield seen
+            yield waits
         finally:
             torch.cuda.set_sync_debug_mode("default")

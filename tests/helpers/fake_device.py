@@ -1,10 +1,10 @@
-"""A GPU's stand-in on a machine without one: tensors that say they lie elsewhere, so that what
-moves between is seen.
+"""A fake device on a machine without a GPU: its tensors say that they lie on another device.
 
-What torch decides by device is decided as for a GPU: which path an op takes, what is copied, what
-is refused. The numbers are a CPU's. It notes what torch's sync debug mode reports of a GPU, and
-copies from memory that is not pinned, whether the caller says that it does not wait for them or
-not: a large one waits.
+So tests see what would move between the host and a GPU, and what would make the host wait. What
+torch decides by device is decided as for a GPU: which path an op takes, what is copied, what is
+refused. The numbers are computed on the CPU. A wait is noted where torch's sync debug mode reports
+one on a GPU, and for every copy from memory that is not pinned: a large one waits even where the
+caller asks that it does not.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from kernels import backend
 
 DEVICE = torch.device("meta")  # the one device beside the CPU that every torch knows
-WAITS = {
+
+# ops of torch whose result, or its size, the host must read
+READING_OPS = {
     "_local_scalar_dense",
     "equal",
     "allclose",
@@ -43,14 +45,14 @@ WAITS = {
     "_linalg_check_errors",
     "_linalg_eigvals",
 }
-# 0-d tensors
-READ = {
+# ops with an overload whose last argument, a 0-d tensor, the host reads
+READING_OVERLOADS = {
     "masked_fill": "Tensor",
     "masked_fill_": "Tensor",
     "index_fill": "int_Tensor",
     "index_fill_": "int_Tensor",
 }
-INDEXED = {
+INDEXING_OPS = {
     "index",
     "index_put",
     "index_put_",
@@ -58,43 +60,50 @@ INDEXED = {
     "_unsafe_index",
     "_unsafe_index_put",
 }
+MASKS = (torch.bool, torch.uint8)
+
+# torch's and ours, before the fake device replaces them
+_tensor = torch.tensor
+_as_tensor = torch.as_tensor
+_launch = backend.launch
+_autocast = torch.is_autocast_enabled
 
 
-class Away(Tensor):
-    """A tensor of the stand-in; `inner` holds its numbers."""
+class FakeTensor(Tensor):
+    """A tensor on the fake device; `values` is a tensor on the CPU that holds its numbers."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor):
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
+    def __new__(cls, values: Tensor):
+        layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
         return Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=DEVICE, **layout
+            cls, values.shape, dtype=values.dtype, device=DEVICE, **layout
         )
 
-    def __init__(self, inner: Tensor):
-        self.inner = inner
+    def __init__(self, values: Tensor):
+        self.values = values
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return StandIn.current.run(function, args, kwargs or {})
+        return FakeDevice.current.run(function, args, kwargs or {})
 
     def __getitem__(self, index):
-        return super().__getitem__(_indices_of_host(index))
+        return super().__getitem__(_sequences_to_host(index))
 
     def __setitem__(self, index, value):
         if isinstance(value, int | float):
             value = _on_host(value, self.dtype)
-        super().__setitem__(_indices_of_host(index), value)
+        super().__setitem__(_sequences_to_host(index), value)
 
     def __repr__(self, **_) -> str:
-        return f"Away({list(self.shape)}, {self.dtype})"
+        return f"FakeTensor({list(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo):
-        return Away(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+        return FakeTensor(self.values.detach().clone()).requires_grad_(self.requires_grad)
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.values.data_ptr()
 
     def tolist(self):
         return self.cpu().tolist()
@@ -108,58 +117,61 @@ def _on_host(data, dtype: torch.dtype | None = None) -> Tensor:
         return _tensor(data, dtype=dtype)
 
 
-def _indices_of_host(index):
-    """Sequences as what torch makes of them: tensors on the host, which are then copied."""
+def _sequences_to_host(index):
+    """An index as torch takes it: sequences become tensors on the host, which are then copied."""
     if isinstance(index, tuple):
-        return tuple(_indices_of_host(i) for i in index)
-    return _on_host(list(index)) if isinstance(index, list | range | np.ndarray) else index
+        return tuple(_sequences_to_host(part) for part in index)
+    if isinstance(index, list | range | np.ndarray):
+        return _on_host(list(index))
+    return index
 
 
-class StandIn(TorchDispatchMode):
-    """Runs what is asked of the stand-in's tensors on a CPU, and notes in `seen` by name what would
-    wait for a GPU.
-    """
+class FakeDevice(TorchDispatchMode):
+    """Runs ops on fake tensors on the CPU; `waits` names those that would wait for a GPU."""
 
-    current: "StandIn"
+    current: "FakeDevice"
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
-        # by storage, kept so that its number is not given to another
+        self.waits: list[str] = []
+        # by storage; the tensor is kept so that its storage's number is not used again
         self.pinned: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.run(function, args, kwargs or {})
 
     def run(self, function, args, kwargs):
-        if function.namespace == "trislat":  # what is in an op of ours counts too
+        """Compute an op, note whether it waits, and put its result where a GPU would have it."""
+        if function.namespace == "trislat":  # the waits inside an op of ours count too
             with self:
                 return OPDEFS[function.name()]._init_fn(*args, **kwargs)
-        with self:  # what is made of others; below autograd it is not yet
+        with self:  # an op that consists of others arrives here whole where autograd did not act
             out = function.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        given = kwargs.get("device")
+
         name = function.overloadpacket.__name__
-        away = any(isinstance(t, Away) for t in tensors)
         if name == "_pin_memory":
             return self._pin(*args)
         if name == "is_pinned":
             return self._is_pinned(*args)
+
+        fake = any(isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs)))
         if name in ("_to_copy", "copy_"):
             self._note_copy(name, *args[:2], **kwargs)
-        elif away:
-            self._note(function, name, args, kwargs)
-        to_away = away if given is None else torch.device(given).type == DEVICE.type
-        if given is not None:
-            kwargs_inner = kwargs | {"device": torch.device("cpu")}
-        else:
-            kwargs_inner = kwargs
-        out = function(*_inner(args), **_inner(kwargs_inner))
-        if not to_away:
+        elif fake:
+            self._note_wait(function, name, args, kwargs)
+
+        options = kwargs
+        device = kwargs.get("device")
+        if device is not None:
+            fake = torch.device(device).type == DEVICE.type
+            options = kwargs | {"device": torch.device("cpu")}
+        out = function(*_values(args), **_values(options))
+        if not fake:
             return out
-        out = tree_map_only(Tensor, lambda t: t if isinstance(t, Away) else Away(t), out)
+        wrap = lambda t: t if isinstance(t, FakeTensor) else FakeTensor(t)
+        out = tree_map_only(Tensor, wrap, out)
         return return_and_correct_aliasing(function, args, kwargs, out)
 
     def _pin(self, tensor: Tensor, *_) -> Tensor:
@@ -168,7 +180,8 @@ class StandIn(TorchDispatchMode):
         return pinned
 
     def _is_pinned(self, tensor: Tensor, *_) -> bool:
-        return not isinstance(tensor, Away) and tensor.untyped_storage()._cdata in self.pinned
+        on_host = not isinstance(tensor, FakeTensor)
+        return on_host and tensor.untyped_storage()._cdata in self.pinned
 
     def _note_copy(
         self,
@@ -179,61 +192,54 @@ class StandIn(TorchDispatchMode):
         device=None,
         **_,
     ) -> None:
-        """copy_(target, source), or _to_copy(target) to a device."""
+        """Note copy_(target, source), or _to_copy(target) to a device, if it moves and waits."""
+        to_fake = isinstance(target, FakeTensor)
         if name == "_to_copy":
-            begin = isinstance(target, Away)
-            end = isinstance(target, Away) if device is None else device.type == DEVICE.type
             source = target
-        else:
-            begin, end = isinstance(source, Away), isinstance(target, Away)
-        if (
-            begin != end
-            and source.numel()
-            and not (non_blocking and (begin or self._is_pinned(source)))
-        ):
-            self.seen.append(name)
-
-    def _note(self, function, name: str, args, kwargs) -> None:
-        foreign = lambda t: isinstance(t, Tensor) and not isinstance(t, Away)
-        if name in INDEXED:
-            self.seen += [name] * self._waits_of_index(name, *args[:3])
+            if device is not None:
+                to_fake = device.type == DEVICE.type
+        from_fake = isinstance(source, FakeTensor)
+        if from_fake == to_fake or not source.numel():
             return
-        if any(foreign(t) and t.ndim for t in tree_leaves((args, kwargs))):
-            raise RuntimeError(f"{function} of tensors on the host and on the device")
-        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        read = READ.get(name) == function._overloadname and isinstance(args[-1], Away)
-        if name in WAITS or unsized or read:
-            self.seen.append(name)
+        if non_blocking and (from_fake or self._is_pinned(source)):
+            return
+        self.waits.append(name)
 
-    def _waits_of_index(
-        self, name: str, tensor: Tensor, indices, value: Tensor | None = None
-    ) -> int:
-        """Masks are counted, indices copied, and a number that is stored too, but where a mask
-        alone says where.
+    def _note_wait(self, function, name: str, args, kwargs) -> None:
+        """Note an op on fake tensors if it waits; refuse one that also takes the host's."""
+        if name in INDEXING_OPS:
+            self.waits += [name] * self._waits_of_index(*args[1:3])
+            return
+        for tensor in tree_leaves((args, kwargs)):
+            on_host = isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor)
+            if on_host and tensor.ndim:
+                raise RuntimeError(f"{function} of tensors on the host and on the device")
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        overload = READING_OVERLOADS.get(name) == function._overloadname
+        reads_last = overload and isinstance(args[-1], FakeTensor)
+        if name in READING_OPS or unsized or reads_last:
+            self.waits.append(name)
+
+    def _waits_of_index(self, indices, value: Tensor | None = None) -> int:
+        """The number of waits of an index: the host counts each mask and copies each index.
+
+        A number that is stored is copied too, unless a single mask says where.
         """
         known = [t for t in indices if t is not None]
-        masks = sum(t.dtype in (torch.bool, torch.uint8) for t in known)
-        copies = sum(
-            not isinstance(t, Away) for t in known if t.dtype not in (torch.bool, torch.uint8)
-        )
-        number = value is not None and not isinstance(value, Away)
-        if number and masks == len(known) == 1:
+        masks = sum(t.dtype in MASKS for t in known)
+        copied = sum(t.dtype not in MASKS and not isinstance(t, FakeTensor) for t in known)
+        stores_number = value is not None and not isinstance(value, FakeTensor)
+        if stores_number and masks == len(known) == 1:
             return 0
-        return masks + copies + number
+        return masks + copied + stores_number
 
 
-def _inner(values):
-    return tree_map_only(Away, lambda t: t.inner, values)
+def _values(arguments):
+    return tree_map_only(FakeTensor, lambda t: t.values, arguments)
 
 
-_tensor = torch.tensor
-_as_tensor = torch.as_tensor
-_launch = backend.launch
-_autocast = torch.is_autocast_enabled
-
-
-def _made(function):
-    """Of torch.tensor and torch.as_tensor: made on the host, then copied."""
+def _made_on_host(function):
+    """torch.tensor or torch.as_tensor, which make a tensor on the host, then copy it."""
 
     def make(data, *, dtype=None, device=None, **rest):
         made = function(data, dtype=dtype, **rest)
@@ -243,26 +249,27 @@ def _made(function):
 
 
 def _run_kernel(kernel, grid, *args, **constants) -> None:
-    """In the interpreter, which reads what it interprets: that does not count."""
-    if any(isinstance(a, Tensor) and not isinstance(a, Away) for a in args) and 0 not in grid:
+    """Launch a kernel in the interpreter, whose own reads of its arguments do not count."""
+    on_host = any(isinstance(a, Tensor) and not isinstance(a, FakeTensor) for a in args)
+    if on_host and 0 not in grid:
         raise RuntimeError(f"{kernel} was given a tensor on the host")
     with _disable_current_modes():
-        _launch(kernel, grid, *_inner(args), **constants)
+        _launch(kernel, grid, *_values(args), **constants)
+
+
+def _autocast_enabled(kind: str | None = None) -> bool:
+    return kind != DEVICE.type and _autocast(kind or "cuda")
 
 
 @contextmanager
-def standin() -> Iterator[torch.device]:
-    """The stand-in's device, on which tensors can be made while the block runs."""
+def fake_device() -> Iterator[torch.device]:
+    """The fake device, on which tensors can be made while the block runs."""
     with (
-        patch.object(torch, "tensor", _made(_tensor)),
-        patch.object(torch, "as_tensor", _made(_as_tensor)),
-        patch.object(
-            torch,
-            "is_autocast_enabled",
-            lambda kind=None: kind != DEVICE.type and _autocast(kind or "cuda"),
-        ),
+        patch.object(torch, "tensor", _made_on_host(_tensor)),
+        patch.object(torch, "as_tensor", _made_on_host(_as_tensor)),
+        patch.object(torch, "is_autocast_enabled", _autocast_enabled),
         patch.object(backend, "launch", _run_kernel),
         patch.object(backend, "target", lambda tensor: "interpreter"),
-        StandIn() as StandIn.current,
+        FakeDevice() as FakeDevice.current,
     ):
         yield DEVICE

@@ -17,6 +17,7 @@ def scene(G: int, device, seed: int = 0, dtype=torch.float32) -> list[torch.Tens
 
 
 def camera(V: int, width: int, height: int, device="cpu") -> Camera:
+    """Views around the origin with an off-centre principal point."""
     views = Camera.orbit(
         torch.arange(V) * 2.0, torch.arange(V) * 0.4 - 0.5, 2.0, 0.6, width, height
     )
@@ -26,14 +27,17 @@ def camera(V: int, width: int, height: int, device="cpu") -> Camera:
 
 
 def colors(V: int, device="cpu") -> torch.Tensor:
+    """A background [V, 3] for each view."""
     return torch.linspace(0, 1, 3 * V, device=device).view(V, 3)
 
 
 def both(image) -> tuple[torch.Tensor, torch.Tensor]:
+    """Colour and alpha of a picture."""
     return image.color, image.alpha
 
 
 def grads(image, inputs, scale: float = 1.0) -> list[torch.Tensor]:
+    """Gradients of a random linear function of colour and alpha."""
     rng = torch.Generator().manual_seed(5)
     upstream = [scale * torch.randn(t.shape, generator=rng).to(t) for t in both(image)]
     return list(torch.autograd.grad(both(image), inputs, upstream))

@@ -12,6 +12,7 @@ from PIL import Image
 def write_obj(
     folder: Path, name: str, faces: str, materials: str = "", image: np.ndarray | None = None
 ) -> Path:
+    """Write an OBJ, and its materials and its texture if given; returns the OBJ's path."""
     folder.mkdir(parents=True, exist_ok=True)
     if image is not None:
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -110,12 +111,14 @@ UV = np.array([[0, 1], [1, 1], [1, 0], [0, 0]], float)  # v downwards: the pictu
 
 
 def png(pixels) -> bytes:
+    """The bytes of a PNG of these pixels."""
     stream = io.BytesIO()
     Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, "png")
     return stream.getvalue()
 
 
 def square(gltf: Gltf, uv=UV, **fields) -> dict:
+    """A textured square as a primitive of a document."""
     return gltf.primitive(
         SQUARE, TEXCOORD_0=gltf.array(uv), indices=gltf.array([0, 1, 2, 0, 2, 3], "<u2"), **fields
     )

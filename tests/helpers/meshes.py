@@ -56,6 +56,7 @@ def ball(n: int, radius: float = 0.4) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def cameras(V: int, width: int, height: int, radius: float = 2.0) -> Camera:
+    """Views of the origin from different sides."""
     return Camera.orbit(
         torch.arange(V) * 2.0 + 0.3, torch.arange(V) * 0.4 - 0.5, radius, 0.7, width, height
     )
@@ -87,6 +88,7 @@ VIEWS = [2, 1, 0, 2]
 
 
 def pictures(image) -> list[torch.Tensor]:
+    """All pictures of an image."""
     return [getattr(image, name) for name in FIELDS]
 
 

@@ -25,6 +25,7 @@ REPRESENTATION = {
 
 
 def build(case, device, **extra):
+    """A model with the published weights of a golden case, its input, and the case's tensors."""
     meta, tensors = golden(case)
     tensors = {k: v.to(device) for k, v in tensors.items()}
     model = models.MODELS[meta["cls"]](**meta["config"], **extra).to(device)
@@ -34,6 +35,7 @@ def build(case, device, **extra):
 
 
 def check_gradients(model, x, tensors, out):
+    """Compare the gradients of a model and its input with those of a golden case."""
     loss = (
         out.double() * torch.outer(tensors["grad/a"].double(), tensors["grad/b"].double())
     ).sum()
@@ -50,16 +52,19 @@ def check_gradients(model, x, tensors, out):
 
 
 def small_encoder(**kwargs):
+    """An encoder of two blocks."""
     return models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4, **kwargs)
 
 
 def small_decoder(**kwargs):
+    """A decoder to Gaussians of two blocks."""
     return models.GaussianDecoder(
         16, 32, 4, 2, num_heads=2, window_size=4, representation_config=REPRESENTATION, **kwargs
     )
 
 
 def randomize(model):
+    """Draw every parameter anew, so that none is zero; returns the model."""
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator).to(p) * 0.2
@@ -67,6 +72,7 @@ def randomize(model):
 
 
 def batch(counts, device, channels=5, seed=0):
+    """Samples of `counts` random voxels near each other, with random features."""
     generator = torch.Generator().manual_seed(seed)
     coords = []
     for sample, count in enumerate(counts):
@@ -80,6 +86,7 @@ def batch(counts, device, channels=5, seed=0):
 
 
 def small_mesh(use_color=True, **kwargs):
+    """A decoder to meshes of one block."""
     return models.MeshDecoder(
         16,
         256,
@@ -94,6 +101,7 @@ def small_mesh(use_color=True, **kwargs):
 
 
 def small_radiance(**representation):
+    """A decoder to radiance fields of two blocks."""
     config = {"rank": 3, "dim": 4} | representation
     return models.RadianceDecoder(
         16, 32, 4, 2, num_heads=2, window_size=4, representation_config=config
@@ -101,6 +109,7 @@ def small_radiance(**representation):
 
 
 def cameras(views, device, size=24):
+    """Views of the origin, one radian apart."""
     return Camera.orbit(
         list(map(float, range(views))), [0.1] * views, 2.0, math.radians(40), size, size
     ).to(device)

@@ -10,9 +10,11 @@ SMALL = "--size 16 --views 4 --holdout-views 1 --resolution 4 --workers 0 --supe
 
 
 def metadata(folder: Path) -> list[dict]:
+    """The rows of a dataset's table."""
     with (folder / "metadata.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def command(*arguments) -> int:
+    """Run the command; returns its exit status."""
     return prepare.main([str(a) for a in arguments])

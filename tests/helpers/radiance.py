@@ -44,6 +44,7 @@ def camera(V: int, width: int, height: int, resolution: int, device="cpu") -> Ca
 
 
 def colors(V: int, device="cpu") -> torch.Tensor:
+    """A background [V, 3] for each view."""
     return torch.linspace(0, 1, 3 * V, device=device).view(V, 3)
 
 
@@ -76,11 +77,13 @@ def safe_offset(
 
 
 def outputs(image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Colour, alpha and depth of a picture."""
     assert image.normal is None
     return image.color, image.alpha, image.depth
 
 
 def grads(image, inputs, scale: float = 1.0) -> list[torch.Tensor]:
+    """Gradients of a random linear function of colour, alpha and depth."""
     rng = torch.Generator().manual_seed(5)
     upstream = [scale * torch.randn(t.shape, generator=rng).to(t) for t in outputs(image)]
     return list(torch.autograd.grad(outputs(image), inputs, upstream))

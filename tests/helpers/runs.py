@@ -20,6 +20,7 @@ TINY = (
 
 
 def train(*flags: str) -> None:
+    """Run train.gaussian with these flags."""
     loop.main("gaussian", PRESETS, build, [*map(str, flags)])
 
 
@@ -30,10 +31,12 @@ def fresh(out: Path, *flags: str) -> list[dict]:
 
 
 def rows(run: Path) -> list[dict]:
+    """The rows of a run's log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def state(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The newest checkpoint of a run: tensors and the rest."""
     return checkpoint.load(checkpoint.newest(run / "checkpoints"))
 
 

@@ -18,6 +18,7 @@ def grads(surfaces, fields, seed=0, scale=1.0):
 
 
 def full_grid(R):
+    """Coordinates [R^3, 4] of every voxel of a grid."""
     axis = torch.arange(R)
     return torch.nn.functional.pad(torch.cartesian_prod(axis, axis, axis), (1, 0)).int()
 

@@ -15,7 +15,7 @@ from kernels.voxels.cache import SpatialCache
 from models import graphs
 from models.graphs import LEAST, bucket, made_up
 from tests.helpers.compare import assert_close
-from tests.helpers.device_waits import watch_reads
+from tests.helpers.device_waits import watch_waits
 from tests.helpers.hardware import GPU
 from tests.helpers.models import batch, randomize, small_decoder, small_encoder
 from tests.helpers.runs import fresh
@@ -321,7 +321,7 @@ def test_what_is_recorded_depends_on_sizes_alone(watched_device, backward):
         coords = torch.cat([x.coords, made_up(128 - len(x), 16, 2, watched_device)])
         feats = torch.nn.functional.pad(x.feats, (0, 0, 0, 128 - len(x))).requires_grad_()
         runs.append([])
-        with watch_reads() as reads, backend.observe(note):
+        with watch_waits() as reads, backend.observe(note):
             out = model.compute(feats, SpatialCache.unread(coords, 3, (16, 16, 16)))
             if backward:
                 torch.autograd.grad(out.sum(), [feats, model.input_layer.weight])
