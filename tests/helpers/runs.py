@@ -11,7 +11,6 @@ from train import loop
 from train.gaussian import PRESETS, build
 from train.run import checkpoint
 
-ROOT = Path(__file__).parents[2]
 TINY = (
     "--device cpu --image-size 32 --batch-size 2 --views 1 --holdout-views 2 --eval-objects 2 "
     "--sample-every 100 --warmup 0 "

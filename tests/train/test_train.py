@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
-from tests.helpers.runs import ROOT, TINY, fresh, rows, state, train
+from tests.helpers.runs import TINY, fresh, rows, state, train
+from tests.helpers.source_files import ROOT
 from train import loop
 from train.gaussian import PRESETS
 from train.run import checkpoint, latents, report

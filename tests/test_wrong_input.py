@@ -1,6 +1,4 @@
-"""What newcomers hand in by mistake is refused where it comes in, by name, with what was given and
-what is expected.
-"""
+"""Wrong input to public functions: refused at once, by name, with what was given and expected."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,7 @@
-"""What a training step waits for: the voxels and the renderer of every micro-batch, the gradient's
-norm and the row of means.
+"""Waits for the device in a training step.
+
+It waits for the voxels and the renderer of every micro-batch, the norm of the gradient and the row
+of means.
 """
 
 from dataclasses import replace
