@@ -68,7 +68,7 @@ def test_what_is_wrong_with_a_file_is_raised_in_its_place(worker, kind):
 DEATHS = {
     "die": "was ended by SIGKILL, perhaps because memory ran out: fewer --workers need less",
     "leave": "ended with status 3",
-    TypeError: r"failed: TypeError: what is wrong \(answering.py, line \d+\)",
+    TypeError: r"failed: TypeError: what is wrong \(worker_tasks.py, line \d+\)",
 }
 
 
