@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_ssim.py"""
+"""SSIM against its reference and published numbers."""
 
 import importlib
 

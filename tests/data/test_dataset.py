@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_data.py"""
+"""Datasets: which objects and views they give, batches of them, and their order."""
 
 import csv
 import json

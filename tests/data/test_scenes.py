@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_read.py"""
+"""Pictures, cameras and voxels read from files, good and damaged."""
 
 import json
 import math

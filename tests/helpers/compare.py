@@ -51,7 +51,8 @@ def assert_same(
             copy = copy.cpu().double() if copy.is_floating_point() else copy.cpu()
         return copy.requires_grad_(value.requires_grad)
 
-    ours, exact = [prepare(a, False) for a in args], [prepare(a, True) for a in args]
+    ours = [prepare(a, False) for a in args]
+    exact = [prepare(a, True) for a in args]
     got = _tensors(op(*ours, **kwargs))
     want = _tensors(reference(*exact, **{k: prepare(v, True) for k, v in kwargs.items()}))
     assert len(got) == len(want), f"{len(got)} outputs instead of {len(want)}"

@@ -78,7 +78,8 @@ def batch(device):
     face_starts = [0, len(a[1]), len(a[1]), len(a[1]) + len(b[1])]
     view_scene = [2, 0, 1, 2, 0]
     layout = make_mesh_layout(starts, face_starts, view_scene, device)
-    vertices, faces = torch.cat([a[0], b[0]]).to(device), torch.cat([a[1], b[1]]).to(device)
+    vertices = torch.cat([a[0], b[0]]).to(device)
+    faces = torch.cat([a[1], b[1]]).to(device)
     clip = to_clip(vertices, projection(cameras(5, 18, 12), 1.0, 3.0).to(device), layout.vertices)
     return clip.detach().requires_grad_(), faces, layout
 

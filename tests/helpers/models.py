@@ -11,7 +11,9 @@ from models.vae import load_weights as load_into
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import golden, load_weights
 
-T1, T2 = 1e-5, 2e-5  # outputs and gradients, relative to the largest golden value
+# tolerances of outputs and of gradients, relative to the largest golden value
+T1 = 1e-5
+T2 = 2e-5
 REPRESENTATION = {
     "lr": {"_rotation": 0.1},
     "voxel_size": 1.5,

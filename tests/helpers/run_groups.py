@@ -22,8 +22,11 @@ import torch._dynamo  # noqa: F401  what the first optimiser would import in eve
 from tests.helpers.runs import train
 from train.run import report
 
-STEPS, SAVE_EVERY = 4000, 3000  # no save before the signal
-START, END = 120.0, 20.0  # seconds, on a machine that has much else to do
+STEPS = 4000
+SAVE_EVERY = 3000  # no save before the signal
+# seconds, on a machine that has much else to do
+START = 120.0
+END = 20.0
 
 
 def members(group: int) -> list[int]:

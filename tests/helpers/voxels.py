@@ -18,13 +18,15 @@ def voxels(counts, extent=(11, 7, 16), seed=0):
 
 def groups(windows):
     """Rows of each non-empty window, in order."""
-    starts, order = windows.starts.tolist(), windows.order.tolist()
+    starts = windows.starts.tolist()
+    order = windows.order.tolist()
     return [order[a:b] for a, b in zip(starts, starts[1:], strict=False) if b > a]
 
 
 def lists(windows):
     """(query rows, key rows) of every window."""
-    order, keys = windows.order.tolist(), windows.keys.tolist()
+    order = windows.order.tolist()
+    keys = windows.keys.tolist()
     ends = zip(windows.starts.tolist(), windows.starts[1:].tolist(), strict=False)
     key_ends = zip(windows.key_starts.tolist(), windows.key_starts[1:].tolist(), strict=False)
     return [(order[a:b], keys[c:d]) for (a, b), (c, d) in zip(ends, key_ends, strict=True)]

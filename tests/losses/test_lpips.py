@@ -3,7 +3,7 @@ from.
 
 The weights themselves are no part of the repository. With them:
 
-    TRISLAT_LPIPS=lpips_vgg16.safetensors python -m pytest tests/test_lpips.py
+    TRISLAT_LPIPS=lpips_vgg16.safetensors python -m pytest tests/losses/test_lpips.py
 """
 
 import io

@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_losses.py"""
+"""Losses of pictures against published numbers, and the clipping of gradients."""
 
 import math
 

@@ -57,7 +57,8 @@ def surfaces(d: Draw) -> Case:
 def _mesh(d: Draw) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Vertices, faces, clip positions, height, width of one view of one mesh."""
     F = d.number(0, 16)
-    height, width = (d.number(1, 14), d.number(1, 14))
+    height = d.number(1, 14)
+    width = d.number(1, 14)
     vertices, faces, _ = meshes.soup(F, d.seed)
     clip = meshes.positions(vertices, width, height, d.pick(2.0, 1.2, 0.5))
     return vertices, faces, clip, height, width
