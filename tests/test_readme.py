@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from tests.helpers.shapes import box, write_obj
-from tests.train.test_train import fresh
+from tests.helpers.mesh_files import box, write_obj
+from tests.helpers.runs import fresh
 from train.prepare import command as prepare
 from train.run import checkpoint
 

@@ -8,7 +8,7 @@ import torch
 from kernels.gaussian import blend_cpu
 from kernels.gaussian.binning_cpu import bin_torch
 from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
-from tests.conftest import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 
 class Composite(torch.autograd.Function):

@@ -12,7 +12,8 @@ import models
 from kernels.camera import Camera, Image
 from kernels.mesh.render import face_camera, render_mesh
 from models import MeshScene
-from tests.conftest import assert_close, golden
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import golden
 from train.data.dataset import Meshes
 from train.losses.geometry import LAMP, Surfaces, geometry, shaded, tsdf
 from train.mesh import BASE

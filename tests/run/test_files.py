@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.train.test_train import fresh
+from tests.helpers.runs import fresh
 from train.files import sweep, whole, write_whole
 
 
