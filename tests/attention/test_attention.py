@@ -87,6 +87,19 @@ def test_norm_of_rows_that_are_zero_or_tiny(device):
     compare(qkv, windows, gammas)
 
 
+def test_published_norm_of_queries_and_keys(device):
+    """Attention that norms gives what attention over published normed rows gives."""
+    tensors = golden("ops_sparse")[1]
+    x, gamma, normed = (tensors[f"rms/{k}"].to(device).float() for k in ("in", "gamma", "out"))
+    N = len(x)
+    starts = torch.tensor([0, N], dtype=torch.int32, device=device)
+    windows = Windows(torch.arange(N, dtype=torch.int32, device=device), starts, N)
+    v = torch.randn_like(x)
+    out = window_attention(torch.stack([x, x, v], 1), windows, q_gamma=gamma, k_gamma=gamma)
+    expected = window_attention(torch.stack([normed, normed, v], 1), windows)
+    assert_close(out, expected, 1e-5)
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_scores_far_from_zero(device, sign):
     """exp of any score alone would overflow or vanish, of padded keys too."""
