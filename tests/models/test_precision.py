@@ -1,6 +1,4 @@
-"""Sixteen-bit activations with fp32 master weights, through the real models, the renderer and the
-training step.
-"""
+"""Sixteen-bit activations with fp32 weights, through models, renderer and training step."""
 
 import math
 
@@ -23,8 +21,9 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def start(tmp_path):
-    """Makes tiny runs of the Gaussian VAE on the embedded objects, the output layers not zero:
-    gradients reach every weight.
+    """A function that makes tiny runs of the Gaussian VAE on the embedded objects.
+
+    Output layers are not zero, so that gradients reach every weight.
     """
 
     def warm(config, channels):
@@ -135,9 +134,7 @@ def finite(row: dict) -> bool:
 
 
 def test_fp16_checkpoint_files_train_in_fp32_for_100_steps(start, tmp_path):
-    """fp16 parameters in AdamW turn into NaN at the first step: its eps is zero there. Ours load as
-    fp32.
-    """
+    """fp16 files load as fp32: in AdamW fp16 parameters turn into NaN, because its eps is zero."""
     source = start().vae
     for part, model in source.named_children():
         models.save_pretrained(model, tmp_path / part)

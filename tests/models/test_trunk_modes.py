@@ -1,5 +1,6 @@
-"""The trunk's other published modes: windows along curves and rotary embedding, which no published
-numbers cover whole.
+"""The trunk's other published modes: windows along curves and rotary embedding.
+
+No published numbers cover them whole.
 """
 
 import pytest
@@ -22,15 +23,14 @@ def encoder(device, **kwargs):
 
 
 def test_published_rotation(device):
-    """As a function alone and through attention, whose scores of rotated and unrotated rows must be
-    the same.
-    """
+    """The rotation alone, and attention that rotates against attention over rotated rows."""
     _, tensors = golden("ops_sparse")
     tensors = {k: v.to(device) for k, v in tensors.items()}
     coords = torch.nn.functional.pad(tensors["ape/pos"], (1, 0)).int()
     coords[:, 0] = torch.arange(len(coords))  # one voxel a sample: positions may repeat
     phases = rotary_phases(SpatialCache(coords, None), 48)
-    q, k = tensors["rope/q"][:, None], tensors["rope/k"][:, None]
+    q = tensors["rope/q"][:, None]
+    k = tensors["rope/k"][:, None]
     rotated = tensors["rope/q_out"][:, None], tensors["rope/k_out"][:, None]
     assert_close(rotate_reference(q, phases), rotated[0], 1e-5, "q")
     assert_close(rotate_reference(k, phases), rotated[1], 1e-5, "k")
@@ -42,8 +42,9 @@ def test_published_rotation(device):
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 32, 64])
 def test_phases_of_every_head_size(channels):
-    """10000 ** (-k / n) per step along an axis, n = channels // 3 // 2 of them for x, y, z; the
-    rest do not turn.
+    """Angles are 10000 ** (-k / n) per step along an axis, n = channels // 3 // 2 for each axis.
+
+    Channels that are left over do not turn.
     """
     cache = SpatialCache(torch.tensor([[0, 3, 0, 7]], dtype=torch.int32))
     n = channels // 3 // 2
@@ -111,7 +112,8 @@ def test_hooks_of_every_layer_run_and_inputs_stay(device):
     plain = gradients()
     before = x.feats.clone()
     layers = dict(block.named_modules())
-    forward, backward = [], []
+    forward = []
+    backward = []
     for name, layer in layers.items():
         note = lambda module, args, out, name=name: forward.append(name)
         layer.register_forward_hook(note)
@@ -137,9 +139,7 @@ def test_batched_equals_looped_with_empty_samples(device, mode, position):
 
 
 def test_rotary_embedding_is_relative(device):
-    """Moving the whole object changes nothing: no absolute position is added, and rotations meet
-    only as differences.
-    """
+    """Moving the whole object changes nothing: scores depend on differences of rotations."""
     model = encoder(device, attn_mode="full", pe_mode="rope")
     x = batch([30], device)
     moved = models.SparseTensor(

@@ -1,6 +1,4 @@
-"""Group norm over each sample's voxels, with and without SiLU, against its formula and published
-numbers.
-"""
+"""Group norm over each sample, with and without SiLU, against its formula and published numbers."""
 
 from functools import partial
 

@@ -76,8 +76,9 @@ def test_rows_of_equal_values_are_exactly_zero(device, C):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
-    """Equal, but for the last rounding, to fp32 arithmetic on the same sixteen-bit inputs; the norm
-    is of the stored sum.
+    """fp32 arithmetic on the same sixteen-bit inputs gives the same but for the last rounding.
+
+    The norm is that of the stored sum.
     """
     x, h = (normal(9, 48, dtype=dtype, device=device, seed=s) for s in (0, 1))
     if dtype == torch.bfloat16 and backend.name(x) == "interpreter":
