@@ -97,7 +97,7 @@ def _row_count(size: str) -> tuple[str, int, int, int]:
 
 
 def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """With the bias that a block's stream lacks. Forward x -> y; backward y, dy -> dx."""
+    """With a bias. Forward x -> y; backward y, dy -> dx."""
     name, N, H, D = _row_count(size)
     ours = lambda x, bias: layer_norm(x, EPS, bias)
     reference = lambda x, bias: layer_norm_reference(x, EPS, bias)
