@@ -127,7 +127,7 @@ class RadianceDecoder(Decoder):
         config = self.config
         trivec, density, color = self.fields(z).feats.split([*config.fields.values()], dim=1)
         position = (z.coords[:, 1:].to(trivec.dtype) + 0.5) / self.resolution
-        trivec = rearrange(trivec, "n (r axis d) -> n r axis d", r=config.rank, axis=3) + 1
+        trivec = rearrange(trivec, "n (r xyz d) -> n r xyz d", r=config.rank, xyz=3) + 1
         density = density * config.density_scale
         color = rearrange(color, "n (r rgb) -> n r 1 rgb", r=config.rank)
         parts = [part.split(z.cache.counts) for part in (position, trivec, density, color)]
