@@ -33,7 +33,7 @@ def _first_bad(value: object) -> Tensor | None:
 def _watched(model: nn.Module) -> Iterator[list[str]]:
     """Inside the block, the list gets a clause about the first layer whose output is not finite."""
     found: list[str] = []
-    # by layer, whether its input was finite: looked at before it runs, for layers alter theirs
+    # by layer, whether its input was finite: looked at before it runs, as a layer may alter it
     received: dict[str, bool] = {}
 
     def before(name: str) -> Callable:
