@@ -1,4 +1,4 @@
-"""The pixels that show a face, and its corners' rows, on a CPU."""
+"""The covered pixels of a picture and the vertices of their faces, on a CPU."""
 
 from typing import NamedTuple
 
@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 
-class Shown(NamedTuple):
-    """The M covered pixels."""
+class Covered(NamedTuple):
+    """The M pixels that show a face."""
 
-    at: Tensor  # [M] where they lie in [V, H, W]
-    rows: Tensor  # [M, 3] of their faces' corners
-
-
-def shown(rast: Tensor, faces: Tensor, table: Tensor) -> Shown:
-    """Of a picture [V, H, W, 4]."""
-    V, H, W, _ = rast.shape
-    return shown_faces(rast[..., 3].reshape(-1).long() - 1, faces, table, H * W)
+    at: Tensor  # [M] index in [V, H, W]
+    rows: Tensor  # [M, 3] rows of the face's corners
 
 
-def shown_faces(face: Tensor, faces: Tensor, table: Tensor, size: int) -> Shown:
+def covered_pixels(rast: Tensor, faces: Tensor, table: Tensor) -> Covered:
+    """The covered pixels of a picture of `rasterize`, [V, H, W, 4]."""
+    _, H, W, _ = rast.shape
+    return covered_by(rast[..., 3].reshape(-1).long() - 1, faces, table, H * W)
+
+
+def covered_by(face: Tensor, faces: Tensor, table: Tensor, size: int) -> Covered:
+    """The covered pixels, given the face of each pixel, below 0 for none: [V size]."""
     at = (face >= 0).nonzero()[:, 0]
-    of = table[torch.div(at, size, rounding_mode="floor")]
-    return Shown(at, faces[of[:, 0] + face[at]].long() + of[:, 2:3])
+    view = table[torch.div(at, size, rounding_mode="floor")]
+    return Covered(at, faces[view[:, 0] + face[at]].long() + view[:, 2:3])

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from kernels.mesh.antialias import antialias, antialias_reference
+from kernels.mesh.antialias import antialias
 from kernels.mesh.packing import opposite_vertices
 from kernels.mesh.rasterize import rasterize
+from kernels.mesh.reference import antialias_reference
 from tests.conftest import assert_close, assert_same
 from tests.helpers.triangles import ball, soup
 from tests.mesh.test_rasterize import batch, positions

@@ -5,9 +5,8 @@ import torch
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.mesh.antialias import _antialias, antialias
-from kernels.mesh.interpolate import interpolate
-from kernels.mesh.normals import flat_normals
+from kernels.mesh.antialias import antialias, antialias_op
+from kernels.mesh.attributes import flat_normals, interpolate
 from kernels.mesh.packing import opposite_vertices, single_table
 from kernels.mesh.rasterize import rasterize
 from kernels.mesh.render import face_camera, render_mesh
@@ -148,7 +147,7 @@ def check_pairs(t, rast, clip, faces, other):
     opposite = opposite_vertices(faces, table, len(clip))
     image = torch.zeros_like(rast[..., :1])
     none = torch.empty(0, dtype=torch.int64, device=faces.device)
-    _, alpha, code = _antialias(image, rast.detach(), clip.detach(), faces, table, opposite, none)
+    _, alpha, code = antialias_op(image, rast.detach(), clip.detach(), faces, table, opposite, none)
     alpha = alpha.cpu()
     code = code.cpu().long()
     ids = t["rast"][0, ..., 3].long()

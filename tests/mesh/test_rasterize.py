@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from kernels import backend, reduce
-from kernels.mesh import rasterize_gpu as raster
+from kernels.mesh import zbuffer_gpu
 from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.packing import make_mesh_layout, opposite_vertices, single_table
 from kernels.mesh.pixels_gpu import corner_order, corner_rows
 from kernels.mesh.rasterize import rasterize
-from kernels.mesh.rasterize_reference import rasterize_reference
+from kernels.mesh.reference import rasterize_reference
 from kernels.reduce import sum_rows
 from tests.conftest import assert_close, assert_same
 from tests.helpers.triangles import ball, cameras, soup
@@ -93,7 +93,9 @@ def test_shared_edges_cover_every_pixel_once(device, reach, monkeypatch):
     one.
     """
     tiles = {"faces": 32, "few": 0, "pieces": 32, "strides": 1, "pixels": 256}
-    monkeypatch.setattr(raster, "_tiles", lambda target: tiles)  # all as large faces: few programs
+    monkeypatch.setattr(
+        zbuffer_gpu, "_tiles", lambda target: tiles
+    )  # all as large faces: few programs
     n, W, H = 4, 15, 11
     rng = torch.Generator().manual_seed(2)
     grid = torch.stack(
@@ -200,10 +202,9 @@ def test_views_share_their_launches(kernel_device, few_sums, target):
         "_raster_small",
         "_raster_resolve",
         "_raster_backward",
-        "_corner_rows",
     )
     with backend.assume(target):
-        few = raster._tiles(backend.target(clip))["few"]
+        few = zbuffer_gpu._tiles(backend.target(clip))["few"]
         for size in (8, int(few**0.5)):
             counts = []
             for views in (1, 2):
@@ -234,7 +235,7 @@ def test_small_and_large_faces_are_drawn_alike(kernel_device, monkeypatch):
     pictures = []
     for few, pieces, strides, pixels in shapes:
         tiles = {"faces": 64, "few": few, "pieces": pieces, "strides": strides, "pixels": pixels}
-        monkeypatch.setattr(raster, "_tiles", lambda target, tiles=tiles: tiles)
+        monkeypatch.setattr(zbuffer_gpu, "_tiles", lambda target, tiles=tiles: tiles)
         pictures.append(rasterize(clip, faces, 12, 18, layout.clip_table[:1]))
     assert all(torch.equal(p, pictures[0]) for p in pictures) and pictures[0].any()
 
