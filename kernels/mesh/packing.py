@@ -40,7 +40,8 @@ class MeshLayout:
     @property
     def most(self) -> int:
         """Faces of the largest scene."""
-        return max((b - a for a, b in pairwise(self.face_starts)), default=0)
+        # not max(..., default=0), which torch.compile does not trace
+        return max([0, *[b - a for a, b in pairwise(self.face_starts)]])
 
 
 def make_mesh_layout(
