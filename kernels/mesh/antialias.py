@@ -32,7 +32,6 @@ from kernels.mesh.checks import (
     check_rast,
     check_table,
 )
-from kernels.mesh.packing import opposite_vertices, single_table
 
 
 @torch.library.custom_op("trislat::antialias", mutates_args=())
@@ -102,6 +101,50 @@ def _backward(ctx, grad, grad_alpha, grad_code):
 antialias_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def opposite_vertices(
+    faces: Tensor,  # [F, 3] int32
+    # [B, 4] int64: first face, number of faces, first vertex, number of vertices
+    scene_table: Tensor,
+    vertices: int,  # of all scenes
+) -> Tensor:  # [F, 3] int32
+    """Find the vertex across each edge of each face, -1 where there is none.
+
+    Entry k belongs to the edge without corner k; it is the third corner of the other face at that
+    edge. An edge is a pair of vertex indices (positions do not matter, so a seam of split vertices
+    is open). Of three and more faces at an edge the first two different third corners count, in the
+    order of the faces, and only for each other, as in the published table, which is filled in
+    order. A face that names a vertex twice has no edges; a repeated face counts once. Sorts the 3 F
+    edges once; waits for nothing.
+    """
+    F = len(faces)
+    if F == 0:
+        return faces.new_empty(0, 3)
+    # first vertex of the face's scene
+    scene = torch.repeat_interleave(scene_table[:, 2], scene_table[:, 1], output_size=F)
+    corner = faces.long() + scene[:, None]
+    # a list as an index would be copied to the device, which waits
+    a = corner.roll(-1, 1)
+    b = corner.roll(1, 1)
+    good = (a != b) & (corner != a) & (corner != b)
+    good &= ((faces >= 0) & (faces < 2**31 - 1)).all(1, keepdim=True)
+    key = torch.where(good, torch.minimum(a, b) * vertices + torch.maximum(a, b), -1).flatten()
+    key, order = key.sort(stable=True)
+    third = faces.flatten()[order]
+    at = torch.arange(3 * F, device=faces.device)
+    begins = torch.ones_like(key, dtype=torch.bool)
+    begins[1:] = key[1:] != key[:-1]
+    first = torch.cummax(torch.where(begins, at, 0), 0).values  # where the edge's faces begin
+    one = third[first]
+    other = torch.where(third != one, at, 3 * F)
+    # the first face with another third corner, perhaps of another edge
+    later = other.flip(0).cummin(0).values.flip(0)[first]
+    found = later.clamp(max=3 * F - 1)
+    two = torch.where((later < 3 * F) & (key[found] == key), third[found], -1)
+    across = torch.where(third == one, two, torch.where(third == two, one, -1))
+    across.masked_fill_(key < 0, -1)
+    return torch.empty_like(across).scatter_(0, order, across).view(F, 3)
+
+
 def antialias(
     image: Tensor,  # [V, H, W, C]
     rast: Tensor,  # [V, H, W, 4] of `rasterize`
@@ -130,17 +173,16 @@ def antialias(
     image = check_floats("image", image)
     clip = check_floats("clip", clip)
     faces = check_faces(faces)
+    if table is not None and opposite is None:
+        raise ValueError(
+            "a table needs `opposite` beside it: the table does not say which rows belong to one "
+            "scene"
+        )
+    table = check_table(table, faces, len(clip))
     if opposite is None:
-        if table is not None:
-            raise ValueError(
-                "a table needs `opposite` beside it: the table does not say which rows belong to "
-                "one scene"
-            )
-        whole = single_table(len(faces), len(clip), faces.device)
-        opposite = opposite_vertices(faces, whole, len(clip))
+        opposite = opposite_vertices(faces, table, len(clip))
     if opposite.shape != faces.shape:
         raise ValueError(f"opposite must be {list(faces.shape)}, not {list(opposite.shape)}")
-    table = check_table(table, faces, len(clip))
     rast = check_rast(rast, image, faces, table)
     clip = clip.to(image.dtype)
     order = check_order(order, faces)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.mesh.pixels_cpu import covered_pixels
+from kernels.mesh.rasterize_cpu import covered_pixels
 
 LEAST = 1e-12  # length of a cross product below which it is not normalised
 

@@ -174,7 +174,7 @@ _to_clip_op.register_autograd(_backward, setup_context=_setup_context)
 def to_clip(
     vertices: Tensor,  # [N, 3] fp32 (float64 only on the torch path)
     matrix: Tensor,  # [V, 4, 4] of `projection`, in the same dtype
-    layout: Layout,  # which view sees which vertices
+    layout: Layout,  # the vertices that each view sees
 ) -> Tensor:  # [P, 4]
     """Project every view's vertices; internal, without checks.
 

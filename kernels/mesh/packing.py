@@ -1,4 +1,4 @@
-"""Batches of meshes: the tables of their scenes and views, and the vertex across each edge.
+"""Batches of meshes: the tables of their scenes and views.
 
 V views, B scenes, N vertices, F faces, P clip rows. A clip row is a pair of a view and a vertex of
 its scene, view after view. So P is known on the host, and a view never sees another scene. The rows
@@ -23,7 +23,7 @@ TABLE = 4  # numbers of a view: first face, number of faces, first row, number o
 class MeshLayout:
     """A batch of meshes and their views: lists on the host, and tables on the vertices' device."""
 
-    vertices: Layout  # which view sees which vertices; its pairs are the clip rows
+    vertices: Layout  # the vertices that each view sees; its pairs are the clip rows
     face_starts: list[int]  # [B + 1]
     # [V, 4] int64: first face, number of faces, first vertex, number of vertices
     vertex_table: Tensor
@@ -84,47 +84,3 @@ def make_mesh_layout(
 def single_table(faces: int, rows: int, device: torch.device) -> Tensor:
     """The table of one view of one mesh: [1, 4] int64."""
     return make_table([0, faces, 0, rows], TABLE, device)
-
-
-def opposite_vertices(
-    faces: Tensor,  # [F, 3] int32
-    # [B, 4] int64: first face, number of faces, first vertex, number of vertices
-    scene_table: Tensor,
-    vertices: int,  # of all scenes
-) -> Tensor:  # [F, 3] int32
-    """Find the vertex across each edge of each face, -1 where there is none.
-
-    Entry k belongs to the edge without corner k; it is the third corner of the other face at that
-    edge. An edge is a pair of vertex indices (positions do not matter, so a seam of split vertices
-    is open). Of three and more faces at an edge the first two different third corners count, in the
-    order of the faces, and only for each other, as in the published table, which is filled in
-    order. A face that names a vertex twice has no edges; a repeated face counts once. Sorts the 3 F
-    edges once; waits for nothing.
-    """
-    F = len(faces)
-    if F == 0:
-        return faces.new_empty(0, 3)
-    # first vertex of the face's scene
-    scene = torch.repeat_interleave(scene_table[:, 2], scene_table[:, 1], output_size=F)
-    corner = faces.long() + scene[:, None]
-    # a list as an index would be copied to the device, which waits
-    a = corner.roll(-1, 1)
-    b = corner.roll(1, 1)
-    good = (a != b) & (corner != a) & (corner != b)
-    good &= ((faces >= 0) & (faces < 2**31 - 1)).all(1, keepdim=True)
-    key = torch.where(good, torch.minimum(a, b) * vertices + torch.maximum(a, b), -1).flatten()
-    key, order = key.sort(stable=True)
-    third = faces.flatten()[order]
-    at = torch.arange(3 * F, device=faces.device)
-    begins = torch.ones_like(key, dtype=torch.bool)
-    begins[1:] = key[1:] != key[:-1]
-    first = torch.cummax(torch.where(begins, at, 0), 0).values  # where the edge's faces begin
-    one = third[first]
-    other = torch.where(third != one, at, 3 * F)
-    # the first face with another third corner, perhaps of another edge
-    later = other.flip(0).cummin(0).values.flip(0)[first]
-    found = later.clamp(max=3 * F - 1)
-    two = torch.where((later < 3 * F) & (key[found] == key), third[found], -1)
-    across = torch.where(third == one, two, torch.where(third == two, one, -1))
-    across.masked_fill_(key < 0, -1)
-    return torch.empty_like(across).scatter_(0, order, across).view(F, 3)

@@ -1,4 +1,4 @@
-"""What the GPU passes with one thread a pixel share.
+"""Shared parts of the GPU passes with one thread a pixel.
 
 The launch size, the rows of the vertices of each pixel's face, and sums over the pixels of a
 vertex. Three pointers travel together through these kernels:

@@ -6,7 +6,7 @@ the CUDA rasteriser of nvdiffrast (Laine et al. 2020):
 - Faces that reach out of the frustum -w <= x, y, z <= w are clipped. Both sides of a face are
   drawn.
 - Vertices are snapped to 1/16 px; a pixel is covered if its centre is inside by exact integer edge
-  functions, where left edges and those of the smallest row are inside: two faces that share an edge
+  functions, where left and top edges are inside (row 0 is at the top): two faces that share an edge
   cover every pixel along it once.
 - The nearest z / w of the plane through the snapped vertices is seen; of equal ones, the later
   face.
@@ -14,7 +14,7 @@ the CUDA rasteriser of nvdiffrast (Laine et al. 2020):
   (x_k, y_k) - f w_k for a pixel at f in NDC, a_0 = e_1 x e_2 and cyclic, (u, v) = (a_0, a_1) / (a_0
   + a_1 + a_2).
 
-Gradients of (u, v) reach x, y, w of the clip positions; those of z / w and of the face are none.
+Gradients of (u, v) reach x, y, w of the clip positions; z / w and the face have none.
 Two published rules: the clamps of u and v pass the gradient, and its denominator has 1e-6 added to
 its magnitude. Derivatives of silhouettes come from kernels.mesh.antialias.
 
@@ -34,7 +34,6 @@ from kernels.mesh.checks import (
     check_picture,
     check_table,
 )
-from kernels.mesh.pixels_gpu import corner_order
 from kernels.mesh.rasterize_cpu import rasterize_torch, rasterize_torch_backward
 from kernels.mesh.rasterize_gpu import rasterize_triton, rasterize_triton_backward
 
@@ -59,17 +58,18 @@ def rasterize_op(
     if backend.is_torch(clip):
         with torch.autocast(clip.device.type, enabled=False):
             rast, wrong = rasterize_torch(clip, faces, table, height, width)
+        order = table.new_empty(0)
     else:
-        rast, wrong = rasterize_triton(clip, faces, table, most, pairs, height, width)
+        rast, order, wrong = rasterize_triton(
+            clip, faces, table, most, pairs, height, width, order_by
+        )
     if wrong:
         what = _missing_vertex(faces, table)
         raise ValueError(
             f"{wrong} of {pairs} faces (over all views) name a vertex that their mesh does not "
             f"have: {what}"
         )
-    if order_by is None or backend.is_torch(clip):
-        return rast, torch.empty(0, dtype=torch.int64, device=clip.device)
-    return rast, corner_order(rast, faces, order_by)
+    return rast, order
 
 
 def _missing_vertex(faces: Tensor, table: Tensor) -> str:
@@ -128,7 +128,7 @@ def rasterize(
 ) -> Tensor:  # [V, H, W, 4] u, v, z / w, face + 1
     """Find the face that each pixel shows, and the pixel's barycentrics and depth in it.
 
-    The barycentrics are those of corners 0 and 1; faces are numbered from 1; all four numbers are 0
+    The barycentrics belong to corners 0 and 1; faces are numbered from 1; all four numbers are 0
     where there is no face. Differentiable, to first order, in `clip` through (u, v). Computes in
     fp32 (float64 only on the torch path). Same inputs, same bits. With a table, a face's indices
     and number count from the first row and the first face of its view's mesh. On a GPU the host

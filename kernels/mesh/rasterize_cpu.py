@@ -11,9 +11,28 @@ import torch
 from torch import Tensor
 
 from kernels.mesh.frustum import EMPTY, NOWHERE, STEPS, Pieces, clip_faces, on_grid
-from kernels.mesh.pixels_cpu import Covered, covered_by, covered_pixels
 
 CHUNK = 1 << 22  # pixels expanded at once
+
+
+class Covered(NamedTuple):
+    """The M pixels that show a face."""
+
+    at: Tensor  # [M] index in [V, H, W]
+    rows: Tensor  # [M, 3] rows of the face's corners
+
+
+def covered_pixels(rast: Tensor, faces: Tensor, table: Tensor) -> Covered:
+    """The covered pixels of a picture of `rasterize`, [V, H, W, 4]."""
+    _, H, W, _ = rast.shape
+    return covered_by(rast[..., 3].reshape(-1).long() - 1, faces, table, H * W)
+
+
+def covered_by(face: Tensor, faces: Tensor, table: Tensor, size: int) -> Covered:
+    """The covered pixels, given the face of each pixel, below 0 for none: [V size]."""
+    at = (face >= 0).nonzero()[:, 0]
+    view = table[torch.div(at, size, rounding_mode="floor")]
+    return Covered(at, faces[view[:, 0] + face[at]].long() + view[:, 2:3])
 
 
 class Snapped(NamedTuple):
@@ -130,7 +149,7 @@ def _cover_part(
         a = xy[:, (k + 1) % 3]
         b = xy[:, (k + 2) % 3]
         dx, dy = ((b - a) * sign[:, None]).unbind(1)
-        # left and smallest-row edges are inside
+        # left and top edges are inside
         bias = torch.where((dy < 0) | ((dy == 0) & (dx > 0)), 0.0, 1.0).double()
         # E at the centre of column 0 of row y: (a - s) x d, s = 16 pixel + 8 - 8 size
         x0 = a[:, 0] + (STEPS // 2 * width - STEPS // 2)

@@ -12,11 +12,8 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.mesh.frustum import EMPTY
-from kernels.mesh.pixels_gpu import clip_gradient, pixel_block
-from kernels.mesh.zbuffer_gpu import fill_zbuffer
-
-NONE = tl.constexpr(EMPTY)
+from kernels.mesh.pixels_gpu import clip_gradient, corner_order, pixel_block
+from kernels.mesh.zbuffer_gpu import NONE, fill_zbuffer
 
 
 @triton.jit
@@ -140,22 +137,34 @@ def _raster_backward(
 
 
 def rasterize_triton(
-    clip: Tensor, faces: Tensor, table: Tensor, most: int, pairs: int, height: int, width: int
-) -> tuple[Tensor, int]:
-    """The picture [V, H, W, 4] (u, v, z / w, face + 1), and the number of faces with missing rows.
+    clip: Tensor,
+    faces: Tensor,
+    table: Tensor,
+    most: int,
+    pairs: int,
+    height: int,
+    width: int,
+    order_by: Tensor | None,
+) -> tuple[Tensor, Tensor, int]:
+    """The picture [V, H, W, 4] (u, v, z / w, face + 1), and the order of its corners' rows.
 
-    Where rows are missing the picture is 0. Waits once for the device.
+    The order is `corner_order` in the table `order_by`, empty without one. The third result is the
+    number of faces with missing rows; where there are any, the picture is 0. Waits once for the
+    device.
     """
     keys, wrong = fill_zbuffer(clip, faces, table, most, pairs, height, width)
     rast = clip.new_empty(len(table), height, width, 4)
+    order = table.new_empty(0)
     if wrong:
-        return rast.zero_(), wrong
+        return rast.zero_(), order, wrong
     N = len(keys)
     block = pixel_block(backend.target(clip))
     grid = (triton.cdiv(N, block["BLOCK"]),)
     inputs = (keys, clip, faces, table)
     backend.launch(_raster_resolve, grid, *inputs, rast, N, width, height, **block)
-    return rast, 0
+    if order_by is not None:
+        order = corner_order(rast, faces, order_by)
+    return rast, order, 0
 
 
 def rasterize_triton_backward(

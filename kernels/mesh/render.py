@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.camera import Camera, Image
 from kernels.checks import Host, check_tensors, check_whole, host_list
-from kernels.mesh.antialias import antialias_op
+from kernels.mesh.antialias import antialias_op, opposite_vertices
 from kernels.mesh.attributes import flat_normals_op, interpolate_op
 from kernels.mesh.checks import (
     check_devices,
@@ -28,7 +28,7 @@ from kernels.mesh.checks import (
 )
 from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.outlines import move_outlines
-from kernels.mesh.packing import MeshLayout, make_mesh_layout, opposite_vertices
+from kernels.mesh.packing import MeshLayout, make_mesh_layout
 from kernels.mesh.rasterize import rasterize_op
 
 SILHOUETTES = ("edges", "pixels")

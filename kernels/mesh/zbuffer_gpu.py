@@ -25,6 +25,7 @@ from kernels.backend import tl, triton
 from kernels.mesh.frustum import EMPTY, NOWHERE, Pieces, clip_faces
 from kernels.mesh.pixels_gpu import pixel_block
 
+NONE = tl.constexpr(EMPTY)
 OFF = tl.constexpr(NOWHERE)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to even
 LARGEST = tl.constexpr(1048576.0)
@@ -80,7 +81,7 @@ def _box(a, b, c, size):
 def _edge(ax, ay, bx, by, px, py, sign):
     """Edge function a -> b at a position, and whether the position is on the inner side.
 
-    Left edges and those of the smallest row are inside.
+    Left and top edges are inside.
     """
     dx = (bx - ax) * sign
     dy = (by - ay) * sign

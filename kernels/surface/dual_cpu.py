@@ -1,4 +1,4 @@
-"""Dual vertices on a CPU (the formulas: kernels.surface.dual).
+"""Dual vertices on a CPU (the formulas: kernels.surface.dual_gpu).
 
 One row for each pair of a dual vertex and one of its edges, a chunk of dual vertices at a time.
 """
@@ -90,7 +90,7 @@ def _shape(pairs: _Pairs) -> _Shape:
 
 
 def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
-    """`dual_vertices` in plain torch."""
+    """Dual vertices [P, M], position and color, and their deviations [P]."""
     P = len(g.dual_cube)
     M = g.values.shape[1] - 1
     out = g.values.new_empty(P, M)
@@ -105,7 +105,7 @@ def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
 def dual_torch_backward(
     g: Geometry, grad: Tensor, grad_deviation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dual_vertices_backward` in plain torch."""
+    """Gradients of values [T + 1, 1 + M], beta [C, 12] and alpha [C, 8]."""
     C = len(g.weights)
     grad_values = torch.zeros_like(g.values)
     grad_beta = grad.new_zeros(12 * C)

@@ -1,6 +1,16 @@
-"""Dual vertices of surface cubes on a GPU (the formulas: kernels.surface.dual).
+"""Dual vertices of surface cubes on a GPU.
 
-T vertices, C cubes, P dual vertices, M = 3 (or 9) coordinates. Backward: one pass per dual vertex
+T vertices, C cubes, P dual vertices, M = 3 (or 9) coordinates: positions and colors are
+interpolated alike. A cube's edge with ends i, j of opposite sign is crossed at
+
+    u = (x_i s_j a_j - x_j s_i a_i) / (s_j a_j - s_i a_i)
+
+and a dual vertex is v = sum beta u / sum beta over its edges (FlexiCubes, Shen et al. 2023, eqs. 4
+and 5), with the signed distances s and the weights a (alpha) and beta. With z the plain crossing (a
+= 1) and d = |z - v|, the deviation of a dual vertex is the sum of |d - mean d| over its edges (eq.
+8).
+
+Backward: one pass per dual vertex
 for what its value depends on, then one per vertex that gathers from its eight cubes and the three
 edges that meet there. No atomics. Pointers that travel together:
 
@@ -279,7 +289,7 @@ def _vertex_bwd(
 
 
 def dual_triton(g: Geometry) -> tuple[Tensor, Tensor]:
-    """`dual_vertices` by the kernels."""
+    """Dual vertices [P, M], position and color, and their deviations [P]."""
     P = len(g.dual_cube)
     out = g.values.new_empty(P, g.values.shape[1] - 1)
     deviation = g.values.new_empty(P)
@@ -289,9 +299,15 @@ def dual_triton(g: Geometry) -> tuple[Tensor, Tensor]:
 
 
 def dual_triton_backward(
-    g: Geometry, out: Tensor, grad: Tensor, grad_deviation: Tensor
+    g: Geometry,
+    out: Tensor,  # [P, M] of `dual_triton`
+    grad: Tensor,  # [P, M]
+    grad_deviation: Tensor,  # [P]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dual_vertices_backward` by the kernels."""
+    """Gradients of values [T + 1, 1 + M], beta [C, 12] and alpha [C, 8].
+
+    The last row of the first, for vertices without a voxel, is not meaningful.
+    """
     C = len(g.cube_corners)
     T = len(g.values) - 1
     grad_sum = torch.empty_like(out)

@@ -5,7 +5,7 @@ each for all scenes at once:
 
     find_cubes     topology: T corners, C surface cubes, D dual vertices, Q quads
     average        corner values of voxels -> values of vertices
-    dual_vertices  one to four vertices in a surface cube
+    dual vertices  one to four in a surface cube (`dual_torch`, `dual_triton`)
     split_quads    triangles: two a quad, split by gamma; for training four around a centre that
                    gamma moves
 
@@ -24,7 +24,8 @@ from kernels import backend
 from kernels.reduce import sum_segments
 from kernels.surface.corners import PENALISED, WEIGHTS, average, fields_backward
 from kernels.surface.cubes import Cubes, Geometry, find_cubes, unravel
-from kernels.surface.dual import dual_vertices, dual_vertices_backward
+from kernels.surface.dual_cpu import dual_torch, dual_torch_backward
+from kernels.surface.dual_gpu import dual_triton, dual_triton_backward
 from kernels.surface.quads import centres, centres_backward, quad_duals, split_quads
 from kernels.surface.tables import cube_tables
 from kernels.transfer import to_device
@@ -84,7 +85,7 @@ def _forward(
     cubes = find_cubes(coords, fields, len(counts), R)
     mean, spread = average(fields, cubes, -1 / R)
     g = _geometry(cubes, mean, fields, R)
-    dual, deviation = dual_vertices(g)
+    dual, deviation = dual_torch(g) if backend.is_torch(fields) else dual_triton(g)
     owner, quad = quad_duals(cubes.quad_edges, g)
     gamma = g.weights[:, 20][owner]
     D = cubes.dual_starts
@@ -257,9 +258,12 @@ def _reverse(
     slopes = grad_terms * s.share
     parts = [slopes[1, b].expand(D[b + 1] - D[b]) for b in range(len(D) - 1)]
     grad_deviation = torch.cat([grad_dual[:0, 0], *parts])
-    grad_values, grad_beta, grad_alpha = dual_vertices_backward(
-        g, s.dual, grad_dual.contiguous(), grad_deviation
-    )
+    grad_dual = grad_dual.contiguous()
+    if backend.is_torch(fields):
+        grads = dual_torch_backward(g, grad_dual, grad_deviation)
+    else:
+        grads = dual_triton_backward(g, s.dual, grad_dual, grad_deviation)
+    grad_values, grad_beta, grad_alpha = grads
     del grad_dual, grad_deviation
 
     grad_values = grad_values[:-1]
@@ -326,7 +330,7 @@ def isosurface(
     # [N, 53 or 101]: sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corners with x fastest
     fields: Tensor,
     resolution: int,  # cubes along a side of the grid
-    # quads get a centre and four triangles, which is how gamma learns; else they are split in two
+    # quads get a centre and four triangles, which gives gamma a gradient; else two triangles
     training: bool,
 ) -> Surfaces:
     """Extract the surface where the signed distance changes its sign.
@@ -336,7 +340,7 @@ def isosurface(
     displacement, color 0.5) and cubes without a voxel have neutral weights. Faces exist around grid
     edges that four cubes share, so a surface is open where it leaves the grid. The regularizer is,
     per scene, the mean squared distance of corner values to their mean, half the mean deviation
-    (kernels.surface.dual) and 0.2 times the mean size of the first 20 weights.
+    (kernels.surface.dual_gpu) and 0.2 times the mean size of the first 20 weights.
 
     Differentiable, to first order, in the fields. Computes in fp32 (16-bit fields are converted;
     float64 only on the torch path). Same inputs, same bits. No surface: no vertices, no faces, and

@@ -43,7 +43,8 @@ def _child_neighbours(
 
 
 @torch.library.custom_op("trislat::child_neighbours", mutates_args=())
-def _child_neighbours_op(parents: Tensor, k: int) -> Tensor:
+def child_neighbours_op(parents: Tensor, k: int) -> Tensor:
+    """`child_neighbours` without checks."""
     N = len(parents)
     parent_k = parent_size(k)
     if backend.is_torch(parents):
@@ -64,7 +65,7 @@ def _child_neighbours_op(parents: Tensor, k: int) -> Tensor:
     return out
 
 
-@_child_neighbours_op.register_fake
+@child_neighbours_op.register_fake
 def _(parents, k):
     return parents.new_empty(8 * parents.shape[0], k**3)
 
@@ -86,4 +87,4 @@ def child_neighbours(
         raise ValueError(
             f"the parents' neighbours must be {shape}, got {list(parents.shape)} {parents.dtype}"
         )
-    return torch.ops.trislat.child_neighbours(parents.contiguous(), kernel_size)
+    return child_neighbours_op(parents.contiguous(), kernel_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.voxels.children import child_neighbours, parent_size
+from kernels.voxels.children import child_neighbours_op, parent_size
 from kernels.voxels.coords import Extent, check_coords, pack
 
 TILE = 1024  # rows, queries or taps per program; not yet measured on a GPU
@@ -324,7 +324,7 @@ def neighbours(
         table = build_table(voxels)
     elif voxels.parent is not None:
         of_parents = voxels.parent.get(neighbours, parent_size(kernel_size))
-        return child_neighbours(of_parents, kernel_size)
+        return child_neighbours_op(of_parents, kernel_size)
     else:
         coords = voxels.coords
         table = voxels.get(build_table)

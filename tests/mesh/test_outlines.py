@@ -1,6 +1,4 @@
-"""Outlines moved by pixels: against the book, against the areas of spheres of any fineness, beside
-the published rule.
-"""
+"""Outlines moved by pixels: against a reference, areas of spheres, and the published rule."""
 
 import math
 
@@ -22,7 +20,7 @@ from tests.mesh.test_render_mesh import VIEWS, gradients, pictures, scenes
 @pytest.mark.parametrize(
     "width, height, F", [(17, 12, 20), (1, 9, 9), (9, 1, 9), (1, 1, 3), (8, 8, 0)]
 )
-def test_the_gradient_is_that_of_the_book(device, width, height, F):
+def test_gradients_match_the_reference(device, width, height, F):
     vertices, faces, _ = soup(F)
     clip = positions(vertices, width, height).to(device)
     rast = rasterize(clip, faces.to(device), height, width)

@@ -3,8 +3,9 @@ import torch
 
 from kernels import backend, reduce
 from kernels.mesh import zbuffer_gpu
+from kernels.mesh.antialias import opposite_vertices
 from kernels.mesh.clip import projection, to_clip
-from kernels.mesh.packing import make_mesh_layout, opposite_vertices, single_table
+from kernels.mesh.packing import make_mesh_layout, single_table
 from kernels.mesh.pixels_gpu import corner_order, corner_rows
 from kernels.mesh.rasterize import rasterize
 from kernels.mesh.reference import rasterize_reference
@@ -45,9 +46,7 @@ def test_faces_that_reach_out_of_the_frustum_match_the_reference(device, radius)
 
 
 def test_edges_through_pixel_centres_match_the_reference(device):
-    """Left edges and those of the smallest row are inside, right ones and those of the largest row
-    are not.
-    """
+    """Left and top edges are inside, right and bottom edges are not."""
     x, y = torch.meshgrid(
         torch.tensor([1.5, 3.5, 5.5]), torch.tensor([0.5, 2.5, 3.5]), indexing="xy"
     )
@@ -89,14 +88,14 @@ def test_the_effective_near_plane(device):
 
 @pytest.mark.parametrize("reach", [1.0, 1.4], ids=["up to the border", "beyond the frustum"])
 def test_shared_edges_cover_every_pixel_once(device, reach, monkeypatch):
-    """Each face of a torn-up plane alone, as scenes of one batch: every pixel is seen by exactly
-    one.
-    """
+    """Exactly one face of a plane covers each pixel, each face drawn as a scene of its own."""
     tiles = {"faces": 32, "few": 0, "pieces": 32, "strides": 1, "pixels": 256}
     monkeypatch.setattr(
         zbuffer_gpu, "_tiles", lambda target: tiles
     )  # all as large faces: few programs
-    n, W, H = 4, 15, 11
+    n = 4
+    W = 15
+    H = 11
     rng = torch.Generator().manual_seed(2)
     grid = torch.stack(
         torch.meshgrid(*[torch.linspace(-reach, reach, n + 1)] * 2, indexing="xy"), -1
@@ -188,9 +187,7 @@ def test_batched_equals_looped(device):
 
 @pytest.mark.parametrize("target", ["interpreter", "sm_90"])
 def test_views_share_their_launches(kernel_device, few_sums, target):
-    """Large faces have a launch of their own where there are any: none in pictures of as few pixels
-    as a thread fills.
-    """
+    """Large faces have a launch of their own, but not where one thread can fill the picture."""
     triangle = torch.tensor(
         [[-0.9, -0.9, 0, 1], [0.9, -0.9, 0, 1], [0, 0.9, 0, 1]], device=kernel_device
     )
@@ -278,9 +275,7 @@ def test_corners_are_ordered_by_vertex_and_by_clip_row_at_once(kernel_device):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_opposite_vertices_match_a_dictionary(device, seed):
-    """Few vertices, many faces: edges of none to many faces, repeated faces, faces that name a
-    vertex twice; two scenes.
-    """
+    """Two scenes of few vertices and many faces: some repeated, some naming a vertex twice."""
     rng = torch.Generator().manual_seed(seed)
     faces = torch.randint(0, 6, (40, 3), generator=rng, dtype=torch.int32)
     faces[10] = faces[9].roll(1)

@@ -1,6 +1,4 @@
-"""Surfaces against numbers of the published implementation: dense grids with their gradients,
-sparse voxels, numbering.
-"""
+"""Surfaces against numbers of the published implementation: dense grids and sparse voxels."""
 
 import pytest
 import torch
