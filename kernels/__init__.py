@@ -19,11 +19,11 @@ from kernels.conv.order import octant_order as octant_order
 from kernels.conv.order import tap_order as tap_order
 from kernels.gaussian.splat import splat as splat
 from kernels.mesh.antialias import antialias as antialias
-from kernels.mesh.interpolate import interpolate as interpolate
-from kernels.mesh.normals import flat_normals as flat_normals
+from kernels.mesh.antialias import opposite_vertices as opposite_vertices
+from kernels.mesh.attributes import flat_normals as flat_normals
+from kernels.mesh.attributes import interpolate as interpolate
 from kernels.mesh.packing import MeshLayout as MeshLayout
 from kernels.mesh.packing import make_mesh_layout as make_mesh_layout
-from kernels.mesh.packing import opposite_vertices as opposite_vertices
 from kernels.mesh.rasterize import rasterize as rasterize
 from kernels.mesh.render import face_camera as face_camera
 from kernels.mesh.render import render_mesh as render_mesh

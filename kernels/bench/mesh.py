@@ -19,7 +19,9 @@ from kernels.camera import Camera
 from kernels.conv.op import sparse_conv, subdivide_conv
 from kernels.conv.order import octant_order, tap_order
 from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
-from kernels.mesh.render import projection, render_mesh, render_mesh_reference, to_clip
+from kernels.mesh.clip import projection, to_clip
+from kernels.mesh.reference import render_mesh_reference
+from kernels.mesh.render import render_mesh
 from kernels.norm.group import group_norm, group_norm_reference
 from kernels.surface.isosurface import isosurface
 from kernels.surface.reference import isosurface_reference

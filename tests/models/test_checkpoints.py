@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
-from tests.conftest import GOLDEN, assert_close
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import GOLDEN
 from tests.models.test_models import randomize, small_decoder, small_encoder
 
 
