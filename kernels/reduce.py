@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.backend import tl, triton
-from kernels.transfer import to_device
+from kernels.backend import tl, to_device, triton
 
 
 def _tiles(target: str) -> dict:

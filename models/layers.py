@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
+    CURVES,
     SpatialCache,
     Windows,
     full_windows,
     gelu,
+    serialized_windows,
     stream_norm,
     window_attention,
     window_partition,
 )
 from kernels.checks import check_whole
 from kernels.norm.layer import alterable
-from kernels.voxels.curves import MODES as CURVES
-from kernels.voxels.curves import serialized_windows
 from models.graphs import Graphs
 
 BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5

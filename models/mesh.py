@@ -15,9 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from kernels import Camera, Image, isosurface, render_mesh
+from kernels import SILHOUETTES, Camera, Image, isosurface, render_mesh
 from kernels.checks import check_tensors
-from kernels.mesh.render import SILHOUETTES
 from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder

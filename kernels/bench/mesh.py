@@ -23,7 +23,7 @@ from kernels.mesh.render import projection, render_mesh, render_mesh_reference, 
 from kernels.norm.group import group_norm_reference, group_norm_silu
 from kernels.surface.isosurface import isosurface
 from kernels.surface.reference import isosurface_reference
-from kernels.views import make_layout
+from kernels.views import make_view_table
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours
 from kernels.voxels.pool import pool, pool_reference, pooling
@@ -282,7 +282,7 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
     if isinstance(module, str):
         return module
     context = module.RasterizeCudaContext(device=faces.device)
-    layout = make_layout([0, vertices], [0], faces.device)
+    layout = make_view_table([0, vertices], [0], faces.device)
     matrix = projection(camera, 1.0, 3.0)
     faces = faces.int().contiguous()
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.gaussian.records import TILE, Projected
-from kernels.views import Layout
+from kernels.views import SH0, ViewTable
 
 NEAR = 0.2
-SH0 = 0.28209479177387814
 EPS = 1e-6
 VISIBLE = 1 / 255
 
@@ -26,21 +25,21 @@ class _Pairs:
         self,
         gaussians: Tensor,
         cameras: Tensor,
-        layout: Layout,
+        table: ViewTable,
         width: int,
         height: int,
         kernel_size: float,
     ) -> None:
         size = cameras.new_tensor([[width], [height]])
         self.view = torch.arange(len(cameras)).repeat_interleave(
-            layout.views[:, 1], output_size=layout.pair_start[-1]
+            table.views[:, 1], output_size=table.pair_start[-1]
         )
         camera = cameras.t().contiguous().index_select(1, self.view)
         planes = gaussians.t().contiguous()
         planes = torch.cat(
             [
                 planes[:, :0],
-                *(planes[:, layout.starts[s] : layout.starts[s + 1]] for s in layout.view_scene),
+                *(planes[:, table.starts[s] : table.starts[s + 1]] for s in table.view_scene),
             ],
             1,
         )
@@ -131,10 +130,15 @@ def _rotation_backward(q: Tensor, h: Tensor) -> Tensor:
 
 
 def project_torch(
-    gaussians: Tensor, cameras: Tensor, layout: Layout, width: int, height: int, kernel_size: float
+    gaussians: Tensor,
+    cameras: Tensor,
+    table: ViewTable,
+    width: int,
+    height: int,
+    kernel_size: float,
 ) -> Projected:
     """As kernels.gaussian.project.project."""
-    pairs = _Pairs(gaussians, cameras, layout, width, height, kernel_size)
+    pairs = _Pairs(gaussians, cameras, table, width, height, kernel_size)
     opacity = pairs.opacity * pairs.rho
     half = 0.5 * (pairs.A - pairs.C)
     largest = 0.5 * (pairs.A + pairs.C) + torch.sqrt(
@@ -162,7 +166,7 @@ def project_torch(
 def project_torch_backward(
     gaussians: Tensor,
     cameras: Tensor,
-    layout: Layout,
+    table: ViewTable,
     width: int,
     height: int,
     kernel_size: float,
@@ -173,7 +177,7 @@ def project_torch_backward(
     g_color: Tensor,  # [P, 3]
 ) -> Tensor:
     """The gradient of the Gaussians [G, 14]."""
-    t = _Pairs(gaussians, cameras, layout, width, height, kernel_size)
+    t = _Pairs(gaussians, cameras, table, width, height, kernel_size)
     g_mean, g_conic, g_color = (g.t().contiguous() for g in (g_mean, g_conic, g_color))
     g_rho2 = g_opacity * t.opacity * 0.5 / torch.where(t.rho > 0, t.rho, 1)
     g_after = -(g_conic * t.conic).sum(0) / t.after - g_rho2 * t.before / (t.after + EPS) ** 2
@@ -202,8 +206,8 @@ def project_torch_backward(
     per_pair = torch.cat([g_center, g_scale, g_quaternion, (g_opacity * t.rho)[None], g_sh])
     per_pair = torch.where(rect[:, 2] > rect[:, 0], per_pair, 0)
     grad = gaussians.new_zeros(gaussians.shape[::-1])
-    for v, s in enumerate(layout.view_scene):
-        grad[:, layout.starts[s] : layout.starts[s + 1]] += per_pair[
-            :, layout.pair_start[v] : layout.pair_start[v + 1]
+    for v, s in enumerate(table.view_scene):
+        grad[:, table.starts[s] : table.starts[s + 1]] += per_pair[
+            :, table.pair_start[v] : table.pair_start[v + 1]
         ]
     return grad.t().contiguous()

@@ -1,4 +1,4 @@
-"""Numbers of a packed Gaussian and of a projected one: what every stage of the splat reads."""
+"""Layout of packed and of projected Gaussians, which every stage of the splat reads."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,14 @@ from torch import Tensor
 
 # floats of a packed Gaussian: center 3, scale 3, rotation wxyz 4, opacity 1, colour coefficients 3
 GAUSSIAN = 14
-
-
 # floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
 RECORD = 9
-
-
 TILE = 16  # pixels along a side of a tile
 
 
 @dataclass(frozen=True, eq=False)
 class Projected:
-    """P pairs on their screens."""
+    """P Gaussians on the screens of their views."""
 
     record: Tensor  # [P, 9]: mean (px), conic, blended opacity, colour
     depth: Tensor  # [P] camera z

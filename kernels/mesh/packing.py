@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import make_table
 from kernels.checks import check_whole
-from kernels.transfer import make_table
-from kernels.views import Layout, make_layout
+from kernels.views import ViewTable, make_view_table
 
 TABLE = 4  # numbers of a view: first face, number of faces, first row, number of rows
 
@@ -26,7 +26,7 @@ class MeshLayout:
     vertices (one copy).
     """
 
-    vertices: Layout  # which view sees which vertices; its pairs are the clip rows
+    vertices: ViewTable  # which view sees which vertices; its pairs are the clip rows
     face_starts: list[int]  # [B + 1]
     # [V, 4] int64: first face, number of faces, first vertex, number of vertices
     vertex_table: Tensor
@@ -72,7 +72,7 @@ def make_mesh_layout(
     for s in view_scene:
         if not 0 <= s < len(vertex_starts) - 1:
             raise ValueError(f"view_scene names scene {s} of {len(vertex_starts) - 1}")
-    layout = make_layout(vertex_starts, view_scene, device)
+    layout = make_view_table(vertex_starts, view_scene, device)
     owned = [
         [
             face_starts[s],

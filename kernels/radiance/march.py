@@ -36,8 +36,8 @@ from torch import Tensor
 from kernels import backend
 from kernels.backend import tl, triton
 from kernels.radiance.field import STOP, along_ray, load_taps, opacity, sigmoid, softplus
-from kernels.radiance.rays import Segments
-from kernels.views import Layout
+from kernels.radiance.rays import RaySegments
+from kernels.views import ViewTable
 
 
 def _tiles(target: str) -> dict:
@@ -297,7 +297,7 @@ def _march_backward(
 
 def march(
     voxels: Tensor,  # [N, (3 n + 4) R]: taps [3, n, R], density [R], colour [3, R]
-    segments: Segments,
+    segments: RaySegments,
     background: Tensor,  # [V, 3]
     height: int,
     width: int,
@@ -348,7 +348,7 @@ def march(
 
 def march_backward(
     voxels: Tensor,
-    layout: Layout,
+    table: ViewTable,
     ray: Tensor,  # [S] int32
     path: Tensor,  # [S, 8]
     start: Tensor,  # [P + 1] int64
@@ -367,11 +367,11 @@ def march_backward(
     _, height, width = grad_depth.shape
     backend.launch(
         _march_backward,
-        (layout.most, len(layout.scenes)),
+        (table.most, len(table.scenes)),
         voxels,
-        layout.views,
-        layout.scenes,
-        layout.by_scene,
+        table.views,
+        table.scenes,
+        table.by_scene,
         ray,
         used,
         path,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.radiance.rays import Segments
+from kernels.radiance.rays import RaySegments
 
 STOP = 1e-3
 # optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP
@@ -182,7 +182,7 @@ def _parts(
 
 def march_torch(
     voxels: Tensor,  # [N, (3 n + 4) R]
-    segments: Segments,
+    segments: RaySegments,
     background: Tensor,  # [V, 3]
     height: int,
     width: int,

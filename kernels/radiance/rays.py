@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
+class RaySegments:
     """S segments in the order of the pairs, and every ray's list of them."""
 
     ray: Tensor  # [S] int32: pixel (view * H + y) * W + x

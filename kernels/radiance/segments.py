@@ -27,8 +27,8 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.radiance.rays import Segments, by_ray
-from kernels.views import Layout
+from kernels.radiance.rays import RaySegments, by_ray
+from kernels.views import ViewTable
 
 NEAR = tl.constexpr(0.2)
 MARGIN = tl.constexpr(0.05)  # pixels added around a projected box: far more than rounding
@@ -212,11 +212,11 @@ def find_segments(
     # [V, 16] fp32: rotation 9, centre 3, focal lengths 2 (px), principal point 2 (px)
     cameras: Tensor,
     offset: Tensor,  # [V, H, W] fp32
-    layout: Layout,
+    table: ViewTable,
     resolution: int,
     dim: int,
     mistakes: Tensor,  # [2] int64, read together with the number of segments
-) -> tuple[Segments, list[int]]:
+) -> tuple[RaySegments, list[int]]:
     """The segments of all views in two launches, and the two numbers of `mistakes`.
 
     Reads three numbers from the device in one copy, and waits for them: the only wait of
@@ -224,10 +224,10 @@ def find_segments(
     """
     V, height, width = offset.shape
     device = position.device
-    count = torch.empty(layout.pair_start[-1], dtype=torch.int64, device=device)
+    count = torch.empty(table.pair_start[-1], dtype=torch.int64, device=device)
     tiles = _tiles(backend.target(position))
-    grid = triton.cdiv(layout.most, tiles["PAIRS"]), V
-    fixed = position, cameras, layout.views, offset
+    grid = triton.cdiv(table.most, tiles["PAIRS"]), V
+    fixed = position, cameras, table.views, offset
     sizes = (
         width,
         height,
@@ -253,6 +253,6 @@ def find_segments(
     backend.launch(
         _segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False
     )
-    return Segments(
+    return RaySegments(
         ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)
     ), wrong

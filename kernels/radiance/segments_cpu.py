@@ -5,8 +5,8 @@ cacheful of box tests at a time.
 import torch
 from torch import Tensor
 
-from kernels.radiance.rays import Segments, by_ray
-from kernels.views import Layout
+from kernels.radiance.rays import RaySegments, by_ray
+from kernels.views import ViewTable
 
 NEAR = 0.2
 MARGIN = 0.05
@@ -68,10 +68,10 @@ def find_segments_torch(
     position: Tensor,  # [N, 3] in [0, 1]
     cameras: Tensor,  # [V, 16]
     offset: Tensor,  # [V, H, W]
-    layout: Layout,
+    table: ViewTable,
     resolution: int,
     dim: int,
-) -> Segments:
+) -> RaySegments:
     """As kernels.radiance.segments.find_segments."""
     V, H, W = offset.shape
     per_unit = 2 * dim * resolution
@@ -82,9 +82,9 @@ def find_segments_torch(
     offset = offset.view(-1)
     found: list[tuple[Tensor, ...]] = []
     counts = []
-    for v, s in enumerate(layout.view_scene):
-        begin = layout.starts[s]
-        end = layout.starts[s + 1]
+    for v, s in enumerate(table.view_scene):
+        begin = table.starts[s]
+        end = table.starts[s + 1]
         # distances in samples: (plane - centre) * per_unit / d
         near = low[:, begin:end] - cameras[v, 9:12, None]
         far = high[:, begin:end] - cameras[v, 9:12, None]
@@ -146,6 +146,6 @@ def find_segments_torch(
     found.append((none, none.int(), none.int(), offset.new_zeros(0, 8)))
     key, samples, voxel, path = (torch.cat(parts) for parts in zip(*found, strict=True))
     start = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
-    return Segments(
+    return RaySegments(
         ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * H * W)
     )

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import to_device
 from kernels.reduce import sum_segments
 from kernels.surface.corners import PENALISED, WEIGHTS, average, fields_backward
 from kernels.surface.cubes import Geometry, find_cubes, unravel
 from kernels.surface.dual import dual_vertices, dual_vertices_backward
 from kernels.surface.quads import centres, centres_backward, quad_duals, split_quads
 from kernels.surface.tables import cube_tables
-from kernels.transfer import to_device
 from kernels.voxels.cache import SpatialCache
 
 CHANNELS = (53, 101)  # without and with color

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.camera import Camera
-from kernels.radiance.raymarch import _pack, raymarch
+from kernels.camera import Camera, pack_cameras
+from kernels.radiance.raymarch import raymarch
 from kernels.radiance.reference import raymarch_reference
 from tests.conftest import assert_close, assert_same
 
@@ -394,6 +394,7 @@ def test_voxels_that_are_not_finite_show(device):
 
 def test_registered_with_torch(device):
     position, inputs, (starts, view, view_scene, light, resolution, offset) = simple(device)
+    exact = view.to(torch.float64)
     packed = (
         torch.cat([inputs[0].permute(0, 2, 3, 1).flatten(1), inputs[1], inputs[2].flatten(1)], 1)
         .detach()
@@ -402,7 +403,7 @@ def test_registered_with_torch(device):
     args = (
         packed,
         position,
-        _pack(view).float(),
+        pack_cameras(exact, exact.center).float(),
         offset,
         light,
         starts,
