@@ -42,7 +42,7 @@ from kernels.surface.isosurface import Surfaces as Surfaces
 from kernels.surface.isosurface import isosurface as isosurface
 from kernels.views import SH0 as SH0
 from kernels.voxels.cache import SpatialCache as SpatialCache
-from kernels.voxels.curves import MODES as CURVES
+from kernels.voxels.curves import MODES as CURVES  # noqa: F401
 from kernels.voxels.curves import serialized_windows as serialized_windows
 from kernels.voxels.hash import build_table as build_table
 from kernels.voxels.hash import lookup as lookup

@@ -61,11 +61,6 @@ def is_torch(tensor: Tensor) -> bool:
     return name(tensor) == "torch"
 
 
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that sums over `tensor` are kept in: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 @contextmanager
 def use(choice: str) -> Iterator[None]:
     """Run CPU tensors on `choice` inside the block: "torch" (the default) or "interpreter".

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.backend import make_index
 from kernels.checks import Host, host_list
+from kernels.dtypes import wide_dtype
 
 # the constant spherical harmonic: colour = SH0 * coefficient + 0.5
 SH0 = 0.28209479177387814
@@ -107,7 +108,7 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
     Raises ValueError for float64 where the op takes a kernel.
     """
-    dtype = backend.accumulator(tensor)
+    dtype = wide_dtype(tensor)
     if dtype == torch.float64 and not backend.is_torch(tensor):
         raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
     return dtype

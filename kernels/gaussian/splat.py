@@ -238,13 +238,12 @@ def splat(
     tensors = (center, scale, rotation, opacity, sh)
     check_floating(*tensors, background, camera.extrinsics, camera.intrinsics)
     dtype = working_dtype(center)
-    camera = camera.to(dtype)
     gaussians = torch.cat([t.to(dtype).flatten(1) for t in tensors], 1)
     assert gaussians.shape == (G, GAUSSIAN)
     keep = torch.is_grad_enabled() and gaussians.requires_grad
     image, final, _ = torch.ops.trislat.splat(
         gaussians,
-        pack_cameras(camera, camera.extrinsics[:, :3, 3]),
+        _pack(camera, dtype),
         background.detach().to(dtype).contiguous(),
         starts,
         view_scene,
@@ -254,3 +253,8 @@ def splat(
         keep,
     )
     return Image(color=image, alpha=1 - final[:, None])
+
+
+def _pack(camera: Camera, dtype: torch.dtype) -> Tensor:
+    camera = camera.to(dtype)
+    return pack_cameras(camera, camera.extrinsics[:, :3, 3])

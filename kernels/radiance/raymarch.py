@@ -228,10 +228,16 @@ def raymarch(
     trivec, density, sh = (t.to(dtype) for t in tensors)
     colour = SH0 * sh[:, :, 0].transpose(1, 2)
     voxels = torch.cat([trivec.permute(0, 2, 3, 1).flatten(1), density, colour.flatten(1)], 1)
-    exact = camera.to(torch.float64)  # every sample's place starts from it
-    cameras = pack_cameras(exact, exact.center)
-    fixed = (t.detach().to(dtype).contiguous() for t in (position, cameras, offset, background))
+    fixed = (
+        t.detach().to(dtype).contiguous() for t in (position, _pack(camera), offset, background)
+    )
     image, final, depth, _ = torch.ops.trislat.raymarch(
         voxels, *fixed, starts, view_scene, resolution, rank, dim
     )
     return Image(color=image, alpha=1 - final[:, None], depth=depth[:, None])
+
+
+def _pack(camera: Camera) -> Tensor:
+    """Pack the cameras in float64: the places of all samples start from them."""
+    camera = camera.to(torch.float64)
+    return pack_cameras(camera, camera.center)

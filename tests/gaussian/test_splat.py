@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.camera import Camera, pack_cameras
+from kernels.camera import Camera
 from kernels.gaussian import blend
 from kernels.gaussian.binning import bin_tiles
 from kernels.gaussian.project import project
 from kernels.gaussian.project_cpu import project_torch
 from kernels.gaussian.records import Projected
 from kernels.gaussian.reference import splat_reference
-from kernels.gaussian.splat import splat
+from kernels.gaussian.splat import _pack, splat
 from kernels.views import make_view_table
 from tests.conftest import assert_close, assert_same, golden
 
@@ -97,17 +97,12 @@ def test_published_images_and_gradients(device, case):
         )
 
 
-def pack(view: Camera, dtype: torch.dtype) -> torch.Tensor:
-    view = view.to(dtype)
-    return pack_cameras(view, view.extrinsics[:, :3, 3])
-
-
 def projected(inputs, view: Camera, kernel_size: float = 0.1, starts=None, view_scene=(0,)):
     """The projection stage of the implementation under test."""
     packed = torch.cat([t.detach().flatten(1) for t in inputs], 1)
-    table = make_view_table(starts or [0, len(packed)], list(view_scene), packed.device)
+    layout = make_view_table(starts or [0, len(packed)], list(view_scene), packed.device)
     stage = project_torch if backend.is_torch(packed) else project
-    return stage(packed, pack(view, packed.dtype), table, view.width, view.height, kernel_size)
+    return stage(packed, _pack(view, packed.dtype), layout, view.width, view.height, kernel_size)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -368,7 +363,7 @@ def test_no_gradient_for_camera_and_background(device):
 
 def test_registered_with_torch(device):
     inputs = torch.cat([t.detach().flatten(1) for t in scene(12, device)], 1).requires_grad_()
-    view = pack(camera(2, 18, 16, device), torch.float32)
+    view = _pack(camera(2, 18, 16, device), torch.float32)
     args = (inputs, view, colors(2, device), [0, 5, 12], [1, 0], 18, 16, 0.1, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.trislat.splat.default, args, test_utils=checks)
