@@ -1,8 +1,8 @@
-"""The projection of kernels.gaussian.project for a CPU: the same forms over all P pairs at once,
-any float dtype, and its backward.
+"""Projection of Gaussians on a CPU, and its backward, for any float dtype.
 
-Pairs are the last dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of
-planes. Batches of P small matrices, or sums over a last dimension of 3, take five times as long.
+The formulas are those of kernels.gaussian.project, over all P pairs at once. Pairs are the last
+dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of planes. Batches of P
+small matrices, or sums over a last dimension of 3, take five times as long.
 """
 
 import torch
@@ -17,8 +17,9 @@ VISIBLE = 1 / 255
 
 
 class _Pairs:
-    """What forward and backward share: every quantity of the docstring of kernels.gaussian.project,
-    per pair.
+    """Every quantity of the formulas in kernels.gaussian.project, for all pairs.
+
+    Forward and backward share it.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class _Pairs:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix products [m, k, P] x [k, n, P] -> [m, n, P]."""
+    """Multiply matrices [m, k, P] x [k, n, P] -> [m, n, P]."""
     total = a[:, 0, None] * b[0]
     for k in range(1, len(b)):
         total.addcmul_(a[:, k, None], b[k])
@@ -91,14 +92,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
-    """[3, P] x [3, P]"""
+    """Return the cross product [3, P] of planes [3, P]."""
     a0, a1, a2 = a
     b0, b1, b2 = b
     return torch.stack([a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, a0 * b1 - a1 * b0])
 
 
 def _rotation(q: Tensor) -> Tensor:
-    """[4, P] (w, x, y, z), not normalised -> [3, 3, P]."""
+    """Return the matrix [3, 3, P] of quaternions [4, P] (w, x, y, z), not normalised."""
     w, x, y, z = q
     entries = [
         1 - 2 * (y * y + z * z),
@@ -115,11 +116,15 @@ def _rotation(q: Tensor) -> Tensor:
 
 
 def _rotation_backward(q: Tensor, h: Tensor) -> Tensor:
-    """The gradient of the quaternion, of the gradient h [3, 3, P] of its matrix."""
+    """Return the gradient of a quaternion, of the gradient h [3, 3, P] of its matrix."""
     w, x, y, z = q
     (xx, h01, h02), (h10, yy, h12), (h20, h21, zz) = h
-    xy, xz, yz = h01 + h10, h02 + h20, h12 + h21
-    dx, dy, dz = h21 - h12, h02 - h20, h10 - h01
+    xy = h01 + h10
+    xz = h02 + h20
+    yz = h12 + h21
+    dx = h21 - h12
+    dy = h02 - h20
+    dz = h10 - h01
     entries = [
         x * dx + y * dy + z * dz,
         y * xy + z * xz + w * dx - 2 * x * (yy + zz),
@@ -137,7 +142,7 @@ def project_torch(
     height: int,
     kernel_size: float,
 ) -> Projected:
-    """As kernels.gaussian.project.project."""
+    """Project all pairs, as kernels.gaussian.project.project does."""
     pairs = _Pairs(gaussians, cameras, table, width, height, kernel_size)
     opacity = pairs.opacity * pairs.rho
     half = 0.5 * (pairs.A - pairs.C)
@@ -176,7 +181,7 @@ def project_torch_backward(
     g_opacity: Tensor,  # [P], of the blended one
     g_color: Tensor,  # [P, 3]
 ) -> Tensor:
-    """The gradient of the Gaussians [G, 14]."""
+    """Return the gradient of the Gaussians [G, 14]."""
     t = _Pairs(gaussians, cameras, table, width, height, kernel_size)
     g_mean, g_conic, g_color = (g.t().contiguous() for g in (g_mean, g_conic, g_color))
     g_rho2 = g_opacity * t.opacity * 0.5 / torch.where(t.rho > 0, t.rho, 1)
