@@ -9,24 +9,11 @@ move about four times the bytes of the second. An instance's slot is its positio
 sort, where a pair's instances are neighbours: the backward pass writes there and reads once.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.records import TILE, Projected
-
-
-@dataclass(frozen=True, eq=False)
-class Bins:
-    """Instances, tile after tile."""
-
-    pair: Tensor  # [I] int32
-    slot: Tensor  # [I] int64: position before the sort by tile
-    bounds: Tensor  # [T + 1] int32: tile t owns the instances bounds[t] : bounds[t + 1]
-    first: Tensor  # [P] int64: the slot of a pair's first instance
+from kernels.gaussian.records import TILE, Bins, Projected
 
 
 def _tiles() -> dict:

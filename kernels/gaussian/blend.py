@@ -24,8 +24,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.binning import Bins
-from kernels.gaussian.records import TILE
+from kernels.gaussian.records import TILE, Bins
 
 OPAQUE = tl.constexpr(0.99)
 LEAST = tl.constexpr(1.0 / 255.0)

@@ -1,4 +1,4 @@
-"""Layout of packed and of projected Gaussians, which every stage of the splat reads."""
+"""Tensors that the stages of the splat hand on: projected Gaussians, instances by tile."""
 
 from dataclasses import dataclass
 
@@ -19,3 +19,13 @@ class Projected:
     depth: Tensor  # [P] camera z
     rect: Tensor  # [P, 4] int32: tiles x0, y0, x1, y1; x1 <= x0 or y1 <= y0: not drawn
     view: Tensor  # [P] int32
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Instances (a pair in a tile), tile after tile."""
+
+    pair: Tensor  # [I] int32
+    slot: Tensor  # [I] int64: position before the sort by tile
+    bounds: Tensor  # [T + 1] int32: tile t owns the instances bounds[t] : bounds[t + 1]
+    first: Tensor  # [P] int64: the slot of a pair's first instance

@@ -3,18 +3,18 @@
 import torch
 
 from kernels.camera import Image
-from kernels.checks import host_list
-from kernels.views import SH0
+from kernels.views import SH0, check_scenes
 
 
 def splat_reference(
     center, scale, rotation, opacity, sh, starts, camera, view_scene, background, kernel_size=0.1
 ) -> Image:
     """Compute `splat` one view after another, every pixel with every Gaussian."""
-    starts = host_list("starts", starts)
+    views = len(camera)
+    starts, view_scene = check_scenes(starts, len(center), "Gaussians", view_scene, views)
     color = []
     alpha = []
-    for v, s in enumerate(host_list("view_scene", view_scene)):
+    for v, s in enumerate(view_scene):
         mine = slice(starts[s], starts[s + 1])
         image, final = _view_reference(
             *(t[mine] for t in (center, scale, rotation, opacity[:, 0], sh[:, 0])),

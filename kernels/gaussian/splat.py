@@ -16,12 +16,12 @@ from torch import Tensor
 from kernels import backend
 from kernels.camera import Camera, Image, pack_cameras
 from kernels.checks import Host, check_floating, check_tensors
-from kernels.gaussian.binning import Bins, bin_tiles
+from kernels.gaussian.binning import bin_tiles
 from kernels.gaussian.blend import blend, blend_backward
 from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
 from kernels.gaussian.project import project, project_backward
 from kernels.gaussian.project_cpu import project_torch, project_torch_backward
-from kernels.gaussian.records import GAUSSIAN, RECORD, TILE
+from kernels.gaussian.records import GAUSSIAN, RECORD, TILE, Bins
 from kernels.views import (
     check_colors,
     check_scenes,

@@ -3,17 +3,17 @@
 import torch
 
 from kernels.camera import Image
-from kernels.checks import host_list
-from kernels.views import SH0
+from kernels.views import SH0, check_scenes
 
 
 def raymarch_reference(
     position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset
 ) -> Image:
     """Compute `raymarch` one view after another, every ray with every voxel."""
-    starts = host_list("starts", starts)
+    views = len(camera)
+    starts, view_scene = check_scenes(starts, len(position), "voxels", view_scene, views)
     images = []
-    for v, s in enumerate(host_list("view_scene", view_scene)):
+    for v, s in enumerate(view_scene):
         mine = slice(starts[s], starts[s + 1])
         parts = (t[mine] for t in (position, trivec, density, sh[:, :, 0]))
         images.append(_view_reference(*parts, camera[v], background[v], resolution, offset[v]))
