@@ -1,9 +1,9 @@
 """Cameras and pictures of V views that share one size.
 
-Extrinsics lead from the world to camera axes of OpenCV (x right, y down, z forward). Pixel (i, j)
+Extrinsics map the world to camera axes of OpenCV (x right, y down, z forward). Pixel (i, j)
 samples the continuous point (i + 0.5, j + 0.5); row 0 is the top. Intrinsics are divided by the
-image size: uv = (K p)_xy / p_z lies in [0, 1]^2 inside the picture. The conventions are those of
-TRELLIS (Xiang et al., 2024).
+image size: uv = (K p)_xy / p_z lies in [0, 1]^2 inside the picture. TRELLIS (Xiang et al., 2024)
+has the same conventions.
 """
 
 import math
@@ -142,7 +142,7 @@ class Camera:
     ) -> "Camera":
         """Return the cameras of a transforms.json.
 
-        `transform_matrix` [V, 4, 4] leads from the camera to the world, in OpenGL axes (looking
+        `transform_matrix` [V, 4, 4] maps the camera to the world, in OpenGL axes (looking
         along -z, y up). `fov_x` is the horizontal angle in radians (one number or [V]). Pixels are
         square.
 

@@ -1,4 +1,4 @@
-"""Views of scenes: the tables and checks that the ops with V views of B scenes share.
+"""Views of scenes: tables and checks that the ops on V views of B scenes share.
 
 G rows (Gaussians, voxels or vertices) belong to the scenes, P pairs are a view and a row of its
 scene. The index of a pair is pair_start[view] + (row - first row of the scene). So a view never

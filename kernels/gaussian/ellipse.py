@@ -1,6 +1,6 @@
 """Geometry of a projected Gaussian as Triton functions: rotations, the filter, their gradients.
 
-A vector is a tuple of three; a matrix is a tuple of its rows. Symbols are those of
+A vector is a tuple of three; a matrix is a tuple of its rows. Symbols are as in
 kernels.gaussian.project.
 """
 

@@ -1,9 +1,10 @@
 """Projection of Gaussians to the screen, and its backward.
 
-G Gaussians of B scenes, V views, P pairs of a view and a Gaussian of its scene. The ellipse is the
-first-order (EWA) projection of Zwicker et al. 2001; the fixed low-pass filter of kernel_size px^2
-with the opacity compensation rho is that of Mip-Splatting (Yu et al. 2024), as TRELLIS trains with
-it:
+G Gaussians of B scenes, V views, P pairs of a view and a Gaussian of its scene.
+
+The ellipse is the first-order (EWA) projection of Zwicker et al. 2001. The fixed low-pass filter of
+kernel_size px^2 with the opacity compensation rho is that of Mip-Splatting (Yu et al. 2024), which
+TRELLIS trains with:
     p = R m + t
     J = first-order projection at p (x/z and y/z clamped to 1.3 times the field of view)
     [a b; b c] = J R Q S^2 Q^T R^T J^T

@@ -1,6 +1,6 @@
 """Projection of Gaussians on a CPU, and its backward, for any float dtype.
 
-The formulas are those of kernels.gaussian.project, over all P pairs at once. Pairs are the last
+The formulas are as in kernels.gaussian.project, over all P pairs at once. Pairs are the last
 dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of planes. Batches of P
 small matrices, or sums over a last dimension of 3, take five times as long.
 """

@@ -1,11 +1,13 @@
 """Differentiable Gaussian splatting of B scenes with V views.
 
 G Gaussians of all scenes, P pairs of a view and a Gaussian of its scene, I instances (a pair in a
-tile). Stages, each one launch for all scenes and views: project (P) -> binning (P, I instances) ->
-blend (tiles of 16 x 16 pixels); backward: blend (tiles) -> project (G). The result is that of the
-rasteriser which TRELLIS trains with, Mip-Splatting (Yu et al. 2024, after Kerbl et al. 2023); the
-formulas are in kernels.gaussian.project and kernels.gaussian.blend. One deliberate difference: a
-view of a scene without Gaussians shows the background.
+tile of 16 x 16 pixels).
+
+Each stage is one launch for all scenes and views: project (P) -> binning (P, I) -> blend (tiles);
+backward: blend (tiles) -> project (G). The result is that of the rasteriser which TRELLIS trains
+with, Mip-Splatting (Yu et al. 2024, after Kerbl et al. 2023). The formulas are in
+kernels.gaussian.project and kernels.gaussian.blend. One difference is deliberate: a view of a scene
+without Gaussians shows the background.
 """
 
 import math

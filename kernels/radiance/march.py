@@ -1,6 +1,6 @@
 """Compositing along rays, one program per tile of pixels; its backward, one program per voxel.
 
-Segments of rays are those of kernels.radiance.segments. With taps V [rank, axis, n] of a voxel, q =
+Segments of rays come from kernels.radiance.segments. With taps V [rank, axis, n] of a voxel, q =
 (x - low) * resolution * n - 1/2 at a sample, i = clip(trunc(q), 0, n - 2), w = q - i:
     f_a = (1 - w) V_a[i] + w V_a[i + 1]  (w reaches -1/2 and 3/2 in the outer half-cells: a linear
                                          extrapolation),

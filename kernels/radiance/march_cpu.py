@@ -1,8 +1,10 @@
 """Compositing along rays on a CPU and its backward, for any float dtype.
 
-The formulas are those of kernels.radiance.march, in matrix products. Samples are evaluated voxel by
-voxel: at the samples of one voxel the interpolation is a product of the weights [samples, n] with
-its taps [n, rank], and the backward is the transposed product. Segments are taken in groups of one
+The formulas are as in kernels.radiance.march, in matrix products.
+
+Samples are evaluated voxel by voxel: at the samples of one voxel the interpolation is a product of
+the weights [samples, n] with its taps [n, rank], and the backward is the transposed product.
+Segments are taken in groups of one
 voxel, and groups with about as many samples form a part, a batch of matrices of one size that stays
 in the cache (glibc gives large temporaries back to the system and faults them in again). Voxels
 come in round after round: round j is the j-th segment of every ray that is still alive, so what is

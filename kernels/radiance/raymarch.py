@@ -1,13 +1,16 @@
 """Differentiable ray marching of radiance fields in sparse voxels.
 
-B scenes of N voxels in all, V views, S segments (a ray in a voxel). Each voxel holds R products of
-three vectors of n taps (a trivec), which weight R densities and R colours; a ray samples it at
-fixed steps of half a tap, counted from the camera and shifted by an offset per pixel. Stages, each
-one launch for all scenes and views: segments (which rays cross which voxels, S), march (tiles of
-pixels); backward: march (N). The result is that of the renderer which TRELLIS (Xiang et al. 2024)
-trains its radiance field with; the formulas are in kernels.radiance.march, and which samples belong
-to which voxel in kernels.radiance.segments. Deliberate differences: a view without voxels shows the
-background; depth has its true gradient.
+B scenes of N voxels in all, V views, S segments (a ray in a voxel).
+
+Each voxel holds R products of three vectors of n taps (a trivec), which weight R densities and R
+colours. A ray samples it at fixed steps of half a tap, counted from the camera and shifted by an
+offset per pixel. Each stage is one launch for all scenes and views: segments (which rays cross
+which voxels), march (tiles of pixels); backward: march (voxels).
+
+The result is that of the renderer which TRELLIS (Xiang et al. 2024) trains its radiance field with.
+The formulas are in kernels.radiance.march; kernels.radiance.segments says which samples belong to
+which voxel. Two differences are deliberate: a view without voxels shows the background, and depth
+has its true gradient.
 """
 
 import torch

@@ -1,12 +1,14 @@
 """Segments of rays inside voxels.
 
-V views, B scenes, N voxels, P pairs of a view and a voxel of its scene, S segments. A segment is
-one pixel's ray inside one voxel, with the samples that fall there: sample t of a ray lies at the
-distance (t + offset) * step from the camera, and belongs to the voxel if ceil(t_in / step - offset)
-<= t <= floor(t_out / step - offset) for the ray's entry and exit of the box. Membership is decided
-here, once, by these integers; faces are computed from the voxel's cell, so neighbours agree on them
-to the bit. 1/d of a direction that is exactly 0 is 1e10: a ray inside a face belongs to the voxel
-on its + side. A voxel whose centre is nearer than 0.2 is not seen. (As diffoctreerast does it.)
+V views, B scenes, N voxels, P pairs of a view and a voxel of its scene, S segments.
+
+A segment is the ray of one pixel inside one voxel, with the samples that fall there. Sample t of a
+ray lies at the distance (t + offset) * step from the camera. It belongs to the voxel if
+    ceil(t_in / step - offset) <= t <= floor(t_out / step - offset)
+for the distances at which the ray enters and leaves the box. This is decided here, once, by these
+integers. Faces are computed from the voxel's cell, so neighbours agree on them to the bit. 1/d of a
+direction that is exactly 0 is 1e10: a ray inside a face belongs to the voxel on its + side. A voxel
+whose centre is nearer than 0.2 is not seen. (As diffoctreerast does it.)
 
 A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to
 write. So segments are in the order of the pairs, a voxel's segments of one view side by side, which

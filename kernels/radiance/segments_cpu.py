@@ -1,7 +1,7 @@
 """Segments of rays inside voxels on a CPU, for any float dtype.
 
-They are those of kernels.radiance.segments in the same order. Boxes are tested in parts that fit in
-the cache.
+The segments and their order are as in kernels.radiance.segments. Boxes are tested in parts that fit
+in the cache.
 """
 
 import torch
