@@ -222,6 +222,7 @@ def raymarch(
         )
     if offset is None:
         offset = torch.rand(size, device=position.device)
+    check_tensors(offset=offset)
     if tuple(offset.shape) != size:
         raise ValueError(f"offset must be {list(size)}, not {list(offset.shape)}")
     tensors = (trivec, density, sh)
