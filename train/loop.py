@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from kernels.transfer import to_device
+from kernels import to_device
 from models import VAE, SparseTensor
 from models.finite import NotFinite, check_finite
 from models.scene import Scene

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from kernels import Camera, SpatialCache
 from kernels.bench.attention import Attend, Layout
-from kernels.bench.norm import eager_gelu, eager_layer_norm
+from kernels.bench.norm import eager_gelu, eager_layer_norm, ssim_reference
 from kernels.bench.voxels import published_partition
-from kernels.similarity import ssim_reference
 from models import VAE, GaussianScene, Posterior, SparseTensor, penalties
 from models.layers import Block, Trunk, linear, position_embedding
 from models.vae import OUTPUT_EPS

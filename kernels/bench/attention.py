@@ -11,13 +11,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention.op import segment_attention, window_attention
+from kernels import (
+    Windows,
+    segment_attention,
+    serialized_windows,
+    window_attention,
+    window_partition,
+)
 from kernels.attention.reference import segment_attention_reference, window_attention_reference
 from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.peers import compiled, optional
 from kernels.bench.shapes import batch, shell
-from kernels.voxels.curves import serialized_windows
-from kernels.voxels.window import Windows, window_partition
 
 WINDOW = 8
 # q, k, v [rows, H, D], starts [M + 1] int32, longest

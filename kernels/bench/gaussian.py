@@ -12,13 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels import Camera, splat
 from kernels.bench.case import Case, Impl, Work
 from kernels.bench.peers import optional
 from kernels.bench.shapes import shell
-from kernels.camera import Camera
 from kernels.gaussian.records import GAUSSIAN
 from kernels.gaussian.reference import splat_reference
-from kernels.gaussian.splat import splat
 
 KERNEL_SIZE, SH = 0.1, 0.28209479177387814
 

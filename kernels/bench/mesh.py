@@ -12,23 +12,30 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels import (
+    Camera,
+    SpatialCache,
+    group_norm,
+    isosurface,
+    neighbours,
+    octant_order,
+    pool,
+    pooling,
+    render_mesh,
+    sparse_conv,
+    subdivide_conv,
+    tap_order,
+)
 from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.peers import optional
 from kernels.bench.shapes import batch, shell
-from kernels.camera import Camera
-from kernels.conv.op import sparse_conv, subdivide_conv
-from kernels.conv.order import octant_order, tap_order
 from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
 from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.reference import render_mesh_reference
-from kernels.mesh.render import render_mesh
-from kernels.norm.group import group_norm, group_norm_reference
-from kernels.surface.isosurface import isosurface
+from kernels.norm.group import group_norm_reference
 from kernels.surface.reference import isosurface_reference
-from kernels.views import make_layout
-from kernels.voxels.cache import SpatialCache
-from kernels.voxels.hash import neighbours
-from kernels.voxels.pool import pool, pool_reference, pooling
+from kernels.views import make_view_table
+from kernels.voxels.pool import pool_reference
 
 GROUPS, EPS = 32, 1e-5
 
@@ -284,7 +291,7 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
     if isinstance(module, str):
         return module
     context = module.RasterizeCudaContext(device=faces.device)
-    layout = make_layout([0, vertices], [0], faces.device)
+    layout = make_view_table([0, vertices], [0], faces.device)
     matrix = projection(camera, 1.0, 3.0)
     faces = faces.int().contiguous()
 

@@ -10,17 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import add_layer_norm, gelu, layer_norm, ssim
 from kernels.bench.attention import sizes, voxels
 from kernels.bench.case import DTYPES, Case, Impl, Work
 from kernels.bench.peers import compiled, optional
-from kernels.norm.gelu import gelu, gelu_reference
-from kernels.norm.layer import (
-    add_layer_norm,
-    add_layer_norm_reference,
-    layer_norm,
-    layer_norm_reference,
-)
-from kernels.similarity import ssim, ssim_reference
+from kernels.norm.gelu import gelu_reference
+from kernels.norm.layer import add_layer_norm_reference, layer_norm_reference
+from kernels.similarity import ssim_reference
 
 EPS = 1e-6
 

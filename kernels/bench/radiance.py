@@ -13,10 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels import Camera, raymarch
 from kernels.bench.case import Case, Work
 from kernels.bench.shapes import shell
-from kernels.camera import Camera
-from kernels.radiance.raymarch import raymarch
 from kernels.radiance.reference import raymarch_reference
 
 # of training: mean density of a rank; half transparent, and opaque within two samples

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels import SpatialCache, Windows, build_table, lookup, window_partition
 from kernels.bench.case import Case, Impl, Work
 from kernels.bench.peers import optional
 from kernels.bench.shapes import batch, shell
-from kernels.voxels.cache import SpatialCache
 from kernels.voxels.coords import pack
-from kernels.voxels.hash import build_table, lookup, lookup_reference, neighbours_reference
-from kernels.voxels.window import Windows, window_partition
+from kernels.voxels.hash import lookup_reference, neighbours_reference
 
 WINDOW, SHIFT = 8, 4
 # from here on the references, dictionaries in Python, would take longer than everything else

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import models
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import GOLDEN
-from tests.models.test_models import randomize, small_decoder, small_encoder
+from tests.helpers.models import randomize, small_decoder, small_encoder
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("manifest_*.json")), ids=lambda file: file.stem)

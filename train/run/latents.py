@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from kernels.transfer import to_device
+from kernels import to_device
 from models import Encoder, SparseTensor
 from train.data.dataset import Batch
 from train.files import whole
