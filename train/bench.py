@@ -1,10 +1,10 @@
-"""What `python -m kernels.bench` measures beyond single ops: a transformer block, a transformer, a
-Gaussian training step.
+"""python -m train.bench [OP ...]: times a transformer block, a transformer and a training step.
 
-They need models and the training loop, which kernels may not import: the registry of kernels.bench
-names this module, and it is looked up only when one of its ops is asked for.
+The flags, tables and results are those of `python -m kernels.bench`, which measures single ops; see
+kernels.bench.command.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -17,17 +17,18 @@ from kernels import Camera, SpatialCache, window_partition
 from kernels.bench.attention import (
     WINDOW,
     Attend,
-    Layout,
+    WindowLayout,
     attention_work,
     flash,
     one_by_one,
     sizes,
     voxels,
 )
-from kernels.bench.case import DTYPES, Case, Impl, Work
+from kernels.bench.baselines import compiled, optional
+from kernels.bench.case import DTYPES, Case, Cases, Impl, Work
+from kernels.bench.command import main
 from kernels.bench.gaussian import gsplat
-from kernels.bench.peers import compiled, optional
-from kernels.bench.shapes import batch, shell
+from kernels.bench.shells import batch, shell
 from models import VAE, Encoder, GaussianScene, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
@@ -69,7 +70,7 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
     for name, coords in voxels(size).items():
         cache = SpatialCache(coords.to(device))
         windows = cache.get(shifted_windows, WINDOW, 0)
-        layout = Layout(windows.order, windows.lengths)
+        layout = WindowLayout(windows.order, windows.lengths)
         N = len(cache)
         torch.manual_seed(0)
         block = Trunk(8, H * D, num_blocks=1, num_heads=H, window_size=WINDOW).blocks[0].to(device)
@@ -102,7 +103,7 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
                 ours=ours,
                 forward=forward,
                 backward=backward,
-                peers={
+                baselines={
                     what: Impl(published),
                     "torch.compile of it": fused if isinstance(fused, str) else Impl(fused),
                 },
@@ -154,7 +155,7 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
                     dtype=dtype,
                     inputs=inputs,
                     ours=partial(step, eager, dtype),
-                    peers={"ours, as CUDA graphs": graphs},
+                    baselines={"ours, as CUDA graphs": graphs},
                     forward=[] if on_host else blocks * (forward + backward),
                     on_host=on_host,
                     forward_name="both passes",
@@ -206,9 +207,9 @@ def _published(
 
 
 def _gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
-    peer = gsplat(camera, background)
-    return peer.restore(
-        peer.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
+    baseline = gsplat(camera, background)
+    return baseline.restore(
+        baseline.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
     )[0]
 
 
@@ -265,16 +266,16 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         common = batch, background, weights
         absent = optional("gsplat")
         name = f"published composition, {where}, "
-        peers = {
+        baselines = {
             name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))
         }
-        peers[name + "gsplat a view at a time"] = (
+        baselines[name + "gsplat a view at a time"] = (
             absent
             if isinstance(absent, str)
             else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
         )
         graphs = Impl(train(ours, len(coords))) if device.type == "cuda" else NO_GRAPHS
-        peers["ours, transformers as CUDA graphs"] = graphs
+        baselines["ours, transformers as CUDA graphs"] = graphs
         H = config.model.heads
         D = config.model.channels // config.model.heads
         windows = SpatialCache(coords).get(shifted_windows, config.model.window, 0)
@@ -287,6 +288,16 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             inputs=inputs,
             ours=train(ours),
             forward=2 * config.model.blocks * (forward + backward),
-            peers=peers,
+            baselines=baselines,
             forward_name="step",
         )
+
+
+OPS: dict[str, Cases] = {
+    "block": block_cases,
+    "trunk": trunk_cases,
+    "train_step": train_step_cases,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(OPS, "python -m train.bench"))

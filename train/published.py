@@ -5,7 +5,7 @@ Norms in fp32 between two casts, rows gathered before attention and scattered af
 argsort and bincount, residual sums and GELU of their own, one call of the rasteriser a view, SSIM
 by five convolutions. Where the published code does more than that (a copy of segment bounds from
 the host at every attention, a loop over objects in the decoder's activations), ours is used, in the
-peer's favour.
+baseline's favour.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import Camera, SpatialCache
-from kernels.bench.attention import Attend, Layout
+from kernels.bench.attention import Attend, WindowLayout
 from kernels.bench.norm import eager_gelu, eager_layer_norm
 from kernels.bench.voxels import published_partition
 from kernels.similarity import ssim_reference
@@ -43,8 +43,8 @@ def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callabl
     return run
 
 
-def _layout(cache: SpatialCache, window: int, shift: int) -> Layout:
-    return Layout(*published_partition(cache.coords, window, shift))
+def _layout(cache: SpatialCache, window: int, shift: int) -> WindowLayout:
+    return WindowLayout(*published_partition(cache.coords, window, shift))
 
 
 def published_trunk(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:

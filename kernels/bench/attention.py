@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kernels.attention.op import segment_attention, window_attention
 from kernels.attention.reference import segment_attention_reference, window_attention_reference
+from kernels.bench.baselines import compiled, optional
 from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.peers import compiled, optional
-from kernels.bench.shapes import batch, shell
+from kernels.bench.shells import batch, shell
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.window import Windows, window_partition
 
@@ -81,8 +81,8 @@ def _flash_attn() -> Attend | str:
     )
 
 
-class Layout:
-    """What peers need to know of the windows, made before anything is timed, empty windows left
+class WindowLayout:
+    """What baselines need to know of the windows, made before anything is timed, empty windows left
     out.
     """
 
@@ -202,10 +202,10 @@ def attention_case(
     device: torch.device,
     window: int = WINDOW,
 ) -> Case:
-    """One coordinate set, one type, with every peer."""
+    """One coordinate set, one type, with every baseline."""
     coords = coords.to(device)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
-    layout = Layout(windows.order, windows.lengths)
+    layout = WindowLayout(windows.order, windows.lengths)
     N = len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
     common = dict(
@@ -215,17 +215,17 @@ def attention_case(
     if op == "segment_attention":  # q, k, v as three tensors in window order
         starts = windows.starts
         run = lambda q, k, v: varlen(q, k, v, layout.starts, layout.longest)
-        peers = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
+        baselines = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
         return Case(
             inputs=lambda seed: tuple(
                 _random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)
             ),
             ours=lambda q, k, v: segment_attention(q, k, v, starts, starts),
-            peers=peers,
+            baselines=baselines,
             reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts),
             **common,
         )
-    peers = {
+    baselines = {
         "torch varlen_attn, rows gathered before": layout.gathered(varlen),
         "published path: gather + varlen_attn + scatter": layout.published(varlen),
         "flash_attn, rows gathered before": layout.gathered(_flash_attn()),
@@ -237,7 +237,7 @@ def attention_case(
     return Case(
         inputs=lambda seed: (_random((N, 3, H, D), dtype, device, seed),),
         ours=lambda qkv: window_attention(qkv, windows),
-        peers=peers,
+        baselines=baselines,
         reference=layout.published(one_by_one).run,
         **common,
     )

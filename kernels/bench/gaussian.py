@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.bench.baselines import optional
 from kernels.bench.case import Case, Impl, Work
-from kernels.bench.peers import optional
-from kernels.bench.shapes import shell
+from kernels.bench.shells import shell
 from kernels.camera import Camera
 from kernels.gaussian.records import GAUSSIAN
 from kernels.gaussian.reference import splat_reference
@@ -119,5 +119,5 @@ def splat_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         ours=lambda *tensors: pictures(splat, *tensors),
         naive=size == "small",
         reference=lambda *tensors: pictures(splat_reference, *tensors),
-        peers={"gsplat": gsplat(camera, background)},
+        baselines={"gsplat": gsplat(camera, background)},
     )

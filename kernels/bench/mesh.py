@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels.bench.baselines import optional
 from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.peers import optional
-from kernels.bench.shapes import batch, shell
+from kernels.bench.shells import batch, shell
 from kernels.camera import Camera
 from kernels.conv.op import sparse_conv, subdivide_conv
 from kernels.conv.order import octant_order, tap_order
@@ -131,7 +131,7 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
                 inputs=_inputs(N, C, C, dtype, device),
                 ours=lambda x, w, b, n=near, o=order: sparse_conv(x, w, b, n, order=o),
                 reference=lambda x, w, b, n=near: sparse_conv_reference(x, w, b, n),
-                peers={
+                baselines={
                     name: _spconv(name, cache, C, C, dtype, device)
                     for name in ("spconv", "spconv_triton")
                 }
@@ -151,7 +151,7 @@ def parents_read(below: Tensor) -> int:
 
 
 def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Each upsampling block's first convolution, from the parents; the peer makes the copies."""
+    """Each upsampling block's first convolution, from the parents; the baseline makes the copies."""
     name, cache, channels = _levels(size)
     cache = SpatialCache(cache.coords.to(device))
     for Ci, Co in channels:
@@ -173,7 +173,7 @@ def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> 
                 inputs=_inputs(len(cache), Ci, Co, dtype, device),
                 ours=lambda x, w, b, n=near, o=order: subdivide_conv(x, w, b, n, order=o),
                 reference=lambda x, w, b, n=below: subdivide_conv_reference(x, w, b, n),
-                peers={
+                baselines={
                     "subdivide, then sparse_conv": Impl(
                         lambda x, w, b, n=below: sparse_conv(x.repeat_interleave(8, 0), w, b, n)
                     )
@@ -327,5 +327,5 @@ def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
         ours=lambda *x: pictures(render_mesh, *x),
         reference=lambda *x: pictures(render_mesh_reference, *x),
         naive=size == "small",
-        peers={"nvdiffrast": nvdiffrast(P, faces, camera)},
+        baselines={"nvdiffrast": nvdiffrast(P, faces, camera)},
     )

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench.attention import sizes, voxels
+from kernels.bench.baselines import compiled, optional
 from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.peers import compiled, optional
 from kernels.norm.gelu import gelu, gelu_reference
 from kernels.norm.layer import (
     add_layer_norm,
@@ -93,7 +93,7 @@ def _pass(
             inputs=_rows(*shapes, dtype=dtype, device=device),
             ours=ours,
             reference=reference,
-            peers=_peers(eager, device),
+            baselines=_peers(eager, device),
         )
 
 
@@ -153,7 +153,7 @@ def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
     """The hidden layer of the MLP, four times the channels, with its bias. Forward x -> y; backward
     x, dy -> dx.
 
-    The eager peer adds the bias in a pass of its own; in a block the product before it does, see op
+    The eager baseline adds the bias in a pass of its own; in a block the product before it does, see op
     `block`.
     """
     name, N, H, D = _row_count(size)
@@ -176,10 +176,10 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
 
     picture = 4 * V * 3 * edge * edge
     fused = optional("fused_ssim")
-    peers = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
+    baselines = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
     mean = lambda a, b: ssim_reference(a, b).mean()
     form = compiled(mean, device)
-    peers["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
+    baselines["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
     yield Case(
         op="ssim",
         size=f"{V} x 3 x {edge}^2",
@@ -189,5 +189,5 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
         inputs=inputs,
         ours=lambda a, b: ssim(a, b).mean(),
         reference=mean,
-        peers=peers,
+        baselines=baselines,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench.case import Case, Work
-from kernels.bench.shapes import shell
+from kernels.bench.shells import shell
 from kernels.camera import Camera
 from kernels.radiance.raymarch import raymarch
 from kernels.radiance.reference import raymarch_reference
@@ -45,7 +45,7 @@ def raymarch_work(N: int, floats: int, pixels: int) -> tuple[Work, Work]:
 
 
 def raymarch_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One view early and one late in training; fp32 whatever the network computes in. No peer can
+    """One view early and one late in training; fp32 whatever the network computes in. No baseline can
     be imported.
     """
     edge = 24 if size == "small" else 512
@@ -87,5 +87,5 @@ def raymarch_cases(size: str, dtypes: list[str], device: torch.device) -> Iterat
             ours=lambda *v, p=pictures: p(raymarch, *v),
             reference=lambda *v, p=pictures: p(raymarch_reference, *v),
             naive=size == "small",
-            peers={"diffoctreerast": "not importable as a library"},
+            baselines={"diffoctreerast": "not importable as a library"},
         )

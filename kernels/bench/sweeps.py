@@ -1,7 +1,7 @@
 """One variable at a time: attention, windows and neighbours against rows, window size and
 occupancy; notebooks plot these.
 
-The variable is written `name = value` in a case's size, beside `N = rows`. Work and peers are those
+The variable is written `name = value` in a case's size, beside `N = rows`. Work and baselines are those
 of bench_attention and bench_coords, without the naive references and without FlexAttention, which
 would be compiled again for every point.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.bench.attention import WINDOW, attention_case, sizes, voxels
 from kernels.bench.case import Case
-from kernels.bench.shapes import batch, occupied, shell
+from kernels.bench.shells import batch, occupied, shell
 from kernels.bench.voxels import SHIFT, neighbours_case, partition_case
 from kernels.voxels.coords import LIMIT
 
@@ -38,8 +38,12 @@ def _sweep(
             case = attention_case(
                 "window_attention", name, dtype, coords, *sizes(size), device, window
             )
-            peers = {peer: impl for peer, impl in case.peers.items() if "FlexAttention" not in peer}
-            yield replace(case, op=op, peers=peers, naive=False)
+            baselines = {
+                baseline: impl
+                for baseline, impl in case.baselines.items()
+                if "FlexAttention" not in baseline
+            }
+            yield replace(case, op=op, baselines=baselines, naive=False)
 
 
 def attention_rows_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:

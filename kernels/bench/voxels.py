@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels.bench.baselines import optional
 from kernels.bench.case import Case, Impl, Work
-from kernels.bench.peers import optional
-from kernels.bench.shapes import batch, shell
+from kernels.bench.shells import batch, shell
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.coords import pack
 from kernels.voxels.hash import build_table, lookup, lookup_reference, neighbours_reference
@@ -55,7 +55,7 @@ def _copies(coords: Tensor) -> Callable[[int], tuple]:
     return lambda seed: (coords.clone(),)
 
 
-class Sorted:
+class SortedTable:
     """The table without a table: sorted 64-bit keys, searched by bisection (torch.searchsorted)."""
 
     def __init__(self, coords: Tensor):
@@ -82,7 +82,9 @@ def build_table_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
             inputs=_copies(coords),
             ours=lambda coords: build_table(cache),
             forward=[Work(20 * len(coords))],
-            peers={"torch.sort of keys": Impl(Sorted, restore=lambda table: table.find(coords))},
+            baselines={
+                "torch.sort of keys": Impl(SortedTable, restore=lambda table: table.find(coords))
+            },
             restore=lambda table: lookup(table, coords),
         )
 
@@ -93,14 +95,14 @@ def lookup_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator
     """N queries next to the voxels, about half of them active."""
 
     def make(coords: Tensor, cache: SpatialCache, resolution: int, naive: bool) -> dict:
-        table, keys, N = build_table(cache), Sorted(coords), len(coords)
+        table, keys, N = build_table(cache), SortedTable(coords), len(coords)
         offset = torch.tensor([0, 0, 1, 0], dtype=torch.int32, device=device)
         found = int((keys.find(coords + offset) >= 0).sum())
         return dict(
             inputs=lambda seed: (coords + offset,),
             ours=lambda q: lookup(table, q),
             forward=[Work(20 * N + 4 * found)],
-            peers={"torch.searchsorted": Impl(keys.find)},
+            baselines={"torch.searchsorted": Impl(keys.find)},
             naive=naive,
             reference=lambda q: lookup_reference(coords, q).to(device),
         )
@@ -152,9 +154,9 @@ def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: 
         restore=ordered,
         naive=naive,
         reference=lambda coords: ordered(neighbours_reference(coords).to(coords.device)),
-        peers={
+        baselines={
             "torch.sort + torch.searchsorted": Impl(
-                lambda coords: Sorted(coords).neighbours(coords), restore=ordered
+                lambda coords: SortedTable(coords).neighbours(coords), restore=ordered
             ),
             "spconv": _spconv_map("spconv", resolution),
             "spconv_triton": _spconv_map("spconv_triton", resolution),
@@ -205,7 +207,7 @@ def partition_case(op: str, size: str, coords: Tensor, window: int, shift: int) 
         ours=partition,
         restore=lambda w: (w.order, w.lengths[w.lengths > 0]),
         forward=[Work(20 * len(coords) + 4 * windows)],
-        peers={
+        baselines={
             "published path: argsort + bincount": Impl(
                 lambda coords: published_partition(coords, window, shift)
             )
