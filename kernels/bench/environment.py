@@ -39,6 +39,18 @@ def _first_line(*command: str) -> str:
     return printed.splitlines()[0]
 
 
+def commit() -> str:
+    """Return the commit of these files in twelve digits, marked where they were changed since."""
+    number = _first_line("git", "rev-parse", "--short=12", "HEAD")
+    changed = _first_line("git", "status", "--porcelain", "--untracked-files=no")
+    return number if changed == "unknown" else number + "+changes"
+
+
+def today() -> str:
+    """Return the date in UTC, such as 2026-11-30."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Collect what measured times depend on beside the sizes of a case."""
     driver = "none"
@@ -46,14 +58,12 @@ def environment(device: torch.device) -> dict[str, str]:
         driver = torch.version.hip or _first_line(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
-    commit = _first_line("git", "rev-parse", "--short=12", "HEAD")
-    changed = _first_line("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(device),
         "driver": driver,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit if changed == "unknown" else commit + "+changes",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "date": today(),
     }
