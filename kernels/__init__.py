@@ -29,11 +29,8 @@ from kernels.mesh.render import face_camera as face_camera
 from kernels.mesh.render import render_mesh as render_mesh
 from kernels.norm.gelu import gelu as gelu
 from kernels.norm.group import group_norm as group_norm
-from kernels.norm.group import group_norm_silu as group_norm_silu
 from kernels.norm.layer import add_layer_norm as add_layer_norm
 from kernels.norm.layer import layer_norm as layer_norm
-from kernels.norm.layer import rms_norm as rms_norm
-from kernels.norm.layer import stream_norm as stream_norm
 from kernels.radiance.raymarch import raymarch as raymarch
 from kernels.similarity import ssim as ssim
 from kernels.surface.isosurface import Surfaces as Surfaces

@@ -72,7 +72,8 @@ class Encoder(Trunk):
         logvar_init: float | None = None,
         **trunk,
     ):
-        check_whole("resolution", resolution), check_whole("in_channels", in_channels)
+        check_whole("resolution", resolution)
+        check_whole("in_channels", in_channels)
         check_whole("latent_channels", latent_channels)
         super().__init__(in_channels, model_channels, num_blocks, **trunk)
         self.resolution = resolution
@@ -93,8 +94,9 @@ class Encoder(Trunk):
             nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
 
     def forward(self, x: SparseTensor) -> Posterior:
-        """x [N, in_channels]; raises ValueError where its channels or dtype are not the model's, or
-        its grid is wider.
+        """The posterior of x [N, in_channels].
+
+        Raises ValueError where its channels or dtype are not the model's, or its grid is wider.
         """
         h = self.out_layer(layer_norm(self.trunk(x.feats, x.cache), OUTPUT_EPS))
         mean, logvar = h.chunk(2, dim=1)
@@ -102,7 +104,7 @@ class Encoder(Trunk):
 
 
 class Decoder(Trunk):
-    """Latents [N, latent_channels] -> a Scene per sample; the ground of every kind of decoder.
+    """Latents [N, latent_channels] -> a Scene per sample; the base of every kind of decoder.
 
     A subclass names its published class (NAME) and how the published `representation_config`
     becomes a frozen dataclass whose `fields` are the channels of the output layer in published
@@ -123,7 +125,8 @@ class Decoder(Trunk):
         representation_config: dict,
         **trunk,
     ):
-        check_whole("resolution", resolution), check_whole("latent_channels", latent_channels)
+        check_whole("resolution", resolution)
+        check_whole("latent_channels", latent_channels)
         super().__init__(latent_channels, model_channels, num_blocks, **trunk)
         self.resolution = resolution
         self.latent_channels = latent_channels
@@ -149,20 +152,18 @@ class Decoder(Trunk):
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a
-    frozen one.
+    """An encoder and a decoder, trained end to end.
 
-    Raises TypeError for other models than these, and for a decoder that is no DECODER; ValueError
-    for latents that differ.
+    The encoder is None where latents come from a frozen one. Raises TypeError for other models than
+    these, and for a decoder that is no DECODER; ValueError for latents that differ.
     """
 
     DECODER: type[Decoder] = Decoder
 
     def __init__(self, encoder: Encoder | None, decoder: Decoder):
         super().__init__()
-        if not (encoder is None or isinstance(encoder, Encoder)) or not isinstance(
-            decoder, self.DECODER
-        ):
+        fits = encoder is None or isinstance(encoder, Encoder)
+        if not fits or not isinstance(decoder, self.DECODER):
             given = " and ".join(type(part).__name__ for part in (encoder, decoder))
             raise TypeError(
                 f"{type(self).__name__} takes Encoder (or None) and {self.DECODER.__name__}, "
@@ -190,23 +191,18 @@ class VAE(nn.Module):
             if part is not None:
                 part.set_activation_dtype(dtype)
 
-    def use_graphs(self, most: int) -> None:
-        """Run both transformers as CUDA graphs for up to `most` voxels: see Trunk.use_graphs."""
-        for part in (self.encoder, self.decoder):
-            if part is not None:
-                part.use_graphs(most)
-
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights of any float dtype into a model's fp32 parameters, strictly.
 
     Raises ValueError that names the first tensors missing, unexpected or of another shape, with
-    both shapes, and the first with values that are not finite, and how many. What nothing reads
-    (see `read_tensors`) may be missing, and be what it likes.
+    both shapes, and the first with values that are not finite, and how many. Tensors that nothing
+    reads (see `read_tensors`) may be missing or not finite.
     """
     own = model.state_dict()
     read = read_tensors(model)
-    missing, extra = sorted(read.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    missing = sorted(read.keys() - weights.keys())
+    extra = sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(
             f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected "
@@ -224,31 +220,33 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def read_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what nothing reads: a module's `idle`, which published files have."""
-    parts = model.named_modules()
-    idle = {
-        f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())
-    }
+    """The state dict without the tensors that nothing reads, but that published files have.
+
+    A module names its own in `idle`.
+    """
+    idle = set()
+    for name, part in model.named_modules():
+        idle.update(f"{name}.{own}".lstrip(".") for own in getattr(part, "idle", ()))
     return {name: t for name, t in model.state_dict().items() if name not in idle}
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
-    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the
-    published layout.
+    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights).
 
-    A file is complete or as it was before. Raises OSError that names the one which could not be
-    written, ValueError that names the first tensor with values that are not finite: then none is.
+    This is the published layout. A file is complete or as it was before. Raises OSError that names
+    the one which could not be written, ValueError that names the first tensor with values that are
+    not finite: then no file is written.
     """
     prefix = Path(prefix)
     check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, write in {
+    content = json.dumps({"name": model.NAME, "args": model.args}, indent=2)
+    writers = {
         ".safetensors": lambda path: save_file(weights, path),
-        ".json": lambda path: path.write_text(
-            json.dumps({"name": model.NAME, "args": model.args}, indent=2)
-        ),
-    }.items():
+        ".json": lambda path: path.write_text(content),
+    }
+    for suffix, write in writers.items():
         file = prefix.with_name(prefix.name + suffix)
         partial = prefix.with_name(prefix.name + suffix + ".partial")
         try:
@@ -264,8 +262,9 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
 
 
 def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
-    """The class name, arguments and tensors of a checkpoint pair; errors name the file."""
-    config, weights = Path(f"{prefix}.json"), Path(f"{prefix}.safetensors")
+    """Read the class name, arguments and tensors of a checkpoint pair; errors name the file."""
+    config = Path(f"{prefix}.json")
+    weights = Path(f"{prefix}.safetensors")
     for file in (config, weights):
         if not file.is_file():
             raise ValueError(

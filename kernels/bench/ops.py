@@ -17,7 +17,6 @@ OPS: dict[str, Cases] = {
     "attention_occupancy": sweeps.attention_occupancy_cases,
     "layer_norm": norm.layer_norm_cases,
     "add_layer_norm": norm.add_layer_norm_cases,
-    "rms_norm": norm.rms_norm_cases,
     "gelu": norm.gelu_cases,
     "ssim": norm.ssim_cases,
     "build_table": voxels.build_table_cases,

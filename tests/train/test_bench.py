@@ -52,8 +52,7 @@ def test_a_training_step_is_timed(monkeypatch):
             and row["median_us"] > row["floor_us"] > 0
             and row["agrees"] is True
         )
-    told = [(row["impl"], row["why"][:7]) for row in missing]
-    assert told == [("ours, transformers as CUDA graphs", "absent:")]
+    assert not missing
 
 
 def test_a_transformer_is_timed_on_the_device_and_on_its_host():
@@ -68,4 +67,4 @@ def test_a_transformer_is_timed_on_the_device_and_on_its_host():
         and host["median_us"] > 0
         and host["floor_us"] == 0
     )
-    assert [row["impl"] for _, missing in found for row in missing] == ["ours, as CUDA graphs"] * 2
+    assert not any(missing for _, missing in found)

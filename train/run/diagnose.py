@@ -82,7 +82,6 @@ def diagnose(
     is exchanged between ranks. The gradient that is named is the first of the backward pass, which
     goes from the output to the input. "" where all is finite.
     """
-    vae.use_graphs(0)  # inside a graph no layer can be watched
     parameters = dict(reversed(list(vae.named_parameters())))
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for args in inputs:
