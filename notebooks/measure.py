@@ -79,7 +79,7 @@ def fitted(source: Path, target: Path, most: int = PICTURE) -> None:
 
 
 class Record:
-    """The results of all calls on one device so far, and OUT, where they are shown."""
+    """Results of all calls on one device so far, and OUT, where they are shown."""
 
     def __init__(self, out: Path, state: Path, facts: dict):
         self.out = out
@@ -215,7 +215,7 @@ def _environment(work: Path) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parse(argv)
     end = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with what cleans up

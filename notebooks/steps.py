@@ -1,4 +1,4 @@
-"""The steps of notebooks/measure.py: each runs commands and returns what they showed, for JSON.
+"""Steps of notebooks/measure.py: each runs commands and returns a result for JSON.
 
 A step goes on from what lies in its state folder. Without data it is a rehearsal, which runs the
 same commands in small.
@@ -30,9 +30,9 @@ OPS = (  # the most valuable first; train_step is a step of its own
     " attention_occupancy attention_rows attention_window neighbours_extent partition_window"
     " partition_extent"
 ).split()
-COMMANDS = dict.fromkeys(kernel_ops.OPS, "kernels.bench") | dict.fromkeys(
-    model_ops.OPS, "train.bench"
-)
+# op -> the command that measures it
+COMMANDS = dict.fromkeys(kernel_ops.OPS, "kernels.bench")
+COMMANDS |= dict.fromkeys(model_ops.OPS, "train.bench")
 # two coordinate sets are enough; what takes a minute to compile or compute is left to kernels.bench
 BRIEF = ["--without-sizes", r"^(noisy sphere|rough sphere|blobs), N = \d+$"]
 BRIEF += ["--without-impls", "naive|FlexAttention|padded"]
@@ -58,7 +58,7 @@ REHEARSED = {"training": "gaussian", "pictures": "radiance", "determinism": "gau
 
 @dataclass
 class Here:
-    """Where and how long a step runs."""
+    """Folder, data, commands and time limit of a step."""
 
     state: Path  # results, logs and run folders of these sources on this device
     data: Path | None  # None: a rehearsal

@@ -1,4 +1,4 @@
-"""The notebooks: committed without outputs, run from top to bottom, and their figures."""
+"""Notebooks are committed without outputs and run from top to bottom; figures are right."""
 
 import json
 import os
@@ -38,9 +38,7 @@ def test_committed_without_outputs(file):
 # those of Jupyter's own packages
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_runs_from_top_to_bottom(file):
-    """In a kernel of its own; an error in a cell raises. Every figure that is promised is there as
-    a picture.
-    """
+    """An error in a cell raises. Every figure that is promised is there as a picture."""
     notebook = nbformat.read(file, as_version=4)
     nbformat.validate(notebook)
     seconds = 1800 if GPU else 120  # a cell; a GPU measures larger sizes and compiles baselines
@@ -171,9 +169,7 @@ def test_windows_of_a_given_occupancy():
 
 
 def test_a_sweep_holds_all_else_equal():
-    """Work of the floor by hand: as many rows, so as many bytes; flops are 4 channels x rows of a
-    window, for each row.
-    """
+    """Rows decide the bytes; flops are 4 channels x rows of a window, for each row."""
     found = OPS["attention_occupancy"]("small", ["fp32"], CPU)
     for n, case in zip((8, 32, 128, 512), found, strict=True):
         assert case.size == f"rows = {n}, N = 2048"

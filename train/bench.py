@@ -40,7 +40,7 @@ from train.published import Rasterize, one_view, published_block, published_loss
 
 
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
-    """The stages of a fully fused block, forward and backward, one after another.
+    """List the stages of a fully fused block, forward and backward, one after another.
 
     Forward: norm (2 passes over N C), qkv, attention, out, norm with residual (2), MLP. Products
     count as flops alone (their operands stay in flight); 24 N C^2 flops forward in all, twice that
@@ -63,7 +63,7 @@ def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[W
 
 
 def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """x [N, C] -> x [N, C], gradients of x and of every weight, which is fp32."""
+    """Measure x [N, C] -> x [N, C], with gradients of x and of every weight, which is fp32."""
     H, D = sizes(size)
     for name, coords in voxels(size).items():
         cache = SpatialCache(coords.to(device))
@@ -107,7 +107,7 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
 
 def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host.
+    """Measure a transformer on so few voxels that a GPU may wait for its host.
 
     The device's time, then that of the host, which issues the work and does not wait for it.
     Windows are made in every call, as for every batch of a training.
@@ -149,8 +149,9 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
 
 def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Batch:
-    """Objects with random features and pictures, one view each: what a step computes on does not
-    change its time.
+    """Make objects with random features and pictures, one view each.
+
+    The values a step computes with do not change its time.
     """
     generator = torch.Generator().manual_seed(0)
     B = int(coords[-1, 0]) + 1
@@ -165,8 +166,9 @@ def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Ba
 def _trainer(
     vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns
-    the loss.
+    """Make a training step over weights of its own; it returns the loss.
+
+    A step is loss(vae, *args), its gradients and the optimiser.
     """
     vae = deepcopy(vae)
     scale = LossScale() if precision == "fp16" else LossScale(0, 0, 0)
@@ -199,8 +201,7 @@ def _gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Te
 
 
 def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One micro-batch of two objects, forward, backward and optimiser, with the demo's or the
-    published sizes.
+    """Measure a training step: a micro-batch of two objects, with the demo's or published sizes.
 
     Each implementation trains a model of its own from the same weights; the first losses are
     compared. The floor is that of the transformer blocks alone, which is most of the work: 3 passes

@@ -1,5 +1,4 @@
-"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours:
-what ours is set beside.
+"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours.
 
 Norms in fp32 between two casts, rows gathered before attention and scattered after it, windows by
 argsort and bincount, residual sums and GELU of their own, one call of the rasteriser a view, SSIM
@@ -30,7 +29,10 @@ Rasterize = Callable[[GaussianScene, Camera, Tensor], Tensor]
 
 
 def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
+    """Make the published forward pass over a block's weights: [N, C] -> [N, C].
+
+    `attend` takes qkv [N, 3, H, D].
+    """
     to_qkv = block.attn.to_qkv
     to_out = block.attn.to_out
     up, down = block.mlp.mlp
@@ -49,8 +51,9 @@ def _layout(cache: SpatialCache, window: int, shift: int) -> WindowLayout:
 
 
 def published_trunk(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:
-    """The features before the output layer's norm, of a model with shifted windows; `attend` None:
-    padded windows.
+    """Compute the features [N, C] before the output layer's norm, with shifted windows.
+
+    `attend` None: padded windows.
     """
     h = model.input_layer(x.feats) + x.cache.get(position_embedding, model.model_channels)
     h = h.to(model.compute_dtype(x.feats))
@@ -75,7 +78,7 @@ def published_loss(
     batch: Batch,
     background: Tensor,
 ) -> Tensor:
-    """What train.loop.Objective computes."""
+    """Compute the loss of train.loop.Objective."""
     mean, logvar = _output(vae.encoder, x, attend).chunk(2, dim=1)
     z = Posterior(mean, logvar, x).sample(noise=noise)
     scenes = vae.decoder.scenes(z.replace(_output(vae.decoder, z, attend)))
@@ -94,5 +97,5 @@ def published_loss(
 
 
 def one_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
-    """Our own rasteriser, a view at a time."""
+    """Render one view with our own rasteriser: [1, 3, H, W]."""
     return scene.render(camera, background).color

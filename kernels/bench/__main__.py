@@ -1,6 +1,6 @@
-"""python -m kernels.bench [OP ...] [--size small|base] [--dtype fp16,bf16] [--json PATH] [--errors]
+"""python -m kernels.bench [OP ...]: times every op forward and backward.
 
-Times every op forward and backward; kernels.bench.command says how, and what the flags do.
+The flags are described in kernels.bench.command.
 """
 
 import sys

@@ -26,7 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 @cache
 def voxels(size: str) -> dict[str, Tensor]:
-    """The coordinate sets that block, attention and norms are measured on: [N, 4] by name."""
+    """Make the coordinate sets of attention, norms and blocks: [N, 4] by name."""
     if size == "small":
         return {"sphere 32^3": batch(shell("sphere", 32)), "blobs 16^3": batch(shell("blobs", 16))}
     uneven = batch(*map(shell, ("noisy sphere", "rough sphere", "rotated box", "small sphere")))
@@ -35,12 +35,15 @@ def voxels(size: str) -> dict[str, Tensor]:
 
 
 def sizes(size: str) -> tuple[int, int]:
-    """Heads and channels per head: of the published models, or few for a CPU."""
+    """Give heads and channels per head: of the published models, or few for a CPU."""
     return (2, 32) if size == "small" else (12, 64)
 
 
 def attention_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[Work, Work]:
-    """Forward and backward; `squares` = sum n^2 over the windows, `width` bytes an element."""
+    """Count the work of both passes.
+
+    `squares` is the sum of n^2 over the windows, `width` the bytes of an element.
+    """
     C = H * D
     lse = 4 * N * H
     return Work(4 * N * C * width + lse, 4 * C * squares), Work(
@@ -53,8 +56,9 @@ def _squares(windows: Windows) -> int:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """torch's own kernel for segments of uneven length (FlashAttention-2); on a CPU it raises
-    NotImplementedError.
+    """Run torch's own kernel for segments of uneven length, FlashAttention-2.
+
+    Raises NotImplementedError on a CPU.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -62,17 +66,17 @@ def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tens
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """The naive reference: one window after the other."""
+    """Run the naive reference: one window after the other."""
     return segment_attention_reference(q, k, v, starts, starts)
 
 
 def _varlen(device: torch.device) -> Attend | str:
-    """torch's own, where it runs."""
+    """Choose torch's own kernel where it runs, or say why not."""
     return "absent: torch's varlen_attn needs a GPU" if device.type == "cpu" else flash
 
 
 def _flash_attn() -> Attend | str:
-    """The flash_attn package, if it is there."""
+    """Choose the flash_attn package where it is installed, or say why not."""
     module = optional("flash_attn")
     if isinstance(module, str):
         return module
@@ -82,8 +86,9 @@ def _flash_attn() -> Attend | str:
 
 
 class WindowLayout:
-    """What baselines need to know of the windows, made before anything is timed, empty windows left
-    out.
+    """Windows in the forms that other packages take, made before anything is timed.
+
+    Empty windows are left out.
     """
 
     # rows [N] in window order, rows of each window [M]; int32
@@ -105,8 +110,9 @@ class WindowLayout:
         )
 
     def gathered(self, attend: Attend | str) -> Impl | str:
-        """The attention alone: its rows are gathered before and scattered after the clock. A string
-        says why it is absent.
+        """Time the attention alone: rows are gathered before and scattered after.
+
+        A string says why it is absent.
         """
         if isinstance(attend, str):
             return attend
@@ -117,8 +123,9 @@ class WindowLayout:
         )
 
     def published(self, attend: Attend | str) -> Impl | str:
-        """What the published model runs: gather, attention, scatter. A string says why it is
-        absent.
+        """Time what the published model runs: gather, attention, scatter.
+
+        A string says why it is absent.
         """
         if isinstance(attend, str):
             return attend
@@ -127,7 +134,7 @@ class WindowLayout:
         )
 
     def padded(self) -> Impl:
-        """Every window padded to the longest, one scaled_dot_product_attention with a mask."""
+        """Pad every window to the longest and run scaled_dot_product_attention with a mask."""
         M = len(self.starts) - 1
         mask = torch.zeros(M * self.longest, dtype=torch.bool, device=self.order.device)
         mask[self.place] = True
@@ -145,8 +152,9 @@ class WindowLayout:
         return Impl(run)
 
     def block_mask(self, block: int = 128):
-        """FlexAttention's list of key blocks for each query block, from the window bounds: no N^2
-        evaluation.
+        """List the key blocks of each query block for FlexAttention, from the window bounds.
+
+        The N^2 evaluation of the mask is avoided.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -169,8 +177,9 @@ class WindowLayout:
         )
 
     def flex(self, compile: Callable) -> Impl | str:
-        """FlexAttention over gathered rows; `compile` turns the eager function into the fused one,
-        or says why not.
+        """Time FlexAttention over gathered rows.
+
+        `compile` turns the eager function into the fused one, or says why not.
         """
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -202,7 +211,7 @@ def attention_case(
     device: torch.device,
     window: int = WINDOW,
 ) -> Case:
-    """One coordinate set, one type, with every baseline."""
+    """Make the case of one coordinate set and type, with every baseline."""
     coords = coords.to(device)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
     layout = WindowLayout(windows.order, windows.lengths)
@@ -244,14 +253,14 @@ def attention_case(
 
 
 def window_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Every coordinate set."""
+    """Measure windows on every coordinate set."""
     for name, coords in voxels(size).items():
         for dtype in dtypes:
             yield attention_case("window_attention", name, dtype, coords, *sizes(size), device)
 
 
 def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The first coordinate set: what differs is that no row order is read."""
+    """Measure segments on the first coordinate set: no row order is read."""
     name, coords = next(iter(voxels(size).items()))
     for dtype in dtypes:
         yield attention_case("segment_attention", name, dtype, coords, *sizes(size), device)
@@ -260,8 +269,9 @@ def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) 
 def serialized_attention_cases(
     size: str, dtypes: list[str], device: torch.device
 ) -> Iterator[Case]:
-    """Overlapping runs of 512 voxels (a few on a CPU) along a space-filling curve: keys are an
-    index list, rows repeat.
+    """Measure overlapping runs of 512 voxels (64 on a CPU) along a space-filling curve.
+
+    Keys are an index list, in which rows repeat.
     """
     name, coords = next(iter(voxels(size).items()))
     coords = coords.to(device)
@@ -285,8 +295,9 @@ def serialized_attention_cases(
 
 
 def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Windows with queries and keys rotated and RMS-normed in the loads; phases and gammas are too
-    small to count.
+    """Measure windows whose queries and keys are rotated and RMS-normed as they are loaded.
+
+    Phases and gammas are too small to count.
     """
     name, coords = next(iter(voxels(size).items()))
     coords = coords.to(device)

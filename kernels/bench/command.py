@@ -1,4 +1,4 @@
-"""The command line of `python -m kernels.bench` and `python -m train.bench`.
+"""Command line of `python -m kernels.bench` and `python -m train.bench`.
 
 Times every op forward and backward beside its floor on this device and every other implementation
 that can be imported, in the same run, after checking that they agree (kernels.bench.measure says
@@ -96,10 +96,10 @@ def start(device: torch.device, seconds: float = 0.25) -> tuple[Timer, Roofline]
     """
     timer = Timer(device, seconds, least=5 if seconds else 1)
     if device.type == "cuda":
-        megabytes, edge = 1024, 8192
-    else:
-        megabytes, edge = (128, 1024) if seconds else (8, 256)
-    return timer, measure_roofline(timer, megabytes, edge)
+        return timer, measure_roofline(timer, megabytes=1024, edge=8192)
+    if seconds:
+        return timer, measure_roofline(timer, megabytes=128, edge=1024)
+    return timer, measure_roofline(timer, megabytes=8, edge=256)
 
 
 def run(

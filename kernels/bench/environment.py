@@ -1,4 +1,4 @@
-"""Where a benchmark runs: device, driver, versions and commit, as the results record them."""
+"""Device, driver, versions and commit of a benchmark, as the results record them."""
 
 import datetime
 import platform

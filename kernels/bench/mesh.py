@@ -1,5 +1,6 @@
-"""What the mesh decoder adds: sparse convolutions, group norm, pooling, the surface and its
-pictures. N voxels, C channels.
+"""Sparse convolutions, group norm, pooling, the surface and its pictures, for the mesh decoder.
+
+N voxels, C channels.
 
 Flops of a convolution are those of the neighbours that exist, 2 Ci Co each; the form that reads
 parents after a subdivision needs about a quarter of them and is held against its own, smaller
@@ -28,11 +29,12 @@ from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours
 from kernels.voxels.pool import pool, pool_reference, pooling
 
-GROUPS, EPS = 32, 1e-5
+GROUPS = 32
+EPS = 1e-5
 
 
 def _levels(size: str) -> tuple[str, SpatialCache, list[tuple[int, int]]]:
-    """Name and voxels of the decoder's latents, and the channels of its two upsampling blocks."""
+    """Name the latents; give their voxels and the channels of the two upsampling blocks."""
     if size == "small":
         return "sphere 8^3", SpatialCache(batch(shell("sphere", 8))), [(64, 32), (32, 32)]
     return "noisy sphere", SpatialCache(batch(shell("noisy sphere"))), [(768, 192), (192, 96)]
@@ -46,8 +48,9 @@ def _random(
 
 
 def conv_work(rows: tuple[int, int], pairs: int, Ci: int, Co: int, width: int) -> tuple[Work, Work]:
-    """Forward and backward from rows[0] input to rows[1] output rows, over `pairs` of an output row
-    and a neighbour.
+    """Count the work of both passes from rows[0] input to rows[1] output rows.
+
+    `pairs` are those of an output row and a neighbour.
     """
     x = rows[0] * Ci
     y = rows[1] * Co
@@ -59,8 +62,9 @@ def conv_work(rows: tuple[int, int], pairs: int, Ci: int, Co: int, width: int) -
 def _spconv(
     package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, device: torch.device
 ) -> Impl | str:
-    """The submanifold convolution of spconv, or of spconv_triton, which has the same names; its
-    neighbours are made once.
+    """Run the submanifold convolution of spconv, or of spconv_triton, which has the same names.
+
+    Neighbours are made once.
     """
     module = optional(f"{package}.pytorch")
     if isinstance(module, str):
@@ -81,8 +85,9 @@ def _spconv(
 
 
 def _flex_gemm(cache: SpatialCache) -> Impl | str:
-    """FlexGEMM's, its neighbours made once too; the order of its arguments differs between
-    versions, their names do not.
+    """Run the convolution of FlexGEMM, its neighbours made once too.
+
+    The order of its arguments differs between versions, their names do not.
     """
     module = optional("flex_gemm.ops.spconv")
     if isinstance(module, str):
@@ -112,12 +117,13 @@ def _inputs(N: int, Ci: int, Co: int, dtype: str, device: torch.device) -> Calla
 
 
 def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The second convolution of each upsampling block, on the children."""
+    """Measure the second convolution of each upsampling block, on the children."""
     name, cache, channels = _levels(size)
     cache = SpatialCache(cache.coords.to(device))
     for _, C in channels:
         cache = cache.subdivide()
-        near, order = cache.get(neighbours, 3), cache.get(tap_order, 3)
+        near = cache.get(neighbours, 3)
+        order = cache.get(tap_order, 3)
         pairs = int((near >= 0).sum())
         N = len(cache)
         for dtype in dtypes:
@@ -140,8 +146,9 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
 
 
 def parents_read(below: Tensor) -> int:
-    """Pairs of a child and a parent that it reads, of the children's neighbours [8N, 27]: each
-    counts once, whatever its taps.
+    """Count pairs of a child and a parent that it reads, from the children's neighbours [8N, 27].
+
+    A pair counts once, whatever its taps.
     """
     total = 0
     for part in torch.where(below >= 0, below // 8, -1).split(1 << 16):
@@ -151,7 +158,10 @@ def parents_read(below: Tensor) -> int:
 
 
 def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Each upsampling block's first convolution, from the parents; the baseline makes the copies."""
+    """Measure the first convolution of each upsampling block, from the parents.
+
+    The baseline copies each parent to its children.
+    """
     name, cache, channels = _levels(size)
     cache = SpatialCache(cache.coords.to(device))
     for Ci, Co in channels:
@@ -183,8 +193,9 @@ def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> 
 
 
 def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """With SiLU, before the second convolution of the first block. Forward reads x twice; backward
-    x and dy twice.
+    """Measure the norm with SiLU before the second convolution of the first block.
+
+    Forward reads x twice; backward x and dy twice.
     """
     name, cache, channels = _levels(size)
     children = SpatialCache(cache.coords.to(device)).subdivide()
@@ -209,7 +220,7 @@ def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 
 
 def pool_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The mean of 2^3 voxels. Forward x -> y; backward dy -> dx."""
+    """Measure the mean of 2^3 voxels. Forward x -> y; backward dy -> dx."""
     name, cache, channels = _levels(size)
     cache = SpatialCache(cache.coords.to(device))
     C = channels[0][0]
@@ -231,7 +242,7 @@ def pool_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
 
 
 def _surface(size: str, device: torch.device) -> tuple[SpatialCache, Tensor, int]:
-    """Cubes around a ball, their fields, and the resolution of the grid."""
+    """Make cubes around a ball, their fields, and the resolution of the grid."""
     xyz, resolution = (shell("sphere", 4), 16) if size == "small" else (shell("noisy sphere"), 256)
     cache = SpatialCache(batch(xyz).to(device)).subdivide().subdivide()
     corner = torch.tensor([[i & 1, i >> 1 & 1, i >> 2 & 1] for i in range(8)], device=device)
@@ -242,8 +253,9 @@ def _surface(size: str, device: torch.device) -> tuple[SpatialCache, Tensor, int
 
 
 def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A training surface with colours. Forward reads the fields and writes the surface; backward
-    the other way round.
+    """Measure a training surface with colours.
+
+    Forward reads the fields and writes the surface; backward the other way round.
     """
     cache, fields, resolution = _surface(size, device)
     out = isosurface(cache, fields, resolution, True)
@@ -274,7 +286,7 @@ def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 
 
 def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
-    """The same picture of a number of vertices by nvdiffrast: rasterize, interpolate, antialias.
+    """Draw the same picture with nvdiffrast: rasterize, interpolate, antialias.
 
     Clip positions are made by our kernel, whose tables and matrix are not timed, in its favour.
     """
@@ -298,8 +310,10 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
 
 
 def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One view of a training surface. Compulsory: vertices, colours, faces, 11 floats a pixel;
-    backward again, with gradients.
+    """Measure one view of a training surface.
+
+    Compulsory are vertices, colours, faces and 11 floats a pixel; backward both again, with
+    gradients.
     """
     cache, fields, resolution = _surface(size, device)
     out = isosurface(cache, fields, resolution, True)

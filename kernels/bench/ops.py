@@ -1,4 +1,4 @@
-"""The ops that `python -m kernels.bench` measures, by name.
+"""Ops that `python -m kernels.bench` measures, by name.
 
 A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields
 kernels.bench.case.Case.

@@ -1,5 +1,7 @@
-"""python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--hot] [--json FILE]
-       python -m kernels.compile --markdown FILE --also OTHER_VENV/bin/python
+"""Command line of `python -m kernels.compile`.
+
+    python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--hot] [--json FILE]
+    python -m kernels.compile --markdown FILE --also OTHER_VENV/bin/python
 
 Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory.
 
@@ -142,7 +144,7 @@ def _build_with(python: str, launches: str, args: argparse.Namespace, folder: Pa
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.compile", description=__doc__.split("\n\n")[1]
+        prog="python -m kernels.compile", description=__doc__.split("\n\n")[2]
     )
     parser.add_argument(
         "--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}"

@@ -1,4 +1,4 @@
-"""The tables of `python -m kernels.compile`: one line a launch and target, or one line a kernel.
+"""Tables of the build report: one line a launch and target, or one line a kernel.
 
 A cell shows one value where the versions of Triton agree and "first / second" where they do not, in
 the order of the heading.

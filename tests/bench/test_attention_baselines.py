@@ -42,10 +42,8 @@ def attention() -> Case:
     )
 
 
-def test_attention_peers_agree(monkeypatch):
-    """Every path around a baseline's kernel: gathers, scatters, padding, block lists; the kernels stood
-    in for on a CPU.
-    """
+def test_attention_baselines_agree(monkeypatch):
+    """Gathers, scatters, padding and block lists are right; kernels have stand-ins on a CPU."""
     told = {impl: why for impl, why in attention().baselines.items() if isinstance(why, str)}
     assert (
         told["torch varlen_attn, rows gathered before"] == "absent: torch's varlen_attn needs a GPU"

@@ -72,7 +72,7 @@ except KeyboardInterrupt:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody waited for counts."""
+    """Wait for a process to end; one that nobody waited for counts as ended."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(100):
         try:

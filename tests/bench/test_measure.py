@@ -67,7 +67,7 @@ def test_when_ours_is_wrong_nothing_is_timed():
     }
 
 
-def test_absent_and_failing_peers_are_named():
+def test_absent_and_failing_baselines_are_named():
     def broken(x):
         raise NotImplementedError("no such kernel")
 
@@ -121,7 +121,7 @@ def test_backward_is_timed_over_rotated_inputs_that_ours_differentiates():
 
 
 class Device:
-    """What Timer uses of torch.cuda, with a clock that advances by what is launched."""
+    """Stands in for torch.cuda, with a clock that advances by what is launched."""
 
     def __init__(self):
         self.now = 0.0

@@ -98,8 +98,11 @@ def test_bytes_of_group_norm_and_pooling_by_hand():
 
 def test_bytes_of_a_surface_and_its_picture_by_hand():
     out = isosurface(*_surface("small", CPU), True)
-    P, F, T = len(out.vertices), len(out.faces), len(out.tsdf_value)
-    surface, picture = small("isosurface"), small("render_mesh")
+    P = len(out.vertices)
+    F = len(out.faces)
+    T = len(out.tsdf_value)
+    surface = small("isosurface")
+    picture = small("render_mesh")
     # 56 voxels, 64 cubes each, 101 numbers a cube
     assert surface.size == f"3584 cubes of 16^3, {F} faces"
     # a vertex has a place and 6 attributes, a face 3 indices, a corner near the surface a place and

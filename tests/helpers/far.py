@@ -7,6 +7,7 @@ programs only the first and the last of each axis run there, whose rows lie beyo
 
 import inspect
 import itertools
+import math
 import operator
 import sys
 from collections.abc import Iterator
@@ -19,14 +20,12 @@ from torch import Tensor
 
 FAR = 1 << 31  # elements: a 32-bit offset ends here
 MANY = 64  # programs along an axis that are all run
+MAPPED = 64 << 20  # bytes of an allocation that surely has fresh pages
 GIB = 48  # memory that a GPU needs for the largest of the tests
 
 
-def far_tensor(rows: Tensor, *shape: int) -> Tensor:
-    """Make a tensor of zeros that has more than 2^31 elements and ends with `rows`.
-
-    shape: sizes of the first axes but for the very first, which is as long as it has to be.
-    """
+def far_tensor(rows: Tensor) -> Tensor:
+    """Make a tensor of zeros that has more than 2^31 elements and ends with `rows`."""
     width = rows[0].numel()
     x = zeros(FAR // width + 2 * len(rows), *rows.shape[1:], like=rows)
     x[-len(rows) :] = rows
@@ -34,8 +33,12 @@ def far_tensor(rows: Tensor, *shape: int) -> Tensor:
 
 
 def zeros(*shape: int, like: Tensor) -> Tensor:
-    """Allocate zeros; on a CPU, untouched memory of the operating system, which reads as zeros."""
-    if like.is_cuda:
+    """Allocate zeros; many of them, on a CPU, as memory that is not touched.
+
+    The C library takes an allocation of more than 32 MB from the operating system, whose fresh
+    pages read as zeros.
+    """
+    if like.is_cuda or math.prod(shape) * like.element_size() < MAPPED:
         return like.new_zeros(*shape)
     return like.new_empty(*shape)
 
@@ -67,7 +70,7 @@ def _run_ends(self, *args, **kwargs) -> None:
 
 
 def _typed_range(*bounds) -> Iterator:
-    """Count as a compiled loop does, in 64 bits where a bound has 64; the interpreter forgets that."""
+    """Count in 64 bits where a bound has 64, as a compiled loop does; the interpreter forgets."""
     from triton.language import int64, tensor
     from triton.runtime.interpreter import TensorHandle
 
