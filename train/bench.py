@@ -27,16 +27,15 @@ from kernels.bench.attention import (
 from kernels.bench.baselines import compiled, optional
 from kernels.bench.case import DTYPES, Case, Cases, Impl, Work
 from kernels.bench.command import main
-from kernels.bench.gaussian import gsplat
 from kernels.bench.shells import batch, shell
-from models import VAE, Encoder, GaussianScene, SparseTensor
+from models import VAE, Encoder, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
 from train.data.dataset import Batch
 from train.loop import Objective
 from train.losses.pictures import GradClipper, Pictures
 from train.optimizer import LossScale, Optimizer
-from train.published import Rasterize, one_view, published_block, published_loss
+from train.published import Rasterize, gsplat_view, one_view, published_block, published_loss
 
 
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
@@ -193,13 +192,6 @@ def _published(
     return loss
 
 
-def _gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
-    baseline = gsplat(camera, background)
-    return baseline.restore(
-        baseline.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
-    )[0]
-
-
 def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     """Measure a training step: a micro-batch of two objects, with the demo's or published sizes.
 
@@ -258,7 +250,7 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         baselines[name + "gsplat a view at a time"] = (
             absent
             if isinstance(absent, str)
-            else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
+            else Impl(train(_published(attend, gsplat_view, *common)), tolerance=5e-2)
         )
         H = config.model.heads
         D = config.model.channels // config.model.heads

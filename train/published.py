@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import Camera, SpatialCache
 from kernels.bench.attention import Attend, WindowLayout
+from kernels.bench.gaussian import gsplat
 from kernels.bench.norm import eager_gelu, eager_layer_norm
 from kernels.bench.voxels import published_partition
 from kernels.similarity import ssim_reference
@@ -99,3 +100,11 @@ def published_loss(
 def one_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
     """Render one view with our own rasteriser: [1, 3, H, W]."""
     return scene.render(camera, background).color
+
+
+def gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
+    """Render one view with gsplat, where it is installed: [1, 3, H, W]."""
+    baseline = gsplat(camera, background)
+    return baseline.restore(
+        baseline.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
+    )[0]

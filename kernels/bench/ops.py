@@ -4,7 +4,7 @@ A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that
 kernels.bench.case.Case.
 """
 
-from kernels.bench import attention, gaussian, mesh, norm, radiance, sweeps, voxels
+from kernels.bench import attention, conv, gaussian, mesh, norm, radiance, sweeps, voxels
 from kernels.bench.case import Cases
 
 OPS: dict[str, Cases] = {
@@ -29,10 +29,10 @@ OPS: dict[str, Cases] = {
     "cache_hit": voxels.cache_hit_cases,
     "splat": gaussian.splat_cases,
     "raymarch": radiance.raymarch_cases,
-    "sparse_conv": mesh.sparse_conv_cases,
-    "subdivide_conv": mesh.subdivide_conv_cases,
-    "group_norm": mesh.group_norm_cases,
-    "pool": mesh.pool_cases,
+    "sparse_conv": conv.sparse_conv_cases,
+    "subdivide_conv": conv.subdivide_conv_cases,
+    "group_norm": conv.group_norm_cases,
+    "pool": conv.pool_cases,
     "isosurface": mesh.isosurface_cases,
     "render_mesh": mesh.render_mesh_cases,
 }

@@ -10,23 +10,33 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.op import segment_attention, window_attention
-from kernels.camera import Camera
-from kernels.conv.op import sparse_conv, subdivide_conv
-from kernels.gaussian.splat import splat
-from kernels.mesh.render import render_mesh
-from kernels.norm.gelu import gelu
-from kernels.norm.group import group_norm
-from kernels.norm.layer import add_layer_norm, layer_norm
-from kernels.radiance.raymarch import raymarch
-from kernels.similarity import ssim
-from kernels.surface.isosurface import isosurface
-from kernels.voxels.cache import SpatialCache
+from kernels import (
+    Camera,
+    SpatialCache,
+    Windows,
+    add_layer_norm,
+    build_table,
+    gelu,
+    group_norm,
+    isosurface,
+    layer_norm,
+    lookup,
+    neighbours,
+    pool,
+    pooling,
+    raymarch,
+    render_mesh,
+    segment_attention,
+    sparse_conv,
+    splat,
+    ssim,
+    subdivide_conv,
+    unpool,
+    window_attention,
+    window_partition,
+)
 from kernels.voxels.children import child_neighbours
 from kernels.voxels.curves import serialized_windows
-from kernels.voxels.hash import build_table, lookup, neighbours
-from kernels.voxels.pool import pool, pooling, unpool
-from kernels.voxels.window import Windows, window_partition
 
 CHANNELS = 768
 HEADS = 12

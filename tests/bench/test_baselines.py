@@ -8,9 +8,10 @@ import torch
 from kernels.bench import measure
 from kernels.bench.attention import attention_case
 from kernels.bench.case import Case, Impl
+from kernels.bench.conv import _flex_gemm, _spconv
 from kernels.bench.gaussian import gaussians, gsplat
 from kernels.bench.measure import evaluate
-from kernels.bench.mesh import _flex_gemm, _spconv, nvdiffrast
+from kernels.bench.mesh import nvdiffrast
 from kernels.bench.ops import OPS
 from kernels.bench.shells import batch, shell
 from kernels.bench.voxels import _flex_gemm_map, _spconv_map

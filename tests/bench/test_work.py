@@ -5,8 +5,9 @@ import torch
 
 from kernels.bench.attention import attention_work
 from kernels.bench.case import Case, Work
+from kernels.bench.conv import conv_work, parents_read
 from kernels.bench.gaussian import splat_cases
-from kernels.bench.mesh import _surface, conv_work, parents_read
+from kernels.bench.mesh import _surface
 from kernels.bench.ops import OPS
 from kernels.bench.radiance import raymarch_work
 from kernels.bench.shells import batch, shell
