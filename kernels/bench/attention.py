@@ -304,37 +304,37 @@ def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -
     H, D = sizes(size)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0)
     N = len(coords)
-    angle = (
-        coords[:, 1:].float()
-        @ torch.ones(3, D // 2, device=device)
-        * 10.0 ** -torch.arange(D // 2, device=device)
-    )
+    frequency = 10.0 ** -torch.arange(D // 2, device=device)
+    angle = coords[:, 1:].float() @ torch.ones(3, D // 2, device=device) * frequency
     phases = torch.polar(torch.ones_like(angle), angle)
+
+    def gamma(seed: int) -> Tensor:
+        noise = torch.randn(H, D, generator=torch.Generator().manual_seed(seed))
+        return (1 + 0.1 * noise).to(device).requires_grad_()
+
+    def normed_and_rotated(attend: Callable) -> Callable:
+        def run(qkv: Tensor, q_gamma: Tensor, k_gamma: Tensor) -> Tensor:
+            if qkv.dtype == torch.float64:
+                q_gamma = q_gamma.to(qkv)
+                k_gamma = k_gamma.to(qkv)
+            return attend(qkv, windows, q_gamma=q_gamma, k_gamma=k_gamma, phases=phases)
+
+        return run
+
     for dtype in dtypes:
         forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
-        treated = lambda attend: (
-            lambda qkv, q, k: attend(
-                qkv,
-                windows,
-                q_gamma=q.to(qkv) if qkv.dtype == torch.float64 else q,
-                k_gamma=k.to(qkv) if qkv.dtype == torch.float64 else k,
-                phases=phases,
-            )
-        )
-        gamma = lambda seed: (
-            1 + 0.1 * torch.randn(H, D, generator=torch.Generator().manual_seed(seed))
-        ).to(device)
+
+        def inputs(seed: int, dtype=dtype) -> tuple[Tensor, Tensor, Tensor]:
+            qkv = _random((N, 3, H, D), dtype, device, seed)
+            return qkv, gamma(seed), gamma(seed + 1)
+
         yield Case(
             op="rotary_attention",
             size=f"{name}, N = {N}",
             dtype=dtype,
             forward=[forward],
             backward=[backward],
-            inputs=lambda seed, d=dtype, g=gamma: (
-                _random((N, 3, H, D), d, device, seed),
-                g(seed).requires_grad_(),
-                g(seed + 1).requires_grad_(),
-            ),
-            ours=treated(window_attention),
-            reference=treated(window_attention_reference),
+            inputs=inputs,
+            ours=normed_and_rotated(window_attention),
+            reference=normed_and_rotated(window_attention_reference),
         )

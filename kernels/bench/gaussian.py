@@ -29,9 +29,10 @@ def gaussians(size: str, seed: int) -> list[Tensor]:
 
     They are 32 in each voxel of a shell, small, half transparent, turned at random.
     """
-    xyz, per_voxel, resolution = (
-        (shell("sphere", 12), 2, 12) if size == "small" else (shell("noisy sphere"), 32, 64)
+    field, per_voxel, resolution = (
+        ("sphere", 2, 12) if size == "small" else ("noisy sphere", 32, 64)
     )
+    xyz = shell(field, resolution)
     G = len(xyz) * per_voxel
     generator = torch.Generator().manual_seed(seed)
     uniform = lambda *shape: torch.rand(G, *shape, generator=generator)

@@ -27,9 +27,8 @@ def fields(size: str, stage: str, seed: int) -> tuple[Tensor, list[Tensor], int]
 
     Returns positions, (trivec, density, colours) and the resolution.
     """
-    (xyz, resolution), rank, taps = (
-        ((shell("sphere", 8), 8), 2, 4) if size == "small" else ((shell("sphere"), 64), 16, 8)
-    )
+    resolution, rank, taps = (8, 2, 4) if size == "small" else (64, 16, 8)
+    xyz = shell("sphere", resolution)
     N = len(xyz)
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(N, rank, *shape, generator=generator)
