@@ -120,11 +120,11 @@ def test_a_record_of_tests_alone_is_described_and_drawn_nowhere():
     record = plots.read(ROOT / "notebooks" / "results")["nvidia-h200_2026-11-29"]
     assert record["cases"] == record["missing"] == [] and record["ceilings"] == {}
     results = {"now": result(driver="none"), "record": record}
-    told = plots.describe(results).splitlines()
-    assert told[1].startswith("record: device NVIDIA H200") and told[1].endswith(
+    lines = plots.describe(results).splitlines()
+    assert lines[1].startswith("record: device NVIDIA H200") and lines[1].endswith(
         "(no op was timed)"
     )
-    assert told[2].startswith("No figure of a GPU") and not told[0].endswith(")")
+    assert lines[2].startswith("No figure of a GPU") and not lines[0].endswith(")")
     assert (
         len(plots.throughput(results, "sort").axes)
         == len(plots.fractions(results, ["sort"]).axes)

@@ -44,9 +44,10 @@ def attention() -> Case:
 
 def test_attention_baselines_agree(monkeypatch):
     """Gathers, scatters, padding and block lists are right; kernels have stand-ins on a CPU."""
-    told = {impl: why for impl, why in attention().baselines.items() if isinstance(why, str)}
+    absent = {impl: why for impl, why in attention().baselines.items() if isinstance(why, str)}
     assert (
-        told["torch varlen_attn, rows gathered before"] == "absent: torch's varlen_attn needs a GPU"
+        absent["torch varlen_attn, rows gathered before"]
+        == "absent: torch's varlen_attn needs a GPU"
     )
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_stand_in)
     monkeypatch.setattr(bench_attention, "_varlen", lambda device: bench_attention.flash)

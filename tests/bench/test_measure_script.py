@@ -264,9 +264,9 @@ def test_every_test_is_reported_and_those_that_passed_are_left_out(tmp_path):
     report.write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = outcomes(report)
     assert list(known.values()) == ["failed", "passed", "failed", "skipped"]
-    told = "\n".join(run("--passed", str(report)))  # the first is unseen, the second failed last
-    assert "2 deselected" in told and "ran 2" not in told
-    assert told.index("ran 1") < told.index("ran 0")
+    printed = "\n".join(run("--passed", str(report)))  # the first is unseen, the second failed last
+    assert "2 deselected" in printed and "ran 2" not in printed
+    assert printed.index("ran 1") < printed.index("ran 0")
 
 
 def test_time_that_kernels_share_counts_once():
