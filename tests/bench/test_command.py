@@ -11,7 +11,7 @@ from kernels.bench.environment import device_name, file_name
 from kernels.bench.norm import eager_layer_norm
 from kernels.bench.ops import OPS
 from kernels.norm.layer import layer_norm, layer_norm_reference
-from tests.conftest import GPU
+from tests.helpers.hardware import GPU
 from tests.helpers.square import square
 
 CPU = torch.device("cpu")
