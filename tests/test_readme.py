@@ -26,11 +26,9 @@ def test_the_snippet_runs_after_the_demo(tmp_path):
 
 def test_a_run_folder_holds_what_is_said(tmp_path):
     fresh(tmp_path / "run", "--steps", "2", "--save-every", "1", "--eval-objects", "1")
-    said = README[
-        README.index("`runs/gaussian-001` then holds") : README.index(
-            "from which `--resume` continues"
-        )
-    ]
+    text = " ".join(README.split())
+    begin = text.index("`runs/gaussian-001` then holds")
+    said = text[begin : text.index("from which `--resume` continues")]
     holds = set(re.findall(r"`([a-z]+\.\w+|[a-z]+/)`", said))
     (kept,) = re.findall(r"the last (\w+) `step_\*`", said)
     made = {f.name + "/" * f.is_dir() for f in (tmp_path / "run").iterdir() if f.name[0] != "."}
