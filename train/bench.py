@@ -31,10 +31,10 @@ from kernels.bench.shapes import batch, shell
 from models import VAE, Encoder, GaussianScene, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
-from train.data.dataset import Batch
-from train.loop import Objective
-from train.losses.pictures import GradClipper, Pictures
-from train.optimizer import LossScale, Optimizer
+from train.data.batch import Batch
+from train.losses.objective import Objective
+from train.losses.pictures import Pictures
+from train.optimizer import GradClipper, LossScale, Optimizer
 from train.published import Rasterize, one_view, published_block, published_loss
 
 NO_GRAPHS = "absent: a CPU has no CUDA graphs"

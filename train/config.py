@@ -16,7 +16,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import torch
 
-from train.files import write_whole
+from models.files import write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}

@@ -1,17 +1,24 @@
 """How good a reconstruction is, beside floors that need no learning."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
 import models
 from kernels import Image
 from models import GaussianScene
+from models.files import write_whole
 from models.scene import Scene
-from train.data.dataset import Batch
+from train import evaluate as floors
+from train.data.batch import Batch
 from train.data.objects import Objects
 from train.losses.pictures import composite, psnr
+from train.run import report
+from train.trainer import Run
 
 PROTOCOL = (
     "posterior means; every held-out view on black and on white, clamped to [0, 1], against the "
@@ -133,3 +140,38 @@ def table(scores: Scores) -> str:
         name.ljust(width) + "".join(f"{cell:>32}" for cell in cells) for name, cells in rows.items()
     ]
     return "\n".join(["mean PSNR in dB, full frame (inside the object):", *lines])
+
+
+def conclude(run: Run) -> floors.Scores:
+    """Keep the trained models as pretrained files, score them beside the floors, print the table,
+    write evaluation.json.
+
+    What is kept and scored are the averaged weights, unless the untrained ones still weigh over 5 %
+    in the average.
+    """
+    run.vae.eval()
+    averaged = run.optimizer.remembers_start < 0.05
+    with run.optimizer.averaged() if averaged else nullcontext():
+        for part, model in run.vae.named_children():
+            models.save_pretrained(model, run.folder / "checkpoints" / part)
+        decoders = {
+            "trained": run.decode,
+            "untrained": partial(run.decode, vae=run.untrained().eval()),
+        }
+        rgb = run.config.features == "rgb"
+        scores = floors.compare(decoders, run.objects, run.config.resolution, rgb)
+        more, table = run.compare.measure(decoders, run.objects)
+    weights = "averaged" if averaged else "last"
+    values = {
+        name: {group: report.finite(asdict(s)) for group, s in row.items()}
+        for name, row in scores.items()
+    }
+    content = {"step": run.done, "weights": weights, "protocol": floors.PROTOCOL, "psnr": values}
+    if more:
+        content["surface"] = {
+            name: {g: report.finite(s) for g, s in row.items()} for name, row in more.items()
+        }
+    write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
+    tables = "\n".join([floors.table(scores), *([table] if table else [])])
+    print(f"{tables}\n({weights} weights of step {run.done}; pictures and curves in {run.folder})")
+    return scores

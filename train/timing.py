@@ -24,12 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from train import gaussian, mesh, radiance
 from train.config import from_cli, write_whole
-from train.data.dataset import Batch
-from train.loop import Run
+from train.data.batch import Batch
 from train.losses.geometry import Surfaces
 from train.losses.pictures import Pictures
 from train.run.machine import machine
 from train.run.threads import computing
+from train.trainer import Run
 
 DECODERS = {  # the script, and what compares its scenes
     "gaussian": (gaussian, Pictures),

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from kernels.camera import Camera
-from train.data.dataset import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.data.batch import Batch, collate
+from train.data.dataset import EMBEDDED, Dataset
 from train.data.loader import loader
+from train.data.sampler import Sampler
 
 RES = 8
 SIZE = 24

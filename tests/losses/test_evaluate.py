@@ -9,7 +9,7 @@ import torch
 from kernels.camera import Camera, Image
 from models import GaussianScene
 from train import evaluate as floors
-from train.data.dataset import Batch
+from train.data.batch import Batch
 
 V = 3
 SIZE = 32

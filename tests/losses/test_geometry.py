@@ -13,7 +13,7 @@ from kernels.camera import Camera, Image
 from kernels.mesh.render import face_camera, render_mesh
 from models import MeshScene
 from tests.conftest import assert_close, golden
-from train.data.dataset import Meshes
+from train.data.batch import Meshes
 from train.losses.geometry import LAMP, Surfaces, geometry, shaded, tsdf
 from train.mesh import BASE
 

@@ -11,8 +11,9 @@ from torch import nn
 import models
 from models import GaussianScene
 from tests.conftest import assert_close, golden
-from train.losses.pictures import GradClipper, Reconstruction, composite, kl, psnr, smooth_l1
+from train.losses.pictures import Reconstruction, composite, kl, psnr, smooth_l1
 from train.lpips import LPIPS, _unit, weight_shapes
+from train.optimizer import GradClipper
 
 PAIR = torch.rand(2, 2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

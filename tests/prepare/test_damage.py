@@ -17,7 +17,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from tests.data.test_dataset import AA, make, opened
-from tests.data.test_scenes import enormous
+from tests.data.test_readers import enormous
 from tests.helpers.damage import damaged, mesh_of, pristine
 from tests.helpers.shapes import TRIANGLE, Gltf, box, quad, square, write_obj
 from tests.prepare.test_prepare import command, metadata
@@ -237,7 +237,7 @@ def test_a_texture_of_too_many_pixels(tmp_path):
 
 def test_features_that_a_small_archive_makes_enormous(tmp_path, monkeypatch):
     root = make(tmp_path)
-    monkeypatch.setattr("train.data.scenes.LARGEST", 300)
+    monkeypatch.setattr("train.data.readers.LARGEST", 300)
     with pytest.raises(
         ValueError,
         match=r"a{64}.npz cannot be read: its arrays take \d+ bytes, over the limit of 300",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train import files
+from models import files
 from train.run import checkpoint
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from tests.conftest import golden
-from train.losses.pictures import GradClipper
 from train.muon import Muon
-from train.optimizer import LEAST_LOG2, LossScale, Optimizer
+from train.optimizer import LEAST_LOG2, GradClipper, LossScale, Optimizer
 
 
 def norm_of(parameters):

@@ -13,14 +13,14 @@ from tests.helpers.reads import watch_reads
 from tests.models.test_models import randomize, small_encoder
 from train import gaussian, mesh, radiance
 from train.config import from_cli
-from train.data.dataset import Batch, collate
-from train.loop import Run
+from train.data.batch import Batch, collate
 from train.losses.geometry import Surfaces
-from train.losses.pictures import GradClipper, Pictures
+from train.losses.pictures import Pictures
 from train.lpips import weight_shapes
-from train.optimizer import LossScale, Optimizer
+from train.optimizer import GradClipper, LossScale, Optimizer
 from train.run.latents import Latents
 from train.run.machine import Machine
+from train.trainer import Run
 
 TINY = (
     "--device cpu --image-size 16 --batch-size 2 --micro-batch 1 --views 1 --holdout-views 2 "

@@ -8,9 +8,7 @@ order they come in.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels import Camera
+from train.data.batch import Item
 from train.data.layout import read_metadata
-from train.data.scenes import (
+from train.data.readers import (
     number,
     picture_size,
     read_features,
@@ -30,122 +29,6 @@ from train.data.scenes import (
 
 # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
 EMBEDDED = Path(__file__).parents[1] / "assets" / "demo"
-
-
-@dataclass(frozen=True)
-class Meshes:
-    """The true surfaces of several objects, one after the other."""
-
-    vertices: Tensor  # [P, 3] float32, world units
-    faces: Tensor  # [F, 3] int32, rows of the object's own vertices
-    vertex_starts: list[int]  # [batch_size + 1]
-    face_starts: list[int]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One object with some of its views."""
-
-    name: str  # sha256
-    coords: Tensor  # [V, 3] int32, lexicographic
-    features: Tensor  # [V, C] float32
-    camera: Camera  # of k views
-    image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
-    # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
-    mesh: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several objects, voxels in one list, views in another.
-
-    Raises ValueError for coords of another shape: the batch column comes first, and dropping it
-    mixes up objects.
-    """
-
-    features: Tensor  # [N, C] float32
-    coords: Tensor  # [N, 4] int32: object, x, y, z
-    batch_size: int  # objects
-    camera: Camera  # of V views
-    view_scene: list[int]  # [V]: which object a view shows
-    image: Tensor  # [V, 4, H, W] float32 RGBA in [0, 1], straight alpha
-    names: list[str]  # [batch_size]: sha256
-    meshes: Meshes | None = None  # where the dataset reads them
-
-    def __post_init__(self) -> None:
-        shape = list(self.coords.shape)
-        if len(shape) != 2 or shape[1] != 4:
-            hint = (
-                " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), "
-                "value=b) puts object b before x, y, z)"
-            )
-            raise ValueError(
-                f"coords must be [N, 4], not {shape}{hint if shape[1:] == [3] else ''}"
-            )
-        if len(self.features) != shape[0]:
-            raise ValueError(f"{len(self.features)} rows of features but {shape[0]} of coords")
-        if not len(self.image) == len(self.camera) == len(self.view_scene):
-            raise ValueError(
-                f"{len(self.image)} images, {len(self.camera)} cameras, {len(self.view_scene)} "
-                "scenes of views"
-            )
-
-    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        camera = replace(
-            self.camera,
-            extrinsics=move(self.camera.extrinsics),
-            intrinsics=move(self.camera.intrinsics),
-        )
-        moved = {name: move(getattr(self, name)) for name in ("features", "coords", "image")}
-        m = self.meshes
-        meshes = None if m is None else replace(m, vertices=move(m.vertices), faces=move(m.faces))
-        return replace(self, camera=camera, meshes=meshes, **moved)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with its tensors on `device`; what lives on the host stays there."""
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        return self._each(Tensor.pin_memory)
-
-
-def collate(items: Sequence[Item]) -> Batch:
-    """One batch of items: adds the batch column. ValueError, naming both objects, where their
-    channels or views differ.
-    """
-    if not items:
-        raise ValueError("a batch needs at least one object")
-    first = items[0]
-    for item in items[1:]:
-        for what, a, b in (
-            ("channels", first.features.shape[1], item.features.shape[1]),
-            ("pixels a side", first.camera.width, item.camera.width),
-        ):
-            if a != b:
-                raise ValueError(f"object {first.name} has {a} {what}, but {item.name} has {b}")
-    cameras = [item.camera for item in items]
-    meshes = None
-    if first.mesh is not None:
-        parts = [list(part) for part in zip(*(item.mesh for item in items), strict=True)]
-        meshes = Meshes(
-            *map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts)
-        )
-    return Batch(
-        torch.cat([item.features for item in items]),
-        torch.cat(
-            [torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]
-        ),
-        len(items),
-        replace(
-            first.camera,
-            extrinsics=torch.cat([c.extrinsics for c in cameras]),
-            intrinsics=torch.cat([c.intrinsics for c in cameras]),
-        ),
-        [i for i, item in enumerate(items) for _ in range(len(item.image))],
-        torch.cat([item.image for item in items]),
-        [item.name for item in items],
-        meshes,
-    )
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -398,80 +281,3 @@ class Dataset(torch.utils.data.Dataset):
 
 def _true(cell: str) -> bool:
     return cell.strip().lower() in ("true", "1", "1.0", "yes")
-
-
-class Sampler:
-    """Which objects each step takes: endless, reshuffled every epoch, the same for every number of
-    ranks.
-
-    Yields lists of (object, epoch), the key that Dataset picks its views by: one micro-batch of
-    this rank after the other (without `micro_batch`, the rank's whole share of a step). Step s
-    takes `batch_size` consecutive places of the stream of shuffled epochs, rank r the r-th part of
-    them, so ranks share no place and get lists of one length. Raises ValueError where the sizes do
-    not divide.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        micro_batch: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        if length < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"there is nothing to sample for rank {rank} of {world} from {length} objects"
-            )
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
-        self.share = batch_size // world
-        self.micro_batch = micro_batch or self.share
-        if self.share % self.micro_batch:
-            raise ValueError(
-                f"a rank's {self.share} objects of a step are not a multiple of micro_batch "
-                f"{self.micro_batch}"
-            )
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.step = 0
-
-    def _order(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.length).tolist()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = order = None
-        while True:
-            first = self.step * self.batch_size + self.rank * self.share
-            keys = []
-            for place in range(first, first + self.share):
-                if place // self.length != epoch:
-                    epoch = place // self.length
-                    order = self._order(epoch)
-                keys.append((order[place % self.length], epoch))
-            self.step += 1
-            for i in range(0, self.share, self.micro_batch):
-                yield keys[i : i + self.micro_batch]
-
-    def state_dict(self, step: int | None = None) -> dict[str, int]:
-        """Where to go on: after `step` steps, for a loader fetches ahead of training; by default
-        after those handed out.
-        """
-        sizes = {"length": self.length, "batch_size": self.batch_size, "seed": self.seed}
-        return {"step": self.step if step is None else step} | sizes
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly; ValueError where the saved order is of other objects, another batch or
-        seed.
-        """
-        for name in ("length", "batch_size", "seed"):
-            if state[name] != getattr(self, name):
-                what = "number of objects" if name == "length" else name
-                raise ValueError(
-                    f"{what} {getattr(self, name)} is not the saved order's {state[name]}"
-                )
-        self.step = state["step"]

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from train.files import whole, write_whole
+from models.files import whole, write_whole
 
 PUBLISHED = [
     "sha256",

@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
-from train.data.dataset import Batch, Dataset, Sampler, collate
+from train.data.batch import Batch, collate
+from train.data.dataset import Dataset
+from train.data.sampler import Sampler
 from train.workers import read_ahead
 
 

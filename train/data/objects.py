@@ -8,8 +8,10 @@ from contextlib import closing
 import numpy as np
 
 from train.config import Config
-from train.data.dataset import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.data.batch import Batch, collate
+from train.data.dataset import EMBEDDED, Dataset
 from train.data.loader import loader
+from train.data.sampler import Sampler
 from train.run.machine import Machine
 
 GALLERY = {"held-out views": 5, "held-out objects": 3}  # objects in a sample picture

@@ -18,7 +18,7 @@ import models
 from kernels import Camera, Image, face_camera, render_mesh
 from kernels.transfer import make_index
 from models import MeshScene
-from train.data.dataset import Batch
+from train.data.batch import Batch
 from train.data.objects import Objects
 from train.losses.pictures import Reconstruction, composite, psnr, smooth_l1
 

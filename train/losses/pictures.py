@@ -6,8 +6,7 @@ microsoft/TRELLIS).
 The weights are the run's (train.config); a term here is unweighted, and 0 is its best value.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import models
 from kernels import ssim
 from models.scene import Scene
-from train.data.dataset import Batch
+from train.data.batch import Batch
 from train.lpips import LPIPS
 
 
@@ -117,61 +116,3 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     error = (a - b).square().mean(1, keepdim=True)
     mask = torch.ones_like(error) if mask is None else mask.to(error.dtype)
     return -10 * torch.log10((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)))
-
-
-class GradClipper:
-    """Clips the global gradient norm at the `percentile` of the last `buffer` norms, and never
-    above `max_norm`.
-
-    Until `buffer` norms are recorded, `max_norm` alone is the limit (None: no limit). What is
-    recorded are the norms before clipping; those that are not finite leave no trace. Raises
-    ValueError for values that cannot be.
-    """
-
-    def __init__(self, max_norm: float | None = 1.0, percentile: float = 95.0, buffer: int = 1000):
-        if (max_norm is not None and not max_norm > 0) or not 0 <= percentile <= 100 or buffer < 1:
-            raise ValueError(
-                f"max_norm {max_norm} and buffer {buffer} must exceed 0, percentile "
-                f"{percentile} lie in [0, 100]"
-            )
-        self.max_norm = max_norm
-        self.percentile = percentile
-        self.buffer = buffer
-        self._norms: list[float] = []  # a ring once it is full
-        self._next = 0
-
-    @property
-    def limit(self) -> float:
-        """What the next call clips to."""
-        ceiling = math.inf if self.max_norm is None else self.max_norm
-        if len(self._norms) < self.buffer:
-            return ceiling
-        return min(
-            ceiling,
-            torch.tensor(self._norms, dtype=torch.float64).quantile(self.percentile / 100).item(),
-        )
-
-    def __call__(self, parameters: Iterable[nn.Parameter]) -> float:
-        """Clip in place; returns the norm before. It is read from the device: the one wait of an
-        optimiser step.
-        """
-        norm = nn.utils.clip_grad_norm_(parameters, self.limit).item()
-        if math.isfinite(norm):
-            self._norms[self._next : self._next + 1] = [norm]
-            self._next = (self._next + 1) % self.buffer
-        return norm
-
-    def state_dict(self) -> dict:
-        """A copy of the recorded norms, JSON-able, exact to the bit."""
-        return {"buffer": self.buffer, "norms": list(self._norms), "next": self._next}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Continue from `state_dict()`; ValueError where that clipper remembered another number of
-        norms.
-        """
-        if state["buffer"] != self.buffer:
-            raise ValueError(
-                f"this clipper remembers {self.buffer} norms, the saved one {state['buffer']}"
-            )
-        self._norms = list(state["norms"])
-        self._next = state["next"]

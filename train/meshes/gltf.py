@@ -18,8 +18,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from train.meshes.intake import MALFORMED, expect, reason
 from train.meshes.surface import GREY, Material, Mesh, assemble, decode, find
+from train.meshes.untrusted import MALFORMED, expect, reason
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}

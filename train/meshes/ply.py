@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.meshes.intake import MALFORMED, reason
 from train.meshes.surface import GREY, Z_UP, Material, Mesh, assemble
+from train.meshes.untrusted import MALFORMED, reason
 
 TYPES = {
     "char": "i1",

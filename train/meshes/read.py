@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from train.meshes.gltf import gltf_files, read_gltf
-from train.meshes.intake import reading
 from train.meshes.ply import read_ply
 from train.meshes.surface import Material, Mesh, assemble, decode, find
+from train.meshes.untrusted import reading
 
 READABLE = (".obj", ".glb", ".gltf", ".ply")
 MAP_OPTIONS = {

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from train.meshes.intake import TEXTURES, load_picture, open_picture
+from train.meshes.untrusted import TEXTURES, load_picture, open_picture
 
 HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it

@@ -67,8 +67,8 @@ from train.data.layout import (
     write_metadata,
     write_npz,
 )
-from train.meshes.intake import MALFORMED, reason
 from train.meshes.read import READABLE, Mesh, content_hash, normalize, read_mesh
+from train.meshes.untrusted import MALFORMED, reason
 from train.prepare.raycast import FOV, Caster, camera_to_world, direction
 from train.prepare.voxelize import Features, voxelize
 from train.run.progress import Progress

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.files import whole
 from models.finite import NotFinite, check_finite, finite
-from train.files import whole
 
 KEEP = 3
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from train.files import LEFTOVERS, sweep
+from models.files import PARTIAL
 
 LOCK = ".lock"
 
@@ -91,3 +91,22 @@ def _numbered(parent: Path, script: str) -> Path:
             return folder
         except FileExistsError:
             continue
+
+
+# of what a run writes, by the path in its folder; the last line are names of earlier versions
+LEFTOVERS = re.compile(
+    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
+    r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
+    r"|latents/\w+/[^/]+\.safetensors\.\d+"
+    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
+)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a run that was killed while it wrote has left in its folder, and nothing else.
+
+    This process must hold the folder: another run's are files in the making.
+    """
+    for file in folder.rglob(f"*{PARTIAL}"):
+        if LEFTOVERS.fullmatch(file.relative_to(folder).as_posix()) and file.is_file():
+            file.unlink(missing_ok=True)

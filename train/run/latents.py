@@ -15,8 +15,8 @@ from torch import Tensor
 import models
 from kernels.transfer import to_device
 from models import Encoder, SparseTensor
-from train.data.dataset import Batch
-from train.files import whole
+from models.files import whole
+from train.data.batch import Batch
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:

@@ -17,8 +17,8 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from kernels import backend
+from models.files import whole, write_whole
 from train.config import OPTIMIZERS, Config
-from train.files import whole, write_whole
 from train.run.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned

@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from train.data.layout import inside
-from train.meshes.intake import MALFORMED, VIEWS, load_picture, open_picture, reason
 from train.meshes.ply import read_ply
+from train.meshes.untrusted import MALFORMED, VIEWS, load_picture, open_picture, reason
 
 LARGEST = 1 << 31  # bytes of an object's features: a small archive can announce any number
 

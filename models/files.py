@@ -1,7 +1,6 @@
 """Files that are whole or as they were: each is written under another name, then takes its own."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,22 +56,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# of what a run writes, by the path in its folder; the last line are names of earlier versions
-LEFTOVERS = re.compile(
-    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
-    r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
-    r"|latents/\w+/[^/]+\.safetensors\.\d+"
-    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
-)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a run that was killed while it wrote has left in its folder, and nothing else.
-
-    This process must hold the folder: another run's are files in the making.
-    """
-    for file in folder.rglob(f"*{PARTIAL}"):
-        if LEFTOVERS.fullmatch(file.relative_to(folder).as_posix()) and file.is_file():
-            file.unlink(missing_ok=True)
