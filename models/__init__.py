@@ -18,13 +18,16 @@ from models.mesh import MeshVAE as MeshVAE
 from models.radiance import RadianceDecoder as RadianceDecoder
 from models.radiance import RadianceScene as RadianceScene
 from models.radiance import RadianceVAE as RadianceVAE
+from models.scene import Scene as Scene
 from models.scene import penalties as penalties
 from models.scene import render as render
 from models.sparse import SparseTensor as SparseTensor
 from models.vae import VAE as VAE
 from models.vae import Encoder as Encoder
 from models.vae import Posterior as Posterior
-from models.vae import load_weights, read_pretrained
+from models.vae import load_weights as load_weights
+from models.vae import read_pretrained
+from models.vae import read_tensors as read_tensors
 from models.vae import save_pretrained as save_pretrained
 
 MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder, RadianceDecoder, MeshDecoder)}

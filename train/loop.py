@@ -1,17 +1,12 @@
-"""The training loop of every decoder: `main` reads the flags, `fit` runs, `Run.step` is the one
-function that trains.
+"""The training loop of every decoder: `main` reads the flags, `fit` runs.
 
-A step takes `batch_size` objects over all ranks, in micro-batches. What it draws (views, posterior
-noise, backgrounds) depends only on the seed, the step and the object's place in the batch, so
-neither the number of ranks nor an interruption changes it; where the rays of a radiance field start
-depends on the rank too. Loss terms are means over a micro-batch, as published, averaged over
-micro-batches and ranks.
+`train.trainer.Run.step` is the one function that trains.
 """
 
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +14,23 @@ from pathlib import Path
 import torch
 
 from models.finite import NotFinite
-from train.config import Config, from_cli
-from train.evaluate import conclude
-from train.losses.objective import Compare
-from train.losses.pictures import Pictures
+from train.evaluate import conclude, sample
+from train.flags import from_cli
+from train.losses.pictures import Loss, PictureLoss
 from train.run import report
 from train.run.folder import locked, new_folder
 from train.run.machine import Interrupt, machine, world_size
 from train.run.progress import Progress
-from train.run.resume import Rescue, way_back, way_on
+from train.run.resume import SaveOnError, recovery_hint, resume_command
 from train.run.threads import computing
-from train.trainer import Build, Run
+from train.trainer import Build, Presets, Run
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
+
+
+def _any_rank_stops(run: Run, interrupt: Interrupt) -> bool:
+    received = torch.full((), float(interrupt.received), device=run.here.device)
+    return run.here.mean(received).item() > 0
 
 
 def fit(run: Run) -> None:
@@ -41,58 +40,81 @@ def fit(run: Run) -> None:
     with 128 + the signal. An error saves first. Raises NotFinite on every rank after PATIENCE
     skipped steps in a row, and where what is to be saved is not finite.
     """
-    config, here, folder = run.config, run.here, run.folder
-    if here.leads:
-        loss = run.recipe
+    config = run.config
+    folder = run.folder
+    is_main = run.here.is_main
+    if is_main:
+        formula = report.formula(run.weights, run.off)
         data = run.objects.summary()
-        print(report.header(run.script, config, here, run.vae, loss, data, folder), flush=True)
+        header = report.header(run.script, config, run.here, run.vae, formula, data, folder)
+        print(header, flush=True)
     with (
         Interrupt() as interrupt,
-        Rescue(run.unsaved, run.save),
-        report.Log(folder / "log.jsonl", run.done) if here.leads else nullcontext() as log,
-        Progress(config.steps, run.done, shown=here.leads) as progress,
+        SaveOnError(run.unsaved, run.save),
+        report.Log(folder / "log.jsonl", run.done) if is_main else nullcontext() as log,
+        Progress(config.steps, run.done, shown=is_main) as progress,
     ):
-        begin = time.perf_counter() - (log.seconds if here.leads else 0)
+        begin = time.perf_counter() - (log.seconds if is_main else 0)
         due = False
         for batches in run.objects.steps():
             row = run.step(batches)
-            stop = (
-                here.mean(torch.full((), float(interrupt.received), device=here.device)).item() > 0
-            )
+            stop = _any_rank_stops(run, interrupt)
             last = run.done == config.steps or stop
             due |= run.done % config.save_every == 0
             # weights that may be why steps are skipped would push sound ones out
             saves = last or (due and not run.optimizer.stuck)
-            if here.leads:
+            if is_main:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
                 progress.update(report.note(row), now=saves)
             if run.optimizer.stuck >= PATIENCE:
                 steps = f"{PATIENCE} steps in a row were skipped, the last is step {run.done}"
-                raise NotFinite(f"{steps}: {run.why(batches)}")
+                raise NotFinite(f"{steps}: {run.explain(batches)}")
             if saves:
                 run.save()  # before the pictures: what is wrong with one must not cost the steps
                 due = False
-            if here.leads and (last or run.done % config.sample_every == 0):
-                run.sample()
+            if is_main and (last or run.done % config.sample_every == 0):
+                sample(run)
                 report.curves(log.rows, run.weights, folder / "curves.png")
             if stop:
                 break
     if run.done < config.steps:
-        if here.leads:
-            print(f"stopped at step {run.done}; {way_on(run.script, folder)}")
+        if is_main:
+            print(f"stopped at step {run.done}; {resume_command(run.script, folder)}")
         raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
-    if here.leads:
+    if is_main:
         conclude(run)
+
+
+def _message(script: str, run: Run | None, error: BaseException) -> str:
+    """What a run that an error ends says: the error, and how to go on once there is a folder."""
+    what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+    lines = [f"python -m train.{script}: {what}"]
+    if run and isinstance(error, NotFinite):
+        lines.append(recovery_hint(script, run.folder))
+    elif run:
+        lines.append(resume_command(script, run.folder))
+    return "\n" + "\n".join(lines)
+
+
+def _status(run: Run | None, error: BaseException) -> int:
+    """The exit status of a run that an error ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if run and isinstance(error, NotFinite):
+        return 3
+    if run and isinstance(error, OSError):
+        return 1
+    return 2
 
 
 def main(
     script: str,
-    presets: Mapping[str, Config],
+    presets: Presets,
     build: Build,
     argv: Sequence[str] | None = None,
-    compare: Compare = Pictures,
+    loss: type[Loss] = PictureLoss,
 ) -> None:
-    """The command line of a training script.
+    """Run the command line of a training script.
 
     Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a
     disk that is full, or fails, with a message and status 1; numbers that are not finite with
@@ -100,7 +122,8 @@ def main(
     message says how to go on.
     """
     config = from_cli(script, presets, argv, world_size())
-    here = run = None
+    here = None
+    run = None  # once it has its folder
     with ExitStack() as stack:
         try:
             here = stack.enter_context(machine(config.device, config.deterministic))
@@ -108,26 +131,21 @@ def main(
             threads = stack.enter_context(computing(config, here.device))
             here = replace(here, threads=threads)
             config = replace(config, threads=config.threads or threads.number)
-            if here.leads and config.resume:
+            if here.is_main and config.resume:
                 stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
-            began = Run(script, config, build, here, compare)
-            if here.leads and not config.resume:
+            began = Run(script, config, build, here, loss)
+            if here.is_main and not config.resume:
                 folder = stack.enter_context(new_folder(script, config.out))
-            began.enter(Path(here.agree(folder)))
+            began.enter(Path(here.broadcast(folder)))
             run = began
             fit(run)
         except (ValueError, OSError, KeyboardInterrupt) as error:
-            stopped = isinstance(error, KeyboardInterrupt)
             diverged = run is not None and isinstance(error, NotFinite)
-            what = "interrupted" if stopped else f"error: {error}"
-            lines = [f"python -m train.{script}: {what}"]
-            if run:
-                lines.append((way_back if diverged else way_on)(script, run.folder))
-            if here is None or here.leads or not diverged:  # all ranks have diverged, one says so
-                print("\n" + "\n".join(lines), file=sys.stderr)
-            failed = 1 if run and isinstance(error, OSError) else 2
-            raise SystemExit(130 if stopped else 3 if diverged else failed) from error
+            # all ranks have diverged, one says so
+            if here is None or here.is_main or not diverged:
+                print(_message(script, run, error), file=sys.stderr)
+            raise SystemExit(_status(run, error)) from error
         except RuntimeError:  # of the device, or a fault of ours: its traceback is wanted
             if run:
-                print(way_on(script, run.folder), file=sys.stderr)
+                print(resume_command(script, run.folder), file=sys.stderr)
             raise

@@ -141,7 +141,7 @@ class Optimizer:
             self.average[name].copy_(kept)
 
     @property
-    def remembers_start(self) -> float:
+    def initial_weight(self) -> float:
         """The weight that the untrained model still has in the average."""
         return self.decay**self.steps
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train import loop
-from train.config import from_cli
+from train.flags import from_cli
 from train.gaussian import PRESETS, build
 from train.run import threads
 from train.run.threads import LARGE, available, choose, computing

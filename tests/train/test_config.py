@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from train import mesh, radiance
-from train.config import Config, from_cli, read_config, write_config
+from train.config import Config, read_config, write_config
+from train.flags import from_cli
 from train.gaussian import PRESETS
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from train import loop
-from train.losses.geometry import Surfaces
-from train.losses.pictures import Pictures
+from train.losses.geometry import SurfaceLoss
+from train.losses.pictures import PictureLoss
 from train.run import checkpoint
 
 TINY = (  # 16 bit, as on a GPU
@@ -18,9 +18,9 @@ TINY = (  # 16 bit, as on a GPU
     "--eval-objects 1 --warmup 0 --steps 3 --sample-every 100 --model.blocks 1"
 ).split()
 SCRIPTS = {
-    "gaussian": (Pictures, "--model.channels 16 --model.heads 1 --model.per-voxel 2"),
-    "radiance": (Pictures, "--model.channels 16 --model.heads 1 --model.rank 2"),
-    "mesh": (Surfaces, "--model.heads 2 --model.mlp-ratio 0.25"),
+    "gaussian": (PictureLoss, "--model.channels 16 --model.heads 1 --model.per-voxel 2"),
+    "radiance": (PictureLoss, "--model.channels 16 --model.heads 1 --model.rank 2"),
+    "mesh": (SurfaceLoss, "--model.heads 2 --model.mlp-ratio 0.25"),
 }
 
 
@@ -40,7 +40,7 @@ def test_two_runs_leave_the_same_bits(script, data, tmp_path):
             "--out",
             str(tmp_path / run),
         ]
-        loop.main(script, module.PRESETS, module.build, flags, compare=compare)
+        loop.main(script, module.PRESETS, module.build, flags, loss=compare)
         states.append(checkpoint.load(checkpoint.newest(tmp_path / run / "checkpoints")))
     (first, one), (second, two) = states
     assert one == two and one["step"] == 3 and one["optimizer"]["skipped"] == 0

@@ -12,10 +12,10 @@ from kernels.camera import Camera
 from tests.helpers.reads import watch_reads
 from tests.models.test_models import randomize, small_encoder
 from train import gaussian, mesh, radiance
-from train.config import from_cli
 from train.data.batch import Batch, collate
-from train.losses.geometry import Surfaces
-from train.losses.pictures import Pictures
+from train.flags import from_cli
+from train.losses.geometry import SurfaceLoss
+from train.losses.pictures import PictureLoss
 from train.lpips import weight_shapes
 from train.optimizer import GradClipper, LossScale, Optimizer
 from train.run.latents import Latents
@@ -66,7 +66,7 @@ def test_a_step(watched_device, script, data, lpips, tmp_path):
         config,
         script.build,
         Machine(watched_device, 0, 1),
-        Surfaces if script is mesh else Pictures,
+        SurfaceLoss if script is mesh else PictureLoss,
     )
     batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
     with watch_reads() as seen:

@@ -12,7 +12,7 @@ from PIL import Image as Picture
 import models
 from models import MeshDecoder
 from train import loop
-from train.losses.geometry import Surfaces
+from train.losses.geometry import SurfaceLoss
 from train.mesh import BASE, PRESETS, SMALL, build
 from train.run import checkpoint, report
 
@@ -29,7 +29,7 @@ def train(data, out, *flags: str) -> list[dict]:
         PRESETS,
         build,
         [*TINY, "--data", str(data), "--out", str(out), *flags],
-        compare=Surfaces,
+        loss=SurfaceLoss,
     )
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -79,7 +79,7 @@ def test_resumed_equals_straight_to_the_bit(finished, data, tmp_path):
         PRESETS,
         build,
         ["--resume", str(tmp_path / "parts"), "--steps", "3"],
-        compare=Surfaces,
+        loss=SurfaceLoss,
     )
     whole, parts = (
         checkpoint.load(checkpoint.newest(run / "checkpoints"))[0]

@@ -6,14 +6,11 @@ from torch import Tensor, nn
 
 from models import VAE, SparseTensor
 from train.data.batch import Batch
-from train.losses.pictures import Pictures, kl
-
-# what compares scenes with a batch: Pictures, or a class with the same methods
-Compare = type[Pictures]
+from train.losses.pictures import Loss, kl
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """sum(weight * term); ValueError where a term has no weight or a weight no term."""
+    """Sum the weighted terms; ValueError where a term has no weight or a weight no term."""
     if terms.keys() != weights.keys():
         raise ValueError(
             f"loss terms without a weight: {sorted(terms.keys() - weights.keys())}; "
@@ -23,12 +20,12 @@ def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
 
 
 class Objective(nn.Module):
-    """A batch -> its loss, its terms and its PSNR: the one forward pass that DDP sees."""
+    """The forward pass that DDP sees: a batch -> its loss, its terms and its PSNR."""
 
-    def __init__(self, vae: VAE, compare: nn.Module, weights: Mapping[str, float]):
+    def __init__(self, vae: VAE, loss: Loss, weights: Mapping[str, float]):
         super().__init__()
         self.vae = vae
-        self.compare = compare
+        self.loss = loss
         self.weights = weights
 
     def forward(
@@ -36,7 +33,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` [N, latent] and `background` [V, 3] are the step's random draws."""
         posterior, scenes = self.vae(x, noise)
-        terms, psnr = self.compare(scenes, batch, background)
+        terms, psnr = self.loss(scenes, batch, background)
         if posterior is not None:
             terms["kl"] = kl(posterior.mean, posterior.logvar)
         loss = weighted(terms, self.weights)

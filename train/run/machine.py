@@ -37,25 +37,25 @@ class Machine:
     threads: Threads | None = None  # that torch computes with on the CPU
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks."""
+        """Average over all ranks."""
         if self.world > 1:
             dist.all_reduce(values)
         return values / self.world
 
-    def agree(self, value):
-        """Rank 0's value on every rank."""
+    def broadcast(self, value):
+        """Give rank 0's value to every rank."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def every(self, value) -> list:
-        """The values of all ranks, in their order, on every rank."""
+    def gather(self, value) -> list:
+        """Give the values of all ranks, in their order, to every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)

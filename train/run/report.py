@@ -29,8 +29,8 @@ MARGIN = 58
 LEAST = 96  # pixels of an image there, so that its caption fits
 
 
-def recipe(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
-    """The loss as a sum, then what is off and why."""
+def formula(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
+    """Write the loss as a sum, then the terms that are off and why."""
     total = " + ".join(
         name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()
     )
@@ -77,8 +77,8 @@ def header(
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
 
 
-def finite(row: Mapping) -> dict:
-    """The row as JSON can hold it: None instead of a number that is not finite."""
+def jsonable(row: Mapping) -> dict:
+    """Replace numbers that are not finite by None, for JSON cannot hold them."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
@@ -128,7 +128,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row; what is not a finite number is written as null."""
-        clean = finite(row)
+        clean = jsonable(row)
         try:
             self.stream.write(json.dumps(clean) + "\n")
         except OSError as error:
