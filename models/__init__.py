@@ -30,21 +30,31 @@ from models.vae import read_pretrained
 from models.vae import read_tensors as read_tensors
 from models.vae import save_pretrained as save_pretrained
 
-MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder, RadianceDecoder, MeshDecoder)}
+# every kind of decoder, by the name of its training script
+DECODERS: dict[str, type[VAE]] = {
+    "gaussian": GaussianVAE,
+    "radiance": RadianceVAE,
+    "mesh": MeshVAE,
+}
+
+
+def published_classes() -> dict[str, type[nn.Module]]:
+    """Map the published class names to our models."""
+    return {model.NAME: model for model in (Encoder, *(vae.DECODER for vae in DECODERS.values()))}
 
 
 def load_pretrained(prefix: str | Path) -> nn.Module:
-    """Build the model that PREFIX.json names and load PREFIX.safetensors into it, weights kept in
-    fp32.
+    """Build the model that PREFIX.json names, with the weights of PREFIX.safetensors in fp32.
 
     Published class names are accepted with or without their "Elastic" prefix, and fp16 files.
     Raises ValueError for a missing or truncated file, an unknown class, unknown arguments and
     tensors that do not fit, naming each.
     """
     name, args, weights = read_pretrained(prefix)
-    model_class = MODELS.get(name.removeprefix("Elastic"))
+    known = published_classes()
+    model_class = known.get(name.removeprefix("Elastic"))
     if model_class is None:
-        raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(MODELS)}")
+        raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(known)}")
     if model_class is MeshDecoder:
         args = {"skip_weight": "spconv"} | args  # ours say which they are
     try:

@@ -1,4 +1,8 @@
-"""Files that are whole or as they were: each is written under another name, then takes its own."""
+"""Write files whole: a file is written under another name, then renamed.
+
+A crash or a full disk leaves the file as it was. The one place for this: `models` and `train` save
+files, and `models` may not import `train`.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,27 +11,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-PARTIAL = ".partial"  # the end of such another name
+PARTIAL = ".partial"  # the suffix of a file that is being written
 
 
 @contextmanager
 def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
-    """Give the name to write `file` under; at the end of the block it becomes `file`.
+    """Give the name to write `file` under, which becomes `file` at the end of the block.
 
     Where the block raises, `file` is what it was. Its permissions are those of the umask, whatever
     writes it. With `sync` the data are on the disk before the file has its name, so that no loss of
     power leaves half of it. `tag` tells writers apart that may meet at one file. Raises OSError
     that names the file where the disk is full or cannot be written.
     """
-    partial = file.with_name(".".join([file.name, *([tag] if tag else [])]) + PARTIAL)
+    name = f"{file.name}.{tag}" if tag else file.name
+    partial = file.with_name(name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        if (
-            partial.stat().st_mode != mode
-        ):  # safetensors makes a file of its own, which only its owner may read
+        # safetensors makes a file of its own, which only its owner may read
+        if partial.stat().st_mode != mode:
             partial.chmod(mode)
         if sync:
             _to_disk(partial)

@@ -1,4 +1,4 @@
-"""Encoder, Posterior, VAE and checkpoint files: N voxels, C channels.
+"""The encoder, the base class of decoders, the VAE, and files of models. N voxels, C channels.
 
 The models and their names follow microsoft/TRELLIS (Structured 3D Latents, arXiv 2412.01506).
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels import layer_norm
 from kernels.checks import check_whole
+from models.files import whole, write_whole
 from models.finite import check_finite
 from models.layers import Trunk
 from models.scene import Scene
@@ -36,9 +37,10 @@ class Posterior:
     def sample(
         self, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> SparseTensor:
-        """mean + exp(logvar / 2) * noise, the noise drawn from `generator` unless it is given.
+        """Draw latents: mean + exp(logvar / 2) * noise.
 
-        Raises ValueError for noise of another shape than the posterior's.
+        The noise is drawn from `generator` unless it is given. Raises ValueError for noise of
+        another shape than the posterior's.
         """
         if noise is None:
             noise = torch.randn(
@@ -72,7 +74,8 @@ class Encoder(Trunk):
         logvar_init: float | None = None,
         **trunk,
     ):
-        check_whole("resolution", resolution), check_whole("in_channels", in_channels)
+        check_whole("resolution", resolution)
+        check_whole("in_channels", in_channels)
         check_whole("latent_channels", latent_channels)
         super().__init__(in_channels, model_channels, num_blocks, **trunk)
         self.resolution = resolution
@@ -93,8 +96,9 @@ class Encoder(Trunk):
             nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
 
     def forward(self, x: SparseTensor) -> Posterior:
-        """x [N, in_channels]; raises ValueError where its channels or dtype are not the model's, or
-        its grid is wider.
+        """Encode x [N, in_channels].
+
+        Raises ValueError where its channels or dtype are not the model's, or its grid is wider.
         """
         h = self.out_layer(layer_norm(self.trunk(x.feats, x.cache), OUTPUT_EPS))
         mean, logvar = h.chunk(2, dim=1)
@@ -102,7 +106,7 @@ class Encoder(Trunk):
 
 
 class Decoder(Trunk):
-    """Latents [N, latent_channels] -> a Scene per sample; the ground of every kind of decoder.
+    """Base class of decoders: latents [N, latent_channels] -> a Scene per sample.
 
     A subclass names its published class (NAME) and how the published `representation_config`
     becomes a frozen dataclass whose `fields` are the channels of the output layer in published
@@ -123,7 +127,8 @@ class Decoder(Trunk):
         representation_config: dict,
         **trunk,
     ):
-        check_whole("resolution", resolution), check_whole("latent_channels", latent_channels)
+        check_whole("resolution", resolution)
+        check_whole("latent_channels", latent_channels)
         super().__init__(latent_channels, model_channels, num_blocks, **trunk)
         self.resolution = resolution
         self.latent_channels = latent_channels
@@ -149,11 +154,10 @@ class Decoder(Trunk):
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder, trained end to end. The encoder is None where latents come from a
-    frozen one.
+    """An encoder and a decoder, trained end to end.
 
-    Raises TypeError for other models than these, and for a decoder that is no DECODER; ValueError
-    for latents that differ.
+    The encoder is None where latents come from a frozen one. Raises TypeError for other models than
+    these, and for a decoder that is no DECODER; ValueError for latents that differ.
     """
 
     DECODER: type[Decoder] = Decoder
@@ -206,7 +210,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     """
     own = model.state_dict()
     read = read_tensors(model)
-    missing, extra = sorted(read.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    missing = sorted(read.keys() - weights.keys())
+    extra = sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(
             f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected "
@@ -224,7 +229,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def read_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what nothing reads: a module's `idle`, which published files have."""
+    """Select the part of the state dict that the model reads.
+
+    Published files also hold tensors that nothing reads: a module's `idle`.
+    """
     parts = model.named_modules()
     idle = {
         f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())
@@ -233,39 +241,26 @@ def read_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
-    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights), the
-    published layout.
+    """Write a model in the published layout: PREFIX.json and PREFIX.safetensors.
 
-    A file is complete or as it was before. Raises OSError that names the one which could not be
-    written, ValueError that names the first tensor with values that are not finite: then none is.
+    The first holds the class name and the arguments, the second the weights in fp32. A file is
+    complete or as it was before. Raises OSError that names the one which could not be written,
+    ValueError that names the first tensor with values that are not finite: then none is written.
     """
     prefix = Path(prefix)
     check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, write in {
-        ".safetensors": lambda path: save_file(weights, path),
-        ".json": lambda path: path.write_text(
-            json.dumps({"name": model.NAME, "args": model.args}, indent=2)
-        ),
-    }.items():
-        file = prefix.with_name(prefix.name + suffix)
-        partial = prefix.with_name(prefix.name + suffix + ".partial")
-        try:
-            partial.unlink(missing_ok=True)
-            partial.touch()
-            mode = partial.stat().st_mode
-            write(partial)
-            partial.chmod(mode)  # safetensors makes a file that only its owner may read
-            partial.replace(file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"could not save {file}: {error}") from error
+    with whole(prefix.with_name(f"{prefix.name}.safetensors")) as partial:
+        save_file(weights, partial)
+    content = json.dumps({"name": model.NAME, "args": model.args}, indent=2)
+    write_whole(prefix.with_name(f"{prefix.name}.json"), content)
 
 
 def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
-    """The class name, arguments and tensors of a checkpoint pair; errors name the file."""
-    config, weights = Path(f"{prefix}.json"), Path(f"{prefix}.safetensors")
+    """Read the class name, arguments and tensors of a model's two files; errors name the file."""
+    config = Path(f"{prefix}.json")
+    weights = Path(f"{prefix}.safetensors")
     for file in (config, weights):
         if not file.is_file():
             raise ValueError(

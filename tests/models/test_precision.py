@@ -14,10 +14,13 @@ from tests.conftest import assert_close
 from tests.models.test_models import batch, randomize, small_decoder, small_encoder
 from tests.train.test_train import TINY
 from train import loop
+from train.draws import draw
+from train.flags import from_cli
 from train.gaussian import PRESETS, build
 from train.optimizer import LossScale
+from train.run.machine import Machine
 
-CPU = loop.Machine(torch.device("cpu"), 0, 1)
+CPU = Machine(torch.device("cpu"), 0, 1)
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -35,7 +38,7 @@ def start(tmp_path):
 
     def make(*flags, make_vae=warm) -> loop.Run:
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        config = loop.from_cli("gaussian", PRESETS, [*TINY, "--out", str(out), *flags])
+        config = from_cli("gaussian", PRESETS, [*TINY, "--out", str(out), *flags])
         return loop.Run("gaussian", config, make_vae, CPU)
 
     return make
@@ -94,7 +97,7 @@ def gradients(run: loop.Run, log2: float) -> torch.Tensor:
     micro = next(run.objects.steps())[0]
     run.objects.sampler.step = 0
     x = run._voxels(micro)
-    noise, background = run._draws(0, 0, x, micro.view_scene)
+    noise, background = draw(run.config, run.here, 0, 0, x, micro.view_scene)
     loss, _ = run.objective(x, noise, micro, background)
     run.optimizer.backward(loss)
     taken = torch.cat([p.grad.flatten() for p in run.vae.parameters()])

@@ -13,6 +13,7 @@ import torch
 from tests.data.test_dataset import BB, make
 from tests.train.test_train import TINY, fresh, refused, rows, state, train
 from train import loop
+from train.losses import objective
 from train.run import checkpoint
 
 
@@ -151,7 +152,7 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
 
 def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
     """Have the forward pass, or the optimiser's step, raise an error after `at` of its calls."""
-    forward = loop.Objective.forward
+    forward = objective.Objective.forward
     update = torch.optim.AdamW.step
     calls = []
 
@@ -165,7 +166,7 @@ def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
         return run
 
     if where == "forward":
-        monkeypatch.setattr(loop.Objective, "forward", fails(forward))
+        monkeypatch.setattr(objective.Objective, "forward", fails(forward))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", fails(update))
 

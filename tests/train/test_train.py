@@ -21,8 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import models
 from train import loop
+from train.data.objects import Objects
+from train.draws import draw
+from train.flags import from_cli
 from train.gaussian import PRESETS, build
+from train.losses import objective
 from train.run import checkpoint, latents, report
+from train.run.latents import Latents, load_encoder
+from train.run.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -146,7 +152,7 @@ def test_the_header_says_what_runs(tmp_path, capsys):
 
 def interrupted(out: Path, at: int, number: int, monkeypatch, *flags: str) -> int:
     """A run that gets a signal in the middle of step `at`; returns its exit status."""
-    whole = loop.Objective.forward
+    whole = objective.Objective.forward
 
     def forward(self, *args):
         if self.calls == at:
@@ -155,8 +161,8 @@ def interrupted(out: Path, at: int, number: int, monkeypatch, *flags: str) -> in
         return whole(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Objective, "calls", 1, raising=False)
-        patch.setattr(loop.Objective, "forward", forward)
+        patch.setattr(objective.Objective, "calls", 1, raising=False)
+        patch.setattr(objective.Objective, "forward", forward)
         with pytest.raises(SystemExit) as stopped:
             fresh(out, *flags)
     return stopped.value.code
@@ -219,14 +225,14 @@ def test_low_precision_activations_train_fp32_weights(tmp_path, precision):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
-    whole = loop.weighted
+    whole = objective.weighted
     calls = []
 
     def poisoned(terms, weights):
         calls.append(1)
         return whole(terms, weights) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(loop, "weighted", poisoned)
+    monkeypatch.setattr(objective, "weighted", poisoned)
     log = fresh(tmp_path, "--steps", "4", "--precision", "fp16", "--ema", "0.5")
     assert (
         [row["skipped"] for row in log] == [0, 1, 1, 1]
@@ -247,13 +253,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
 
 def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path, monkeypatch):
     drawn = []
-    whole = loop.Objective.forward
+    whole = objective.Objective.forward
 
     def forward(self, x, noise, batch, background):
         drawn.append((noise, background))
         return whole(self, x, noise, batch, background)
 
-    monkeypatch.setattr(loop.Objective, "forward", forward)
+    monkeypatch.setattr(objective.Objective, "forward", forward)
     common = ["--batch-size", "8", "--views", "2", "--eval-objects", "1"]
     together = fresh(tmp_path / "a", *common, "--micro-batch", "8", "--steps", "2")[0]
     (noise, background), (later, _) = drawn
@@ -275,11 +281,11 @@ def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path
 
 def test_ranks_draw_what_one_rank_draws():
     def draws(rank, world, micro, batch):
-        config = loop.from_cli("gaussian", PRESETS, ["--batch-size", "4", "--micro-batch", "1"])
+        config = from_cli("gaussian", PRESETS, ["--batch-size", "4", "--micro-batch", "1"])
         coords = torch.tensor([[0, 1, 2, 3], [0, 2, 2, 2]][: batch + 1], dtype=torch.int32)
         x = models.SparseTensor(torch.zeros(len(coords), 8), coords)
-        run = SimpleNamespace(config=config, here=loop.Machine(torch.device("cpu"), rank, world))
-        return torch.cat([d.flatten() for d in loop.Run._draws(run, 7, micro, x, [0, 0])])
+        run = SimpleNamespace(config=config, here=Machine(torch.device("cpu"), rank, world))
+        return torch.cat([d.flatten() for d in draw(run.config, run.here, 7, micro, x, [0, 0])])
 
     for place in range(4):
         assert torch.equal(
@@ -332,11 +338,9 @@ def test_a_frozen_encoder_gives_cached_latents_and_no_kl(finished, tmp_path, cap
 
 
 def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, monkeypatch):
-    objects = loop.Objects(
-        loop.from_cli("gaussian", PRESETS, TINY), loop.Machine(torch.device("cpu"), 0, 1)
-    )
+    objects = Objects(from_cli("gaussian", PRESETS, TINY), Machine(torch.device("cpu"), 0, 1))
     batch = next(objects.steps())[0]
-    cache = loop.Latents(loop.load_encoder(finished, 50, 16)[0], tmp_path)
+    cache = Latents(load_encoder(finished, 50, 16)[0], tmp_path)
     x = models.SparseTensor(batch.features, batch.coords, batch.batch_size)
     for _ in range(2):  # made, then read
         assert torch.allclose(cache(batch).feats, cache.encoder(x).mean, atol=1e-6)
@@ -417,7 +421,7 @@ def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
         capsys, *TINY, "--encoder", tmp_path
     )
     with pytest.raises(ValueError, match="takes features of channels 50, the data has 51"):
-        loop.load_encoder(finished, 51, 16)
+        load_encoder(finished, 51, 16)
     assert "device 'quantum'" in refused(
         capsys, *TINY, "--device", "quantum", "--out", tmp_path / "a"
     )
@@ -472,11 +476,11 @@ def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(tmp_path, c
 
 def test_misspelt_weights_fail_at_once():
     one = torch.ones(())
-    assert loop.weighted({"l1": one, "kl": 2 * one}, {"l1": 3.0, "kl": 0.5}) == 4
+    assert objective.weighted({"l1": one, "kl": 2 * one}, {"l1": 3.0, "kl": 0.5}) == 4
     with pytest.raises(
         ValueError, match=r"terms without a weight: \['kl'\]; weights without a term: \['klm'\]"
     ):
-        loop.weighted({"l1": one, "kl": one}, {"l1": 1.0, "klm": 1.0})
+        objective.weighted({"l1": one, "kl": one}, {"l1": 1.0, "klm": 1.0})
 
 
 def test_deterministic_is_for_the_run_only(tmp_path):
