@@ -14,7 +14,7 @@ from kernels.mesh.render import face_camera, render_mesh
 from models import MeshScene
 from tests.conftest import assert_close, golden
 from train.data.batch import Meshes
-from train.losses.geometry import LAMP, SurfaceLoss, geometry, shaded, tsdf
+from train.losses.geometry import LAMP, SurfaceLoss, score_surfaces, shaded, tsdf
 from train.mesh import BASE
 
 SIZE = 24
@@ -129,7 +129,7 @@ def test_the_true_mesh_has_no_geometric_error():
     terms, _ = SurfaceLoss()([scene(0.3)], batch([0.3]), torch.ones(1, 3))
     for name in ("mask", "depth", "normal_l1", "normal_ssim"):
         assert abs(terms[name].item()) < 1e-6, name
-    score = geometry(lambda b: [scene(0.3)], [batch([0.3])])
+    score = score_surfaces(lambda b: [scene(0.3)], [batch([0.3])])
     assert score.iou == 1 and score.depth == 0 and score.normal == float("inf")
 
 
