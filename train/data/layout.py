@@ -94,7 +94,8 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
         writer.writerows(merged.values())
 
 
-def write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole, and the folder for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data, sync=False)  # many, and made again where they are damaged
 
