@@ -71,7 +71,7 @@ def test_too_few_held_out_views_are_refused_before_anything_is_loaded(tmp_path, 
     two = make(tmp_path / "two", resolution=8)
     for file in two.rglob("transforms.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": 2}))
-    for name in ("read_features", "read_picture", "read_mesh"):
+    for name in ("read_features", "read_picture", "read_triangles"):
         monkeypatch.setattr(
             train.data.dataset, name, lambda *_: pytest.fail("something was loaded")
         )

@@ -1,10 +1,11 @@
-"""Objects in memory: one item, and several as a batch, voxels in one list and views in another."""
+"""Objects in memory: an item, and several as a batch, voxels in one list and views in another."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Camera
@@ -22,7 +23,7 @@ class Meshes:
 
 @dataclass(frozen=True)
 class Item:
-    """One object with some of its views."""
+    """An object with some of its views."""
 
     name: str  # sha256
     coords: Tensor  # [V, 3] int32, lexicographic
@@ -35,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """Several objects, voxels in one list, views in another.
+    """Several objects, their voxels in one list, their views in another.
 
     Raises ValueError for coords of another shape: the batch column comes first, and dropping it
     mixes up objects.
@@ -53,13 +54,13 @@ class Batch:
     def __post_init__(self) -> None:
         shape = list(self.coords.shape)
         if len(shape) != 2 or shape[1] != 4:
-            hint = (
-                " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), "
-                "value=b) puts object b before x, y, z)"
-            )
-            raise ValueError(
-                f"coords must be [N, 4], not {shape}{hint if shape[1:] == [3] else ''}"
-            )
+            hint = ""
+            if shape[1:] == [3]:
+                hint = (
+                    " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), "
+                    "value=b) puts object b before x, y, z)"
+                )
+            raise ValueError(f"coords must be [N, 4], not {shape}{hint}")
         if len(self.features) != shape[0]:
             raise ValueError(f"{len(self.features)} rows of features but {shape[0]} of coords")
         if not len(self.image) == len(self.camera) == len(self.view_scene):
@@ -80,16 +81,18 @@ class Batch:
         return replace(self, camera=camera, meshes=meshes, **moved)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with its tensors on `device`; what lives on the host stays there."""
+        """Move the tensors to `device`; lists stay on the host."""
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
+        """Copy the tensors to pinned memory, from where a GPU reads on its own."""
         return self._each(Tensor.pin_memory)
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """One batch of items: adds the batch column. ValueError, naming both objects, where their
-    channels or views differ.
+    """Join items to a batch, and add the batch column.
+
+    Raises ValueError that names both objects where their channels or views differ.
     """
     if not items:
         raise ValueError("a batch needs at least one object")
@@ -101,26 +104,30 @@ def collate(items: Sequence[Item]) -> Batch:
         ):
             if a != b:
                 raise ValueError(f"object {first.name} has {a} {what}, but {item.name} has {b}")
-    cameras = [item.camera for item in items]
-    meshes = None
-    if first.mesh is not None:
-        parts = [list(part) for part in zip(*(item.mesh for item in items), strict=True)]
-        meshes = Meshes(
-            *map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts)
-        )
+    coords = [F.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]
+    camera = replace(
+        first.camera,
+        extrinsics=torch.cat([item.camera.extrinsics for item in items]),
+        intrinsics=torch.cat([item.camera.intrinsics for item in items]),
+    )
     return Batch(
-        torch.cat([item.features for item in items]),
-        torch.cat(
-            [torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]
-        ),
-        len(items),
-        replace(
-            first.camera,
-            extrinsics=torch.cat([c.extrinsics for c in cameras]),
-            intrinsics=torch.cat([c.intrinsics for c in cameras]),
-        ),
-        [i for i, item in enumerate(items) for _ in range(len(item.image))],
-        torch.cat([item.image for item in items]),
-        [item.name for item in items],
-        meshes,
+        features=torch.cat([item.features for item in items]),
+        coords=torch.cat(coords),
+        batch_size=len(items),
+        camera=camera,
+        view_scene=[i for i, item in enumerate(items) for _ in range(len(item.image))],
+        image=torch.cat([item.image for item in items]),
+        names=[item.name for item in items],
+        meshes=None if first.mesh is None else _join_meshes([item.mesh for item in items]),
+    )
+
+
+def _join_meshes(meshes: Sequence[tuple[Tensor, Tensor]]) -> Meshes:
+    vertices = [vertices for vertices, _ in meshes]
+    faces = [faces for _, faces in meshes]
+    return Meshes(
+        vertices=torch.cat(vertices),
+        faces=torch.cat(faces),
+        vertex_starts=[0, *accumulate(map(len, vertices))],
+        face_starts=[0, *accumulate(map(len, faces))],
     )

@@ -1,9 +1,8 @@
-"""Objects for training: a dataset over folders in the published layout, batches of them, and the
-order they come in.
+"""The dataset: objects in folders of the published layout, filtered, each with some of its views.
 
-    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
-    # train.data.loader; never ends
-    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
+dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
+# train.data.loader; never ends
+for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
 """
 
 import re
@@ -19,12 +18,13 @@ from kernels import Camera
 from train.data.batch import Item
 from train.data.layout import read_metadata
 from train.data.readers import (
+    Frames,
     number,
     picture_size,
     read_features,
     read_frames,
-    read_mesh,
     read_picture,
+    read_triangles,
 )
 
 # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
@@ -32,14 +32,14 @@ EMBEDDED = Path(__file__).parents[1] / "assets" / "demo"
 
 
 class Dataset(torch.utils.data.Dataset):
-    """The objects of several folders that pass the published filters, each with `num_views` random
-    views per fetch.
+    """The objects of several folders that pass the published filters.
 
-    An object takes part if its feature flag (column feature_NAME, feature_NAME_R for R != 64) is
-    true, it has at most `max_voxels` (num_voxels, num_voxels_R) and an aesthetic_score of at least
-    `min_aesthetic`, and belongs to `split` (column split; None takes all). An empty cell or absent
-    column never excludes, except the feature flag's; without a split an object is a training
-    object. `skipped` counts the others by reason, `summary()` says it in a line.
+    Each fetch gives an object with `num_views` random views. An object takes part if its feature
+    flag (column feature_NAME, feature_NAME_R for R != 64) is true, it has at most `max_voxels`
+    (num_voxels, num_voxels_R) and an aesthetic_score of at least `min_aesthetic`, and belongs to
+    `split` (column split; None takes all). An empty cell or absent column never excludes, except
+    the feature flag's; without a split an object is a training object. `skipped` counts the others
+    by reason, `summary()` says it in a line.
 
     The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them,
     "train" only the rest. Where transforms.json says how many frames the `rgb` features were made
@@ -77,16 +77,11 @@ class Dataset(torch.utils.data.Dataset):
                 f"split {split!r} is not train, test or None, or views {views!r} is not train "
                 "or holdout"
             )
-        if (
-            num_views < 1
-            or holdout_views < (views == "holdout")
-            or image_size < 1
-            or resolution < 1
-        ):
+        least = int(views == "holdout")
+        if num_views < 1 or image_size < 1 or resolution < 1 or holdout_views < least:
             raise ValueError(
                 f"num_views {num_views}, image_size {image_size} and resolution {resolution} "
-                "must be at least 1, "
-                f"holdout_views {holdout_views} at least {int(views == 'holdout')} for "
+                f"must be at least 1, holdout_views {holdout_views} at least {least} for "
                 f"views={views!r}"
             )
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
@@ -123,65 +118,67 @@ class Dataset(torch.utils.data.Dataset):
         self._channels = None
 
     def _list(self, root: Path) -> None:
+        """Add the objects of a folder that pass the filters."""
         file = root / "metadata.csv"
         rows = read_metadata(root)
         if rows and self._flag not in rows[0]:
-            columns = [
-                column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)
-            ]
-            have = [
-                m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))
-            ]
-            fits = [f"--features {m[1]} --resolution {m[2] or 64}" for m in have]
-            same = any(int(m[2] or 64) == self.resolution for m in have)
-            make = (
-                ""
-                if same
-                else f"; train.prepare --resolution {self.resolution} makes rgb features of "
-                "that resolution"
-            )
-            raise ValueError(
-                f"{file} has no column {self._flag}: it fits "
-                f"{' or '.join(fits) or 'no --features'}{make}"
-            )
+            raise ValueError(f"{file} has no column {self._flag}: {self._alternatives(rows)}")
         for row in rows:
             voxels = number(row, self._count, file)
-            score = number(row, "aesthetic_score", file)
-            reason = None
-            if not _true(row[self._flag]):
-                reason = "without features"
-            elif row.get("rendered") and not _true(row["rendered"]):
-                reason = "without views"
-            elif voxels is not None and voxels > self.max_voxels:
-                reason = f"over {self.max_voxels} voxels"
-            elif score is not None and score < self.min_aesthetic:
-                reason = f"of aesthetic score below {self.min_aesthetic}"
-            elif self.split and (row.get("split") or "train") != self.split:
-                reason = "of another split"
-            elif row["sha256"] in self._objects:
-                reason = "listed twice"
-            if reason:
+            if reason := self._excluded(row, voxels, number(row, "aesthetic_score", file)):
                 self.skipped[reason] += 1
             else:
                 self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
                 self._files[row["sha256"]] = row.get("local_path", "")
 
+    def _excluded(
+        self, row: dict[str, str], voxels: float | None, score: float | None
+    ) -> str | None:
+        """The reason why an object takes no part; None where it does."""
+        if not _true(row[self._flag]):
+            return "without features"
+        if row.get("rendered") and not _true(row["rendered"]):
+            return "without views"
+        if voxels is not None and voxels > self.max_voxels:
+            return f"over {self.max_voxels} voxels"
+        if score is not None and score < self.min_aesthetic:
+            return f"of aesthetic score below {self.min_aesthetic}"
+        if self.split and (row.get("split") or "train") != self.split:
+            return "of another split"
+        if row["sha256"] in self._objects:
+            return "listed twice"
+        return None
+
+    def _alternatives(self, rows: list[dict[str, str]]) -> str:
+        """Say which flags fit the features that a metadata.csv has."""
+        filled = (column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows))
+        found = (re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column) for column in filled)
+        features = [(match[1], int(match[2] or 64)) for match in found if match]
+        fits = [f"--features {name} --resolution {R}" for name, R in features]
+        text = f"it fits {' or '.join(fits) or 'no --features'}"
+        if not any(R == self.resolution for _, R in features):
+            text += (
+                f"; train.prepare --resolution {self.resolution} makes rgb features of "
+                "that resolution"
+            )
+        return text
+
     def summary(self) -> str:
-        """What was listed and what was left out, in a line for a run's header."""
+        """Say in a line how many objects take part and how many do not."""
         left_out = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
         listed = len(self._objects) + self.skipped.total()
-        of = f"{len(self._objects)} of {listed} objects" + (f" ({left_out})" if left_out else "")
-        return f"{of} in {', '.join(map(str, self.roots)) or 'no folder'}"
+        text = f"{len(self._objects)} of {listed} objects"
+        if left_out:
+            text += f" ({left_out})"
+        return f"{text} in {', '.join(map(str, self.roots)) or 'no folder'}"
 
     def title(self, name: str) -> str:
-        """What a reader calls an object: the stem of its local_path, or else the beginning of its
-        sha256.
-        """
+        """Name an object for a reader: the stem of its local_path, or the start of its sha256."""
         return Path(self._files[name]).stem or name[:8]
 
     @property
     def channels(self) -> int:
-        """Feature channels, of the first object's file."""
+        """The number of feature channels, of the first object's file."""
         if self._channels is None:
             self._channels = self._features(self.names[0])[1].shape[1]
         return self._channels
@@ -201,18 +198,19 @@ class Dataset(torch.utils.data.Dataset):
         return self.item(index, rng.choice(len(views), self.num_views, replace=False).tolist())
 
     def item(self, which: int | str, views: Sequence[int] | None = None) -> Item:
-        """An object by index or sha256, with these of its views (numbered within `views` of this
-        dataset) or all of them.
+        """Read an object by index or sha256, with these of its views or all of them.
+
+        Views are numbered within the `views` of this dataset.
         """
         name = self.names[which] if isinstance(which, int) else which
         if name not in self._objects:
             raise ValueError(f"{name} is not an object of {self.summary()}")
         coords, features = self._features(name)
         if features.shape[1] != self.channels:
-            a = self._feature_file(name)
-            b = self._feature_file(self.names[0])
+            first = self._feature_file(self.names[0])
             raise ValueError(
-                f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}"
+                f"{self._feature_file(name)} has {features.shape[1]} feature channels, "
+                f"but {first} has {self.channels}"
             )
         frames, own = self._frames(name)
         chosen = [own[v] for v in (range(len(own)) if views is None else views)]
@@ -223,11 +221,9 @@ class Dataset(torch.utils.data.Dataset):
         matrix = torch.from_numpy(frames.matrix[chosen])
         fov = torch.from_numpy(frames.fov[chosen]).float()
         camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
-        mesh = (
-            self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply")
-            if self._meshes
-            else None
-        )
+        mesh = None
+        if self._meshes:
+            mesh = self._cached(read_triangles, self._views_folder(name) / "mesh.ply")
         return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
 
     def _cached(self, read: Callable, *args):
@@ -236,6 +232,9 @@ class Dataset(torch.utils.data.Dataset):
         if (read, args) not in self._memory:
             self._memory[read, args] = read(*args)
         return self._memory[read, args]
+
+    def _views_folder(self, name: str) -> Path:
+        return self._objects[name][0] / "renders" / name
 
     def _feature_file(self, name: str) -> Path:
         return self._objects[name][0] / "features" / self._folder / f"{name}.npz"
@@ -255,8 +254,9 @@ class Dataset(torch.utils.data.Dataset):
             )
         return coords, features
 
-    def _frames(self, name: str) -> tuple:
-        file = self._objects[name][0] / "renders" / name / "transforms.json"
+    def _frames(self, name: str) -> tuple[Frames, range]:
+        """The frames of an object, and those that belong to the `views` of this dataset."""
+        file = self._views_folder(name) / "transforms.json"
         frames = self._cached(read_frames, file)
         count = len(frames.files)
         held = self.holdout_views
@@ -266,17 +266,14 @@ class Dataset(torch.utils.data.Dataset):
                 "use fewer --holdout-views"
             )
         if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
+            again = "; prepare it again with train.prepare --holdout-views"
             raise ValueError(
                 f"{file}: {held} held-out views, but its rgb features were made without only "
                 f"{frames.holdout} of {count} frames: "
-                f"use --holdout-views {frames.holdout} or fewer"
-                + (
-                    ""
-                    if frames.holdout
-                    else "; prepare it again with train.prepare --holdout-views"
-                )
+                f"use --holdout-views {frames.holdout} or fewer{'' if frames.holdout else again}"
             )
-        return frames, range(count - held) if self.views == "train" else range(count - held, count)
+        first_held = count - held
+        return frames, range(first_held) if self.views == "train" else range(first_held, count)
 
 
 def _true(cell: str) -> bool:

@@ -6,14 +6,13 @@ import numpy as np
 
 
 class Sampler:
-    """Which objects each step takes: endless, reshuffled every epoch, the same for every number of
-    ranks.
+    """The objects of each step, without end, reshuffled every epoch.
 
-    Yields lists of (object, epoch), the key that Dataset picks its views by: one micro-batch of
-    this rank after the other (without `micro_batch`, the rank's whole share of a step). Step s
-    takes `batch_size` consecutive places of the stream of shuffled epochs, rank r the r-th part of
-    them, so ranks share no place and get lists of one length. Raises ValueError where the sizes do
-    not divide.
+    The order is the same for every number of ranks. Yields lists of (object, epoch), the key that
+    Dataset picks its views by: one micro-batch of this rank after the other (without `micro_batch`,
+    the rank's whole share of a step). Step s takes `batch_size` consecutive places of the stream of
+    shuffled epochs, rank r the r-th part of them, so ranks share no place and get lists of one
+    length. Raises ValueError where the sizes do not divide.
     """
 
     def __init__(
@@ -63,15 +62,17 @@ class Sampler:
                 yield keys[i : i + self.micro_batch]
 
     def state_dict(self, step: int | None = None) -> dict[str, int]:
-        """Where to go on: after `step` steps, for a loader fetches ahead of training; by default
-        after those handed out.
+        """The state to go on from after `step` steps; by default after those handed out.
+
+        A loader fetches ahead of training, so training says how many steps it has done.
         """
         sizes = {"length": self.length, "batch_size": self.batch_size, "seed": self.seed}
         return {"step": self.step if step is None else step} | sizes
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly; ValueError where the saved order is of other objects, another batch or
-        seed.
+        """Continue exactly from a state.
+
+        Raises ValueError where the saved order is of other objects, another batch or seed.
         """
         for name in ("length", "batch_size", "seed"):
             if state[name] != getattr(self, name):
