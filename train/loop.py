@@ -86,7 +86,7 @@ def fit(run: Run) -> None:
 
 
 def _message(script: str, run: Run | None, error: BaseException) -> str:
-    """What a run that an error ends says: the error, and how to go on once there is a folder."""
+    """Write the message of a run that an error ends: the error, and how to go on."""
     what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
     lines = [f"python -m train.{script}: {what}"]
     if run and isinstance(error, NotFinite):

@@ -17,8 +17,10 @@ from train.losses.geometry import SurfaceLoss
 
 @dataclass(frozen=True)
 class MeshWeights(Weights):
-    """The published terms. l1, ssim and lpips are of the colours, whose published sum overwrites
-    itself: l1 + 0.1 (l1 + ...).
+    """The weights of the published terms.
+
+    l1, ssim and lpips are of the colours, whose published sum overwrites itself: l1 + 0.1 (l1 +
+    ...).
     """
 
     l1: float = flag(

@@ -39,10 +39,10 @@ def orthogonal(
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982): 0.2 sqrt(max(A,
-    B)).
+    """Orthogonal steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982).
 
-    That factor times the learning rate times an orthogonal matrix.
+    A step is 0.2 sqrt(max(A, B)) times the learning rate times an orthogonal matrix. That factor
+    times the learning rate times an orthogonal matrix.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0):

@@ -1,12 +1,12 @@
-"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW or Muon,
-averaged weights.
+"""The optimiser step on fp32 master weights.
 
-The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in
-range by multiplying the loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls
-by 1 where a gradient is not finite. Such a step is skipped: no weight moves, but the average of the
-weights and the learning-rate schedule go on. Unlike there, s ends at -40, where overflow of fp16
-can no longer be why, and the gradients of several micro-batches are summed in fp32; one
-micro-batch's still pass through fp16 and can overflow there.
+Loss scale, finite check, clipping, AdamW or Muon, averaged weights. The published recipe
+("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
+loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is
+not finite. Such a step is skipped: no weight moves, but the average of the weights and the
+learning-rate schedule go on. Unlike there, s ends at -40, where overflow of fp16 can no longer be
+why, and the gradients of several micro-batches are summed in fp32; one micro-batch's still pass
+through fp16 and can overflow there.
 """
 
 import math
@@ -35,7 +35,10 @@ class LossScale:
 
     @property
     def least(self) -> bool:
-        """Whether it can fall no further: where gradients are still not finite, fp16 is not why."""
+        """True where it can fall no further.
+
+        Where gradients are still not finite then, fp16 is not why.
+        """
         return not self.backoff or self.log2 <= LEAST_LOG2
 
     def update(self, finite: bool) -> None:
@@ -96,8 +99,9 @@ class Optimizer:
         self.scaled(loss).backward()
 
     def step(self, lr: float) -> float:
-        """Apply and clear the gradients; returns their norm before clipping, NaN or inf where the
-        step was skipped.
+        """Apply and clear the gradients; returns their norm before clipping.
+
+        It is NaN or inf where the step was skipped.
         """
         parameters = list(self.parameters.values())
         if without := [name for name, p in self.parameters.items() if p.grad is None]:
@@ -146,8 +150,9 @@ class Optimizer:
         return self.decay**self.steps
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights: average.NAME and optimizer.NAME.{step,
-        exp_avg, ...}.
+        """The tensors of a checkpoint beside the weights.
+
+        They are average.NAME and optimizer.NAME.{step, exp_avg, ...}.
         """
         states = {p: state for method in self.methods for p, state in method.state.items()}
         moments = {
@@ -191,12 +196,12 @@ class Optimizer:
 
 
 class GradClipper:
-    """Clips the global gradient norm at the `percentile` of the last `buffer` norms, and never
-    above `max_norm`.
+    """Clip the global gradient norm at a percentile of the recent norms.
 
-    Until `buffer` norms are recorded, `max_norm` alone is the limit (None: no limit). What is
-    recorded are the norms before clipping; those that are not finite leave no trace. Raises
-    ValueError for values that cannot be.
+    The limit is the `percentile` of the last `buffer` norms, and never above `max_norm`. Until
+    `buffer` norms are recorded, `max_norm` alone is the limit (None: no limit). What is recorded
+    are the norms before clipping; those that are not finite leave no trace. Raises ValueError for
+    values that cannot be.
     """
 
     def __init__(self, max_norm: float | None = 1.0, percentile: float = 95.0, buffer: int = 1000):
@@ -213,7 +218,7 @@ class GradClipper:
 
     @property
     def limit(self) -> float:
-        """What the next call clips to."""
+        """The norm that the next call clips to."""
         ceiling = math.inf if self.max_norm is None else self.max_norm
         if len(self._norms) < self.buffer:
             return ceiling
@@ -223,8 +228,9 @@ class GradClipper:
         )
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> float:
-        """Clip in place; returns the norm before. It is read from the device: the one wait of an
-        optimiser step.
+        """Clip in place; returns the norm before.
+
+        It is read from the device: the one wait of an optimiser step.
         """
         norm = nn.utils.clip_grad_norm_(parameters, self.limit).item()
         if math.isfinite(norm):
@@ -237,8 +243,9 @@ class GradClipper:
         return {"buffer": self.buffer, "norms": list(self._norms), "next": self._next}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Continue from `state_dict()`; ValueError where that clipper remembered another number of
-        norms.
+        """Continue from `state_dict()`.
+
+        Raises ValueError where that clipper remembered another number of norms.
         """
         if state["buffer"] != self.buffer:
             raise ValueError(

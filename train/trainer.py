@@ -97,7 +97,7 @@ class Run:
 
     @property
     def done(self) -> int:
-        """How many steps the run has done, skipped ones included."""
+        """The number of steps that the run has done, skipped ones included."""
         return self.optimizer.steps
 
     def enter(self, folder: Path) -> None:
@@ -196,7 +196,10 @@ class Run:
     # saving and resuming
 
     def unsaved(self) -> bool:
-        """Whether this rank should save what an error would lose: no half moved weights."""
+        """True where this rank should save what an error would lose.
+
+        Not with half moved weights.
+        """
         return self.here.is_main and not self.optimizer.moving and self.kept != self.done
 
     def save(self) -> None:

@@ -82,8 +82,7 @@ class Objects:
         return collate([self.all[views].item(name)]).to(self.here.device)
 
     def captions(self, batch: Batch) -> list[str]:
-        """Captions for a picture of a batch: file stems, and whether an object is held out
-        whole."""
+        """Caption the objects of a batch: file stems, and which are held out whole."""
         held_out = set(self.groups["held-out objects"])
         return [
             self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "")

@@ -22,10 +22,10 @@ from train.lpips import LPIPS
 
 
 class Loss(Protocol):
-    """A module that compares decoded scenes with a batch; a class makes it of a file of LPIPS
-    weights.
+    """A module that compares decoded scenes with a batch.
 
-    `meshes` says whether a batch must bring the true meshes.
+    It is made of a file of LPIPS weights, or none. `meshes` says whether a batch must bring the
+    true meshes.
     """
 
     meshes: bool

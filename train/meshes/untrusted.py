@@ -1,6 +1,4 @@
-"""The door for files from strangers: what malformed ones raise, how their parts are checked, which
-pictures are opened.
-"""
+"""Read untrusted files: errors of malformed ones, checks of their parts, formats of pictures."""
 
 import struct
 import warnings
@@ -35,7 +33,7 @@ NAMES = {int: "a whole number from 0 up", str: "text", list: "a list", dict: "an
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, with its kind where the text alone would say little."""
+    """Word an error, with its kind where the text alone would say little."""
     text = str(error)
     if isinstance(error, KeyError):
         return f"it has no {text}"
@@ -58,8 +56,9 @@ def reading(name: str) -> Iterator[None]:
 
 
 def expect(value, kind: type, where: str):
-    """`value`, if it is of that kind (of NAMES; numbers are not negative), else a ValueError that
-    says where it stands.
+    """Return `value` if it is of that kind, one of NAMES; numbers are not negative.
+
+    Raises ValueError that says where it stands.
     """
     if type(value) is not kind or (kind is int and value < 0):
         shown = repr(value)
@@ -70,11 +69,11 @@ def expect(value, kind: type, where: str):
 
 
 def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:
-    """A picture of one of these formats, its pixels not yet decoded: others run programs (EPS) or
-    are rarely tested.
+    """Open a picture of one of these formats, its pixels not yet decoded.
 
-    What counts is the content, not the name. ValueError for another format, for over 179 million
-    pixels (Pillow's limit) and for what is damaged.
+    Other formats run programs (EPS) or are rarely tested. What counts is the content, not the name.
+    ValueError for another format, for over 179 million pixels (Pillow's limit) and for what is
+    damaged.
     """
     try:
         with warnings.catch_warnings():

@@ -1,9 +1,8 @@
-"""Surface voxels of a mesh, and `rgb` features that need no network: what the training views saw of
-each voxel.
+"""Surface voxels of a mesh, and `rgb` features that need no network.
 
-A cell of the R^3 grid over [-0.5, 0.5]^3 is active where a triangle meets its closed box; touching
-counts, so a wall in a cell plane activates both sides, and the interior stays empty (the rule of
-TRELLIS's voxelize.py).
+The features are what the training views saw of each voxel. A cell of the R^3 grid over [-0.5,
+0.5]^3 is active where a triangle meets its closed box; touching counts, so a wall in a cell plane
+activates both sides, and the interior stays empty (the rule of TRELLIS's voxelize.py).
 
 Channels of `rgb` features, 50 a voxel. Sub-cell s = 4 x + 2 y + z, each 0 or 1, of the 2 x 2 x 2
 halves of the voxel:
@@ -33,12 +32,11 @@ NEAR = np.stack(np.meshgrid(*[[0, 1, 2]] * 3, indexing="ij"), -1).reshape(27, 3)
 
 
 def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
-    """Cells [V, 3] int32, in (x, y, z) order, that the triangles vertices [P, 3], faces [F, 3]
-    meet; the cube clips vertices.
+    """Find the cells [V, 3] int32 that triangles meet, in (x, y, z) order.
 
-    Each triangle starts in at most 27 blocks of its own size, and blocks that it meets are halved
-    until they are cells, so the work follows the surface: 200k faces take seconds at 64^3, and a
-    diagonal through the cube is no worse.
+    vertices [P, 3] are clipped to the cube; faces [F, 3]. Each triangle starts in at most 27 blocks
+    of its own size, and blocks that it meets are halved until they are cells, so the work follows
+    the surface: 200k faces take seconds at 64^3, and a diagonal through the cube is no worse.
     """
     if not 1 <= resolution <= 1024:
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
@@ -87,10 +85,9 @@ def cell_id(cells: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _overlap(triangles: np.ndarray, centers: np.ndarray, half: float) -> np.ndarray:
-    """Which of T triangles [T, 3, 3] meet their closed cube (centre [T, 3], half side): 13
-    separating axes in float64.
+    """Test T triangles [T, 3, 3] against their closed cubes (centre [T, 3], half side): [T].
 
-    Akenine-Moller, "Fast 3D triangle-box overlap testing", 2001.
+    13 separating axes in float64. Akenine-Moller, "Fast 3D triangle-box overlap testing", 2001.
     """
     t = triangles - centers[:, None]
     meets = ((t.min(1) <= half) & (t.max(1) >= -half)).all(-1)
@@ -110,8 +107,9 @@ class Features:
     """Accumulates `rgb` features (the table above) of one grid, one view after the other."""
 
     def __init__(self, cells: np.ndarray, sub_cells: np.ndarray, resolution: int):
-        """cells [V, 3] of `voxelize(..., resolution)`, sub_cells of `voxelize(..., 2 *
-        resolution)`.
+        """Take cells [V, 3] at `resolution`, and sub_cells at twice that resolution.
+
+        Both are of `voxelize`.
         """
         self.cells = cells
         self.resolution = resolution
@@ -127,8 +125,9 @@ class Features:
         self.occupied[row[known] * 8 + s[known]] = 1
 
     def _rows(self, sub_cells: np.ndarray):
-        """Row of the voxel and number 0 to 7 within it for each sub-cell [M, 3]; known [M] says
-        where a voxel exists.
+        """Locate sub-cells [M, 3]: the row of the voxel, and the number 0 to 7 within it.
+
+        `known` [M] says where a voxel exists.
         """
         ids = cell_id(sub_cells // 2, self.resolution)
         row = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
@@ -137,8 +136,9 @@ class Features:
     def add_view(
         self, points: np.ndarray, weights: np.ndarray, colors: np.ndarray, normals: np.ndarray
     ) -> None:
-        """One view's surface points [M, 3] in the unit cube with weight [M] (share of a pixel),
-        colour and normal [M, 3].
+        """Add the surface points [M, 3] of a view, in the unit cube.
+
+        Each has a weight [M] (share of a pixel), a colour and a normal [M, 3].
         """
         self.views += 1
         position = (points + 0.5) * self.resolution

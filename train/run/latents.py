@@ -1,5 +1,6 @@
-"""A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and
-kept on disk.
+"""Latents of a frozen encoder, made once for each object and kept on disk.
+
+They are its posterior means in fp32.
 """
 
 import hashlib
@@ -20,11 +21,11 @@ from train.data.batch import Batch
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
-    """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of
-    its weights' file.
+    """Load the frozen encoder, with the sha256 of its weights' file.
 
-    Raises ValueError for another kind of model, for one of other feature channels or another
-    resolution, and for a run without an encoder of its own.
+    `path` is a checkpoint prefix, or the folder of a finished run. Raises ValueError for another
+    kind of model, for one of other feature channels or another resolution, and for a run without an
+    encoder of its own.
     """
     path = Path(path)
     prefix = path / "checkpoints" / "encoder" if path.is_dir() else path

@@ -1,6 +1,4 @@
-"""Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how
-it is told to stop.
-"""
+"""The device of a run, its ranks, its seeds, and the signals that stop it."""
 
 import ctypes
 import os
@@ -23,7 +21,7 @@ FREE = 1 << 30  # bytes of freed memory that a process keeps at the end of its h
 
 
 def world_size() -> int:
-    """How many ranks torchrun started; 1 without it."""
+    """The number of ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -38,7 +36,7 @@ class Machine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and prints."""
+        """True on the rank that writes files and prints."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -96,8 +94,9 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine]:
-    """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a
-    device that is absent.
+    """Join the ranks, if torchrun started several, and leave them at the end.
+
+    Raises ValueError for a device that is absent.
     """
     chosen = _device(device)
     rank = int(os.environ.get("RANK", 0))
@@ -126,8 +125,9 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
 
 
 def seed_of(*numbers: int) -> int:
-    """A 63-bit seed from several numbers: neighbouring steps or objects get unrelated random
-    streams.
+    """Make a 63-bit seed from several numbers.
+
+    Neighbouring steps or objects get unrelated random streams.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
@@ -146,8 +146,9 @@ def seed_all(*numbers: int) -> None:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to stop after the step that is under way; a second Ctrl-C
-    stops at once.
+    """Catch Ctrl-C and SIGTERM, so that the run stops after the step under way.
+
+    A second Ctrl-C stops at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

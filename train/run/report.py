@@ -1,4 +1,4 @@
-"""What a run shows: the header, notes on its progress, log.jsonl, sample pictures and curves."""
+"""Reports of a run: header, progress notes, log.jsonl, sample pictures and curves."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def jsonable(row: Mapping) -> dict:
 
 
 def note(row: Mapping[str, float]) -> str:
-    """What the progress line says of a step: loss, PSNR, voxels per second, skipped steps."""
+    """Note for the progress line: loss, PSNR, voxels per second, skipped steps."""
     parts = [f"loss {row['loss']:.4f}", f"psnr {row['psnr']:.2f}"]
     parts.append(f"{row['voxels_per_second']:,.0f} voxels/s")
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
@@ -147,8 +147,9 @@ class Log:
 
 
 def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file: Path) -> None:
-    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions; small
-    images are enlarged.
+    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions.
+
+    Small images are enlarged.
     """
     zoom = -(-LEAST // next(iter(rows.values())).shape[-1])
     grid = torch.cat(
@@ -194,8 +195,9 @@ def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
 
 
 def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) -> None:
-    """Draw the loss with its weighted terms (log scale) and the PSNR of the training views against
-    the step.
+    """Draw loss and PSNR of the training views against the step.
+
+    The loss has its weighted terms beside it, on a log scale.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""How a run that ends early goes on: what it saves then, and the command that resumes it."""
+"""Save a run that an error ends, and name the command that resumes it."""
 
 import sys
 from collections.abc import Callable
