@@ -10,7 +10,8 @@ from PIL import Image
 
 from kernels.camera import Camera
 from tests.helpers.shapes import quad, write_obj
-from train.meshes.read import Material, Mesh, normalize, read_mesh
+from train.meshes.read import normalize, read_mesh
+from train.meshes.surface import Material, Mesh
 from train.prepare import command as prepare
 from train.prepare import raycast
 from train.prepare.raycast import Caster, camera_to_world, direction

@@ -18,7 +18,8 @@ from train.data.layout import (
     write_file,
     write_npz,
 )
-from train.meshes.read import Mesh, normalize, read_mesh
+from train.meshes.read import normalize, read_mesh
+from train.meshes.surface import Mesh
 from train.meshes.untrusted import MALFORMED, reason
 from train.prepare.raycast import FOV, Caster, camera_to_world, direction
 from train.prepare.sources import Result, Source, with_path

@@ -8,7 +8,7 @@ colours; glTF's base colour is first made in linear light, as its specification 
 
 import numpy as np
 
-from train.meshes.read import Mesh
+from train.meshes.surface import Mesh
 
 RADIUS = 2.0
 FOV = np.deg2rad(40)
