@@ -1,7 +1,7 @@
 """Scores of reconstructions, beside baselines that learn nothing; sample pictures.
 
 PSNR of views that training never sees, of decoders and of baselines. `conclude` ends a run with
-them, `sample` draws pictures while it runs.
+them, `save_samples` draws pictures while it runs.
 """
 
 import json
@@ -148,7 +148,7 @@ def table(scores: Scores) -> str:
 
 
 @torch.no_grad()
-def sample(run: Run) -> None:
+def save_samples(run: Run) -> None:
     """Draw held-out views of a few objects, the true ones above the model's.
 
     The picture is samples/step_NNNNNNNN.png in the run's folder.

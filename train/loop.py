@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from models.finite import NotFinite
-from train.evaluate import conclude, sample
+from train.evaluate import conclude, save_samples
 from train.flags import from_cli
 from train.losses.pictures import Loss, PictureLoss
 from train.run import report
@@ -73,7 +73,7 @@ def fit(run: Run) -> None:
                 run.save()  # before the pictures: what is wrong with one must not cost the steps
                 due = False
             if is_main and (last or run.done % config.sample_every == 0):
-                sample(run)
+                save_samples(run)
                 report.curves(log.rows, run.weights, folder / "curves.png")
             if stop:
                 break

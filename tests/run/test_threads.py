@@ -122,7 +122,7 @@ def test_a_run_records_its_threads_and_resumes_with_them(tmp_path, capsys, monke
     )
     flags = [*tiny.split(), "--out", str(tmp_path)]
     monkeypatch.setattr(loop, "conclude", lambda run: None)
-    monkeypatch.setattr(loop, "sample", lambda run: None)
+    monkeypatch.setattr(loop, "save_samples", lambda run: None)
     used = []
     step = loop.Run.step
     monkeypatch.setattr(

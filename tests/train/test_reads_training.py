@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 from kernels.camera import Camera
 from tests.helpers.reads import watch_reads
 from tests.models.test_models import randomize, small_encoder
-from train import gaussian, mesh, radiance
 from train.data.batch import Batch, collate
+from train.decoders import DECODERS
 from train.flags import from_cli
-from train.losses.geometry import SurfaceLoss
-from train.losses.pictures import PictureLoss
 from train.lpips import weight_shapes
 from train.optimizer import GradClipper, LossScale, Optimizer
 from train.run.latents import Latents
@@ -27,14 +25,9 @@ TINY = (
     "--eval-objects 1 --warmup 0 "
     "--model.blocks 1"
 ).split()
-SIZES = {
-    gaussian: "--model.channels 16 --model.heads 1 --model.per-voxel 1".split(),
-    radiance: "--model.channels 16 --model.heads 1 --model.rank 1 --model.dim 2".split(),
-    mesh: "--model.heads 2 --model.mlp-ratio 0.25".split(),
-}
 # of a micro-batch: its voxels, the renderer's; of a mesh the true one's picture, and numbers of
 # corners, cubes, faces
-READS = {gaussian: 1 + 1, radiance: 1 + 1, mesh: 1 + 2 + 1 + 1}
+READS = {"mesh": 1 + 2 + 1 + 1}
 STEP = 2  # the norm that is clipped, the row of the log
 
 
@@ -54,24 +47,21 @@ def small(batch: Batch) -> Batch:
     return replace(batch, features=batch.features[:3], coords=batch.coords[:3], meshes=meshes)
 
 
-SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in (radiance, mesh)]
+NAMES = [
+    name if name == "gaussian" else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS
+]
 
 
-@pytest.mark.parametrize("script", [gaussian, *SLOW], ids=lambda script: script.__name__)
-def test_a_step(watched_device, script, data, lpips, tmp_path):
+@pytest.mark.parametrize("name", ["gaussian", *SLOW])
+def test_a_step(watched_device, name, data, lpips, tmp_path):
+    recipe = DECODERS[name]
     flags = ["--data", str(data), "--lpips", str(lpips), "--out", str(tmp_path / "run")]
-    config = from_cli("", script.PRESETS, [*TINY, *SIZES[script], *flags], 1)
-    run = Run(
-        "",
-        config,
-        script.build,
-        Machine(watched_device, 0, 1),
-        SurfaceLoss if script is mesh else PictureLoss,
-    )
+    config = from_cli(name, recipe.presets, [*TINY, *recipe.smallest.split(), *flags], 1)
+    run = Run(name, config, recipe.build, Machine(watched_device, 0, 1), recipe.loss)
     batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
     with watch_reads() as seen:
         row = run.step(batches)
-    assert row["skipped"] == 0 and len(seen) == READS[script] * len(batches) + STEP
+    assert row["skipped"] == 0 and len(seen) == READS.get(name, 1 + 1) * len(batches) + STEP
 
 
 def test_the_way_of_a_batch(watched_device, tmp_path):

@@ -54,7 +54,8 @@ def read_ply(path: Path) -> Mesh:
         tables = read(body, elements, order)
     except MALFORMED as error:
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
-    vertex, face = tables.get("vertex", {}), tables.get("face", {})
+    vertex = tables.get("vertex", {})
+    face = tables.get("face", {})
     polygons = next((face[field] for field in CORNERS if field in face), [])
     if not {"x", "y", "z"} <= vertex.keys():
         raise ValueError(f"{name} has no vertices with x, y and z")

@@ -37,11 +37,9 @@ def reason(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, KeyError):
         return f"it has no {text}"
-    return (
-        text
-        if text and isinstance(error, ValueError | OSError)
-        else f"{type(error).__name__}: {text}".removesuffix(": ")
-    )
+    if text and isinstance(error, ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @contextmanager
@@ -62,9 +60,9 @@ def expect(value, kind: type, where: str):
     """
     if type(value) is not kind or (kind is int and value < 0):
         shown = repr(value)
-        raise ValueError(
-            f"{where} is {shown if len(shown) < 60 else shown[:60] + '...'}, not {NAMES[kind]}"
-        )
+        if len(shown) >= 60:
+            shown = f"{shown[:60]}..."
+        raise ValueError(f"{where} is {shown}, not {NAMES[kind]}")
     return value
 
 
@@ -79,7 +77,8 @@ def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:
         with warnings.catch_warnings():
             # from half of that limit on
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
+            source = BytesIO(data) if isinstance(data, bytes) else data
+            return Image.open(source, formats=formats)
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no picture ({', '.join(formats)})") from error
     except (Image.DecompressionBombError, OSError, *MALFORMED) as error:

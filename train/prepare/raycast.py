@@ -192,8 +192,10 @@ def sample(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
     H, W = texture.shape[:2]
     x = (uv[:, 0] % 1) * W - 0.5
     y = (1 - uv[:, 1] % 1) * H - 0.5
-    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-    fx, fy = x - x0, y - y0
+    x0 = np.floor(x).astype(np.int64)
+    y0 = np.floor(y).astype(np.int64)
+    fx = x - x0
+    fy = y - y0
     total = np.zeros((len(uv), 4))
     for dy, wy in ((0, 1 - fy), (1, fy)):
         for dx, wx in ((0, 1 - fx), (1, fx)):

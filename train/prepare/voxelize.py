@@ -41,10 +41,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
     if not 1 <= resolution <= 1024:
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
     limit = 0.5 - 1e-6
-    # in cells
-    triangles = ((np.clip(np.asarray(vertices, np.float64), -limit, limit) + 0.5) * resolution)[
-        faces
-    ]
+    clipped = np.clip(np.asarray(vertices, np.float64), -limit, limit)
+    triangles = ((clipped + 0.5) * resolution)[faces]  # in cells
     extent = np.ptp(triangles, axis=1).max(1)
     # a block is 2^level cells wide, not less than the triangle
     level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)
@@ -63,7 +61,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         pairs = np.concatenate([pairs.repeat(8), owner])
         blocks = np.concatenate([children, first[inside]])
         keep = (blocks * size < resolution).all(1)
-        pairs, blocks = pairs[keep], blocks[keep]
+        pairs = pairs[keep]
+        blocks = blocks[keep]
         meets = [
             _overlap(
                 triangles[pairs[i : i + PAIRS]], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size
@@ -71,7 +70,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
             for i in range(0, len(pairs), PAIRS)
         ]
         keep = np.concatenate(meets) if meets else np.zeros(0, bool)
-        pairs, blocks = pairs[keep], blocks[keep]
+        pairs = pairs[keep]
+        blocks = blocks[keep]
     hits = np.unique(cell_id(blocks, resolution))
     return np.stack(
         [hits // resolution**2, hits // resolution % resolution, hits % resolution], -1
@@ -96,7 +96,8 @@ def _overlap(triangles: np.ndarray, centers: np.ndarray, half: float) -> np.ndar
     meets &= np.abs((normal * t[:, 0]).sum(-1)) <= half * np.abs(normal).sum(-1)
     for i in range(3):  # the cross products of the box's axes with the triangle's edges
         for axis in range(3):
-            a, b = (axis + 1) % 3, (axis + 2) % 3
+            a = (axis + 1) % 3
+            b = (axis + 2) % 3
             p = edges[:, i, None, a] * t[:, :, b] - edges[:, i, None, b] * t[:, :, a]
             radius = half * (np.abs(edges[:, i, a]) + np.abs(edges[:, i, b]))
             meets &= (p.min(1) <= radius) & (p.max(1) >= -radius)
@@ -146,7 +147,9 @@ class Features:
         row, s, known = self._rows(sub_cell)
         # rounding can put a point beyond the face of the last cell it belongs to
         known &= self.occupied[row * 8 + s] > 0
-        row, s, w = row[known], s[known], weights[known]
+        row = row[known]
+        s = s[known]
+        w = weights[known]
         offset = (position[known] - sub_cell[known] // 2 - 0.5).clip(-0.5, 0.5)
         values = (
             np.concatenate([colors[known], normals[known], offset, np.ones((len(w), 1))], 1)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from train.run.threads import Threads
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's names for these settings, M_...
+# glibc's settings M_TRIM_THRESHOLD and M_MMAP_MAX
+TRIM_THRESHOLD = -1
+MMAP_MAX = -4
 FREE = 1 << 30  # bytes of freed memory that a process keeps at the end of its heap
 
 

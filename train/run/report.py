@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from einops import repeat
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -50,9 +51,9 @@ def header(
     parts = {
         part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()
     }
-    schedule = f"{config.lr:g}" + (
-        f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant"
-    )
+    schedule = f"{config.lr:g} constant"
+    if config.final_lr < 1:
+        schedule = f"{config.lr:g}, cosine to {config.lr * config.final_lr:g}"
     graphs = f", CUDA graphs up to {config.cuda_graphs:,} voxels" if config.cuda_graphs else ""
     lines = {
         "run": f"{script}, preset {config.preset}, seed {config.seed}"
@@ -152,19 +153,13 @@ def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file
     Small images are enlarged.
     """
     zoom = -(-LEAST // next(iter(rows.values())).shape[-1])
-    grid = torch.cat(
-        [torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows.values()], dim=1
-    )
-    pixels = (
-        (grid.clamp(0, 1) * 255)
-        .round()
-        .byte()
-        .permute(1, 2, 0)
-        .numpy()
-        .repeat(zoom, 0)
-        .repeat(zoom, 1)
-    )
-    height, width = pixels.shape[0] // len(rows), pixels.shape[1] // len(columns)
+    grid = torch.stack([row.detach().float().cpu() for row in rows.values()])
+    grid = (grid.clamp(0, 1) * 255).round().byte()
+    pixels = repeat(
+        grid, "rows v c h w -> (rows h tall) (v w wide) c", tall=zoom, wide=zoom
+    ).numpy()
+    height = pixels.shape[0] // len(rows)
+    width = pixels.shape[1] // len(columns)
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), TEXT)
     least = MARGIN + int(font.getlength(title))
     sheet = Picture.new(
@@ -187,9 +182,11 @@ def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file
 
 def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
     """The mean of the last `width` values that are there, nan where none is."""
-    means, window = [], []
+    means = []
+    window = []
     for value in values:
-        window = [*window, *([] if value is None else [value])][-width:]
+        if value is not None:
+            window = [*window, value][-width:]
         means.append(sum(window) / len(window) if window else float("nan"))
     return means
 
