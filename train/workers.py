@@ -28,7 +28,7 @@ T = TypeVar("T")
 # what terminals and schedulers send to a whole process group
 STOPS = (signal.SIGINT, signal.SIGTERM)
 AHEAD = 2  # questions that a process has before their answers are needed
-GRACE = 0.5  # seconds for the answer under way, of a process that is told to end
+GRACE = 0.5  # seconds for the answer under way, of a process that is asked to end
 WATCH = 0.5  # seconds between two looks at whether the parent lives
 PERHAPS = {
     signal.SIGKILL: ", perhaps because memory ran out: fewer --workers need less",
@@ -49,7 +49,7 @@ class Worker:
     """A process that answers one question after the other with `answer(question)`.
 
     It ignores the signals `ignored` from its first moment on: its parent hears them and decides. It
-    ends when it is told to, and within a second of its parent, however that ended. ValueError and
+    ends when it is asked to, and within a second of its parent, however that ended. ValueError and
     OSError of `answer` are raised where the answer is awaited, and the process goes on; any other
     error ends it. What awaits an answer of a process that ended, killed or by such an error, raises
     ChildProcessError: one line that says which process it was and why.

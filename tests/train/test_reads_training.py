@@ -47,9 +47,7 @@ def small(batch: Batch) -> Batch:
     return replace(batch, features=batch.features[:3], coords=batch.coords[:3], meshes=meshes)
 
 
-NAMES = [
-    name if name == "gaussian" else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS
-]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DECODERS if name != "gaussian"]
 
 
 @pytest.mark.parametrize("name", ["gaussian", *SLOW])

@@ -1,5 +1,7 @@
 """OBJ files as triangles, with their MTL files and images."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -129,76 +131,102 @@ def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
     return Material(color, min(max(opacity, 0.0), 1.0), texture)
 
 
+@dataclass
+class _Statements:
+    """The statements of an OBJ file, as they stand."""
+
+    positions: list[list[float]] = field(default_factory=list)
+    tints: list[Sequence[float]] = field(default_factory=list)  # a colour for each position
+    uvs: list[list[float]] = field(default_factory=list)
+    normals: list[list[float]] = field(default_factory=list)
+    # of triangles: three corners (position, uv, normal), and the number of the material
+    corners: list[tuple] = field(default_factory=list)
+    materials: list[int | None] = field(default_factory=list)
+    names: dict[str, int] = field(default_factory=dict)  # of materials, numbered
+    libraries: dict[str, dict[str, str]] = field(default_factory=dict)
+    current: int | None = None  # the material in use
+
+    def add(self, words: list[str], line: str, folder: Path) -> None:
+        """Take in a line, split into words; ValueError or IndexError where it is malformed."""
+        keyword = words[0]
+        if keyword == "v":
+            self.positions.append([float(x) for x in words[1:4]])
+            tint = [float(x) for x in words[4:7]] if len(words) >= 7 else (1.0, 1.0, 1.0)
+            self.tints.append(tint)
+            if len(words) < 4:
+                raise ValueError(f"a vertex of {len(words) - 1} numbers")
+        elif keyword == "vt":
+            self.uvs.append([float(words[1]), float(words[2]) if len(words) > 2 else 0.0])
+        elif keyword == "vn":
+            self.normals.append([float(words[1]), float(words[2]), float(words[3])])
+        elif keyword == "f":
+            tables = (self.positions, self.uvs, self.normals)
+            polygon = [_corner(word, tables) for word in words[1:]]
+            # a fan: exact for the convex polygons that OBJ files hold
+            for i in range(1, len(polygon) - 1):
+                self.corners.append((polygon[0], polygon[i], polygon[i + 1]))
+                self.materials.append(self.current)
+        elif keyword == "usemtl":
+            name = line.split(None, 1)[1].strip() if len(words) > 1 else ""
+            self.current = self.names.setdefault(name, len(self.names))
+        elif keyword == "mtllib":
+            for entry, library in _libraries(folder, line.split(None, 1)[1]).items():
+                if library is None:
+                    raise ValueError(f"material file {entry!r} does not exist")
+                self.libraries |= _read_mtl(library)
+
+
 def read_obj(path: Path) -> Mesh:
     """Read a .obj with its MTL files and images; a ValueError names the file and the line."""
-    positions = []
-    uvs = []
-    normals = []
-    tints = []
-    corners = []
-    face_material = []
-    libraries = {}
-    names = {}
-    current = None
-    tables = (positions, uvs, normals)
+    found = _Statements()
     for number, line in enumerate(_text(path), 1):
         words = line.split()
         if not words:
             continue
-        keyword = words[0]
         try:
-            if keyword == "v":
-                positions.append([float(x) for x in words[1:4]])
-                tints.append([float(x) for x in words[4:7]] if len(words) >= 7 else (1.0, 1.0, 1.0))
-                if len(words) < 4:
-                    raise ValueError(f"a vertex of {len(words) - 1} numbers")
-            elif keyword == "vt":
-                uvs.append([float(words[1]), float(words[2]) if len(words) > 2 else 0.0])
-            elif keyword == "vn":
-                normals.append([float(words[1]), float(words[2]), float(words[3])])
-            elif keyword == "f":
-                polygon = [_corner(word, tables) for word in words[1:]]
-                # a fan: exact for the convex polygons that OBJ files hold
-                for i in range(1, len(polygon) - 1):
-                    corners.append((polygon[0], polygon[i], polygon[i + 1]))
-                    face_material.append(current)
-            elif keyword == "usemtl":
-                name = line.split(None, 1)[1].strip() if len(words) > 1 else ""
-                current = names.setdefault(name, len(names))
-            elif keyword == "mtllib":
-                for entry, library in _libraries(path.parent, line.split(None, 1)[1]).items():
-                    if library is None:
-                        raise ValueError(f"material file {entry!r} does not exist")
-                    libraries |= _read_mtl(library)
+            found.add(words, line, path.parent)
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
     notes = [
         f"{path.name}: material {name!r} is defined nowhere; shown grey"
-        for name in names
-        if name not in libraries
+        for name in found.names
+        if name not in found.libraries
     ]
     materials = [
-        _material(path.parent, n, libraries[n]) if n in libraries else Material() for n in names
-    ] + [Material()]
+        _material(path.parent, name, found.libraries[name])
+        if name in found.libraries
+        else Material()
+        for name in found.names
+    ]
+    materials.append(Material())  # of faces before the first usemtl
     # [F, corner, (position, uv, normal)], -1 where absent
-    index = np.array(corners, np.int64).reshape(-1, 3, 3)
-    tint = np.array(tints, np.float32).reshape(-1, 3)
-
-    def pick(table: list, column: int, width: int) -> np.ndarray:
-        rows = np.array([*table, [0.0] * width], np.float64)  # the last row answers -1
-        return rows[index[..., column]]
-
-    vertices = np.array(positions, np.float64).reshape(-1, 3)
-    material = np.array([len(materials) - 1 if m is None else m for m in face_material], np.int32)
+    index = np.array(found.corners, np.int64).reshape(-1, 3, 3)
+    used = [len(materials) - 1 if m is None else m for m in found.materials]
+    material = np.array(used, np.int32)
     bare = set(material[(index[..., 1] < 0).any(1)])
-    textured = [name for name, m in names.items() if m in bare and materials[m].texture is not None]
     notes += [
         f"{path.name}: faces of textured material {name!r} have no texture coordinates"
-        for name in textured
+        for name, m in found.names.items()
+        if m in bare and materials[m].texture is not None
     ]
-    corner_tint = tint[index[..., 0]] if len(tint) else tint.reshape(0, 3, 3)
-    corner = (pick(normals, 2, 3), pick(uvs, 1, 2), corner_tint)
-    return assemble(path.name, vertices, index[..., 0], *corner, material, materials, notes)
+    tint = np.array(found.tints, np.float32).reshape(-1, 3)
+    return assemble(
+        path.name,
+        np.array(found.positions, np.float64).reshape(-1, 3),
+        index[..., 0],
+        _pick(found.normals, index[..., 2], 3),
+        _pick(found.uvs, index[..., 1], 2),
+        tint[index[..., 0]] if len(tint) else tint.reshape(0, 3, 3),
+        material,
+        materials,
+        notes,
+    )
+
+
+def _pick(table: list, rows: np.ndarray, width: int) -> np.ndarray:
+    """Rows of a table of `width` numbers; zeros for row -1."""
+    values = np.array([*table, [0.0] * width], np.float64)  # the last row answers -1
+    return values[rows]
 
 
 def _corner(word: str, tables) -> tuple[int, int, int]:
