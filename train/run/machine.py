@@ -83,7 +83,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory for the next tensors; returns False where the C library cannot, as glibc can.
+    """Keep freed memory for the next tensors; returns whether the C library can, as glibc does.
 
     By default glibc returns large tensors to the system, which then zeroes every page of the next
     ones: that takes longer than most arithmetic on them. What the user set (MALLOC_...) stands.
