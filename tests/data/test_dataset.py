@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_data.py"""
+"""The dataset: filters, views, batches, the order of objects, and errors that name files."""
 
 import csv
 import json
@@ -48,8 +48,9 @@ def write_metadata(root, rows):
 
 
 def make(root, names=(AA, BB, CC), resolution=RES, size=SIZE, **columns):
-    """A dataset whose pictures are smooth, whose voxels are shuffled, with one voxel more for each
-    object.
+    """Make a dataset whose pictures are smooth and whose voxels are shuffled.
+
+    Each object has one voxel more than the one before it.
     """
     folder = root / "features" / f"rgb_{resolution}"
     rows = []

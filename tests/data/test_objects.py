@@ -1,4 +1,4 @@
-"""What a run trains on and what it is scored on stay apart; scores are of posterior means."""
+"""Training and scored data stay apart; scores are of posterior means."""
 
 import json
 

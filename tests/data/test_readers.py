@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_read.py"""
+"""The files of a dataset: what is read, and what is refused by name."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Scores of pictures whose PSNR is known, and floors on an object that they must get right."""
+"""Scores of pictures whose PSNR is known, and baselines on an object that they must get right."""
 
 import math
 from types import SimpleNamespace
@@ -18,8 +18,9 @@ RED = torch.tensor([0.8, 0.2, 0.1])
 
 
 def batch(color=RED, hole: bool = False) -> Batch:
-    """One object in V views: a flat square of `color` (with a transparent hole) on half the frame,
-    a full grid of voxels.
+    """A batch of one object in V views: a flat square of `color` on half the frame.
+
+    The square has a transparent hole; the voxels are a full grid.
     """
     image = torch.zeros(V, 4, SIZE, SIZE)
     image[:, :3, 8:24, 8:24] = color[:, None, None]

@@ -1,6 +1,4 @@
-"""The losses of meshes against the published trainer's numbers, and what an empty mesh or an absent
-surface leaves of them.
-"""
+"""The losses of meshes against the published trainer's numbers; empty meshes, absent surfaces."""
 
 from types import SimpleNamespace
 

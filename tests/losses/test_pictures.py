@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_losses.py"""
+"""Losses of pictures against published numbers and closed forms; the gradient clipper."""
 
 import math
 
@@ -20,8 +20,9 @@ PAIR = torch.rand(2, 2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def weights():
-    """Random VGG16 weights in float64, scaled so that features keep their size; two stages are dead
-    in part.
+    """Random VGG16 weights in float64, scaled so that features keep their size.
+
+    Two stages are dead in part.
     """
     generator = torch.Generator().manual_seed(1)
     made = {}
@@ -108,8 +109,9 @@ def test_lpips_is_the_definition_and_so_is_its_gradient(weights, weights_file):
 
 
 def test_lpips_of_dead_features_has_a_finite_gradient(weights, tmp_path):
-    """Where every channel is zero, the norm's square root has an infinite derivative (which ReLU's
-    may hide or not).
+    """The norm's square root has an infinite derivative where every channel is zero.
+
+    ReLU's may hide it or not.
     """
     x = torch.zeros(1, 4, 2, 2, requires_grad=True)
     _unit(x).sum().backward()

@@ -1,6 +1,4 @@
-"""Files from strangers: whatever is wrong with one costs that one alone, is named, and reaches
-nothing outside.
-"""
+"""Untrusted files: a bad one is named, costs itself alone, and reaches nothing outside."""
 
 import ast
 import base64

@@ -1,5 +1,6 @@
-"""glTF and GLB, written part by part: geometry, skins, materials and pictures against what the
-specification says.
+"""glTF and GLB, written part by part, against what the specification says.
+
+Geometry, skins, materials and pictures.
 """
 
 import base64

@@ -63,9 +63,7 @@ def test_held_out_views_are_spread_and_come_last():
 
 
 def meets_exactly(triangle: list[list[Fraction]], low: list[int]) -> bool:
-    """Whether a triangle, clipped by the six closed half-spaces of the unit cube at `low`, leaves
-    anything; exact.
-    """
+    """Test whether a triangle, clipped by the closed unit cube at `low`, leaves anything; exact."""
     polygon = triangle
     for axis in range(3):
         for sign, bound in ((1, low[axis]), (-1, -(low[axis] + 1))):
@@ -257,8 +255,9 @@ def test_a_ray_passes_many_layers():
 
 
 def test_no_surface_is_passed_twice():
-    """Rounding puts the point that a ray goes on from before the face it just passed: some 1 in
-    10^4 of tilted ones.
+    """Rounding can put a ray's next start before the face it just passed.
+
+    That happens to some 1 in 10^4 of tilted ones.
     """
     rng = np.random.default_rng(1)
     square = np.array([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]]) + [

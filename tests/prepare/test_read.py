@@ -1,5 +1,6 @@
-"""GLB, glTF and PLY: files written by trimesh or byte by byte, prepared, and their pictures
-compared with the known colours.
+"""GLB, glTF and PLY files, prepared, and their pictures compared with the known colours.
+
+The files are written by trimesh or byte by byte.
 """
 
 import json
@@ -59,8 +60,9 @@ def whole() -> trimesh.Trimesh:
 
 
 def atlas() -> tuple[np.ndarray, np.ndarray]:
-    """A picture with a square for each side, and uv [24, 2] in the middle of the squares (trimesh:
-    v upwards).
+    """Draw a picture with a square for each side, and uv [24, 2] in the middle of the squares.
+
+    As in trimesh, v goes upwards.
     """
     picture = np.zeros((8, 48, 3), np.uint8)
     for k, color in enumerate(COLORS):
@@ -138,8 +140,9 @@ def prepared(path: Path, out: Path) -> Path:
 
 
 def check_pictures(folder: Path, colors: np.ndarray, up: str) -> None:
-    """Every opaque pixel has the lit colour of a side that faces the camera, and every side is
-    seen.
+    """Check that every opaque pixel has the lit colour of a side that faces the camera.
+
+    Every side is seen.
     """
     normals = NORMALS if up == "z" else np.stack([NORMALS[:, 0], -NORMALS[:, 2], NORMALS[:, 1]], 1)
     half = (SIZE if up == "z" else SIZE[[0, 2, 1]]) / 2

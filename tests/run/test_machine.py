@@ -1,4 +1,4 @@
-"""Where a run runs: devices, seeds, signals."""
+"""The device of a run, its seeds and its signals."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What a run draws and logs."""
+"""Pictures, curves, headers and logs of a run."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""What stops a run of train.gaussian once its flags are read, what it says then, and that it can go
-on.
-"""
+"""Runs of train.gaussian that are stopped, what they say then, and that they can go on."""
 
 import re
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""How many threads a run computes with."""
+"""The number of threads that a run computes with."""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""Flags, presets and config.json: every value reachable, every impossible one refused with its
-numbers.
+"""Flags, presets and config.json.
+
+Every value can be reached, and every impossible one is refused with its numbers.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What every decoder in the table must do, and a fourth one that a test adds to it."""
+"""Properties of every decoder in the table, and a fourth one that a test adds to it."""
 
 import json
 from collections.abc import Sequence

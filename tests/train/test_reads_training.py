@@ -1,5 +1,7 @@
-"""What a training step waits for: the voxels and the renderer of every micro-batch, the gradient's
-norm and the row of means.
+"""Waits for the device in a training step.
+
+They are of the voxels and the renderer of every micro-batch, the gradient's norm and the row of
+means.
 """
 
 from dataclasses import replace
@@ -40,7 +42,7 @@ def lpips(tmp_path_factory):
 
 
 def small(batch: Batch) -> Batch:
-    """Of one object: a few of its voxels and of the faces of its mesh."""
+    """Cut a batch of one object down: a few of its voxels and of the faces of its mesh."""
     meshes = batch.meshes and replace(
         batch.meshes, faces=batch.meshes.faces[:9], face_starts=[0, 9]
     )
@@ -63,8 +65,9 @@ def test_a_step(watched_device, name, data, lpips, tmp_path):
 
 
 def test_the_way_of_a_batch(watched_device, tmp_path):
-    """From pinned memory to latents of a frozen encoder, whose files are compared with an object's
-    voxels once.
+    """A batch goes from pinned memory to latents of a frozen encoder.
+
+    Their files are compared with an object's voxels once.
     """
     coords = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 0], [1, 0, 0, 5]], dtype=torch.int32)
     view = Camera.orbit([0.0, 1.0, 2.0], 0.3, width=8)

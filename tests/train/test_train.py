@@ -1,5 +1,6 @@
-"""Whole runs of train.gaussian, tiny, on the embedded objects: what they leave behind, resume, stop
-at and refuse.
+"""Whole runs of train.gaussian, tiny, on the embedded objects.
+
+What they leave behind, resume, stop at and refuse.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
-"""Tiny whole runs of train.mesh on small parts of embedded objects: resuming to the bit, empty and
-broken fields, bad meshes.
+"""Tiny whole runs of train.mesh on small parts of embedded objects.
+
+Resuming to the bit, empty and broken fields, bad meshes.
 """
 
 import json
@@ -91,8 +92,9 @@ def test_resumed_equals_straight_to_the_bit(finished, data, tmp_path):
 
 
 def change_fields(monkeypatch, change):
-    """Let `change(call, fields [N, 101], object of each cube [N])` replace what the decoder
-    predicts in training.
+    """Let `change` replace what the decoder predicts in training.
+
+    It is called with (call, fields [N, 101], object of each cube [N]).
     """
     plain = MeshDecoder.fields
     calls = []
