@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.camera import Camera
-from tests.conftest import assert_close
+from tests.helpers.compare import assert_close
 
 
 def test_from_blender_flips_the_camera_axes_and_inverts():

@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 import models
 from kernels import backend
 from kernels.mesh.render import render_mesh
-from tests.conftest import GPU, assert_close
-from tests.helpers.draw import DRAWS, Draw
-from tests.helpers.triangles import cameras
-from tests.mesh.test_render_mesh import pictures, scenes
-from tests.models.test_models import batch, randomize, small_decoder, small_encoder
-from tests.models.test_radiance import cameras as orbit
-from tests.models.test_radiance import small_decoder as small_radiance
+from tests.helpers.compare import assert_close
+from tests.helpers.hardware import GPU
+from tests.helpers.meshes import cameras, pictures, scenes
+from tests.helpers.models import batch, randomize, small_decoder, small_encoder, small_radiance
+from tests.helpers.models import cameras as orbit
+from tests.helpers.random_inputs import DRAWS
+from tests.helpers.random_inputs.choices import Draw
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 OPS = sorted(name for name in OPDEFS if name.startswith("trislat::"))

@@ -9,7 +9,7 @@ from kernels.radiance.raymarch import _pack, raymarch
 from kernels.radiance.segments import find_segments
 from kernels.views import make_layout
 from kernels.voxels.window import Windows
-from tests.radiance.test_raymarch import camera, colors, grads, outputs, voxels
+from tests.helpers.radiance import camera, colors, grads, outputs, voxels
 
 
 def fused(run) -> dict[str, bool]:

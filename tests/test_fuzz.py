@@ -1,15 +1,16 @@
-"""Every op against its reference on random inputs (tests.helpers.draw): outputs and gradients, then
-the same bits again.
+"""Every op against its reference on random inputs (tests.helpers.random_inputs).
 
-A failure prints the seed of its case; `DRAWS[name](Draw(seed, device))` draws it again.
+Outputs and gradients are compared, then computed again: the same bits. A failure prints the seed of
+its case; `DRAWS[name](Draw(seed, device))` draws it again.
 """
 
 import pytest
 import torch
 
 from kernels import backend
-from tests.conftest import assert_same
-from tests.helpers.draw import DRAWS, Case, Draw
+from tests.helpers.compare import assert_same
+from tests.helpers.random_inputs import DRAWS
+from tests.helpers.random_inputs.choices import Case, Draw
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 MANY = 200

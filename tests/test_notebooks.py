@@ -14,7 +14,7 @@ from kernels.bench import command as bench
 from kernels.bench import plots
 from kernels.bench.case import OURS
 from kernels.bench.shapes import occupied
-from tests.conftest import GPU
+from tests.helpers.hardware import GPU
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -3,28 +3,29 @@
 import re
 from pathlib import Path
 
-from PIL import Image
-
-from tests.helpers.shapes import box, write_obj
-from tests.train.test_train import fresh
+from tests.helpers.mesh_files import box, write_obj
+from tests.helpers.runs import fresh
 from train.prepare import command as prepare
 from train.run import checkpoint
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_snippet_runs_after_the_demo(tmp_path, monkeypatch):
+def test_the_snippets_run_after_the_demo(tmp_path):
     fresh(tmp_path / "run", "--steps", "1", "--eval-objects", "1")
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert snippet.count("runs/gaussian-001") == 1
-    monkeypatch.chdir(tmp_path)
+    vae, kernel = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert vae.count("runs/gaussian-001") == 1
     names = {}
-    exec(snippet.replace("runs/gaussian-001", str(tmp_path / "run")), names)
-    with Image.open("views.png") as picture:
-        assert picture.size == (256, 128) and min(picture.convert("L").getextrema()) < 250
+    exec(vae.replace("runs/gaussian-001", str(tmp_path / "run")), names)
+    color = names["image"].color
+    assert color.shape == (2, 3, 128, 128) and color.amin() < 0.9
+    color.mean().backward()
     assert all(
-        p.grad is not None and p.grad.isfinite().all() for p in names["vae"].decoder.parameters()
+        p.grad is not None and p.grad.isfinite().all() for p in names["decoder"].parameters()
     )
+    names = {}
+    exec(kernel, names)
+    assert names["qkv"].grad.isfinite().all()
 
 
 def test_a_run_folder_holds_what_is_said(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from kernels.reduce import sum_segments
 from kernels.surface.isosurface import isosurface
-from tests.conftest import assert_close
+from tests.helpers.compare import assert_close
 
 CUBES = (
     96**3

@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_ssim.py"""
+"""SSIM against its reference and published numbers."""
 
 import importlib
 
@@ -8,7 +8,8 @@ import triton
 
 from kernels import backend
 from kernels.similarity import ssim, ssim_reference
-from tests.conftest import assert_close, assert_same, golden
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden
 
 module = importlib.import_module(
     "kernels.similarity"

@@ -15,10 +15,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 import models
 from kernels import backend
-from tests.helpers.draw import DRAWS, Draw
-from tests.models.test_models import batch, small_decoder
-from tests.models.test_radiance import cameras
-from tests.models.test_radiance import small_decoder as small_radiance
+from tests.helpers.models import batch, cameras, small_decoder, small_radiance
+from tests.helpers.random_inputs import DRAWS
+from tests.helpers.random_inputs.choices import Draw
 
 ELSEWHERE = torch.device("meta")
 

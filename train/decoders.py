@@ -13,7 +13,7 @@ from train.trainer import Build, Presets
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run of one decoder needs; its script is `python -m train.NAME`."""
+    """The parts of a run of one decoder; its script is `python -m train.NAME`."""
 
     presets: Presets
     build: Build

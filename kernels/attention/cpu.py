@@ -3,8 +3,8 @@ batch is two products and a softmax. H heads, D head channels; a slot is one (ro
 batch.
 
 One gather per operand brings all slots of all batches together, one gather per result takes them
-apart again, and no row is added into, so every result is deterministic. The backward pass
-recomputes the softmax: cheaper than keeping it.
+apart again, and no row is added into, so every result is deterministic. Up to KEPT probabilities
+are kept for the backward pass, which computes more of them again.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch import Tensor
 
 # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
 SCORES = 1 << 18
+KEPT = 1 << 22
 WASTE = 1 << 13  # padded scores per head for which another batch is not worth its overhead
 
 
@@ -67,6 +68,11 @@ class Plan(NamedTuple):
     batches: list[Batch]
     queries: Side
     keys: Side
+
+    def room(self, like: Tensor) -> Tensor:
+        """For the probabilities that are kept: of all scores, or of none."""
+        scores = sum(batch.count * batch.q_length * batch.k_length for batch in self.batches)
+        return like.new_empty(scores if scores <= KEPT else 0)
 
 
 def _side(
@@ -152,7 +158,11 @@ class _Piece(NamedTuple):
     q: slice
     k: slice
     bias: Tensor | None
+    scores: slice
     ranges: list[slice]
+
+    def of_scores(self, kept: Tensor) -> Tensor:
+        return kept[self.scores].view(-1, self.batch.q_length, self.batch.k_length)
 
     def of_queries(self, *slots: Tensor) -> list[Tensor]:
         return [x[self.q].view(-1, self.batch.q_length, x.shape[-1]) for x in slots]
@@ -162,6 +172,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(batches: list[Batch]) -> Iterator[_Piece]:
+    end = 0
     for batch in batches:
         rows = max(1, min(batch.q_length, SCORES // batch.k_length))
         step = max(1, SCORES // (batch.q_length * batch.k_length))
@@ -170,18 +181,23 @@ def _pieces(batches: list[Batch]) -> Iterator[_Piece]:
             b = min(a + step, batch.count)
             q = slice(batch.q_first + a * batch.q_length, batch.q_first + b * batch.q_length)
             k = slice(batch.k_first + a * batch.k_length, batch.k_first + b * batch.k_length)
-            yield _Piece(batch, q, k, None if batch.bias is None else batch.bias[a:b], ranges)
+            first = end
+            end = end + (b - a) * batch.q_length * batch.k_length
+            bias = None if batch.bias is None else batch.bias[a:b]
+            yield _Piece(batch, q, k, bias, slice(first, end), ranges)
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     scores = torch.bmm(q, k.mT)
     if bias is not None:
         scores += bias
-    return scores.softmax(-1)
+    return torch.softmax(scores, -1, out=out)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-    """Outputs [Nq, H, D] of q [Nq, H, D] and k, v [Nk, H, D]."""
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, kept: Tensor) -> Tensor:
+    """Outputs [Nq, H, D] of q [Nq, H, D] and k, v [Nk, H, D]; fills `kept` with probabilities if
+    it has room for them.
+    """
     like = q
     q = plan.queries.gather(q)
     k = plan.keys.gather(k)
@@ -191,13 +207,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor
     for piece in _pieces(plan.batches):
         qs, outs = piece.of_queries(q, out)
         ks, vs = piece.of_keys(k, v)
+        room = piece.of_scores(kept) if len(kept) else None
         for m in piece.ranges:
-            outs[:, m] = torch.bmm(_probabilities(qs[:, m], ks, piece.bias), vs)
+            to = None if room is None else room[:, m]
+            outs[:, m] = torch.bmm(_probabilities(qs[:, m], ks, piece.bias, to), vs)
     return plan.queries.scatter(out, like).to(like.dtype)
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the type of the arithmetic; `grad` [Nq, H, D] is that of the
     output.
@@ -210,8 +228,9 @@ def backward(
     for piece in _pieces(plan.batches):
         qs, gs, dqs = piece.of_queries(q, g, dq)
         ks, vs, dks, dvs = piece.of_keys(k, v, dk, dv)
+        known = piece.of_scores(kept) if len(kept) else None
         for i, m in enumerate(piece.ranges):
-            p = _probabilities(qs[:, m], ks, piece.bias)
+            p = _probabilities(qs[:, m], ks, piece.bias) if known is None else known[:, m]
             ds = torch._softmax_backward_data(torch.bmm(gs[:, m], vs.mT), p, -1, p.dtype)
             dqs[:, m] = torch.bmm(ds, ks)
             if i == 0:

@@ -88,25 +88,32 @@ def _window_attention(
     phases: Tensor | None,
     bound: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out [N, H, D], and lse [H, N] by position: log sum exp of the scores; the torch path has no
-    use for it, [0, N].
+    follows: bool,  # whether a backward pass does: the torch path keeps more for it
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [N, H, D], lse [H, N] by position: log sum exp of the scores, and what the torch path
+    keeps instead; there lse is [0, N].
     """
     if backend.is_torch(qkv):
         with torch.autocast(qkv.device.type, enabled=False):
-            out = padded.forward(
-                *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale
-            )
-        return out, out.new_empty(0, len(out), dtype=torch.float32)
+            *operands, plan = _operands(qkv, order, starts, keys, key_starts, gamma, phases)
+            none = qkv.new_empty(0, dtype=torch.promote_types(qkv.dtype, torch.float32))
+            kept = plan.room(none) if follows else none
+            out = padded.forward(*operands, plan, scale, kept)
+        return out, out.new_empty(0, len(out), dtype=torch.float32), kept
     segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
-    return launches.forward(*qkv.unbind(1), gamma, phases, segments, scale)
+    out, lse = launches.forward(*qkv.unbind(1), gamma, phases, segments, scale)
+    return out, lse, qkv.new_empty(0, dtype=torch.float32)
 
 
 @_window_attention.register_fake
-def _(qkv, order, starts, keys, key_starts, uses, use_starts, gamma, phases, bound, scale):
-    N, _, H, D = qkv.shape
-    return qkv.new_empty(N, H, D), qkv.new_empty(
-        0 if backend.is_torch(qkv) else H, N, dtype=torch.float32
+def _(qkv, order, starts, keys, key_starts, uses, use_starts, gamma, phases, bound, scale, follows):
+    (N, _, H, D), on_torch = qkv.shape, backend.is_torch(qkv)
+    kept = torch.library.get_ctx().new_dynamic_size() if on_torch and follows else 0
+    dtype = torch.promote_types(qkv.dtype, torch.float32) if on_torch else torch.float32
+    return (
+        qkv.new_empty(N, H, D),
+        qkv.new_empty(0 if on_torch else H, N, dtype=torch.float32),
+        qkv.new_empty(kept, dtype=dtype),
     )
 
 
@@ -116,6 +123,7 @@ def _window_attention_backward(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
+    kept: Tensor,
     order: Tensor,
     starts: Tensor,
     keys: Tensor | None,
@@ -145,7 +153,7 @@ def _window_attention_backward(
         return dqkv, launches.backward(*operands)
     with torch.autocast(qkv.device.type, enabled=False):
         dq, dk, dv = padded.backward(
-            grad, *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale
+            grad, *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale, kept
         )
     if keys is not None:
         dk, dv = (padded.sum_uses(d, uses, use_starts) for d in (dk, dv))
@@ -165,6 +173,7 @@ def _(
     qkv,
     out,
     lse,
+    kept,
     order,
     starts,
     keys,
@@ -180,19 +189,22 @@ def _(
 
 
 def _save_window(ctx, inputs, output):
-    qkv, *lists, ctx.bound, ctx.scale = inputs
+    qkv, *lists, ctx.bound, ctx.scale, _ = inputs
     ctx.normed = lists[6] is not None
     ctx.save_for_backward(qkv, *output, *lists)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-def _differentiate_window(ctx, grad, _):
+def _differentiate_window(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 12
     # saved_tensors is read once: activation checkpointing recomputes at the first read and allows
     # no second
     dqkv, dgamma = torch.ops.trislat.window_attention_backward(
         grad, *ctx.saved_tensors, ctx.bound, ctx.scale
     )
-    return dqkv, *[None] * 6, dgamma if ctx.normed else None, None, None, None
+    return dqkv, *[None] * 6, dgamma if ctx.normed else None, *[None] * 4
 
 
 _window_attention.register_autograd(_differentiate_window, setup_context=_save_window)
@@ -206,7 +218,8 @@ def _segment_attention(
     if backend.is_torch(q):
         plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
         with torch.autocast(q.device.type, enabled=False):
-            return padded.forward(q, k, v, plan, scale), q.new_empty(0, len(q), dtype=torch.float32)
+            out = padded.forward(q, k, v, plan, scale, q.new_empty(0))
+        return out, q.new_empty(0, len(q), dtype=torch.float32)
     return launches.forward(q, k, v, None, None, Segments(None, q_starts, None, k_starts), scale)
 
 
@@ -232,7 +245,7 @@ def _segment_attention_backward(
     if len(lse) == 0:
         plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = padded.backward(grad, q, k, v, plan, scale)
+            dq, dk, dv = padded.backward(grad, q, k, v, plan, scale, q.new_empty(0))
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     segments = Segments(None, q_starts, None, k_starts)
@@ -337,8 +350,9 @@ def window_attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     uses = (None, None) if windows.keys is None else windows.uses
     lists = windows.order, windows.starts, windows.keys, windows.key_starts, *uses
+    follows = torch.is_grad_enabled() and qkv.requires_grad
     return torch.ops.trislat.window_attention(
-        qkv.contiguous(), *lists, gamma, phases, windows.bound, scale
+        qkv.contiguous(), *lists, gamma, phases, windows.bound, scale, follows
     )[0]
 
 

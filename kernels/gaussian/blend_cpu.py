@@ -14,8 +14,8 @@ With e the exponent, alpha = opacity exp(e), r = alpha / (1 - alpha) and T the t
 an instance, w = r T is its weight. For an upstream gradient g let a = <color, g>: the gradient of e
 is w a - r B, where B, the light that arrives from behind, is the sum of w a over the instances
 behind plus T_final (<background, g> + g_T). So the backward pass is one cumulative sum and three
-small matrix products. Where it follows, r and w of the first chunks are kept for it, KEPT numbers
-at most (it computes those of the others again): a gain where the allocator keeps freed memory,
+small matrix products. Where it follows, the numbers of the first chunks are kept for it, KEPT at
+most (it computes those of the others again): a gain where the allocator keeps freed memory,
 otherwise none.
 """
 
@@ -28,7 +28,8 @@ from kernels.gaussian.binning_cpu import ALPHA_MIN, TILE, Lists, bin_torch
 
 PIXELS = TILE * TILE
 SEGMENT = 128  # instances of one tile at a time
-COLUMNS = 16384  # instances of one chunk
+COLUMNS = 8192  # instances of one chunk
+ROOM = 2 * PIXELS + 5  # numbers of an instance: weights, ratios, offset and color
 KEPT = 1 << 26  # numbers that are kept for the backward pass at most
 ALPHA_MAX, T_MIN = 0.99, 1e-4
 LOG2_E = 1.4426950408889634
@@ -64,18 +65,20 @@ def composite_torch(
     light = mean.new_ones(S, PIXELS)  # transmittance so far, 0 where the pixel is finished
     count = lists.count.clone()
     passed = [light[:0]]
+    walked = [lists.pair[:0]]
     segment = 0
     kept = _Kept(_memory(lists, mean) if keep else mean.new_empty(0))
-    while len((walk := _Walk(lists.start, count, segment)).live):
+    while len((walk := _Walk(count, segment)).live):
         entering = light[walk.live]
         gained = mean.new_empty(len(walk.live), 3, PIXELS)
+        start = lists.start[walk.live] + segment * SEGMENT
         passed.append(entering)
         leaving, smallest = torch.empty_like(entering), torch.empty_like(entering)
         for part, L in walk.parts:
-            pair = walk.pairs(lists.pair, part, L)
-            T = part.stop - part.start
+            pair = walk.pairs(lists.pair, start, part, L)
+            walked.append(pair.view(-1))
             piece, leaving[part], smallest[part] = shade(
-                pair, walk.live[part], entering[part], kept.take(T, L)
+                pair, walk.live[part], entering[part], kept.take(pair.numel())
             )
             torch.bmm(piece.color, piece.weight.transpose(1, 2), out=gained[part])
         blended.index_add_(0, walk.live, gained)
@@ -86,12 +89,9 @@ def composite_torch(
     image, final_T = _untile(blended, final, lists.tile, V, H, W)
     image.addcmul_(final_T[:, None], background[:, :, None, None])
     count = torch.minimum(count, lists.count)
-    passed = torch.cat(passed)
-    return (
-        image,
-        final_T,
-        (lists.pair, lists.tile, lists.start, count, passed, final, kept.memory[: kept.used]),
-    )
+    walked, passed = torch.cat(walked), torch.cat(passed)
+    saved = (walked, lists.tile, count, passed, final, kept.memory[: kept.used])
+    return image, final_T, saved
 
 
 def composite_torch_backward(
@@ -117,7 +117,7 @@ def composite_torch_backward(
 
     The clamp at 0.99 passes the gradient; nothing flows through thresholds, order or rectangles.
     """
-    pairs, tile, start, count, passed, final, memory = saved
+    walked, tile, count, passed, final, memory = saved
     shade = _Shader(mean, conic, opacity, color, rect, tile, H, W)
     grad_behind = torch.addcmul(grad_final_T, grad_image[:, 0], background[:, 0, None, None])
     for k in (1, 2):
@@ -129,25 +129,29 @@ def composite_torch_backward(
     # about the middle of a tile: nothing cancels
     powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])
     walks = [
-        _Walk(start, count, segment)
+        _Walk(count, segment)
         for segment in range(-(-int(count.max()) // SEGMENT) if len(count) else 0)
     ]
+    shapes = [(part.stop - part.start, L) for walk in walks for part, L in walk.parts]
+    pairs = walked.split([T * L for T, L in shapes])
     kept = _Kept(memory)
-    places = [[kept.take(part.stop - part.start, L) for part, L in walk.parts] for walk in walks]
+    chunks = [
+        (pair.view(shape), kept.take(len(pair))) for pair, shape in zip(pairs, shapes, strict=True)
+    ]
     # of every pair: sums of slope times 1, d and d^2 (d = mean - pixel), then of its color's
     # gradient
     sums = mean.new_zeros(9, len(mean) + 1)
-    for walk, rooms in zip(reversed(walks), reversed(places), strict=True):
+    for walk in reversed(walks):
         entering = passed[len(passed) - len(walk.live) :]
         passed = passed[: len(passed) - len(walk.live)]
         behind, gradient = arriving[walk.live], upstream[walk.live]
-        for (part, L), room in zip(walk.parts, rooms, strict=True):
-            pair = walk.pairs(pairs, part, L)
+        for part, _ in reversed(walk.parts):
+            pair, room = chunks.pop()
             g = gradient[part]
             if room is None:
                 piece, _, _ = shade(pair, walk.live[part], entering[part])
             else:
-                piece = shade.recall(pair, walk.live[part], room)
+                piece = _Piece.of(room, *pair.shape)
             grad_color = torch.bmm(g, piece.weight)  # [T, 3, L]
             slope, light = shade.scratch(*pair.shape)
             torch.bmm(g.transpose(1, 2), piece.color, out=slope).mul_(piece.weight)
@@ -172,46 +176,55 @@ def composite_torch_backward(
 
 
 class _Piece(NamedTuple):
-    """One chunk, T tiles of L instances; the next one overwrites weight and ratio unless they are
-    kept.
-    """
+    """One chunk, T tiles of L instances; the next one overwrites it unless it is kept."""
 
     weight: Tensor  # [T, 16, L] what a pixel takes of an instance's color
     ratio: Tensor  # [T, 16, L] opacity exp(e) / (1 - alpha), 0 where the instance is skipped
+    planes: Tensor  # [5, T, L] those of offset and color
     offset: Tensor  # [2, T, L] mean - middle of the tile
     color: Tensor  # [T, 3, L]
 
+    @classmethod
+    def of(cls, room: Tensor, T: int, L: int) -> "_Piece":
+        """The piece whose numbers stand in `room` [T L ROOM]."""
+        weight, ratio, planes = room.view(ROOM, -1).split([PIXELS, PIXELS, 5])
+        planes = planes.view(5, T, L)
+        shape = T, PIXELS, L
+        return cls(
+            weight.view(shape), ratio.view(shape), planes, planes[:2], planes[2:].transpose(0, 1)
+        )
+
 
 class _Kept:
-    """Room for the weights and ratios of chunks, one after the other in the order of the walk."""
+    """Room for the numbers of chunks, one after the other in the order of the walk."""
 
     def __init__(self, memory: Tensor):
         self.memory = memory
         self.used = 0
         self.full = False
 
-    def take(self, T: int, L: int) -> Tensor | None:
-        """[2, T, 16, L] for weight and ratio; None from the first chunk on that has no room."""
-        end = self.used + 2 * T * PIXELS * L
+    def take(self, instances: int) -> Tensor | None:
+        """[instances ROOM] for a chunk; None from the first chunk on that has no room."""
+        begin = self.used
+        end = self.used + instances * ROOM
         self.full = self.full or end > len(self.memory)
         if self.full:
             return None
-        room = self.memory[self.used : end].view(2, T, PIXELS, L)
         self.used = end
-        return room
+        return self.memory[begin:end]
 
 
 def _memory(lists: Lists, like: Tensor) -> Tensor:
     """Enough for all chunks or KEPT numbers: what a segment is padded with is less than a chunk."""
     segments = -(-int(lists.count.max()) // SEGMENT) if len(lists.count) else 0
-    return like.new_empty(min(KEPT, 2 * PIXELS * (len(lists.pair) + segments * COLUMNS)))
+    return like.new_empty(min(KEPT, ROOM * (len(lists.pair) + segments * COLUMNS)))
 
 
 class _Shader:
     """Evaluates chunks: what is the same for all of them, and the buffers."""
 
     def __init__(self, mean, conic, opacity, color, rect, tile: Tensor, H: int, W: int):
-        half = conic.new_tensor([[-0.5], [1], [-0.5]])
+        half = conic.new_tensor([[-0.5], [1], [-0.5]]) * LOG2_E  # 2^x takes half the time of e^x
         planes = torch.cat([mean.t(), color.t(), conic.t() * half, opacity.log2()[None]])
         self.planes = torch.nn.functional.pad(planes, (0, 1))
         self.planes[8, -1] = -torch.inf  # the last pair has opacity 0
@@ -232,11 +245,13 @@ class _Shader:
         self.ratio_max = (mean.new_tensor(ALPHA_MAX) / (1 - mean.new_tensor(ALPHA_MAX))).item()
         below = torch.nextafter(mean.new_tensor([ALPHA_MIN, T_MIN]), mean.new_zeros(()))
         self.alpha_skip, self.light_skip = below.tolist()  # the largest values that are skipped
-        self.buffers = mean.new_empty(4, max(COLUMNS, SEGMENT) * PIXELS)
+        most = max(COLUMNS, SEGMENT)
+        self.room = mean.new_empty(most * ROOM)
+        self.buffers = mean.new_empty(2 * PIXELS * most)
 
     def scratch(self, T: int, L: int) -> Tensor:
         """Two planes [2, T, 16, L] that hold nothing."""
-        return self.buffers[2:, : T * PIXELS * L].view(2, T, PIXELS, L)
+        return self.buffers[: 2 * T * PIXELS * L].view(2, T, PIXELS, L)
 
     def __call__(
         self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
@@ -249,21 +264,25 @@ class _Shader:
         blended.
         """
         T, L = pair.shape
-        if room is None:
-            room = self.buffers[:2, : T * PIXELS * L].view(2, T, PIXELS, L)
-        weight, ratio = room
+        piece = _Piece.of(self.room[: T * L * ROOM] if room is None else room, T, L)
+        weight = piece.weight
+        ratio = piece.ratio
         light = self.scratch(T, L)[0]
-        planes = self.planes.index_select(1, pair.view(-1)).view(9, T, L)
-        offset = planes[:2].sub_(self.middle[:, tile])
-        d = offset.transpose(0, 1)[:, :, None] - self.steps  # [T, 2, 4, L] mean - pixel
+        own = pair.view(-1)
+        torch.index_select(self.planes[:5], 1, own, out=piece.planes.view(5, -1))
+        piece.offset.sub_(self.middle[:, tile])
+        d = piece.offset.transpose(0, 1)[:, :, None] - self.steps  # [T, 2, 4, L] mean - pixel
         dx, dy = d.unbind(1)
-        c11, c12, c22, strength = planes[5:, :, None]  # [T, 1, L]
+        shape = self.planes[5:].index_select(1, own).view(4, T, 1, L)
+        c11, c12, c22, strength = shape  # [T, 1, L]
         exponent = ratio.view(T, TILE, TILE, L)  # [T, y, x, L]
-        torch.add((c11 * dx).mul_(dx)[:, None], (c22 * dy).mul_(dy)[:, :, None], out=exponent)
+        across = (c11 * dx).mul_(dx)
+        if not self.steep:
+            across.add_(strength)
+        torch.add(across[:, None], (c22 * dy).mul_(dy)[:, :, None], out=exponent)
         exponent.addcmul_((c12 * dx)[:, None], dy[:, :, None], value=-1)
         if self.steep:
-            ratio.masked_fill_(ratio > 0, -torch.inf)
-        torch.add(strength, ratio, alpha=LOG2_E, out=ratio)  # 2^x takes half the time of e^x
+            ratio.masked_fill_(ratio > 0, -torch.inf).add_(strength)
         alpha = torch.threshold_(ratio.exp2_(), self.alpha_skip, 0)
         torch.sub(1, alpha.clamp(max=ALPHA_MAX) if self.bright else alpha, out=light)
         ratio.div_(light)
@@ -275,25 +294,18 @@ class _Shader:
             leaving = light[..., -1].contiguous()
             smallest = torch.where(light == 0, 1, light).amin(2)
         torch.mul(ratio.clamp(max=self.ratio_max) if self.bright else ratio, light, out=weight)
-        return _Piece(weight, ratio, offset, planes[2:5].transpose(0, 1)), leaving, smallest
-
-    def recall(self, pair: Tensor, tile: Tensor, room: Tensor) -> _Piece:
-        """The piece whose numbers were kept in `room`."""
-        planes = self.planes[:5].index_select(1, pair.view(-1)).view(5, *pair.shape)
-        offset = planes[:2].sub_(self.middle[:, tile])
-        return _Piece(*room, offset, planes[2:].transpose(0, 1))
+        return piece, leaving, smallest
 
 
 class _Walk:
     """One segment of all lists: the tiles that reach it, and parts of these of like length."""
 
-    def __init__(self, start: Tensor, count: Tensor, segment: int):
+    def __init__(self, count: Tensor, segment: int):
         live = (count > segment * SEGMENT).nonzero().squeeze(1)
         self.length, order = (
             (count[live] - segment * SEGMENT).clamp_(max=SEGMENT).sort(descending=True, stable=True)
         )
         self.live = live[order]
-        self.start = start[self.live] + segment * SEGMENT
         lengths = self.length.tolist()
         a = 0
         self.parts: list[tuple[slice, int]] = []  # which of `live`, longest list
@@ -302,9 +314,9 @@ class _Walk:
             self.parts.append((slice(a, b), lengths[a]))
             a = b
 
-    def pairs(self, pair: Tensor, part: slice, L: int) -> Tensor:
-        """[T, L] int32, filled up with the last entry of `pair`."""
-        rows = pair.unfold(0, L, 1).index_select(0, self.start[part])
+    def pairs(self, pair: Tensor, start: Tensor, part: slice, L: int) -> Tensor:
+        """[T, L] int32: `pair` from every live tile's `start` on, filled up with its last entry."""
+        rows = pair.unfold(0, L, 1).index_select(0, start[part])
         if self.length[part.stop - 1] < L:
             step = torch.arange(L, dtype=torch.int32, device=pair.device)
             rows.masked_fill_(step >= self.length[part, None], pair[-1])

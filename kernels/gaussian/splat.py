@@ -84,7 +84,6 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(dynamic(), dtype=i32),
             empty(S, dtype=i64),
             empty(S, dtype=i32),
-            empty(S, dtype=i32),
         ]
         saved = [
             record,
@@ -165,14 +164,15 @@ def _setup_context(ctx, inputs, output) -> None:
     gaussians, cameras, background, *ctx.rest = inputs
     image, final, saved = output
     ctx.save_for_backward(gaussians, cameras, background, image, final, *saved)
+    ctx.set_materialize_grads(False)  # zeros as large as `saved` would be made, for nothing
 
 
 def _backward(ctx, grad_image, grad_final, grad_saved):
     gaussians, cameras, background, image, final, *saved = ctx.saved_tensors
     starts, view_scene, _, _, kernel_size, _ = ctx.rest
     grad = torch.ops.trislat.splat_backward(
-        grad_image,
-        grad_final,
+        torch.zeros_like(image) if grad_image is None else grad_image,
+        torch.zeros_like(final) if grad_final is None else grad_final,
         gaussians,
         cameras,
         background,

@@ -14,7 +14,9 @@ from kernels.attention import sizes
 from kernels.attention.op import segment_attention, window_attention
 from kernels.attention.reference import segment_attention_reference, window_attention_reference
 from kernels.voxels.window import Windows, window_partition
-from tests.conftest import GPU, assert_close, assert_same, golden
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden
+from tests.helpers.hardware import GPU
 
 EDGES = [0, 1, 15, 16, 17, 0, 63, 64, 65, 127, 128, 129, 255, 256, 257, 0]  # at the size classes
 TARGETS = ["interpreter", "sm_80", "sm_86", "sm_90", "sm_120", "gfx942", "gfx1100"]
@@ -346,7 +348,10 @@ def test_long_windows_in_pieces(monkeypatch):
     be large.
     """
     monkeypatch.setattr(attention_torch, "SCORES", 1000)
-    compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
+    # all probabilities are kept for the backward pass, then none
+    for most in (attention_torch.KEPT, 0):
+        monkeypatch.setattr(attention_torch, "KEPT", most)
+        compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
 
 
 def test_compiles(device):

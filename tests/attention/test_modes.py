@@ -10,8 +10,10 @@ from kernels.attention.op import segment_attention, window_attention
 from kernels.attention.reference import rotate_reference, window_attention_reference
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.window import Windows
-from tests.conftest import GPU, assert_close, assert_same, golden, load_weights
-from tests.voxels.test_window import voxels
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden, load_weights
+from tests.helpers.hardware import GPU
+from tests.helpers.voxels import voxels
 
 
 def listed(counts, window, device, shift=0):
@@ -210,6 +212,7 @@ def test_compiles(device):
         torch.view_as_real(extra["phases"]),
         16,
         0.25,
+        True,
     )
     torch.library.opcheck(torch.ops.trislat.window_attention, args)
 

@@ -6,7 +6,7 @@ import pytest
 
 from kernels.bench import command as bench
 from kernels.bench.case import Impl
-from tests.bench.test_cases import square
+from tests.helpers.square import square
 
 
 def test_errors_are_told_as_they_come(monkeypatch, capsys):

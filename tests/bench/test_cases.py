@@ -25,8 +25,9 @@ from kernels.bench.shapes import batch, shell
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours
 from kernels.voxels.window import window_partition
-from tests.conftest import GPU
-from tests.helpers import stand_ins
+from tests.helpers import fake_peers as stand_ins
+from tests.helpers.hardware import GPU
+from tests.helpers.square import square
 from train.bench import block_work
 
 CPU = torch.device("cpu")
@@ -45,21 +46,6 @@ WINDOWS = {
     "sphere": (17792, 272, 290, 138), "noisy sphere": (13362, 210, 207, 145),
     "rough sphere": (21441, 283, 267, 245),
            "blobs": (47452, 402, 440, 272), "small sphere": (6920, 128, 98, 121)}  # fmt: skip
-
-
-def square(**changes) -> Case:
-    """x -> x^2, with what the test changes."""
-    case = dict(
-        op="square",
-        size="3",
-        dtype="fp32",
-        forward=[Work(24)],
-        backward=[Work(36)],
-        ours=lambda x: x * x,
-        inputs=lambda seed: (torch.arange(3.0).add(seed).requires_grad_(),),
-        reference=lambda x: x**2,
-    )
-    return Case(**case | changes)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from kernels.camera import Camera
 from kernels.conv.op import sparse_conv
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours
-from tests.conftest import assert_close
-from tests.helpers import stand_ins
+from tests.helpers import fake_peers as stand_ins
+from tests.helpers.compare import assert_close
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,9 @@ from kernels.conv.reference import sparse_conv_reference, subdivide_conv_referen
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.children import child_neighbours
 from kernels.voxels.hash import build_table, neighbours
-from tests.conftest import assert_close, assert_same, golden
-from tests.voxels.test_window import voxels
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden
+from tests.helpers.voxels import voxels
 
 FLOAT, HALF = torch.float32, torch.float16
 

@@ -1,4 +1,4 @@
-"""The dataset: filters, views, batches, the order of objects, and errors that name files."""
+"""Datasets: which objects and views they give, batches of them, and their order."""
 
 import csv
 import json
@@ -9,90 +9,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from kernels.camera import Camera
+from tests.helpers.datasets import (
+    AA,
+    BB,
+    CC,
+    CHANNELS,
+    DD,
+    EE,
+    RES,
+    make,
+    opened,
+    view_number,
+    write_metadata,
+)
 from train.data.batch import Batch, collate
 from train.data.dataset import EMBEDDED, Dataset
 from train.data.loader import loader
 from train.data.sampler import Sampler
 
-RES = 8
-SIZE = 24
-VIEWS = 5
-CHANNELS = 6
-AA, BB, CC, DD, EE = (2 * digit * 32 for digit in "abcde")  # as long as a sha256
-
-
-def pose(rng) -> np.ndarray:
-    """A Blender camera at radius 2 in a random direction, its up axis towards z."""
-    back = rng.normal(size=3)
-    back /= np.linalg.norm(back)
-    right = np.cross([0.0, 0.0, 1.0], back)
-    right /= np.linalg.norm(right)
-    matrix = np.eye(4)
-    matrix[:3] = np.stack([right, np.cross(back, right), back, 2 * back], axis=1)
-    return matrix
-
 
 def metadata(root):
     with (root / "metadata.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write_metadata(root, rows):
-    with (root / "metadata.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def make(root, names=(AA, BB, CC), resolution=RES, size=SIZE, **columns):
-    """Make a dataset whose pictures are smooth and whose voxels are shuffled.
-
-    Each object has one voxel more than the one before it.
-    """
-    folder = root / "features" / f"rgb_{resolution}"
-    rows = []
-    folder.mkdir(parents=True)
-    for i, name in enumerate(names):
-        rng = np.random.default_rng([i, resolution])
-        cells = rng.choice(resolution**3, 9 + i, replace=False)
-        indices = np.stack(np.unravel_index(cells, [resolution] * 3), axis=1).astype(np.uint8)
-        features = rng.normal(size=(9 + i, CHANNELS)).astype(np.float16)
-        np.savez_compressed(folder / f"{name}.npz", indices=indices, patchtokens=features)
-        views = root / "renders" / name
-        views.mkdir(parents=True)
-        frames = []
-        for v in range(VIEWS):
-            ramp = np.linspace(0, 200, size)[:, None] + np.linspace(0, 50, size)[None, :]
-            pixels = np.stack([ramp, 255 - ramp, np.full_like(ramp, 40 * v), ramp[::-1]], axis=2)
-            Image.fromarray(pixels.astype(np.uint8)).save(views / f"{v:03d}.png")
-            frames.append(
-                {
-                    "file_path": f"{v:03d}.png",
-                    "camera_angle_x": 0.6 + 0.05 * v,
-                    "transform_matrix": pose(rng).tolist(),
-                }
-            )
-        (views / "transforms.json").write_text(
-            json.dumps({"aabb": [[-0.5] * 3, [0.5] * 3], "frames": frames})
-        )
-        extra = {key: value[i] for key, value in columns.items()}
-        rows.append(
-            {"sha256": name, f"feature_rgb_{resolution}": "True", f"num_voxels_{resolution}": 9 + i}
-            | extra
-        )
-    write_metadata(root, rows)
-    return root
-
-
-def opened(*roots, **options) -> Dataset:
-    return Dataset(roots, **{"resolution": RES, "features": "rgb", "image_size": SIZE} | options)
-
-
-def view_number(image) -> int:  # `make` paints it into the blue channel
-    return round(image[2, 0, 0].item() * 255) // 40
 
 
 def test_objects_of_other_channels_name_both_files(tmp_path):

@@ -7,9 +7,8 @@ import torch
 
 import models
 import train.data
-from tests.data.test_dataset import AA, BB, CC, make, view_number
-from tests.run.test_stops import own_data
-from tests.train.test_train import TINY
+from tests.helpers.datasets import AA, BB, CC, make, view_number
+from tests.helpers.runs import TINY, own_data
 from train import loop
 from train.data.objects import Objects
 from train.flags import from_cli

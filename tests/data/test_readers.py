@@ -1,17 +1,15 @@
-"""The files of a dataset: what is read, and what is refused by name."""
+"""Pictures, cameras and voxels read from files, good and damaged."""
 
 import json
 import math
 import re
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.data.test_dataset import AA, BB, CC, RES, SIZE, VIEWS, make, opened
+from tests.helpers.datasets import AA, BB, CC, JSON, PNG, RES, SIZE, VIEWS, enormous, make, opened
 
 
 def test_an_item_is_what_the_files_say(tmp_path):
@@ -59,7 +57,6 @@ def test_pictures_of_another_size_are_resampled_colour_and_alpha_apart(tmp_path)
 
 NPZ = f"features/rgb_{RES}/{AA}.npz"
 CSV = "metadata.csv"
-PNG, JSON = f"renders/{AA}/000.png", f"renders/{AA}/transforms.json"
 
 
 def arrays(**change):
@@ -99,17 +96,6 @@ def pictures(mode="RGBA", size=(SIZE, SIZE), views=range(VIEWS)):
     return lambda root: [
         Image.new(mode, size).save(root / f"renders/{AA}/{v:03d}.png") for v in views
     ]
-
-
-def enormous(root):  # as its header says
-    header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 6, 0, 0, 0)
-    whole = (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + header
-        + struct.pack(">I", zlib.crc32(header))
-    )
-    (root / PNG).write_bytes(whole + struct.pack(">I", 1 << 20) + b"IDAT")
 
 
 def one_array(root):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.answering import respond
+from tests.helpers.worker_tasks import respond
 from train.data import loader
 from train.workers import STOPS, Worker, answers, end, read_ahead
 
@@ -66,7 +66,7 @@ def test_what_is_wrong_with_a_file_is_raised_in_its_place(worker, kind):
 DEATHS = {
     "die": "was ended by SIGKILL, perhaps because memory ran out: fewer --workers need less",
     "leave": "ended with status 3",
-    TypeError: r"failed: TypeError: what is wrong \(answering.py, line \d+\)",
+    TypeError: r"failed: TypeError: what is wrong \(worker_tasks.py, line \d+\)",
 }
 
 
@@ -102,7 +102,7 @@ def test_a_process_that_does_not_listen_is_killed(worker):
 
 def test_a_program_ends_with_processes_that_it_never_ended():
     code = (
-        "import multiprocessing as m; from train.workers import *; from tests.helpers.answering "
+        "import multiprocessing as m; from train.workers import *; from tests.helpers.worker_tasks "
         "import respond; "
     )
     code += (

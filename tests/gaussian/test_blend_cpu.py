@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from kernels.gaussian import blend_cpu as blend_torch
+from kernels.gaussian import blend_cpu
+from kernels.gaussian.binning_cpu import bin_torch
 from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
-from tests.conftest import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 
 class Composite(torch.autograd.Function):
@@ -159,10 +160,10 @@ def test_image_transmittance_and_gradients(name, dtype, monkeypatch):
     exact = torch.autograd.grad(want, inputs, upstream)
     # the sizes in use, then small ones: many segments, ragged chunks, of which some and then none
     # are kept
-    for segment, columns, kept in ((128, 16384, 1 << 26), (5, 37, 20_000), (5, 37, 0)):
-        monkeypatch.setattr(blend_torch, "SEGMENT", segment)
-        monkeypatch.setattr(blend_torch, "COLUMNS", columns)
-        monkeypatch.setattr(blend_torch, "KEPT", kept)
+    for segment, columns, kept in ((128, 8192, 1 << 26), (5, 37, 20_000), (5, 37, 0)):
+        monkeypatch.setattr(blend_cpu, "SEGMENT", segment)
+        monkeypatch.setattr(blend_cpu, "COLUMNS", columns)
+        monkeypatch.setattr(blend_cpu, "KEPT", kept)
         got = Composite.apply(*arguments)
         for a, b in zip(got, want, strict=True):
             assert (
@@ -275,17 +276,18 @@ def test_work_is_bounded(dense, monkeypatch):
     opaque pixels is not computed.
     """
     sizes = []
-    shade = blend_torch._Shader.__call__
+    shade = blend_cpu._Shader.__call__
 
     def spy(self, pair, *rest):
         sizes.append(pair.numel())
         return shade(self, pair, *rest)
 
-    monkeypatch.setattr(blend_torch._Shader, "__call__", spy)
+    monkeypatch.setattr(blend_cpu._Shader, "__call__", spy)
     case = pairs(20_000, 1, 32, 32, torch.float32, opacity=(0.9, 0.95) if dense else (0.005, 0.007))
-    _, _, (pair, *_) = composite_torch(*case)
-    assert max(sizes) <= blend_torch.COLUMNS and len(pair) > 20_000
-    assert sum(sizes) < 0.3 * len(pair) if dense else sum(sizes) >= len(pair) - 1
+    instances = len(bin_torch(*case[:3], *case[4:10], 0).pair)
+    composite_torch(*case)
+    assert max(sizes) <= blend_cpu.COLUMNS and instances > 20_000
+    assert sum(sizes) < 0.3 * instances if dense else sum(sizes) >= instances
 
 
 def test_too_many_instances_are_refused():

@@ -8,9 +8,9 @@ one line of JSON a test, its name and the specialisations it asks for. What only
 (bf16, training scripts on their default device) is not seen.
 """
 
-import importlib
 import json
 import re
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -54,7 +54,8 @@ def _noted(request, monkeypatch):
 
     monkeypatch.setattr(backend, "launch", note)
     if path:
-        for module in (request.module, importlib.import_module("tests.conftest")):
+        helpers = [sys.modules[name] for name in sys.modules if name.startswith("tests.helpers.")]
+        for module in (request.module, *helpers):
             monkeypatch.setattr(module, "assert_close", lambda *_, **__: None, raising=False)
     # a module that takes a GPU without asking the fixture
     always = hasattr(request.module, "DEVICE")

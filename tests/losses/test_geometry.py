@@ -10,7 +10,8 @@ import models
 from kernels.camera import Camera, Image
 from kernels.mesh.render import face_camera, render_mesh
 from models import MeshScene
-from tests.conftest import assert_close, golden
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import golden
 from train.data.batch import Meshes
 from train.losses.geometry import LAMP, SurfaceLoss, score_surfaces, shaded, tsdf
 from train.mesh import BASE

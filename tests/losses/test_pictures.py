@@ -1,4 +1,4 @@
-"""Losses of pictures against published numbers and closed forms; the gradient clipper."""
+"""Losses of pictures against published numbers, and the clipping of gradients."""
 
 import math
 
@@ -10,7 +10,8 @@ from torch import nn
 
 import models
 from models import GaussianScene
-from tests.conftest import assert_close, golden
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import golden
 from train.losses.pictures import Reconstruction, composite, kl, psnr, smooth_l1
 from train.lpips import LPIPS, _unit, weight_shapes
 from train.optimizer import GradClipper

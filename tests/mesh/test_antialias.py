@@ -4,9 +4,8 @@ import torch
 from kernels.mesh.antialias import antialias, antialias_reference
 from kernels.mesh.packing import opposite_vertices
 from kernels.mesh.rasterize import rasterize
-from tests.conftest import assert_close, assert_same
-from tests.helpers.triangles import ball, soup
-from tests.mesh.test_rasterize import batch, positions
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.meshes import ball, batch, positions, soup
 
 
 def scene(mesh, width: int, height: int, C: int, device, dtype=torch.float32):

@@ -5,9 +5,8 @@ from kernels import backend
 from kernels.mesh.interpolate import interpolate, interpolate_reference
 from kernels.mesh.normals import flat_normals, flat_normals_reference
 from kernels.mesh.rasterize import rasterize
-from tests.conftest import assert_same
-from tests.helpers.triangles import soup
-from tests.mesh.test_rasterize import batch, positions
+from tests.helpers.compare import assert_same
+from tests.helpers.meshes import batch, positions, soup
 
 
 def picture(device, width: int = 21, height: int = 14, F: int = 25, dtype=torch.float32):

@@ -11,10 +11,8 @@ from kernels.camera import Camera
 from kernels.mesh.outlines import move_outlines, move_outlines_reference
 from kernels.mesh.rasterize import rasterize
 from kernels.mesh.render import render_mesh
-from tests.conftest import assert_close, assert_same
-from tests.helpers.triangles import cameras, soup
-from tests.mesh.test_rasterize import positions
-from tests.mesh.test_render_mesh import VIEWS, gradients, pictures, scenes
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.meshes import VIEWS, cameras, gradients, pictures, positions, scenes, soup
 
 
 @pytest.mark.parametrize(

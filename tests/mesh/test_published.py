@@ -12,7 +12,7 @@ from kernels.mesh.packing import opposite_vertices, single_table
 from kernels.mesh.rasterize import rasterize
 from kernels.mesh.render import face_camera, render_mesh
 from kernels.similarity import ssim
-from tests.conftest import golden
+from tests.helpers.golden import golden
 
 SMALLEST = ["h_behind_20", "c_dense3_20", "d_huge2_26", "f_degen2_28"]
 CASES = [

@@ -3,20 +3,13 @@ import torch
 
 from kernels import backend, reduce
 from kernels.mesh import rasterize_gpu as raster
-from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.packing import make_mesh_layout, opposite_vertices, single_table
 from kernels.mesh.pixels_gpu import corner_order, corner_rows
 from kernels.mesh.rasterize import rasterize
 from kernels.mesh.rasterize_reference import rasterize_reference
 from kernels.reduce import sum_rows
-from tests.conftest import assert_close, assert_same
-from tests.helpers.triangles import ball, cameras, soup
-
-
-def positions(vertices: torch.Tensor, width: int, height: int, radius: float = 2.0) -> torch.Tensor:
-    """Clip positions of one view, in fp32."""
-    matrix = projection(cameras(1, width, height, radius), 1.0, 3.0, torch.float64)[0]
-    return (vertices.double() @ matrix[:, :3].T + matrix[:, 3]).float()
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.meshes import ball, batch, positions, soup
 
 
 def agrees(clip, faces, H: int, W: int, device) -> None:
@@ -153,21 +146,6 @@ def test_nothing_to_see(device, P, F):
     assert torch.equal(rast, torch.zeros(1, 5, 6, 4, device=device))
     (g,) = torch.autograd.grad(rast.sum(), clip)
     assert torch.equal(g, torch.zeros_like(clip))
-
-
-def batch(device):
-    """Three scenes, the middle one empty, and five views of them: positions that require a
-    gradient, faces, layout.
-    """
-    a = soup(14, 1)
-    b = ball(3)
-    starts = [0, len(a[0]), len(a[0]), len(a[0]) + len(b[0])]
-    face_starts = [0, len(a[1]), len(a[1]), len(a[1]) + len(b[1])]
-    view_scene = [2, 0, 1, 2, 0]
-    layout = make_mesh_layout(starts, face_starts, view_scene, device)
-    vertices, faces = torch.cat([a[0], b[0]]).to(device), torch.cat([a[1], b[1]]).to(device)
-    clip = to_clip(vertices, projection(cameras(5, 18, 12), 1.0, 3.0).to(device), layout.vertices)
-    return clip.detach().requires_grad_(), faces, layout
 
 
 def test_batched_equals_looped(device):

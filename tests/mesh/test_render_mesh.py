@@ -8,43 +8,8 @@ from kernels.camera import Camera
 from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.packing import make_mesh_layout
 from kernels.mesh.render import face_camera, render_mesh
-from tests.conftest import assert_close, assert_same
-from tests.helpers.triangles import ball, cameras, soup
-
-FIELDS = ("alpha", "depth", "normal", "color", "normal_map")
-VIEWS = [2, 1, 0, 2]
-
-
-def pictures(image) -> list[torch.Tensor]:
-    return [getattr(image, name) for name in FIELDS]
-
-
-def scenes(device, dtype=torch.float32):
-    """Three scenes, the middle one without faces, and no last vertices used: tensors, starts of
-    vertices and faces.
-    """
-    a = soup(12, 1)
-    b = ball(3)
-    vertices, colors = (
-        torch.cat([a[i], torch.full((2, 3 + 3 * (i > 0)), 0.1), b[i]]).to(device, dtype)
-        for i in (0, 2)
-    )
-    faces = torch.cat([a[1], b[1]]).to(device)
-    starts = torch.tensor([0, len(a[0]), len(a[0]) + 2, len(vertices)])
-    return (
-        vertices.requires_grad_(),
-        faces,
-        colors.requires_grad_(),
-        starts,
-        [0, len(a[1]), len(a[1]), len(faces)],
-    )
-
-
-def gradients(image, inputs, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """Of a random linear loss; the graph stays."""
-    rng = torch.Generator().manual_seed(5)
-    upstream = [scale * torch.randn(t.shape, generator=rng).to(t) for t in pictures(image)]
-    return torch.autograd.grad(pictures(image), inputs, upstream, retain_graph=True)
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.meshes import VIEWS, ball, cameras, gradients, pictures, scenes
 
 
 @pytest.mark.sanitizer

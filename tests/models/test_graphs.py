@@ -14,10 +14,11 @@ from kernels import backend
 from kernels.voxels.cache import SpatialCache
 from models import graphs
 from models.graphs import LEAST, bucket, made_up
-from tests.conftest import GPU, assert_close
-from tests.helpers.reads import watch_reads
-from tests.models.test_models import batch, randomize, small_decoder, small_encoder
-from tests.train.test_train import fresh
+from tests.helpers.compare import assert_close
+from tests.helpers.device_waits import watch_waits
+from tests.helpers.hardware import GPU
+from tests.helpers.models import batch, randomize, small_decoder, small_encoder
+from tests.helpers.runs import fresh
 
 
 class Tape(TorchDispatchMode):
@@ -320,7 +321,7 @@ def test_what_is_recorded_depends_on_sizes_alone(watched_device, backward):
         coords = torch.cat([x.coords, made_up(128 - len(x), 16, 2, watched_device)])
         feats = torch.nn.functional.pad(x.feats, (0, 0, 0, 128 - len(x))).requires_grad_()
         runs.append([])
-        with watch_reads() as reads, backend.observe(note):
+        with watch_waits() as reads, backend.observe(note):
             out = model.compute(feats, SpatialCache.unread(coords, 3, (16, 16, 16)))
             if backward:
                 torch.autograd.grad(out.sum(), [feats, model.input_layer.weight])

@@ -11,24 +11,11 @@ import torch
 import models
 from kernels import backend
 from kernels.camera import Camera
-from tests.conftest import SLOW_IF_INTERPRETED, assert_close
-from tests.models.test_models import T1, T2, batch, build, check_gradients, randomize
+from tests.helpers.compare import assert_close
+from tests.helpers.hardware import SLOW_IF_INTERPRETED
+from tests.helpers.models import T1, T2, batch, build, check_gradients, randomize, small_mesh
 
 CASE = "mesh_swin_w4_res16"
-
-
-def small_decoder(use_color=True, **kwargs):
-    return models.MeshDecoder(
-        16,
-        256,
-        4,
-        1,
-        num_heads=4,
-        window_size=4,
-        mlp_ratio=0.5,
-        representation_config={"use_color": use_color},
-        **kwargs,
-    )
 
 
 def cameras(views, device, size=24):
@@ -166,7 +153,7 @@ def test_the_exact_gradient_of_training_meshes_is_near_the_published_one():
 
 
 def test_an_untrained_decoder_wraps_every_voxel(device):
-    decoder = small_decoder().to(device).eval()
+    decoder = small_mesh().to(device).eval()
     coords = torch.tensor([[0, 8, 8, 8]], dtype=torch.int32, device=device)
     scene = decoder(models.SparseTensor(torch.randn(1, 4, device=device), coords))[0]
     # 4^3 cubes, all inside: a closed box whose faces lie a 257th of a cube beyond theirs
@@ -196,7 +183,7 @@ def spread(decoder):
 @pytest.mark.parametrize("device", SLOW_IF_INTERPRETED, indirect=True)
 @pytest.mark.parametrize("training", [False, True])
 def test_batched_equals_looped_with_empty_samples(device, training):
-    decoder = spread(small_decoder()).to(device).train(training)
+    decoder = spread(small_mesh()).to(device).train(training)
     x = batch([6, 0, 1, 5, 0], device, channels=4)
     scenes = decoder(x)
     assert [len(scene.faces) > 0 for scene in scenes] == [True, False, True, True, False]
@@ -227,7 +214,7 @@ def test_batched_equals_looped_with_empty_samples(device, training):
 
 
 def test_a_field_without_a_surface_is_an_empty_mesh(device):
-    decoder = small_decoder().to(device)
+    decoder = small_mesh().to(device)
     with torch.no_grad():
         decoder.out_layer.bias[:8] = 1.0  # outside everywhere
     scene = decoder(batch([4], device, channels=4))[0]
@@ -240,7 +227,7 @@ def test_a_field_without_a_surface_is_an_empty_mesh(device):
 
 def test_no_voxels_at_all(device):
     vae = models.MeshVAE(
-        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_decoder()
+        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_mesh()
     ).to(device)
     posterior, scenes = vae(batch([0, 0], device))
     assert posterior.mean.shape == (0, 4) and models.penalties(scenes)["regularization"] == 0
@@ -249,7 +236,7 @@ def test_no_voxels_at_all(device):
 
 
 def test_without_colour_there_is_geometry_alone(device):
-    decoder = spread(small_decoder(use_color=False)).to(device).eval()
+    decoder = spread(small_mesh(use_color=False)).to(device).eval()
     scene = decoder(batch([5], device, channels=4))[0]
     assert scene.color is None and scene.normal is None and len(scene.faces) > 0
     image = scene.render(cameras(1, device), torch.zeros(1, 3, device=device))
@@ -257,7 +244,7 @@ def test_without_colour_there_is_geometry_alone(device):
 
 
 def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
-    decoder = spread(small_decoder()).to(kernel_device).eval()
+    decoder = spread(small_mesh()).to(kernel_device).eval()
     scenes = decoder(batch([1, 1, 2, 1], kernel_device, channels=4))
     camera = cameras(4, kernel_device, 16)
     background = torch.zeros(4, 3, device=kernel_device)
@@ -270,7 +257,7 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
 
 def test_half_precision_keeps_fields_and_weights_in_fp32(device):
     torch.manual_seed(0)
-    decoder = small_decoder(use_fp16=True).to(device).train()
+    decoder = small_mesh(use_fp16=True).to(device).train()
     for zero in (
         decoder.out_layer.weight,
         *(block.out_layers["3"].conv.weight for block in decoder.upsample),
@@ -288,7 +275,7 @@ def test_half_precision_keeps_fields_and_weights_in_fp32(device):
 
 
 def test_published_files_imply_how_their_skip_weights_are_read(tmp_path):
-    ours = small_decoder()
+    ours = small_mesh()
     models.save_pretrained(ours, tmp_path / "ours")
     assert models.load_pretrained(tmp_path / "ours").args["skip_weight"] == "linear"
     args = {k: v for k, v in ours.args.items() if k != "skip_weight"}

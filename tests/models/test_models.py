@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 import models
 from kernels import backend
@@ -17,44 +15,19 @@ from kernels.gaussian.splat import splat
 from kernels.voxels.cache import SpatialCache
 from models.layers import Block, block_windows, position_embedding
 from models.vae import load_weights as load_into
-from tests.conftest import GOLDEN, assert_close, golden, load_weights
-
-T1, T2 = 1e-5, 2e-5  # outputs and gradients, relative to the largest golden value
-REPRESENTATION = {
-    "lr": {"_rotation": 0.1},
-    "voxel_size": 1.5,
-    "num_gaussians": 4,
-    "2d_filter_kernel_size": 0.1,
-    "3d_filter_kernel_size": 9e-4,
-    "scaling_bias": 4e-3,
-    "opacity_bias": 0.1,
-    "scaling_activation": "softplus",
-}
-
-
-def build(case, device, **extra):
-    meta, tensors = golden(case)
-    tensors = {k: v.to(device) for k, v in tensors.items()}
-    model = models.published_classes()[meta["cls"]](**meta["config"], **extra).to(device)
-    load_into(model, load_weights(tensors), case)
-    x = models.SparseTensor(tensors["in/feats"].clone().requires_grad_(), tensors["in/coords"])
-    return model, x, tensors
-
-
-def check_gradients(model, x, tensors, out):
-    loss = (
-        out.double() * torch.outer(tensors["grad/a"].double(), tensors["grad/b"].double())
-    ).sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(tensors["grad/loss"].item(), rel=1e-4)
-    assert_close(x.feats.grad, tensors["grad/in_feats"], T2, "in_feats")
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        if key.startswith("grad/param/"):
-            assert_close(parameters[key.removeprefix("grad/param/")].grad, value, T2, key)
-        if key.startswith("gradnorm/"):
-            norm = parameters[key.removeprefix("gradnorm/")].grad.double().norm().item()
-            assert norm == pytest.approx(value.item(), rel=2e-5), key
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import GOLDEN, golden, load_weights
+from tests.helpers.models import (
+    REPRESENTATION,
+    T1,
+    T2,
+    batch,
+    build,
+    check_gradients,
+    randomize,
+    small_decoder,
+    small_encoder,
+)
 
 
 def row_projections(model, x):
@@ -190,36 +163,6 @@ def test_initialisation_zeroes_what_the_published_one_does():
     assert (warm.out_layer.bias[4:] == -4).all() and warm.out_layer.weight.std() > 0
 
 
-def small_encoder(**kwargs):
-    return models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4, **kwargs)
-
-
-def small_decoder(**kwargs):
-    return models.GaussianDecoder(
-        16, 32, 4, 2, num_heads=2, window_size=4, representation_config=REPRESENTATION, **kwargs
-    )
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.data = torch.randn(p.shape, generator=generator).to(p) * 0.2
-    return model
-
-
-def batch(counts, device, channels=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    coords = []
-    for sample, count in enumerate(counts):
-        # few windows: the interpreter pays for each
-        cells = torch.randperm(6**3, generator=generator)[:count]
-        xyz = torch.stack([cells // 36, cells // 6 % 6, cells % 6], dim=1) + sample
-        coords.append(torch.nn.functional.pad(xyz, (1, 0), value=sample))
-    coords = torch.cat(coords).int()
-    feats = torch.randn(len(coords), channels, generator=generator)
-    return models.SparseTensor(feats.to(device), coords.to(device), batch_size=len(counts))
-
-
 @pytest.mark.parametrize("mode", ["swin", "full"])
 def test_batched_equals_looped_with_empty_samples(device, mode):
     encoder = randomize(small_encoder(attn_mode=mode)).to(device)
@@ -330,87 +273,12 @@ def test_checkpointing_blocks_changes_nothing(device):
         assert torch.equal(a, b)
 
 
-def test_save_and_load(tmp_path):
-    for model in (randomize(small_encoder(logvar_init=-2.0)), randomize(small_decoder())):
-        models.save_pretrained(model, tmp_path / "sub" / "model")
-        again = models.load_pretrained(tmp_path / "sub" / "model")
-        assert again.args == model.args and again.state_dict().keys() == model.state_dict().keys()
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True)
-        )
-
-
-def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
-    model = small_encoder()
-    models.save_pretrained(model, tmp_path / "m")
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-
-    def full(tensors, file):
-        file.write_bytes(b"half")
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr(models.vae, "save_file", full)
-    with pytest.raises(OSError, match=r"could not write .*m.safetensors: No space left"):
-        models.save_pretrained(randomize(model), tmp_path / "m")
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-
-
 def test_the_scale_bias_is_the_size_of_an_untrained_gaussian():
     for activation, inverse in (("softplus", torch.nn.functional.softplus), ("exp", torch.exp)):
         for bias in (4e-3, 0.5, 800.0):  # expm1(800) is more than a float holds
             config = REPRESENTATION | {"scaling_bias": bias, "scaling_activation": activation}
             shift = models.gaussian.GaussianConfig.parse(config).scaling_shift
             assert inverse(torch.tensor(shift, dtype=torch.float64)).item() == pytest.approx(bias)
-
-
-def test_published_names_and_fp16_files_load(tmp_path):
-    decoder = randomize(small_decoder())
-    models.save_pretrained(decoder, tmp_path / "m")
-    config = (
-        (tmp_path / "m.json")
-        .read_text()
-        .replace("SLatGaussianDecoder", "ElasticSLatGaussianDecoder")
-    )
-    (tmp_path / "m.json").write_text(config)
-    weights = load_file(tmp_path / "m.safetensors")
-    save_file({k: v.half() for k, v in weights.items()}, tmp_path / "m.safetensors")
-    again = models.load_pretrained(tmp_path / "m")
-    assert {p.dtype for p in again.parameters()} == {torch.float32}
-    assert_close(again.out_layer.weight, decoder.out_layer.weight, 1e-3)
-
-
-def test_bad_checkpoints_name_what_is_wrong(tmp_path):
-    prefix = tmp_path / "m"
-    with pytest.raises(ValueError, match="m.json is not there"):
-        models.load_pretrained(prefix)
-    models.save_pretrained(small_encoder(), prefix)
-    config, weights = (tmp_path / "m.json"), (tmp_path / "m.safetensors")
-    good, data = config.read_text(), weights.read_bytes()
-    weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="m.safetensors is truncated"):
-        models.load_pretrained(prefix)
-    weights.write_bytes(data)
-    config.write_text(good.replace('"model_channels": 32', '"model_channels": 64'))
-    with pytest.raises(
-        ValueError, match=r"blocks.0.attn.to_out.bias has shape \(32,\), the model's is \(64,\)"
-    ):
-        models.load_pretrained(prefix)
-    config.write_text(good.replace("SLatEncoder", "SLatUnknown"))
-    with pytest.raises(ValueError, match="SLatUnknown"):
-        models.load_pretrained(prefix)
-    config.write_text(good.replace('"window_size": 4', '"window_size": 0'))
-    with pytest.raises(ValueError, match="m.json: arguments do not fit SLatEncoder: window_size 0"):
-        models.load_pretrained(prefix)
-    config.write_text(good.replace('"window_size"', '"window_sise"'))
-    with pytest.raises(ValueError, match="window_sise"):
-        models.load_pretrained(prefix)
-    config.write_text(good.replace('"num_blocks": 2', '"num_blocks": 3'))
-    with pytest.raises(ValueError, match="missing.*blocks.2"):
-        models.load_pretrained(prefix)
-    config.write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        models.load_pretrained(prefix)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from kernels import backend
 from models.layers import Block, block_windows
-from tests.models.test_models import batch, randomize
+from tests.helpers.models import batch, randomize
 
 C = 32
 LAUNCH = backend.launch

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import models
 from kernels import backend
-from tests.conftest import assert_close
-from tests.models.test_models import batch, randomize, small_decoder, small_encoder
-from tests.train.test_train import TINY
+from tests.helpers.compare import assert_close
+from tests.helpers.models import batch, randomize, small_decoder, small_encoder
+from tests.helpers.runs import TINY
 from train import loop
 from train.draws import draw
 from train.flags import from_cli

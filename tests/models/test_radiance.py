@@ -9,24 +9,18 @@ import torch
 
 import models
 from kernels import backend
-from kernels.camera import Camera
-from tests.conftest import assert_close
-from tests.models.test_models import T1, batch, build, check_gradients, randomize
+from tests.helpers.compare import assert_close
+from tests.helpers.models import (
+    T1,
+    batch,
+    build,
+    cameras,
+    check_gradients,
+    randomize,
+    small_radiance,
+)
 
 FIELDS = ("position", "trivec", "density", "color")
-
-
-def small_decoder(**representation):
-    config = {"rank": 3, "dim": 4} | representation
-    return models.RadianceDecoder(
-        16, 32, 4, 2, num_heads=2, window_size=4, representation_config=config
-    )
-
-
-def cameras(views, device, size=24):
-    return Camera.orbit(
-        list(map(float, range(views))), [0.1] * views, 2.0, math.radians(40), size, size
-    ).to(device)
 
 
 def test_radiance_decoder_matches_published(device):
@@ -47,8 +41,8 @@ def test_radiance_decoder_matches_published(device):
 
 
 def test_density_scale_multiplies_densities_alone():
-    plain = randomize(small_decoder())
-    scaled = randomize(small_decoder(density_scale=50.0))
+    plain = randomize(small_radiance())
+    scaled = randomize(small_radiance(density_scale=50.0))
     x = batch([20], "cpu", channels=4)
     ours, theirs = scaled(x)[0], plain(x)[0]
     assert torch.equal(ours.density, theirs.density * 50) and torch.equal(
@@ -60,7 +54,7 @@ def test_ranks_start_equal_as_published_unless_they_are_spread(device):
     x = batch([20], device, channels=4)
     for std in (0.0, 0.5):
         torch.manual_seed(0)
-        decoder = small_decoder(trivec_std=std).to(device)
+        decoder = small_radiance(trivec_std=std).to(device)
         scene = decoder(x)[0]
         image = scene.render(cameras(1, device, 16), torch.zeros(1, 3, device=device))
         (image.color * torch.linspace(0, 1, 16, device=device)).sum().backward()
@@ -73,7 +67,7 @@ def test_ranks_start_equal_as_published_unless_they_are_spread(device):
 
 
 def test_batched_equals_looped_with_empty_samples(device):
-    decoder = randomize(small_decoder(density_scale=30.0)).to(device)
+    decoder = randomize(small_radiance(density_scale=30.0)).to(device)
     x = batch([30, 0, 1, 40, 0], device, channels=4)
     scenes = decoder(x)
     assert [len(scene.position) for scene in scenes] == [30, 0, 1, 40, 0]
@@ -96,7 +90,7 @@ def test_batched_equals_looped_with_empty_samples(device):
 
 def test_no_voxels_at_all(device):
     vae = models.RadianceVAE(
-        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_decoder()
+        models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=4), small_radiance()
     ).to(device)
     posterior, scenes = vae(batch([0, 0], device))
     assert posterior.mean.shape == (0, 4) and models.penalties(scenes) == {}
@@ -105,7 +99,7 @@ def test_no_voxels_at_all(device):
 
 
 def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
-    decoder = randomize(small_decoder()).to(kernel_device)
+    decoder = randomize(small_radiance()).to(kernel_device)
     scenes = decoder(batch([3, 2, 4, 1], kernel_device, channels=4))
     camera = cameras(4, kernel_device, 16)
     background = torch.zeros(4, 3, device=kernel_device)
@@ -117,7 +111,7 @@ def test_render_batches_scenes_and_views_in_one_launch(kernel_device):
 
 
 def test_offsets_are_drawn_for_training_and_fixed_for_pictures(device):
-    decoder = randomize(small_decoder(density_scale=100.0)).to(device)
+    decoder = randomize(small_radiance(density_scale=100.0)).to(device)
     scene = decoder(batch([60], device, channels=4))[0]
     camera = cameras(1, device, 16)
     background = torch.zeros(1, 3, device=device)
@@ -146,12 +140,12 @@ def test_offsets_are_drawn_for_training_and_fixed_for_pictures(device):
 )
 def test_impossible_representations(change, message):
     with pytest.raises(ValueError, match=message):
-        small_decoder(**change)
+        small_radiance(**change)
 
 
 def test_scenes_of_several_resolutions_are_no_batch():
     x = batch([5], "cpu", channels=4)
-    one = small_decoder()
+    one = small_radiance()
     other = models.RadianceDecoder(
         32, 32, 4, 2, num_heads=2, representation_config={"rank": 3, "dim": 4}
     )

@@ -12,8 +12,9 @@ from kernels.voxels.cache import SpatialCache
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.window import full_windows
 from models.layers import WindowAttention, block_windows, curve_windows, rotary_phases
-from tests.conftest import assert_close, golden
-from tests.models.test_models import batch, randomize
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import golden
+from tests.helpers.models import batch, randomize
 
 
 def encoder(device, **kwargs):

@@ -11,8 +11,9 @@ from kernels.norm.group import group_norm_reference
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import neighbours
 from models.upsample import GroupNorm, SparseConv3d, SubdivideBlock
-from tests.conftest import assert_close, golden
-from tests.voxels.test_window import voxels
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import golden
+from tests.helpers.voxels import voxels
 
 
 def test_published_convolutions(device):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from kernels import backend
 from kernels.norm.gelu import gelu, gelu_reference
-from tests.conftest import assert_close, assert_same
-from tests.norm.test_layer import DTYPES, normal
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.tensors import DTYPES, normal
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

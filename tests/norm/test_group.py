@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from kernels import backend
 from kernels.norm.group import group_norm, group_norm_reference, group_norm_silu
-from tests.conftest import assert_close, assert_same, golden
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden
 
 
 def inputs(counts, C, dtype=torch.float32, device=None, seed=0):

@@ -16,17 +16,13 @@ from kernels.norm.layer import (
     rms_norm_reference,
     stream_norm,
 )
-from tests.conftest import assert_close, assert_same, golden
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden
+from tests.helpers.tensors import normal
 
 SIZES = [(0, 8), (1, 1), (5, 33), (300, 48), (2, 4096)]  # several tiles, one row a tile, none
 # each is compiled for: a type for all sizes
 SIZED = [*((*size, torch.float32) for size in SIZES), (300, 48, torch.float16)]
-DTYPES = [torch.float32, torch.float16]
-
-
-def normal(*shape, dtype=torch.float32, device=None, spread=1.0, seed=0):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * spread
-    return x.to(device, dtype).requires_grad_()
 
 
 @pytest.mark.parametrize("N, C, dtype", [*SIZED, (7, 1030, torch.float16)], ids=str)

@@ -14,13 +14,22 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from tests.data.test_dataset import AA, make, opened
-from tests.data.test_readers import enormous
-from tests.helpers.damage import damaged, mesh_of, pristine
-from tests.helpers.shapes import TRIANGLE, Gltf, box, quad, square, write_obj
-from tests.prepare.test_prepare import command, metadata
-from tests.prepare.test_read import FACES, MIXED, POINTS, ply
-from tests.test_layout import SOURCES
+from tests.helpers.damaged_files import damaged, mesh_of, pristine
+from tests.helpers.datasets import AA, enormous, make, opened
+from tests.helpers.mesh_files import (
+    FACES,
+    MIXED,
+    POINTS,
+    TRIANGLE,
+    Gltf,
+    box,
+    ply,
+    quad,
+    square,
+    write_obj,
+)
+from tests.helpers.prepare import command, metadata
+from tests.helpers.source_files import SOURCES
 from train.meshes.read import content_hash, read_mesh
 from train.meshes.surface import decode
 

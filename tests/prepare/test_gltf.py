@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.shapes import SQUARE, TRIANGLE, UV, Gltf, png, square
+from tests.helpers.mesh_files import SQUARE, TRIANGLE, UV, Gltf, png, square
 from train.meshes.read import normalize, read_mesh
 from train.prepare import command as prepare
 from train.prepare.raycast import Caster, camera_to_world

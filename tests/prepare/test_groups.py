@@ -13,18 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.groups import END, START, members, until
-from tests.helpers.shapes import box, write_obj
-from tests.run.test_stops import own_data
-from tests.train.test_train import TINY
+from tests.helpers.mesh_files import box, write_obj
+from tests.helpers.run_groups import END, START, members, until
+from tests.helpers.runs import TINY, own_data
 
 
 @pytest.fixture(scope="module")
 def shoot(tmp_path_factory):
-    """(signal, workers, whom) -> what came of a run; tests.helpers.groups says what."""
+    """(signal, workers, whom) -> what came of a run; tests.helpers.run_groups says what."""
     folder = tmp_path_factory.mktemp("groups")
     flags = [*TINY, *own_data(folder), "--image-size", 24]
-    command = [sys.executable, "-m", "tests.helpers.groups", folder, *flags]
+    command = [sys.executable, "-m", "tests.helpers.run_groups", folder, *flags]
     root = Path(__file__).parents[2]
     with subprocess.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root

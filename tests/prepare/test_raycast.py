@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from kernels.camera import Camera
-from tests.helpers.shapes import quad, write_obj
+from tests.helpers.mesh_files import quad, write_obj
 from train.meshes.read import normalize, read_mesh
 from train.meshes.surface import Material, Mesh
 from train.prepare import command as prepare

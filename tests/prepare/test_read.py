@@ -4,7 +4,6 @@ The files are written by trimesh or byte by byte.
 """
 
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
-from tests.helpers.shapes import TRIANGLE, Gltf, square
+from tests.helpers.mesh_files import FACES, MIXED, POINTS, TRIANGLE, Gltf, ply, square
 from train.meshes.read import read_mesh
 from train.prepare import command as prepare
 from train.prepare import raycast
@@ -210,28 +209,6 @@ def test_world_space_is_trimeshs(tmp_path):
 
 
 # PLY, written by hand
-
-AXES = "property double x\nproperty double y\nproperty double z\n"
-HEADER = "ply\nformat {} 1.0\ncomment made by hand\nelement vertex 5\n" + AXES + "{}end_header\n"
-POINTS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [2, 2, 2]], float)
-
-
-def ply(path: Path, kind: str, head: str, rows: list, faces: list, end: bytes = b"") -> Path:
-    """`rows` and `faces`: lists of (format characters, values) of each row."""
-    order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(kind)
-    text = HEADER.format(kind, head).encode()
-    if order is None:
-        text += (
-            "\n".join(" ".join(map(str, values)) for _, values in [*rows, *faces]).encode() + b"\n"
-        )
-    else:
-        text += b"".join(struct.pack(order + fmt, *values) for fmt, values in [*rows, *faces])
-    path.write_bytes(text + end)
-    return path
-
-
-FACES = "element face 2\nproperty list uchar int vertex_indices\n"
-MIXED = [("B4i", (4, 0, 1, 2, 3)), ("B3i", (3, 0, 1, 4))]
 
 
 @pytest.mark.parametrize("kind", ["ascii", "binary_little_endian", "binary_big_endian"])

@@ -7,7 +7,7 @@ import torch
 
 from kernels.camera import Camera
 from kernels.radiance.raymarch import raymarch
-from tests.conftest import golden
+from tests.helpers.golden import golden
 
 CASES = ["rf_r1d8_res8_33", "rf_inside_r4d4_res8_40", "rf_empty_32"]
 LONG_CASES = [

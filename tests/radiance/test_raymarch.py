@@ -5,92 +5,12 @@ import torch
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.radiance.raymarch import _pack, raymarch
+from kernels.radiance.raymarch import raymarch
 from kernels.radiance.reference import raymarch_reference
-from tests.conftest import assert_close, assert_same
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.radiance import camera, colors, grads, outputs, safe_offset, simple, voxels
 
 LAUNCHES = {"_segments": 2, "_march": 1, "_march_backward": 1}
-
-
-def voxels(sizes, resolution, rank, dim, device="cpu", seed=0, density=0.0, dtype=torch.float32):
-    """Position, and trivec, density, sh that require gradients, of scenes of a few voxels around
-    the middle; starts.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    normal = lambda *size: torch.randn(*size, generator=rng, dtype=torch.float64)
-    N = sum(sizes)
-    block = torch.cartesian_prod(*[torch.arange(4)] * 3) + resolution // 2 - 2
-    cells = [block[torch.randperm(64, generator=rng)[:n]] for n in sizes]
-    position = (torch.cat([block[:0], *cells]) + 0.5) / resolution
-    tensors = [
-        1 + 0.3 * normal(N, rank, 3, dim),
-        density + (1 + abs(density)) * normal(N, rank),
-        normal(N, rank, 1, 3),
-    ]
-    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    return (
-        position.to(device, dtype),
-        [t.to(device, dtype).requires_grad_() for t in tensors],
-        starts,
-    )
-
-
-def camera(V: int, width: int, height: int, resolution: int, device="cpu") -> Camera:
-    """Views of the block of `voxels`, which fills most of them."""
-    views = Camera.orbit(
-        torch.arange(V) * 2.0 + 0.3,
-        torch.arange(V) * 0.4 - 0.5,
-        2.0,
-        3.4 / resolution,
-        width,
-        height,
-    )
-    views.intrinsics[:, 0, 2] += 0.06  # an off-centre principal point
-    views.intrinsics[:, 1, 2] -= 0.04
-    return views.to(device)
-
-
-def colors(V: int, device="cpu") -> torch.Tensor:
-    return torch.linspace(0, 1, 3 * V, device=device).view(V, 3)
-
-
-def safe_offset(
-    position, starts, view: Camera, view_scene, resolution: int, dim: int
-) -> torch.Tensor:
-    """Random offsets [V, H, W] that keep every sample away from the faces of voxels, where fp32 and
-    float64 may disagree.
-    """
-    view = view.to("cpu", torch.float64)
-    position = position.detach().cpu().double()
-    rng = torch.Generator().manual_seed(3)
-    chosen = []
-    origins, directions = view.rays()
-    for v, s in enumerate(view_scene):
-        low = position[starts[s] : starts[s + 1]] - 0.5 - 0.5 / resolution
-        d = torch.nn.functional.normalize(directions[v].reshape(-1, 3), dim=1)
-        a, b = (
-            (low + side - origins[v]) / d[:, None] * (2 * dim * resolution)
-            for side in (0, 1 / resolution)
-        )
-        near, far = torch.minimum(a, b).amax(2, True), torch.maximum(a, b).amin(2, True)
-        t = torch.where(far > near - 0.1, torch.cat([near, far], 2), 0.0).flatten(1)
-        t = torch.nn.functional.pad(t, (0, 1))
-        candidates = torch.rand(100, len(d), generator=rng, dtype=torch.float64) * 0.9 + 0.05
-        distance = ((t - candidates[..., None] + 0.5) % 1 - 0.5).abs().amin(2)
-        chosen.append(candidates.gather(0, distance.argmax(0)[None]).view(view.height, view.width))
-        assert distance.amax(0).min() > 2e-3
-    return torch.stack(chosen).float() if chosen else torch.zeros(0, view.height, view.width)
-
-
-def outputs(image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert image.normal is None
-    return image.color, image.alpha, image.depth
-
-
-def grads(image, inputs, scale: float = 1.0) -> list[torch.Tensor]:
-    rng = torch.Generator().manual_seed(5)
-    upstream = [scale * torch.randn(t.shape, generator=rng).to(t) for t in outputs(image)]
-    return list(torch.autograd.grad(outputs(image), inputs, upstream))
 
 
 @pytest.mark.parametrize(
@@ -249,17 +169,6 @@ def test_batched_equals_looped(device):
         assert_close(a, b, 1e-5)
 
 
-def simple(device, density: float = 30.0, dtype=torch.float32, sizes=(3, 4)):
-    """Two scenes, two views and their arguments."""
-    position, inputs, starts = voxels(sizes, 16, 2, 4, device, density=density, dtype=dtype)
-    offset = torch.rand(2, 12, 15, generator=torch.Generator().manual_seed(4)).to(device)
-    return (
-        position,
-        inputs,
-        (starts, camera(2, 15, 12, 16, device), [1, 0], colors(2, device), 16, offset),
-    )
-
-
 def test_views_and_scenes_of_a_batch_share_their_launches(kernel_device):
     counts = []
     for B in (1, 3):
@@ -333,28 +242,6 @@ def test_a_drawn_offset_follows_the_seed_and_serves_the_backward(device):
     )
 
 
-def test_sixteen_bit_inputs_are_converted(device):
-    position, half, args = simple(device, dtype=torch.float16)
-    full = [t.detach().float().requires_grad_() for t in half]
-    a = raymarch(position, *half, *args)
-    b = raymarch(position.float(), *full, *args)
-    assert a.color.dtype == torch.float32 and torch.equal(a.color, b.color)
-    for g, h in zip(grads(a, half), grads(b, full), strict=True):
-        assert g.dtype == torch.float16 and torch.equal(g, h.half())
-
-
-def test_autocast_changes_nothing(device):
-    position, inputs, args = simple(device)
-    image = raymarch(position, *inputs, *args)
-    want = grads(image, inputs)
-    with torch.autocast(device.type, torch.bfloat16):
-        mixed = raymarch(position, *inputs, *args)
-        got = grads(mixed, inputs)
-    assert torch.equal(mixed.color, image.color) and all(
-        torch.equal(a, b) for a, b in zip(got, want, strict=True)
-    )
-
-
 def test_gradient_of_one_output_alone(device):
     position, inputs, args = simple(device)
     out = outputs(raymarch(position, *inputs, *args))
@@ -390,105 +277,3 @@ def test_voxels_that_are_not_finite_show(device):
         inputs[0][: args[0][1]] = float("nan")  # of scene 0
     image = raymarch(position, *inputs, *args)
     assert image.color.isnan().any() and any(g.isnan().any() for g in grads(image, inputs))
-
-
-def test_registered_with_torch(device):
-    position, inputs, (starts, view, view_scene, light, resolution, offset) = simple(device)
-    packed = (
-        torch.cat([inputs[0].permute(0, 2, 3, 1).flatten(1), inputs[1], inputs[2].flatten(1)], 1)
-        .detach()
-        .requires_grad_()
-    )
-    args = (
-        packed,
-        position,
-        _pack(view).float(),
-        offset,
-        light,
-        starts,
-        view_scene,
-        resolution,
-        2,
-        4,
-    )
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.trislat.raymarch.default, args, test_utils=checks)
-
-
-def test_torch_compile_keeps_one_graph(device):
-    position, inputs, args = simple(device, sizes=(2, 1))
-    run = lambda *x: outputs(raymarch(position, *x, *args))
-    torch._dynamo.reset()  # a graph remembers which implementation it was traced for
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, run(*inputs), strict=True))
-    upstream = [torch.ones_like(t) for t in compiled]
-    got, want = (torch.autograd.grad(out, inputs, upstream) for out in (compiled, run(*inputs)))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"position": torch.zeros(4, 2)}, r"position must be \[N, 3\], not \[4, 2\]"),
-        ({"trivec": torch.zeros(5, 2, 3, 4)}, r"trivec must be \[4, R, 3, n\], not \[5, 2, 3, 4\]"),
-        ({"trivec": torch.zeros(4, 2, 4, 4)}, r"trivec must be \[4, R, 3, n\], not \[4, 2, 4, 4\]"),
-        ({"trivec": torch.zeros(4, 2, 3, 1)}, "at least 2 taps, not 2 and 1"),
-        ({"density": torch.zeros(4, 3)}, r"density must be \[4, 2\], not \[4, 3\]"),
-        ({"sh": torch.zeros(4, 2, 3)}, r"sh must be \[4, 2, 1, 3\], not \[4, 2, 3\]"),
-        (
-            {"sh": torch.zeros(4, 2, 4, 3)},
-            "sh has 4 coefficients per channel: only degree 0, 1 coefficient",
-        ),
-        ({"starts": [0, 3]}, r"from 0 to the 4 voxels, not be \[0, 3\]"),
-        ({"starts": torch.tensor([1, 4])}, r"from 0 to the 4 voxels, not be \[1, 4\]"),
-        ({"starts": [0, 3, 2, 4]}, r"from 0 to the 4 voxels, not be \[0, 3, 2, 4\]"),
-        ({"view_scene": [0]}, "view_scene names 1 scenes for 2 views"),
-        ({"view_scene": [0, 1]}, "view_scene names scene 1 of 1"),
-        ({"view_scene": [0, -1]}, "view_scene names scene -1 of 1"),
-        ({"background": torch.zeros(3)}, r"background must be \[2, 3\], not \[3\]"),
-        ({"resolution": -8}, "resolution must be a whole number, at least 1, not -8"),
-        ({"resolution": 16.0}, "resolution must be a whole number, at least 1, not 16.0"),
-        (
-            {"resolution": 20},
-            r"position 0 of 4 is \[.*\], not \(whole number \+ 0.5\) / resolution 20",
-        ),
-        (
-            {"position": torch.tensor([[0.53125] * 3] * 3 + [[0.53125, 1.53125, 0.53125]])},
-            r"position 3 of 4 is .*1.53125.*outside",
-        ),
-        (
-            {"position": torch.tensor([[0.53125] * 3] * 3 + [[-0.03125] * 3])},
-            r"position 3 of 4 is .*-0.03125.*outside \[0, 1\]",
-        ),
-        ({"position": torch.full((4, 3), float("nan"))}, "position 0 of 4 is .*nan.*outside"),
-        ({"offset": torch.zeros(2, 8, 9)}, r"offset must be \[2, 8, 8\], not \[2, 8, 9\]"),
-        (
-            {"offset": torch.eye(8).expand(2, 8, 8)},
-            r"offset must lie in \[0, 1\), not be 1.0 at view 0, row 0, column 0",
-        ),
-        ({"offset": -torch.eye(8).expand(2, 8, 8)}, r"offset must lie in \[0, 1\), not be -1.0"),
-        ({"density": torch.zeros(4, 2, dtype=torch.int32)}, "floating point, not torch.int32"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_wrong_input_says_what_is_wrong(device, change, message):
-    position, inputs, starts = voxels([4], 16, 2, 4, device)
-    args = dict(zip(("trivec", "density", "sh"), inputs, strict=True)) | {
-        "position": position,
-        "starts": starts,
-    }
-    args |= {
-        "camera": camera(2, 8, 8, 16, device),
-        "view_scene": [0, 0],
-        "background": colors(2, device),
-        "resolution": 16,
-    }
-    change = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
-    with pytest.raises(ValueError, match=message):
-        raymarch(**(args | change))
-
-
-def test_kernels_take_no_float64(kernel_device):
-    position, inputs, args = simple(kernel_device, dtype=torch.float64)
-    with pytest.raises(ValueError, match="fp32: float64 is for the torch path only"):
-        raymarch(position, *inputs, *args)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.files import whole, write_whole
-from tests.train.test_train import fresh
+from tests.helpers.runs import fresh
 from train.run.folder import sweep
 
 

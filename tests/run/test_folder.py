@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.train.test_train import ROOT, TINY, fresh, refused, rows, state, train
+from tests.helpers.runs import TINY, fresh, refused, rows, state, train
+from tests.helpers.source_files import ROOT
 from train import loop
 from train.run import checkpoint
 from train.run import folder as folders

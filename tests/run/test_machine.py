@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,8 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
         torch.empty(size, dtype=torch.uint8).fill_(1)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < 1000  # of 16384 pages
+    if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        assert " hg" in Path("/proc/self/smaps").read_text()  # a mapping asks for huge pages
 
 
 ABSENT = [

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import models
 from models.finite import NotFinite
-from tests.models.test_models import randomize, small_decoder, small_encoder
-from tests.train.test_train import ROOT, TINY, fresh, refused, rows, state, train
+from tests.helpers.models import randomize, small_decoder, small_encoder
+from tests.helpers.runs import TINY, fresh, refused, rows, state, train
+from tests.helpers.source_files import ROOT
 from train import loop, optimizer
 from train.losses import objective
 from train.run import checkpoint

@@ -2,7 +2,7 @@
 
 import io
 
-from tests.train.test_train import fresh
+from tests.helpers.runs import fresh
 from train import loop
 from train.run.progress import INTERVAL, Progress
 

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.test_dataset import BB, make
-from tests.train.test_train import TINY, fresh, refused, rows, state, train
+from tests.helpers.datasets import BB
+from tests.helpers.runs import TINY, fresh, own_data, refused, rows, state, train
 from train import loop
 from train.losses import objective
 from train.run import checkpoint
-
-
-def own_data(tmp_path: Path) -> list:
-    """Flags for a dataset of three objects, 8^3, five views of 24 pixels."""
-    own = "--resolution 8 --features rgb --model.window 4 --eval-objects 1".split()
-    return ["--data", make(tmp_path / "data"), *own]
 
 
 def test_what_is_wrong_with_the_data_shows_before_a_run_has_a_folder(tmp_path, capsys):

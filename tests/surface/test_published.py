@@ -8,8 +8,9 @@ import torch
 from kernels.surface.cubes import find_cubes, unravel
 from kernels.surface.isosurface import isosurface
 from kernels.surface.reference import flexicubes_reference
-from tests.conftest import assert_close, golden
-from tests.surface.test_isosurface import corners, full_grid
+from tests.helpers.compare import assert_close
+from tests.helpers.golden import golden
+from tests.helpers.surfaces import corners, full_grid
 
 FLEXI = [
     "flexi_empty8",

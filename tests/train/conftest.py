@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.helpers.runs import fresh
 from train.data.dataset import EMBEDDED
 
 
@@ -29,3 +30,11 @@ def data(tmp_path_factory):
         writer = csv.DictWriter(file, list(chosen[0]))
         writer.writeheader(), writer.writerows(chosen)
     return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of six steps that other tests look at and start from."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    fresh(out, "--steps", "6", "--save-every", "3")
+    return out

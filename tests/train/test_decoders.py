@@ -12,7 +12,7 @@ import models
 from kernels import Camera
 from models import Encoder, GaussianScene
 from models.vae import VAE, Decoder
-from tests.conftest import assert_close
+from tests.helpers.compare import assert_close
 from tests.helpers.decoders import CHANNELS, RESOLUTION, features, small_vae
 from train import loop
 from train.config import Config, demo

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import golden
+from tests.helpers.golden import golden
 from train.muon import Muon
 from train.optimizer import LEAST_LOG2, GradClipper, LossScale, Optimizer
 

@@ -6,9 +6,7 @@ What they leave behind, resume, stop at and refuse.
 import hashlib
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,53 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import models
+from tests.helpers.runs import TINY, fresh, rows, state, train
+from tests.helpers.source_files import ROOT
 from train import loop
 from train.data.objects import Objects
 from train.draws import draw
 from train.flags import from_cli
-from train.gaussian import PRESETS, build
+from train.gaussian import PRESETS
 from train.losses import objective
 from train.run import checkpoint, latents, report
 from train.run.latents import Latents, load_encoder
 from train.run.machine import Machine
 
-ROOT = Path(__file__).parents[2]
-TINY = (
-    "--device cpu --image-size 32 --batch-size 2 --views 1 --holdout-views 2 --eval-objects 2 "
-    "--sample-every 100 --warmup 0 "
-    "--model.channels 16 --model.heads 1 --model.blocks 1 --model.per-voxel 2"
-).split()
-
-
-def train(*flags: str) -> None:
-    loop.main("gaussian", PRESETS, build, [*map(str, flags)])
-
-
-def fresh(out: Path, *flags: str) -> list[dict]:
-    """A new tiny run; returns its log."""
-    train(*TINY, "--out", out, *flags)
-    return rows(out)
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def state(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    return checkpoint.load(checkpoint.newest(run / "checkpoints"))
-
 
 def size(picture: Path) -> tuple[int, int]:
     with Picture.open(picture) as opened:
         return opened.size
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of six steps that other tests look at and start from."""
-    out = tmp_path_factory.mktemp("runs") / "straight"
-    fresh(out, "--steps", "6", "--save-every", "3")
-    return out
 
 
 def test_a_run_leaves_everything_that_it_promises(finished):
@@ -149,69 +116,6 @@ def test_the_header_says_what_runs(tmp_path, capsys):
         "mean PSNR in dB, full frame (inside the object):",
     ):
         assert fact in out, fact
-
-
-def interrupted(out: Path, at: int, number: int, monkeypatch, *flags: str) -> int:
-    """A run that gets a signal in the middle of step `at`; returns its exit status."""
-    whole = objective.Objective.forward
-
-    def forward(self, *args):
-        if self.calls == at:
-            os.kill(os.getpid(), number)
-        self.calls += 1
-        return whole(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(objective.Objective, "calls", 1, raising=False)
-        patch.setattr(objective.Objective, "forward", forward)
-        with pytest.raises(SystemExit) as stopped:
-            fresh(out, *flags)
-    return stopped.value.code
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_equals_straight_to_the_bit(
-    finished, tmp_path, monkeypatch, capsys, number
-):
-    out = tmp_path / "run"
-    assert (
-        interrupted(out, 4, number, monkeypatch, "--steps", "6", "--save-every", "3")
-        == 128 + number
-    )
-    assert (
-        f"stopped at step 4; continue with: python -m train.gaussian --resume {out}"
-        in capsys.readouterr().out
-    )
-    assert len(rows(out)) == 4 and signal.getsignal(number) != loop.Interrupt._note
-    train("--resume", out)
-    ours, theirs = state(out), state(finished)
-    assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
-    assert all(torch.equal(t, theirs[0][name]) for name, t in ours[0].items())
-    for a, b in zip(rows(out), rows(finished), strict=True):
-        assert {k: v for k, v in a.items() if k not in ("seconds", "voxels_per_second")} == {
-            k: v for k, v in b.items() if k not in ("seconds", "voxels_per_second")
-        }
-    seconds = [row["seconds"] for row in rows(out)]
-    assert seconds == sorted(seconds)
-    assert (out / "checkpoints" / "encoder.safetensors").is_file()
-
-
-def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "run")
-    # as if killed after step 5, while writing a row
-    checkpoint.newest(out / "checkpoints").unlink()
-    (out / "log.jsonl").write_text(
-        "".join((out / "log.jsonl").read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo'
-    )
-    train("--resume", out)
-    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
-    assert all(torch.equal(t, state(finished)[0][name]) for name, t in state(out)[0].items())
-
-
-def test_more_steps_can_be_asked_of_a_finished_run(tmp_path):
-    fresh(tmp_path, "--steps", "2", "--final-lr", "1", "--save-every", "2")
-    train("--resume", tmp_path, "--steps", "4")
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -365,123 +269,6 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
     )
     with pytest.raises(OSError, match=f"could not write .*{name}.safetensors: No space left"):
         cache(batch)
-
-
-def refused(capsys, *flags) -> str:
-    """The message of a run that ends with status 2 before it trains."""
-    with pytest.raises(SystemExit) as stopped:
-        train(*flags)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_output_folders(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "gaussian-007").mkdir(parents=True)
-    train(*TINY, "--steps", "1", "--eval-objects", "1")
-    assert (tmp_path / "runs" / "gaussian-008" / "evaluation.json").is_file()
-    assert "runs/gaussian-008 is not empty" in refused(capsys, *TINY, "--out", "runs/gaussian-008")
-    (tmp_path / "file").touch()
-    assert "run folder file/run cannot be written" in refused(capsys, *TINY, "--out", "file/run")
-
-
-def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
-    assert "nowhere is not a folder" in refused(
-        capsys, *TINY, "--data", "nowhere", "--out", tmp_path / "a"
-    )
-    leaking = refused(capsys, *TINY, "--holdout-views", "5", "--out", tmp_path / "a")
-    assert (
-        "5 held-out views, but its rgb features were made without only 4 of 20 frames: use "
-        "--holdout-views 4" in leaking
-    )
-    message = refused(capsys, *TINY, "--features", "dinov2", "--out", tmp_path / "a")
-    assert (
-        " feature_dinov2_16: it fits --features rgb --resolution 64 or --features rgb "
-        "--resolution 16\n" in message
-    )
-    empty = shutil.copytree(finished, tmp_path / "b", ignore=lambda *_: ["checkpoints"])
-    assert "holds no checkpoint" in refused(capsys, "--resume", empty)
-    encoder, decoder = finished / "checkpoints" / "encoder", finished / "checkpoints" / "decoder"
-    assert "not an encoder" in refused(capsys, *TINY, "--encoder", decoder, "--out", tmp_path / "a")
-    message = refused(
-        capsys, *TINY, "--encoder", encoder, "--model.latent", "4", "--out", tmp_path / "a"
-    )
-    assert "the encoder makes 8 latent channels, the decoder takes 4" in message
-    frozen = shutil.copytree(empty, tmp_path / "c")
-    assert f"{frozen} holds no trained encoder: the run is not finished" in refused(
-        capsys, *TINY, "--encoder", frozen
-    )
-    text = (frozen / "config.json").read_text()
-    (frozen / "config.json").write_text(text.replace('"encoder": null', '"encoder": "runs/first"'))
-    message = refused(capsys, *TINY, "--encoder", frozen)
-    assert (
-        f"{frozen} holds no trained encoder: it was trained on that of --encoder runs/first"
-        in message
-    )
-    assert f"{tmp_path} holds no trained encoder: it is not a run folder" in refused(
-        capsys, *TINY, "--encoder", tmp_path
-    )
-    with pytest.raises(ValueError, match="takes features of channels 50, the data has 51"):
-        load_encoder(finished, 51, 16)
-    assert "device 'quantum'" in refused(
-        capsys, *TINY, "--device", "quantum", "--out", tmp_path / "a"
-    )
-    assert "LPIPS weights: absent is not a file" in refused(
-        capsys, *TINY, "--lpips", "absent", "--out", tmp_path / "a"
-    )
-    assert not (tmp_path / "a").exists()  # nothing was started
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_an_absent_gpu_is_named(tmp_path, capsys):
-    assert "sees 0 GPUs" in refused(capsys, *TINY, "--device", "cuda:1", "--out", tmp_path / "a")
-
-
-def test_a_checkpoint_of_another_architecture_or_a_damaged_one_is_named(finished, tmp_path, capsys):
-    run = shutil.copytree(finished, tmp_path / "run")
-    recorded = (run / "config.json").read_text()
-    (run / "config.json").write_text(recorded.replace('"channels": 16', '"channels": 24'))
-    message = refused(capsys, "--resume", run)
-    assert re.search(
-        r"step_00000006.safetensors: decoder\.\S+ has shape \(16,.*\), the model's is \(24,.*\)",
-        message,
-    ), message
-    (run / "config.json").write_text(recorded)
-    newest = checkpoint.newest(run / "checkpoints")
-    newest.write_bytes(newest.read_bytes()[:-100])
-    assert "step_00000006.safetensors is truncated" in refused(capsys, "--resume", run)
-
-
-def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(tmp_path, capsys, monkeypatch):
-    whole = checkpoint.save_file
-
-    def full(tensors, file, metadata):
-        if "step_00000002" in str(file):
-            raise OSError(28, "No space left on device")
-        whole(tensors, file, metadata)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(SystemExit) as stopped:
-        fresh(tmp_path, "--steps", "3", "--save-every", "1")
-    message = capsys.readouterr().err
-    assert (
-        stopped.value.code == 1
-        and "No space left on device" in message
-        and f"--resume {tmp_path}" in message
-    )
-    assert "the newest complete checkpoint is" in message and state(tmp_path)[1]["step"] == 1
-    monkeypatch.undo()
-    train("--resume", tmp_path)
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
-
-
-def test_misspelt_weights_fail_at_once():
-    one = torch.ones(())
-    assert objective.weighted({"l1": one, "kl": 2 * one}, {"l1": 3.0, "kl": 0.5}) == 4
-    with pytest.raises(
-        ValueError, match=r"terms without a weight: \['kl'\]; weights without a term: \['klm'\]"
-    ):
-        objective.weighted({"l1": one, "kl": one}, {"l1": 1.0, "klm": 1.0})
 
 
 def test_deterministic_is_for_the_run_only(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.hash import build_table, neighbours
 from kernels.voxels.window import full_windows, window_partition
-from tests.conftest import golden
-from tests.voxels.test_window import voxels
+from tests.helpers.golden import golden
+from tests.helpers.voxels import voxels
 
 
 def rows(*values):

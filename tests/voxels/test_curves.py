@@ -16,8 +16,8 @@ from kernels.voxels.curves import (
     serialized_windows,
     serialized_windows_reference,
 )
-from tests.conftest import golden
-from tests.voxels.test_window import voxels
+from tests.helpers.golden import golden
+from tests.helpers.voxels import lists, voxels
 
 CASES = {
     "even": ([168, 110, 128], 64, "z_order", 0, 0),
@@ -33,14 +33,6 @@ CASES = {
     "no samples": ([], 4, "z_order", 2, 0),
     "empty samples": ([0, 30, 0, 9, 0], 8, "hilbert", 4, 2),
 }
-
-
-def lists(windows):
-    """(query rows, key rows) of every window."""
-    order, keys = windows.order.tolist(), windows.keys.tolist()
-    ends = zip(windows.starts.tolist(), windows.starts[1:].tolist(), strict=False)
-    key_ends = zip(windows.key_starts.tolist(), windows.key_starts[1:].tolist(), strict=False)
-    return [(order[a:b], keys[c:d]) for (a, b), (c, d) in zip(ends, key_ends, strict=True)]
 
 
 @pytest.mark.parametrize(

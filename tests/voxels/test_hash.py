@@ -16,8 +16,8 @@ from kernels.voxels.hash import (
     neighbours,
     neighbours_reference,
 )
-from tests.conftest import GPU
-from tests.voxels.test_window import voxels
+from tests.helpers.hardware import GPU
+from tests.helpers.voxels import voxels
 
 COORDS = {
     "two samples": lambda: voxels([300, 211]),

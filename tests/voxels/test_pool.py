@@ -7,8 +7,9 @@ from kernels import backend
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.pool import Pooling, pool, pool_reference, pooling, unpool, unpool_reference
 from models import SparseTensor
-from tests.conftest import assert_close, assert_same, golden
-from tests.voxels.test_window import voxels
+from tests.helpers.compare import assert_close, assert_same
+from tests.helpers.golden import golden
+from tests.helpers.voxels import voxels
 
 # rows of each sample
 COUNTS = {"none": [0, 0], "one": [1], "gaps": [70, 0, 40, 0], "tiles": [90, 3]}

@@ -11,27 +11,8 @@ from kernels import backend
 from kernels.voxels import window
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.window import full_windows, window_partition, window_partition_reference
-from tests.conftest import golden
-
-
-def voxels(counts, extent=(11, 7, 16), seed=0):
-    """Distinct random voxels, `counts[b]` of them in sample b, shuffled inside the sample."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for b, n in enumerate(counts):
-        cell = torch.randperm(extent[0] * extent[1] * extent[2], generator=generator)[:n]
-        x = cell // (extent[1] * extent[2])
-        y = cell // extent[2] % extent[1]
-        z = cell % extent[2]
-        parts.append(torch.stack([torch.full_like(x, b), x, y, z], 1))
-    return torch.cat([torch.zeros(0, 4, dtype=torch.long), *parts]).int()
-
-
-def groups(windows):
-    """Rows of each non-empty window, in order."""
-    starts, order = windows.starts.tolist(), windows.order.tolist()
-    return [order[a:b] for a, b in zip(starts, starts[1:], strict=False) if b > a]
-
+from tests.helpers.golden import golden
+from tests.helpers.voxels import groups, voxels
 
 CASES = {
     "even": ([300, 211], 8, 0),

@@ -1,7 +1,8 @@
-"""Runs in process groups of their own, for tests/test_groups.py: what becomes of them when the
-group gets a signal.
+"""Training runs in process groups of their own, and what becomes of them after a signal.
 
-    python -m tests.helpers.groups FOLDER FLAGS...
+tests/prepare/test_groups.py starts this module:
+
+    python -m tests.helpers.run_groups FOLDER FLAGS...
 
 Reads lines "SIGNAL WORKERS WHOM" (the group, its leader or a worker of it), and for each starts a
 run in a process group of its own, sends the signal once a step is logged, and prints what came of
@@ -18,11 +19,14 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401  what the first optimiser would import in every run
 
-from tests.train.test_train import train
+from tests.helpers.runs import train
 from train.run import report
 
-STEPS, SAVE_EVERY = 4000, 3000  # no save before the signal
-START, END = 120.0, 20.0  # seconds, on a machine that has much else to do
+STEPS = 4000
+SAVE_EVERY = 3000  # no save before the signal
+# seconds, on a machine that has much else to do
+START = 120.0
+END = 20.0
 
 
 def members(group: int) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.helpers.shapes import TRIANGLE, Gltf, box, png, square, write_obj
+from tests.helpers.mesh_files import TRIANGLE, Gltf, box, png, square, write_obj
 
 WORDS = [
     "",

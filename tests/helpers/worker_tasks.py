@@ -1,4 +1,4 @@
-"""What the processes of tests/test_workers.py do; they import this alone."""
+"""Tasks of the processes in tests/data/test_workers.py, which import nothing else of the tests."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import time
 
 
 def respond(question):
+    """Answer, fail, die, leave or sleep, as the question says."""
     if question == "pid":
         return os.getpid()
     if isinstance(question, type):

@@ -1,7 +1,7 @@
 """Waits for the device in a training step.
 
-They are of the voxels and the renderer of every micro-batch, the gradient's norm and the row of
-means.
+It waits for the voxels and the renderer of every micro-batch, the norm of the gradient and the row
+of means.
 """
 
 from dataclasses import replace
@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from kernels.camera import Camera
-from tests.helpers.reads import watch_reads
-from tests.models.test_models import randomize, small_encoder
+from tests.helpers.device_waits import watch_waits
+from tests.helpers.models import randomize, small_encoder
 from train.data.batch import Batch, collate
 from train.decoders import DECODERS
 from train.flags import from_cli
@@ -59,7 +59,7 @@ def test_a_step(watched_device, name, data, lpips, tmp_path):
     config = from_cli(name, recipe.presets, [*TINY, *recipe.smallest.split(), *flags], 1)
     run = Run(name, config, recipe.build, Machine(watched_device, 0, 1), recipe.loss)
     batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         row = run.step(batches)
     assert row["skipped"] == 0 and len(seen) == READS.get(name, 1 + 1) * len(batches) + STEP
 
@@ -75,12 +75,12 @@ def test_the_way_of_a_batch(watched_device, tmp_path):
     latents = Latents(randomize(small_encoder()).to(watched_device), tmp_path)
     latents(host.to(watched_device))  # makes the files
     for compared in (2, 0):
-        with watch_reads() as seen:
+        with watch_waits() as seen:
             batch = host.pin_memory().to(watched_device, non_blocking=True)
             assert not seen and len(batch.camera[[2, 0]]) == 2 and len(batch.camera[1]) == 1
             assert not seen and latents(batch).feats.shape == (3, 4)
         assert len(seen) == 1 + compared
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         host.to(watched_device)
     assert len(seen) == 5
 
@@ -94,7 +94,7 @@ def test_an_optimiser(watched_device, muon):
     scale = LossScale()
     optimizer = Optimizer(model.named_parameters(), GradClipper(buffer=1), scale, muon=muon)
     for _ in range(2):
-        with watch_reads() as seen:
+        with watch_waits() as seen:
             optimizer.backward(model["blocks"][0](torch.ones(2, 4, device=watched_device)).sum())
             optimizer.step(1e-3)
         assert len(seen) == 1

@@ -12,6 +12,7 @@ from PIL import Image
 def write_obj(
     folder: Path, name: str, faces: str, materials: str = "", image: np.ndarray | None = None
 ) -> Path:
+    """Write an OBJ, and its materials and its texture if given; returns the OBJ's path."""
     folder.mkdir(parents=True, exist_ok=True)
     if image is not None:
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -110,12 +111,37 @@ UV = np.array([[0, 1], [1, 1], [1, 0], [0, 0]], float)  # v downwards: the pictu
 
 
 def png(pixels) -> bytes:
+    """The bytes of a PNG of these pixels."""
     stream = io.BytesIO()
     Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, "png")
     return stream.getvalue()
 
 
 def square(gltf: Gltf, uv=UV, **fields) -> dict:
+    """A textured square as a primitive of a document."""
     return gltf.primitive(
         SQUARE, TEXCOORD_0=gltf.array(uv), indices=gltf.array([0, 1, 2, 0, 2, 3], "<u2"), **fields
     )
+
+
+AXES = "property double x\nproperty double y\nproperty double z\n"
+HEADER = "ply\nformat {} 1.0\ncomment made by hand\nelement vertex 5\n" + AXES + "{}end_header\n"
+POINTS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [2, 2, 2]], float)
+
+
+def ply(path: Path, kind: str, head: str, rows: list, faces: list, end: bytes = b"") -> Path:
+    """`rows` and `faces`: lists of (format characters, values) of each row."""
+    order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(kind)
+    text = HEADER.format(kind, head).encode()
+    if order is None:
+        text += (
+            "\n".join(" ".join(map(str, values)) for _, values in [*rows, *faces]).encode() + b"\n"
+        )
+    else:
+        text += b"".join(struct.pack(order + fmt, *values) for fmt, values in [*rows, *faces])
+    path.write_bytes(text + end)
+    return path
+
+
+FACES = "element face 2\nproperty list uchar int vertex_indices\n"
+MIXED = [("B4i", (4, 0, 1, 2, 3)), ("B3i", (3, 0, 1, 4))]

@@ -1,6 +1,4 @@
-"""What newcomers hand in by mistake is refused where it comes in, by name, with what was given and
-what is expected.
-"""
+"""Wrong input to public functions: refused at once, by name, with what was given and expected."""
 
 import numpy as np
 import pytest
@@ -19,9 +17,7 @@ from kernels.voxels.coords import check_coords
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.pool import pool
 from kernels.voxels.window import window_partition
-from tests.models.test_mesh import small_decoder as small_mesh
-from tests.models.test_models import batch, small_decoder, small_encoder
-from tests.models.test_radiance import small_decoder as small_radiance
+from tests.helpers.models import batch, small_decoder, small_encoder, small_mesh, small_radiance
 
 MODELS = {
     "encoder": (small_encoder, 5),

@@ -14,13 +14,13 @@ from kernels.voxels.curves import MODES, serialized_windows
 from kernels.voxels.hash import build_table, lookup, neighbours
 from kernels.voxels.pool import pooling
 from kernels.voxels.window import full_windows, window_partition
-from tests.conftest import GPU
-from tests.helpers.draw import DRAWS, Draw
-from tests.helpers.reads import watch_reads
-from tests.mesh.test_render_mesh import scenes
-from tests.models.test_models import batch, randomize, small_decoder, small_encoder
-from tests.models.test_radiance import small_decoder as small_radiance
-from tests.voxels.test_window import voxels
+from tests.helpers.device_waits import watch_waits
+from tests.helpers.hardware import GPU
+from tests.helpers.meshes import scenes
+from tests.helpers.models import batch, randomize, small_decoder, small_encoder, small_radiance
+from tests.helpers.random_inputs import DRAWS
+from tests.helpers.random_inputs.choices import Draw
+from tests.helpers.voxels import voxels
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # all others none
@@ -32,7 +32,7 @@ def reads(forward: Callable, inputs: list[torch.Tensor]) -> list[str]:
     """What waits in `forward`, which returns one tensor or several. In its backward pass nothing
     does.
     """
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         out = forward()
         outputs = [
             t
@@ -62,10 +62,10 @@ def test_ops(watched_device, name):
 def test_coordinates(watched_device):
     coords = voxels([40, 0, 20]).to(watched_device)
     asked = voxels([9]).to(watched_device)
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         cache = SpatialCache(coords, 3)
     assert len(seen) == 1
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         lookup(cache.get(build_table), asked)
         child_neighbours(cache.get(neighbours, 3))
         cache.subdivide().get(neighbours, 3)
@@ -74,7 +74,7 @@ def test_coordinates(watched_device):
         for mode in MODES:
             assert serialized_windows(cache, 3, 16, mode, 4).uses is not None
     assert not seen
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         cache.pool(2), cache.pool(2), cache.get(pooling, 2)
     assert len(seen) == 1  # a coordinate set too
 
@@ -141,10 +141,10 @@ def test_the_watch_sees(watched_device):
         lambda: x.repeat_interleave(x),
         lambda: x.clone().index_put_((x > 1,), x[0]),
     ):
-        with watch_reads() as seen:
+        with watch_waits() as seen:
             wait()
         assert len(seen) == 1
-    with watch_reads() as seen:
+    with watch_waits() as seen:
         torch.tensor([1, 2]).cumsum(0).tolist(), x[x], torch.where(x > 1, x, 0)
         torch.tensor([3]).pin_memory().to(x.device, non_blocking=True)
     assert not seen
