@@ -12,8 +12,8 @@ from kernels.camera import Camera
 from tests.helpers.mesh_files import quad, write_obj
 from train.meshes.read import normalize, read_mesh
 from train.meshes.surface import Material, Mesh
-from train.prepare import command as prepare
 from train.prepare import raycast
+from train.prepare.objects import frame_order
 from train.prepare.raycast import Caster, camera_to_world, direction
 from train.prepare.voxelize import voxelize
 
@@ -54,9 +54,9 @@ def test_poses_look_at_the_origin_with_z_up():
 
 
 def test_held_out_views_are_spread_and_come_last():
-    order = prepare.frame_order(20, 4)
+    order = frame_order(20, 4)
     assert sorted(order) == list(range(20)) and order[-4:] == [2, 7, 12, 17]
-    assert prepare.frame_order(5, 0) == [0, 1, 2, 3, 4]
+    assert frame_order(5, 0) == [0, 1, 2, 3, 4]
 
 
 # voxels

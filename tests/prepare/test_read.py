@@ -14,7 +14,7 @@ from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
 from tests.helpers.mesh_files import FACES, MIXED, POINTS, TRIANGLE, Gltf, ply, square
-from train.meshes.read import read_mesh
+from train.meshes.read import content_hash, read_mesh
 from train.prepare import command as prepare
 from train.prepare import raycast
 from train.prepare.raycast import to_display, to_linear
@@ -354,7 +354,7 @@ def test_damaged_files_end_in_a_message(tmp_path):
             broken[rng.integers(min(len(data), 2500))] = rng.integers(256)
             path.write_bytes(broken)
             try:
-                prepare.content_hash(path)
+                content_hash(path)
                 read_mesh(path)
             except MemoryError:
                 pass
