@@ -20,7 +20,8 @@ from train.run.threads import Threads
 TRIM_THRESHOLD = -1
 MMAP_MAX = -4
 FREE = 1 << 30  # bytes of freed memory that a process keeps at the end of its heap
-HUGE_PAGES, HUGE_PAGE = 14, 1 << 21  # Linux's advice MADV_HUGEPAGE; bytes of such a page
+HUGE_PAGES = 14  # Linux's advice MADV_HUGEPAGE
+HUGE_PAGE = 1 << 21  # bytes
 
 
 def world_size() -> int:
@@ -100,16 +101,17 @@ def keep_freed_memory() -> bool:
 
 
 def _grow_heap(library: ctypes.CDLL, size: int) -> None:
-    """Add `size` bytes to the heap, of huge pages where Linux gives them when asked: a step on a
-    CPU walks through its memory a few times, and addresses of small pages take 6 % of it.
+    """Add `size` bytes to the heap, of huge pages where Linux gives them when asked.
 
-    Pages that are never used take no memory.
+    A step on a CPU walks through its memory a few times, and addresses of small pages take 6 % of
+    it. Pages that are never used take no memory.
     """
     address = ctypes.c_void_p
     library.sbrk.restype = library.malloc.restype = address
     end = library.sbrk(0)
     block = library.malloc(ctypes.c_size_t(size))
-    first, last = -(-end // HUGE_PAGE) * HUGE_PAGE, library.sbrk(0)
+    first = -(-end // HUGE_PAGE) * HUGE_PAGE
+    last = library.sbrk(0)
     if last > first:  # otherwise it had the room, or got none
         library.madvise(address(first), ctypes.c_size_t(last - first), HUGE_PAGES)
     library.free(address(block))
