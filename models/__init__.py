@@ -44,11 +44,11 @@ def published_classes() -> dict[str, type[nn.Module]]:
 
 
 def load_pretrained(prefix: str | Path) -> nn.Module:
-    """Build the model that PREFIX.json names, with the weights of PREFIX.safetensors in fp32.
+    """Build the model that PREFIX.json names and load PREFIX.safetensors into it.
 
-    Published class names are accepted with or without their "Elastic" prefix, and fp16 files.
-    Raises ValueError for a missing or truncated file, an unknown class, unknown arguments and
-    tensors that do not fit, naming each.
+    Weights become fp32. Published class names are accepted with or without their "Elastic" prefix,
+    and fp16 files. Raises ValueError for a missing or truncated file, an unknown class, unknown
+    arguments and tensors that do not fit, naming each.
     """
     name, args, weights = read_pretrained(prefix)
     known = published_classes()

@@ -1,4 +1,4 @@
-"""Weights whose values are not all finite: what finds them, and the error that names them."""
+"""Checks for values that are not finite, and the error that names them."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ class NotFinite(ValueError):
 
 
 def finite(t: Tensor) -> bool:
-    """Whether every value is.
+    """Return True if every value is finite.
 
-    It waits for the device, and takes none of its memory, so it works when that is full.
+    It waits for the device, and needs almost no memory there, so it works when that is full.
     """
     if not t.is_floating_point() or not t.numel():
         return True
@@ -21,13 +21,13 @@ def finite(t: Tensor) -> bool:
 
 
 def portion(t: Tensor) -> str:
-    """How many of a tensor's values are not finite, of how many: a clause."""
+    """Text that says how many of a tensor's values are not finite."""
     bad = int((~t.detach().isfinite()).sum())
     return f"{bad:,} of {t.numel():,} values not finite"
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises NotFinite that names the first tensor which is not finite, and how many values."""
+    """Raise NotFinite if a tensor is not finite; it names the first one and counts its values."""
     bad = [name for name, t in tensors.items() if not finite(t)]
     if bad:
         more = f" (and {len(bad) - 1} other tensors of {len(tensors)})" if len(bad) > 1 else ""

@@ -1,8 +1,8 @@
-"""Latents -> 3D Gaussians: G = N * per_voxel Gaussians, rows voxel-major. Published:
-SLatGaussianDecoder.
+"""Latents -> 3D Gaussians (published: SLatGaussianDecoder).
 
-Each voxel predicts, in this channel order, offsets, colours, scales, rotations and opacities of its
-Gaussians (arXiv 2412.01506; the low-pass filters are those of Mip-Splatting, arXiv 2311.16493).
+N voxels give G = N * num_gaussians Gaussians, those of a voxel in consecutive rows. Each voxel
+predicts, in this channel order, offsets, colours, scales, rotations and opacities of its Gaussians
+(arXiv 2412.01506; the low-pass filters are those of Mip-Splatting, arXiv 2311.16493).
 """
 
 import math
@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from kernels import Camera, Image, splat
@@ -24,7 +25,7 @@ FIELDS = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity
 
 @dataclass(frozen=True)
 class GaussianConfig:
-    """How raw channels become Gaussians: the published `representation_config`, parsed once."""
+    """The rules that turn raw channels into Gaussians: the published `representation_config`."""
 
     # multiplier of each raw field, by published name; 1 if absent
     lr: dict[str, float] = field(default_factory=dict)
@@ -39,7 +40,10 @@ class GaussianConfig:
 
     @classmethod
     def parse(cls, published: dict) -> "GaussianConfig":
-        """Raises ValueError for a key or value that the published configuration does not know."""
+        """Check and convert the published dict.
+
+        Raises ValueError for a key or value that the published configuration does not know.
+        """
         names = {"2d_filter_kernel_size": "kernel_2d", "3d_filter_kernel_size": "kernel_3d"}
         known = {f.name for f in fields(cls)} - set(names.values()) | set(names)
         if unknown := sorted(published.keys() - known):
@@ -76,14 +80,13 @@ class GaussianConfig:
     def scaling_shift(self) -> float:
         """The activation's inverse at scaling_bias."""
         bias = self.scaling_bias
-        return (
-            bias + math.log(-math.expm1(-bias))
-            if self.scaling_activation == "softplus"
-            else math.log(bias)
-        )
+        if self.scaling_activation == "exp":
+            return math.log(bias)
+        return bias + math.log(-math.expm1(-bias))
 
     @property
     def opacity_shift(self) -> float:
+        """The sigmoid's inverse at opacity_bias."""
         return math.log(self.opacity_bias / (1 - self.opacity_bias))
 
 
@@ -99,7 +102,7 @@ class GaussianScene:
     kernel_size: float = 0.1  # screen-space low-pass, px^2
 
     def render(self, camera: Camera, background: Tensor) -> Image:
-        """The scene seen from V views on background [V, 3]."""
+        """Render the scene from V views on background [V, 3]."""
         return self.render_batch([self], camera, [0] * len(camera), background)
 
     @classmethod
@@ -110,7 +113,7 @@ class GaussianScene:
         view_scene: Sequence[int],
         background: Tensor,
     ) -> Image:
-        """Views [V] of B scenes in one launch; models.render is the public name."""
+        """Render V views of B scenes in one launch; models.render is the public name."""
         sizes = {scene.kernel_size for scene in scenes}
         if len(sizes) != 1:
             raise ValueError(f"the scenes of a batch have different kernel sizes: {sorted(sizes)}")
@@ -122,9 +125,7 @@ class GaussianScene:
 
     @classmethod
     def penalties(cls, scenes: Sequence["GaussianScene"]) -> dict[str, Tensor]:
-        """Mean volume of the Gaussians' scales and mean squared transparency, over all Gaussians of
-        the batch.
-        """
+        """Mean volume of scales and mean squared transparency, over all Gaussians of the batch."""
         volume = torch.cat([scene.scale for scene in scenes]).prod(dim=1)
         transparency = torch.cat([scene.opacity for scene in scenes]) - 1
         count = max(len(volume), 1)  # no Gaussians at all: no penalty, not 0 / 0
@@ -132,7 +133,9 @@ class GaussianScene:
 
 
 def _radical_inverse(base: int, n: int) -> float:
-    value, digit = 0.0, 1.0
+    """n's digits in that base, mirrored at the point: a number in [0, 1)."""
+    value = 0.0
+    digit = 1.0
     while n:
         digit /= base
         n, remainder = divmod(n, base)
@@ -141,7 +144,7 @@ def _radical_inverse(base: int, n: int) -> float:
 
 
 def _offset_perturbation(config: GaussianConfig) -> Tensor:  # [per_voxel, 3]
-    """Before tanh: a Hammersley set that spreads the untrained Gaussians of a voxel over it."""
+    """A Hammersley set, before tanh, that spreads the untrained Gaussians of a voxel over it."""
     count = config.num_gaussians
     points = [[k / count, _radical_inverse(2, k), _radical_inverse(3, k)] for k in range(count)]
     return torch.atanh((2 * torch.tensor(points) - 1) / config.voxel_size)
@@ -155,8 +158,8 @@ class GaussianDecoder(Decoder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # the published state dict has it even where offsets are not perturbed; it may be infinite
-        # there
+        # the published state dict has it even where offsets are not perturbed, where it may be
+        # infinite
         self.register_buffer("offset_perturbation", _offset_perturbation(self.config))
         self.idle = () if self.config.perturb_offset else ("offset_perturbation",)
 
@@ -165,12 +168,12 @@ class GaussianDecoder(Decoder):
         return self.scenes(self.fields(z))
 
     def scenes(self, z: SparseTensor) -> list[GaussianScene]:
-        """What the raw output layer [N, channels] means."""
+        """Turn the raw output layer [N, channels] into one scene per sample."""
         config = self.config
-        K = self.config.num_gaussians
+        K = config.num_gaussians
         raw = z.feats.split([*config.fields.values()], dim=1)
         xyz, color, scaling, rotation, opacity = (
-            part.reshape(len(z), K, part.shape[1] // K) * config.lr.get(name, 1.0)
+            rearrange(part, "n (k c) -> n k c", k=K) * config.lr.get(name, 1.0)
             for part, name in zip(raw, config.fields, strict=True)
         )
         if config.perturb_offset:
@@ -185,10 +188,11 @@ class GaussianDecoder(Decoder):
         identity = F.pad(rotation.new_ones(1), (0, 3))
         rotation = F.normalize(rotation + identity, dim=-1)
         opacity = torch.sigmoid(opacity + config.opacity_shift)
+        color = rearrange(color, "n k c -> n k 1 c")  # one spherical-harmonic coefficient
         counts = [n * K for n in z.cache.counts]
         parts = [
-            part.flatten(0, 1).split(counts)
-            for part in (center, scale, rotation, opacity, color.unsqueeze(2))
+            rearrange(part, "n k ... -> (n k) ...").split(counts)
+            for part in (center, scale, rotation, opacity, color)
         ]
         return [GaussianScene(*tensors, config.kernel_2d) for tensors in zip(*parts, strict=True)]
 

@@ -1,31 +1,30 @@
 """The sparse transformer shared by the encoder and the decoders: N voxels, C channels, H heads.
 
 Parameter names are those of the published models (microsoft/TRELLIS), so their checkpoints load
-unchanged. A block is x + attention(norm(x)), then x + mlp(norm(x)). The last products of attention
-and MLP add to the residual stream in place. They have no room for a bias beside it, so the stream
-goes without biases: their sum, a vector, is handed on, and every norm adds it to what it reads.
-Parameters stay fp32; the trunk computes in `activation_dtype`.
+unchanged. A block is x = x + attention(norm(x)); x = x + mlp(norm(x)). Parameters stay fp32; the
+transformer computes in `activation_dtype`.
 """
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
     SpatialCache,
     Windows,
+    add_layer_norm,
     full_windows,
     gelu,
-    stream_norm,
+    layer_norm,
     window_attention,
     window_partition,
 )
-from kernels.checks import check_whole
-from kernels.norm.layer import alterable
 from kernels.voxels.curves import MODES as CURVES
 from kernels.voxels.curves import serialized_windows
-from models.graphs import Graphs
 
 BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5
 CURVE_SHIFT = 16  # voxels by which "shift_window" moves every other block's curve
@@ -33,34 +32,39 @@ ATTENTION_MODES = ("full", "swin", "shift_window", "shift_sequence", "shift_orde
 POSITION_MODES = ("ape", "rope")
 
 
-def position_embedding(cache: SpatialCache, channels: int) -> Tensor:  # [N, C] fp32
-    """Absolute sine embedding of raw voxel coordinates: per axis [sin | cos], axes x, y, z, zeros
-    at the end to C.
-    """
-    frequencies = channels // 3 // 2
+def _angles(cache: SpatialCache, frequencies: int) -> Tensor:  # [N, 3, frequencies] fp32
+    """Voxel coordinates times the frequencies 10000 ** (-k / frequencies), for axes x, y, z."""
     k = torch.arange(frequencies, dtype=torch.float32, device=cache.coords.device)
-    phases = cache.coords[:, 1:, None].float() * (1.0 / 10000 ** (k / frequencies))
-    embedding = torch.cat([phases.sin(), phases.cos()], dim=-1).flatten(1)
+    return cache.coords[:, 1:, None].float() * (1.0 / 10000 ** (k / frequencies))
+
+
+def position_embedding(cache: SpatialCache, channels: int) -> Tensor:  # [N, C] fp32
+    """Absolute sine embedding of voxel coordinates.
+
+    Channels are [sin | cos] of axis x, then y, then z; zeros fill up to C.
+    """
+    angles = _angles(cache, channels // 3 // 2)
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
     return F.pad(embedding, (0, channels - embedding.shape[1]))
 
 
 def rotary_phases(cache: SpatialCache, channels: int) -> Tensor:  # [N, C / 2] complex64
-    """Rotations of the C channels of a head by raw voxel coordinates, axes x, y, z; channels that
-    are left over stay.
+    """Rotations of a head's C channels by voxel coordinates.
+
+    Pairs of channels turn by axis x, then y, then z; pairs that are left over do not turn.
     """
-    frequencies = channels // 3 // 2
-    k = torch.arange(frequencies, dtype=torch.float32, device=cache.coords.device)
-    angles = (cache.coords[:, 1:, None].float() * (1.0 / 10000 ** (k / frequencies))).flatten(1)
+    angles = _angles(cache, channels // 3 // 2).flatten(1)
     angles = F.pad(angles, (0, channels // 2 - angles.shape[1]))
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def shifted_windows(cache: SpatialCache, window: int, shift: int) -> Windows:
-    """Cubic windows of `window` voxels a side, moved by `shift` along every axis."""
+    """Cubic windows of `window` voxels a side, moved by `shift` voxels along every axis."""
     return window_partition(cache, cache.batch_size, window, shift)
 
 
 def whole_samples(cache: SpatialCache) -> Windows:
+    """One window for each sample."""
     return full_windows(cache)
 
 
@@ -72,8 +76,9 @@ def curve_windows(
 
 
 def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
-    """How block i gets its windows from a SpatialCache: a function and its arguments after the
-    cache.
+    """The recipe for the windows of block i.
+
+    It is a function whose first argument is a SpatialCache, followed by its other arguments.
     """
     odd = i % 2
     if attn_mode == "full":
@@ -87,31 +92,16 @@ def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
     return curve_windows, window_size, CURVES[i % len(CURVES)], 0, 0  # shift_order
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with weights rounded to x's dtype."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear with weight and bias rounded to x's dtype."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        # few CPUs multiply 16-bit matrices: the same operands, summed in fp32 as a GPU does, many
-        # times faster
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(
-            x.dtype
-        )
+        # Few CPUs multiply 16-bit matrices. The same operands summed in fp32, as a GPU does, are
+        # many times faster.
+        bias = None if bias is None else bias.float()
+        return F.linear(x.float(), weight.float(), bias).to(x.dtype)
     return F.linear(x, weight, bias)
-
-
-def add_product(stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """stream [N, C] + x weight^T, rounded once; in the stream's memory if that is `alterable`, and
-    not for 16 bits on a CPU.
-
-    Under torch.autocast the product is rounded first, and added to a new stream.
-    """
-    if torch.is_autocast_enabled(stream.device.type):
-        return stream + linear(x, weight, None)
-    weight = weight.to(stream.dtype).t()
-    if stream.device.type == "cpu" and stream.dtype in (torch.float16, torch.bfloat16):
-        return torch.addmm(stream.float(), x.float(), weight.float()).to(stream.dtype)
-    return stream.addmm_(x, weight) if alterable(stream) else torch.addmm(stream, x, weight)
 
 
 class Linear(nn.Linear):
@@ -121,10 +111,18 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class HeadRMSNorm(nn.Module):
-    """The scale of an RMS norm over each head's channels; the norm itself is fused into the
-    attention.
+class LinearGELU(Linear):
+    """A linear layer and a GELU.
+
+    The GELU adds the bias: its gradient is then summed in the pass that makes the GELU's.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(linear(x, self.weight), self.bias)
+
+
+class HeadRMSNorm(nn.Module):
+    """The scale of an RMS norm over each head's channels; attention computes the norm itself."""
 
     def __init__(self, heads: int, channels: int):
         super().__init__()
@@ -132,9 +130,7 @@ class HeadRMSNorm(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows of voxels, which `windows` (see `block_windows`)
-    makes.
-    """
+    """Multi-head self-attention inside windows of voxels; `windows` comes from `block_windows`."""
 
     def __init__(
         self, channels: int, heads: int, windows: tuple, use_rope: bool, qk_rms_norm: bool
@@ -151,47 +147,38 @@ class WindowAttention(nn.Module):
         self.qk_rms_norm = qk_rms_norm
 
     def look_up(self, cache: SpatialCache) -> tuple[Windows, Tensor | None]:
-        """What is derived from coordinates: the windows, and with use_rope the phases."""
-        channels = self.to_out.in_features // self.heads
-        return cache.get(*self.windows), cache.get(
-            rotary_phases, channels
-        ) if self.use_rope else None
+        """The windows and, with use_rope, the rotary phases of the cache's voxels."""
+        windows = cache.get(*self.windows)
+        if not self.use_rope:
+            return windows, None
+        return windows, cache.get(rotary_phases, self.to_out.in_features // self.heads)
 
-    def forward(self, stream: Tensor, x: Tensor, cache: SpatialCache) -> Tensor:
-        """Add attention of x [N, C] to the stream, but for the bias of to_out."""
-        qkv = self.to_qkv(x).view(len(x), 3, self.heads, x.shape[1] // self.heads)
-        gammas = (
-            {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma}
-            if self.qk_rms_norm
-            else {}
-        )
+    def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, C] -> [N, C]
         windows, phases = self.look_up(cache)
+        gammas = {}
+        if self.qk_rms_norm:
+            gammas = {"q_gamma": self.q_rms_norm.gamma, "k_gamma": self.k_rms_norm.gamma}
+        qkv = rearrange(self.to_qkv(x), "n (three h d) -> n three h d", three=3, h=self.heads)
         out = window_attention(qkv, windows, **gammas, phases=phases)
-        return add_product(stream, out.flatten(1), self.to_out.weight)
+        return self.to_out(rearrange(out, "n h d -> n (h d)"))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU, which adds the first one's bias."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         hidden = int(channels * ratio)
-        # the published names
-        self.mlp = nn.ModuleDict({"0": Linear(channels, hidden), "2": Linear(hidden, channels)})
+        # the names under which published weights are stored
+        layers = {"0": LinearGELU(channels, hidden), "2": Linear(hidden, channels)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, stream: Tensor, x: Tensor) -> Tensor:
-        """Add the MLP of x [N, C] to the stream, but for the second layer's bias."""
-        up, down = self.mlp.values()
-        return add_product(stream, gelu(linear(x, up.weight, None), up.bias), down.weight)
+    def forward(self, x: Tensor) -> Tensor:  # [N, C] -> [N, C]
+        return self.mlp(x)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a residual stream x [N, C], which it adds to in place: a hook
-    that keeps it sees it change.
-
-    Of attn.to_out and mlp.mlp["2"] it takes the weights and biases and does not call them, so their
-    own hooks do not run.
-    """
+    """Pre-norm transformer block: x = x + attention(norm(x)); x = x + mlp(norm(x))."""
 
     def __init__(
         self,
@@ -206,35 +193,26 @@ class Block(nn.Module):
         self.attn = WindowAttention(channels, heads, windows, use_rope, qk_rms_norm)
         self.mlp = MLP(channels, mlp_ratio)
 
-    def forward(self, x: Tensor, bias: Tensor | None, cache: SpatialCache) -> tuple[Tensor, Tensor]:
-        """Take the stream and the sum [C] of the biases that it lacks, None for no bias; return the
-        same pair.
-        """
-        x, normed = stream_norm(x, BLOCK_EPS, bias)
-        x = self.attn(x, normed, cache)
-        own = self.attn.to_out.bias
-        bias = own if bias is None else bias + own
-        x, normed = stream_norm(x, BLOCK_EPS, bias)
-        return self.mlp(x, normed), bias + self.mlp.mlp["2"].bias
-
-    def on_a_copy(
-        self, x: Tensor, bias: Tensor | None, cache: SpatialCache
-    ) -> tuple[Tensor, Tensor]:
-        """The same, and x stays as it is: what is computed again needs the input that it had."""
-        return self(x.clone(), bias, cache)
+    def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, C] -> [N, C]
+        h = self.attn(layer_norm(x, BLOCK_EPS), cache)
+        x, normed = add_layer_norm(x, h, BLOCK_EPS)  # x + h and its norm, in one pass
+        return x + self.mlp(normed)
 
 
 class Trunk(nn.Module):
     """Input layer, position embedding and blocks: [N, in_channels] -> [N, C] in the input's dtype.
 
-    `attn_mode`: "swin" alternates cubes of window_size voxels a side at shift 0 and window_size //
-    2; "full" attends within the whole sample. The others attend to window_size voxels along a curve
-    and alternate what is in them: "shift_window" moves the z-order curve by 16 voxels,
-    "shift_sequence" the windows along it by half of one, "shift_order" takes z-order, transposed
-    z-order, Hilbert and transposed Hilbert curves in turn. `pe_mode`: "ape" adds a sine embedding
-    to the features, "rope" rotates each head's queries and keys instead (where the published code
-    rotates by phases of all heads' channels together, and fails). Raises ValueError for heads that
-    do not divide the channels, window_size < 1 and unknown modes.
+    attn_mode   windows of the blocks
+      swin              cubes of window_size voxels a side, shifted by 0 and half a side in turn
+      full              the whole sample
+      shift_window      window_size voxels along the z-order curve, which moves by 0 and 16 voxels
+      shift_sequence    the same, windows moved along the curve by 0 and half of one
+      shift_order       the same along z-order, transposed z-order, Hilbert and transposed Hilbert
+                        curves in turn
+    pe_mode     "ape" adds a sine embedding to the features; "rope" rotates each head's queries and
+                keys (the published code rotates by phases of all heads' channels, and fails)
+
+    Raises ValueError for heads that do not divide the channels, window_size < 1 and unknown modes.
     """
 
     resolution: int | None = None  # voxels along a side of the model's grid; None: any
@@ -276,7 +254,6 @@ class Trunk(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.attn_mode = attn_mode
         self.pe_mode = pe_mode
-        self.graphs: Graphs | None = None
         self.activation_dtype = torch.float16 if use_fp16 else torch.float32
         self.input_layer = nn.Linear(in_channels, model_channels)
         self.blocks = nn.ModuleList(
@@ -292,8 +269,9 @@ class Trunk(nn.Module):
         )
 
     def initialize(self) -> None:
-        """Xavier weights and zero biases in every linear layer, a zero output layer (the published
-        initialisation).
+        """Set Xavier weights and zero biases in every linear layer, and a zero output layer.
+
+        This is the published initialisation.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -307,41 +285,42 @@ class Trunk(nn.Module):
             raise ValueError(f"activation dtype {dtype} is not one of float32, float16, bfloat16")
         self.activation_dtype = dtype
 
-    def use_graphs(self, most: int) -> None:
-        """Run the layers before the output layer as CUDA graphs where there are at most that many
-        voxels; 0: nowhere.
-
-        A pass must then be differentiated before the model runs again, hooks on what is inside run
-        only while a size is recorded, and where modules inside are replaced, this is to be called
-        again (see models.graphs). Raises ValueError for a model that is not on a GPU, for attention
-        other than "swin" (whose windows alone have sizes that follow from the number of voxels) and
-        below 0.
-        """
-        check_whole("graphs of at most so many voxels", most, 0)
-        if most and (self.attn_mode != "swin" or self.resolution is None):
-            raise ValueError(
-                f"graphs need attn_mode swin and a resolution, not {self.attn_mode!r} and "
-                f"{self.resolution}"
-            )
-        self.graphs = Graphs(self, most) if most else None
-
     def compute_dtype(self, feats: Tensor) -> torch.dtype:
-        """What the layers between input and output layer compute in: activation_dtype, or the
-        features' own dtype for fp32.
-        """
+        """The dtype between input and output layer: activation_dtype; for fp32 that of feats."""
         return feats.dtype if self.activation_dtype == torch.float32 else self.activation_dtype
 
-    def trunk(self, feats: Tensor, cache: SpatialCache) -> Tensor:
-        """The features before the output layer's norm. Raises ValueError for features and voxels
-        that are not the model's.
+    def trunk(self, feats: Tensor, cache: SpatialCache) -> Tensor:  # [N, in_channels] -> [N, C]
+        """Compute the features before the output layer's norm.
+
+        Raises ValueError for features whose channels or dtype are not the model's, and for voxels
+        outside its grid.
         """
+        self._check(feats, cache)
+        x = self.input_layer(feats)
+        if self.pe_mode == "ape":
+            x = x + cache.get(position_embedding, self.model_channels)
+        x = x.to(self.compute_dtype(feats))
+        recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
+        if recompute:
+            # torch.compile allows no side effect, such as a cache that fills, in what is
+            # computed again
+            for block in self.blocks:
+                block.attn.look_up(cache)
+        for block in self.blocks:
+            if recompute:
+                x = checkpoint(block, x, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cache)
+        return x.to(feats.dtype)
+
+    def _check(self, feats: Tensor, cache: SpatialCache) -> None:
         if feats.shape[1] != self.input_layer.in_features:
             raise ValueError(
                 f"features have {feats.shape[1]} channels, the model takes "
                 f"{self.input_layer.in_features}"
             )
         expected = self.input_layer.weight.dtype
-        # which converts them itself
+        # autocast converts features itself
         if feats.dtype != expected and not torch.is_autocast_enabled(feats.device.type):
             raise ValueError(
                 f"features are {feats.dtype}, the model takes {expected}: convert them with "
@@ -350,32 +329,5 @@ class Trunk(nn.Module):
         if self.resolution is not None and max(cache.extent) > self.resolution:
             raise ValueError(
                 f"a voxel has the coordinate {max(cache.extent) - 1}, the model's resolution is "
-                f"{self.resolution}: its voxels "
-                f"have 0 to {self.resolution - 1}"
+                f"{self.resolution}: its voxels have 0 to {self.resolution - 1}"
             )
-        if self.graphs is not None and 0 < len(feats) <= self.graphs.most:
-            return self.graphs(
-                feats, cache, self.activation_dtype, self.use_checkpoint and self.training
-            )
-        return self.compute(feats, cache)
-
-    def compute(self, feats: Tensor, cache: SpatialCache) -> Tensor:
-        """`trunk` without its checks."""
-        x = self.input_layer(feats)
-        if self.pe_mode == "ape":
-            x = x + cache.get(position_embedding, self.model_channels)
-        x = x.to(self.compute_dtype(feats))
-        bias = None
-        recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
-        # torch.compile allows no side effects, as a cache that fills, in what is computed again
-        if recompute:
-            for block in self.blocks:
-                block.attn.look_up(cache)
-        for block in self.blocks:
-            if recompute:
-                x, bias = checkpoint(
-                    block.on_a_copy, x, bias, cache, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, bias = block(x, bias, cache)
-        return (x + bias).to(feats.dtype)

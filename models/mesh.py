@@ -1,10 +1,10 @@
-"""Latents -> a triangle mesh: N voxels become 64 N small cubes, whose fields become a surface.
-Published: SLatMeshDecoder.
+"""Latents -> a triangle mesh (published: SLatMeshDecoder).
 
-Two subdivisions after the transformer give four times the resolution; each small cube predicts the
-signed distance, the displacement and the colour of its corners and the weights that place the
-surface inside it (arXiv 2412.01506; the surface is that of FlexiCubes, arXiv 2308.05371). An
-untrained decoder puts the surface around all active voxels.
+N voxels become 64 N small cubes, whose fields become a surface. Two subdivisions after the
+transformer give four times the resolution; each small cube predicts the signed distance, the
+displacement and the colour of its corners and the weights that place the surface inside it (arXiv
+2412.01506; the surface is that of FlexiCubes, arXiv 2308.05371). An untrained decoder puts the
+surface around all active voxels.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from dataclasses import fields as fields_of
 from itertools import accumulate
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import Camera, Image, isosurface, render_mesh
@@ -23,14 +24,15 @@ from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder
 
 # world units; published training ends at 3, beyond whatever its cameras can see of the unit cube
-NEAR, FAR = 1.0, 100.0
+NEAR = 1.0
+FAR = 100.0
 GROUPS = 32  # of the group norms, the last of which has model_channels / 8
 SUBDIVIDED = 4  # cubes along the side of a voxel
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """What a corner predicts: the published `representation_config`, parsed once."""
+    """The predictions of a corner: the published `representation_config`, parsed once."""
 
     use_color: bool = False  # and with it the normal_map
     # what moves them in training, see render_mesh; "edges" as published, "pixels" is ours
@@ -38,7 +40,10 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, published: dict) -> "MeshConfig":
-        """Raises ValueError for a key or value that the published configuration does not know."""
+        """Check and convert the published dict.
+
+        Raises ValueError for a key or value that the published configuration does not know.
+        """
         known = {f.name for f in fields_of(cls)}
         if unknown := sorted(published.keys() - known):
             raise ValueError(
@@ -75,8 +80,9 @@ class MeshScene:
     silhouettes: str = "edges"  # what moves them, see render_mesh
 
     def render(self, camera: Camera, background: Tensor, ssaa: int = 1) -> Image:
-        """The scene seen from V views on background [V, 3]; ssaa > 1 renders larger and shrinks
-        (published evaluation: 4).
+        """Render the scene from V views on background [V, 3].
+
+        ssaa > 1 renders that many times larger and shrinks (published evaluation: 4).
         """
         return self.render_batch([self], camera, [0] * len(camera), background, ssaa)
 
@@ -89,7 +95,7 @@ class MeshScene:
         background: Tensor,
         ssaa: int = 1,
     ) -> Image:
-        """Views [V] of B scenes in one launch; models.render is the public name.
+        """Render V views of B scenes in one launch; models.render is the public name.
 
         Unlit colours (None without), alpha the coverage, depth the camera's z (0 in the
         background), normal (n + 1) / 2 of the faces in world axes (0.5 in the background); as
@@ -105,21 +111,18 @@ class MeshScene:
         attributes = None
         if scenes[0].color is not None:
             attributes = torch.cat([torch.cat([scene.color, scene.normal], 1) for scene in scenes])
-        starts = [
-            [0, *accumulate(len(getattr(scene, name)) for scene in scenes)]
-            for name in ("vertices", "faces")
-        ]
-        vertices, faces = (
-            torch.cat([getattr(scene, name) for scene in scenes]) for name in ("vertices", "faces")
+        vertices = torch.cat([scene.vertices for scene in scenes])
+        faces = torch.cat([scene.faces for scene in scenes])
+        starts = (
+            [0, *accumulate(len(scene.vertices) for scene in scenes)],
+            [0, *accumulate(len(scene.faces) for scene in scenes)],
         )
         image = render_mesh(
             vertices, faces, attributes, *starts, camera, view_scene, NEAR, FAR, ssaa, kinds.pop()
         )
-        color = (
-            None
-            if attributes is None
-            else image.color + (1 - image.alpha) * background[:, :, None, None]
-        )
+        color = None
+        if attributes is not None:
+            color = image.color + (1 - image.alpha) * rearrange(background, "v c -> v c 1 1")
         return Image(color, image.alpha, image.depth, image.normal, image.normal_map)
 
     @classmethod
@@ -154,7 +157,8 @@ class MeshDecoder(Decoder):
             for channels, out in ((C, C // 4), (C // 4, C // 8))
         )
         self.out_layer = nn.Linear(C // 8, sum(self.config.fields.values()))  # no norm before it
-        nn.init.zeros_(self.out_layer.weight), nn.init.zeros_(self.out_layer.bias)
+        nn.init.zeros_(self.out_layer.weight)
+        nn.init.zeros_(self.out_layer.bias)
 
     def fields(self, z: SparseTensor) -> SparseTensor:
         """The raw output layer on the 64 N cubes, channels in the published order."""
@@ -166,47 +170,42 @@ class MeshDecoder(Decoder):
         return SparseTensor(self.out_layer(h.to(z.feats.dtype)), cache=cache)
 
     def forward(self, z: SparseTensor) -> list[MeshScene]:
-        """One scene per sample; a sample without voxels, or whose field has one sign, gives a scene
-        without faces.
+        """One scene per sample.
+
+        A sample without voxels, or whose field has one sign, gives a scene without faces.
         """
         fields = self.fields(z)
         resolution = SUBDIVIDED * self.resolution
         surfaces = isosurface(fields.cache, fields.feats, resolution, self.training)
-        sizes = {
-            name: _sizes(getattr(surfaces, f"{name}_starts")) for name in ("vertex", "face", "tsdf")
-        }
-        parts = [
-            surfaces.vertices.split(sizes["vertex"]),
-            surfaces.faces.split(sizes["face"]),
-            surfaces.attributes.split(sizes["vertex"]),
-            surfaces.tsdf_position.split(sizes["tsdf"]),
-            surfaces.tsdf_value.split(sizes["tsdf"]),
-            surfaces.regularizer.unbind(),
-            surfaces.vertex_starts[:-1].tolist(),
-        ]
+        # on the host
+        vertex_counts = surfaces.vertex_starts.diff().tolist()
+        face_counts = surfaces.face_starts.diff().tolist()
+        tsdf_counts = surfaces.tsdf_starts.diff().tolist()
+        vertices = surfaces.vertices.split(vertex_counts)
+        faces = surfaces.faces.split(face_counts)
+        attributes = surfaces.attributes.split(vertex_counts)
+        tsdf_position = surfaces.tsdf_position.split(tsdf_counts)
+        tsdf_value = surfaces.tsdf_value.split(tsdf_counts)
+        regularization = surfaces.regularizer.unbind()
         scenes = []
-        for vertices, faces, attributes, position, value, regularization, first in zip(
-            *parts, strict=True
-        ):
-            color, normal = attributes.split(3, dim=1) if self.config.use_color else (None, None)
+        for b, first in enumerate(surfaces.vertex_starts[:-1].tolist()):
+            color = normal = None
+            if self.config.use_color:
+                color, normal = attributes[b].split(3, dim=1)
             scenes.append(
                 MeshScene(
-                    vertices,
-                    faces - first,
-                    color,
-                    normal,
-                    position,
-                    value,
-                    regularization,
-                    resolution,
-                    self.config.silhouettes,
+                    vertices=vertices[b],
+                    faces=faces[b] - first,
+                    color=color,
+                    normal=normal,
+                    tsdf_position=tsdf_position[b],
+                    tsdf_value=tsdf_value[b],
+                    regularization=regularization[b],
+                    resolution=resolution,
+                    silhouettes=self.config.silhouettes,
                 )
             )
         return scenes
-
-
-def _sizes(starts: Tensor) -> list[int]:  # [B + 1] on the host
-    return starts.diff().tolist()
 
 
 class MeshVAE(VAE):

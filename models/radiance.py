@@ -1,4 +1,4 @@
-"""Latents -> a radiance field in N sparse voxels. Published: SLatRadianceFieldDecoder.
+"""Latents -> a radiance field in N sparse voxels (published: SLatRadianceFieldDecoder).
 
 Each voxel holds a small tensor of rank R in CP form ("trivec": R vectors of n numbers along each
 axis), whose R products at a point weight R densities and R colours (arXiv 2412.01506; the
@@ -12,6 +12,7 @@ from dataclasses import fields as fields_of
 from itertools import accumulate
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kernels import Camera, Image, raymarch
@@ -34,7 +35,7 @@ class RadianceConfig:
 
     @classmethod
     def parse(cls, published: dict) -> "RadianceConfig":
-        """Raises ValueError for a key or value that cannot be."""
+        """Check and convert the dict. Raises ValueError for a key or value that is not possible."""
         known = {f.name for f in fields_of(cls)}
         if unknown := sorted(published.keys() - known):
             raise ValueError(
@@ -62,18 +63,16 @@ class RadianceConfig:
 
 @dataclass
 class RadianceScene:
-    """The radiance field of one object, on a grid of `resolution` voxels along each side of the
-    unit cube.
-    """
+    """The radiance field of one object, in N voxels of a grid over the unit cube."""
 
     position: Tensor  # [N, 3] voxel centres in [0, 1]
     trivec: Tensor  # [N, R, 3, n]
     density: Tensor  # [N, R]
     color: Tensor  # [N, R, 1, 3] spherical-harmonic coefficients
-    resolution: int
+    resolution: int  # voxels along each side of the cube
 
     def render(self, camera: Camera, background: Tensor) -> Image:
-        """The scene seen from V views on background [V, 3]."""
+        """Render the scene from V views on background [V, 3]."""
         return self.render_batch([self], camera, [0] * len(camera), background)
 
     @classmethod
@@ -84,7 +83,7 @@ class RadianceScene:
         view_scene: Sequence[int],
         background: Tensor,
     ) -> Image:
-        """Views [V] of B scenes in one launch; models.render is the public name.
+        """Render V views of B scenes in one launch; models.render is the public name.
 
         Where gradients are recorded every ray starts its samples at a random offset, as published;
         elsewhere at half a step, so that pictures and scores repeat.
@@ -98,25 +97,21 @@ class RadianceScene:
             torch.cat([getattr(scene, name) for scene in scenes])
             for name in ("position", "trivec", "density", "color")
         ]
-        offset = (
-            None
-            if torch.is_grad_enabled()
-            else background.new_full((len(camera), camera.height, camera.width), 0.5)
-        )
+        offset = None
+        if not torch.is_grad_enabled():
+            offset = background.new_full((len(camera), camera.height, camera.width), 0.5)
         return raymarch(
             *tensors, starts, camera, view_scene, background, sizes.pop(), offset=offset
         )
 
     @classmethod
     def penalties(cls, scenes: Sequence["RadianceScene"]) -> dict[str, Tensor]:
-        """None: a radiance field trains on its pictures alone."""
+        """No penalties: a radiance field trains on its pictures alone."""
         return {}
 
 
 class RadianceDecoder(Decoder):
-    """Latents [N, latent_channels] -> a RadianceScene per sample (published:
-    SLatRadianceFieldDecoder).
-    """
+    """Latents [N, latent_channels] -> a RadianceScene per sample."""
 
     NAME = "SLatRadianceFieldDecoder"
     CONFIG = RadianceConfig
@@ -124,22 +119,18 @@ class RadianceDecoder(Decoder):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.config.trivec_std:
-            torch.nn.init.normal_(
-                self.out_layer.bias[: self.config.fields["trivec"]], std=self.config.trivec_std
-            )
+            bias = self.out_layer.bias[: self.config.fields["trivec"]]
+            torch.nn.init.normal_(bias, std=self.config.trivec_std)
 
     def forward(self, z: SparseTensor) -> list[RadianceScene]:
         """One scene per sample; a sample without voxels gives a field without voxels."""
-        R, n = self.config.rank, self.config.dim
-        trivec, density, color = self.fields(z).feats.split([*self.config.fields.values()], dim=1)
+        config = self.config
+        trivec, density, color = self.fields(z).feats.split([*config.fields.values()], dim=1)
         position = (z.coords[:, 1:].to(trivec.dtype) + 0.5) / self.resolution
-        tensors = (
-            position,
-            trivec.view(-1, R, 3, n) + 1,
-            density * self.config.density_scale,
-            color.view(-1, R, 1, 3),
-        )
-        parts = [tensor.split(z.cache.counts) for tensor in tensors]
+        trivec = rearrange(trivec, "n (r xyz d) -> n r xyz d", r=config.rank, xyz=3) + 1
+        density = density * config.density_scale
+        color = rearrange(color, "n (r rgb) -> n r 1 rgb", r=config.rank)
+        parts = [part.split(z.cache.counts) for part in (position, trivec, density, color)]
         return [RadianceScene(*scene, self.resolution) for scene in zip(*parts, strict=True)]
 
 

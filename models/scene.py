@@ -1,4 +1,4 @@
-"""What every decoder returns: a Scene that renders to an Image. B scenes, V views."""
+"""Scenes, which every decoder returns and which render to an Image: B scenes, V views."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from kernels import Camera, Image
 
 
 class Scene(Protocol):
-    """One decoded object: named tensors, a renderer for a batch of its kind and the penalties of
-    its training.
-    """
+    """One decoded object: named tensors, a renderer for a batch of its kind, and its penalties."""
 
     def render(self, camera: Camera, background: Tensor) -> Image: ...
 
@@ -41,7 +39,7 @@ def _kind(scenes: Sequence[Scene]) -> type[Scene]:
 def render(
     scenes: Sequence[Scene],  # B of one kind
     camera: Camera,  # V views
-    view_scene: Sequence[int],  # [V] which scene each view looks at; host data
+    view_scene: Sequence[int],  # [V] the scene that each view looks at; host data
     background: Tensor,  # [V, 3]
 ) -> Image:
     """Render a batch of scenes and views in one launch of each kernel.

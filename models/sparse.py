@@ -1,5 +1,6 @@
 """SparseTensor: a feature row for each of N voxels of a batch of scenes."""
 
+from einops import repeat
 from torch import Tensor
 
 from kernels import SpatialCache, pool, pooling, unpool
@@ -7,14 +8,13 @@ from kernels.checks import check_tensors
 
 
 class SparseTensor:
-    """Features [N, C] on voxels [N, 4] int32, columns (batch, x, y, z), the rows of one sample
-    contiguous.
+    """Features [N, C] on voxels [N, 4] int32, whose columns are batch, x, y, z.
 
-    Tensors over the same voxels share one SpatialCache, so what is derived from coordinates
-    (windows, neighbours, position embeddings) is made once. `batch_size` keeps empty samples at the
-    end of a batch; without it the last sample is the one of the last row. Raises ValueError for
-    coordinates that SpatialCache rejects and for a row count that differs from the features';
-    TypeError for what is no tensor.
+    The rows of one sample are contiguous. Tensors over the same voxels share one SpatialCache, so
+    what is derived from coordinates (windows, neighbours, position embeddings) is made once.
+    `batch_size` keeps empty samples at the end of a batch; without it the last sample is the one of
+    the last row. Raises ValueError for coordinates that SpatialCache rejects and for a row count
+    that differs from the features'; TypeError for what is no tensor.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class SparseTensor:
         return self.cache.batch_size
 
     def replace(self, feats: Tensor) -> "SparseTensor":
-        """Other features on the same voxels."""
+        """Put other features on the same voxels."""
         return SparseTensor(feats, cache=self.cache)
 
     def pool(self, factor: int = 2) -> "SparseTensor":
-        """The coarser voxels that hold these, each with the mean of its children's features.
+        """Merge voxels into coarser ones, each with the mean of its children's features.
 
         Raises ValueError for a factor below 1.
         """
@@ -65,7 +65,7 @@ class SparseTensor:
         return SparseTensor(pool(self.feats, self.cache.get(pooling, factor)), cache=coarse)
 
     def unpool(self, factor: int = 2) -> "SparseTensor":
-        """The voxels that were pooled into these by that factor, each with its parent's features.
+        """Return to the voxels that were pooled into these, each with its parent's features.
 
         Raises ValueError for voxels that no `pool(factor)` made.
         """
@@ -73,13 +73,12 @@ class SparseTensor:
         return SparseTensor(unpool(self.feats, fine.get(pooling, factor)), cache=fine)
 
     def subdivide(self) -> "SparseTensor":
-        """Every voxel as its 8 children at twice the resolution, each with its features.
+        """Split every voxel into its 8 children at twice the resolution, with its features.
 
         Raises ValueError where a child would lie beyond the largest coordinate.
         """
-        return SparseTensor(
-            self.feats[:, None].expand(-1, 8, -1).flatten(0, 1), cache=self.cache.subdivide()
-        )
+        feats = repeat(self.feats, "n c -> (n children) c", children=8)
+        return SparseTensor(feats, cache=self.cache.subdivide())
 
     def split(self) -> tuple[Tensor, ...]:
         """The feature rows of each sample, empty ones included."""

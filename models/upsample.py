@@ -1,12 +1,12 @@
-"""Sparse convolutions, group norm and the block that doubles the resolution: N voxels, C channels;
-8N children.
+"""Sparse convolutions, group norm and the block that doubles the resolution.
 
-Parameter names and shapes are those of the published mesh decoder (microsoft/TRELLIS), so its
-checkpoints load unchanged. Parameters stay fp32; a layer computes in its input's dtype, sums and
-statistics in fp32.
+N voxels with C channels have 8N children. Parameter names and shapes are those of the published
+mesh decoder (microsoft/TRELLIS), so its checkpoints load unchanged. Parameters stay fp32; a layer
+computes in its input's dtype, sums and statistics in fp32.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import (
@@ -25,8 +25,9 @@ SKIP_WEIGHTS = ("linear", "spconv")
 
 
 class _Kernel(nn.Module):
-    """Weight [Co, k, k, k, Ci] and bias [Co] of a convolution, uniform in +-1 / sqrt(k^3 Ci) as
-    spconv initialises them.
+    """Weight [Co, k, k, k, Ci] and bias [Co] of a convolution.
+
+    Initial values are uniform in +-1 / sqrt(k^3 Ci), as spconv's.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -38,12 +39,12 @@ class _Kernel(nn.Module):
 
 
 class SparseConv3d(nn.Module):
-    """Submanifold convolution with an odd kernel size; parameters `conv.weight` [Co, k, k, k, Ci]
-    and `conv.bias`.
+    """Submanifold convolution with an odd kernel size.
 
-    `skip_weight` says how a 1x1x1 weight is read: "linear" as the matrix [Co, Ci] that its shape
-    says; "spconv" as published models were trained, whose library reads the same memory as a matrix
-    [Ci, Co] (its issue 450). Raises ValueError for an even kernel size and another skip_weight.
+    Its parameters are `conv.weight` [Co, k, k, k, Ci] and `conv.bias` [Co]. `skip_weight` says how
+    a 1x1x1 weight is read: "linear" as the matrix [Co, Ci] that its shape says; "spconv" as
+    published models were trained, whose library reads the same memory as a matrix [Ci, Co] (its
+    issue 450). Raises ValueError for an even kernel size and another skip_weight.
     """
 
     def __init__(
@@ -59,24 +60,24 @@ class SparseConv3d(nn.Module):
         self.conv = _Kernel(in_channels, out_channels, kernel_size)
 
     def forward(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, Ci] -> [N, Co]
-        weight, bias = self.conv.weight, self.conv.bias
+        weight = self.conv.weight
+        bias = self.conv.bias
         if self.kernel_size > 1:
+            taps = cache.get(neighbours, self.kernel_size)
             order = None if backend.is_torch(x) else cache.get(tap_order, self.kernel_size)
-            return sparse_conv(
-                x, weight, bias, cache.get(neighbours, self.kernel_size), order=order
-            )
+            return sparse_conv(x, weight, bias, taps, order=order)
         if self.skip_weight == "spconv":
             return linear(x, weight.view(weight.shape[4], weight.shape[0]).T, bias)
         return linear(x, weight.flatten(1), bias)
 
     def after_subdivision(self, x: Tensor, cache: SpatialCache) -> Tensor:  # [N, Ci] -> [8N, Co]
-        """`forward` of x copied to the children of the cache's voxels, without the copies. Kernel
-        size 3.
+        """`forward` of x copied to the children of the cache's voxels, without the copies.
+
+        For kernel size 3.
         """
+        taps = cache.get(neighbours, 3)
         order = None if backend.is_torch(x) else cache.get(octant_order)
-        return subdivide_conv(
-            x, self.conv.weight, self.conv.bias, cache.get(neighbours, 3), order=order
-        )
+        return subdivide_conv(x, self.conv.weight, self.conv.bias, taps, order=order)
 
 
 class GroupNorm(nn.Module):
@@ -96,11 +97,10 @@ class GroupNorm(nn.Module):
 
 
 class SubdivideBlock(nn.Module):
-    """Every voxel becomes its 8 children: conv(act(conv(subdivided act(x)))) + skip(x), act = SiLU
-    of group norm.
+    """Replace every voxel by its 8 children: conv(act(conv(subdivided act(x)))) + skip(x).
 
-    The children start as copies of their parent, so the first convolution and the skip read the
-    parents. The last convolution starts at zero, as published.
+    Here act is group norm, then SiLU. The children start as copies of their parent, so the first
+    convolution and the skip read the parents. The last convolution starts at zero, as published.
     """
 
     def __init__(
@@ -115,10 +115,8 @@ class SubdivideBlock(nn.Module):
                 "3": SparseConv3d(out_channels, out_channels),
             }
         )
-        (
-            nn.init.zeros_(self.out_layers["3"].conv.weight),
-            nn.init.zeros_(self.out_layers["3"].conv.bias),
-        )
+        nn.init.zeros_(self.out_layers["3"].conv.weight)
+        nn.init.zeros_(self.out_layers["3"].conv.bias)
         if in_channels != out_channels:
             self.skip_connection = SparseConv3d(in_channels, out_channels, 1, skip_weight)
         else:
@@ -130,4 +128,5 @@ class SubdivideBlock(nn.Module):
         h = self.out_layers["0"].after_subdivision(self.act_layers["0"](x, cache), cache)
         h = self.out_layers["3"](self.out_layers["1"](h, children), children)
         skip = x if self.skip_connection is None else self.skip_connection(x, cache)
-        return (h.view(len(x), 8, h.shape[1]) + skip[:, None]).flatten(0, 1), children
+        h = rearrange(h, "(n child) c -> n child c", child=8) + skip[:, None]
+        return rearrange(h, "n child c -> (n child) c"), children

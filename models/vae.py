@@ -96,7 +96,7 @@ class Encoder(Trunk):
             nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
 
     def forward(self, x: SparseTensor) -> Posterior:
-        """Encode x [N, in_channels].
+        """The posterior of x [N, in_channels].
 
         Raises ValueError where its channels or dtype are not the model's, or its grid is wider.
         """
@@ -106,7 +106,7 @@ class Encoder(Trunk):
 
 
 class Decoder(Trunk):
-    """Base class of decoders: latents [N, latent_channels] -> a Scene per sample.
+    """Latents [N, latent_channels] -> a Scene per sample; the base of every kind of decoder.
 
     A subclass names its published class (NAME) and how the published `representation_config`
     becomes a frozen dataclass whose `fields` are the channels of the output layer in published
@@ -164,9 +164,8 @@ class VAE(nn.Module):
 
     def __init__(self, encoder: Encoder | None, decoder: Decoder):
         super().__init__()
-        if not (encoder is None or isinstance(encoder, Encoder)) or not isinstance(
-            decoder, self.DECODER
-        ):
+        fits = encoder is None or isinstance(encoder, Encoder)
+        if not fits or not isinstance(decoder, self.DECODER):
             given = " and ".join(type(part).__name__ for part in (encoder, decoder))
             raise TypeError(
                 f"{type(self).__name__} takes Encoder (or None) and {self.DECODER.__name__}, "
@@ -194,19 +193,13 @@ class VAE(nn.Module):
             if part is not None:
                 part.set_activation_dtype(dtype)
 
-    def use_graphs(self, most: int) -> None:
-        """Run both transformers as CUDA graphs for up to `most` voxels: see Trunk.use_graphs."""
-        for part in (self.encoder, self.decoder):
-            if part is not None:
-                part.use_graphs(most)
-
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights of any float dtype into a model's fp32 parameters, strictly.
 
     Raises ValueError that names the first tensors missing, unexpected or of another shape, with
-    both shapes, and the first with values that are not finite, and how many. What nothing reads
-    (see `read_tensors`) may be missing, and be what it likes.
+    both shapes, and the first with values that are not finite, and how many. Tensors that nothing
+    reads (see `read_tensors`) may be missing or not finite.
     """
     own = model.state_dict()
     read = read_tensors(model)
@@ -229,23 +222,22 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def read_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Select the part of the state dict that the model reads.
+    """The state dict without the tensors that nothing reads, but that published files have.
 
-    Published files also hold tensors that nothing reads: a module's `idle`.
+    A module names its own in `idle`.
     """
-    parts = model.named_modules()
-    idle = {
-        f"{name}.{own}".lstrip(".") for name, part in parts for own in getattr(part, "idle", ())
-    }
+    idle = set()
+    for name, part in model.named_modules():
+        idle.update(f"{name}.{own}".lstrip(".") for own in getattr(part, "idle", ()))
     return {name: t for name, t in model.state_dict().items() if name not in idle}
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
-    """Write a model in the published layout: PREFIX.json and PREFIX.safetensors.
+    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights).
 
-    The first holds the class name and the arguments, the second the weights in fp32. A file is
-    complete or as it was before. Raises OSError that names the one which could not be written,
-    ValueError that names the first tensor with values that are not finite: then none is written.
+    This is the published layout. A file is complete or as it was before. Raises OSError that names
+    the one which could not be written, ValueError that names the first tensor with values that are
+    not finite: then no file is written.
     """
     prefix = Path(prefix)
     check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")

@@ -20,7 +20,7 @@ from kernels.bench.jobs import Ended, Jobs
 DECODERS = ("gaussian", "radiance", "mesh")
 OPS = (  # the most valuable first; train_step is a step of its own
     "window_attention sparse_conv splat raymarch subdivide_conv render_mesh isosurface layer_norm"
-    " gelu group_norm ssim block trunk build_table neighbours window_partition rms_norm"
+    " gelu group_norm ssim block trunk build_table neighbours window_partition"
     " add_layer_norm pool rotary_attention serialized_attention segment_attention lookup cache_hit"
     " attention_occupancy attention_rows attention_window neighbours_extent partition_window"
     " partition_extent"

@@ -37,8 +37,6 @@ from train.losses.pictures import PictureLoss
 from train.optimizer import GradClipper, LossScale, Optimizer
 from train.published import Rasterize, one_view, published_block, published_loss
 
-NO_GRAPHS = "absent: a CPU has no CUDA graphs"
-
 
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
     """The stages of a fully fused block, forward and backward, one after another.
@@ -81,11 +79,6 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         fused = compiled(published, device)
         naive = published_block(block, layout.published(one_by_one).run)
 
-        def ours(x: Tensor, block=block, cache=cache) -> Tensor:
-            # a copy that no block inside a transformer makes
-            x, bias = block.on_a_copy(x, None, cache)
-            return x + bias
-
         for dtype in dtypes:
             squares = int(windows.lengths.long().square().sum())
             forward, backward = block_work(N, squares, H, D, DTYPES[dtype].itemsize)
@@ -99,7 +92,7 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
                 size=f"{name}, N = {N}",
                 dtype=dtype,
                 inputs=inputs,
-                ours=ours,
+                ours=partial(block, cache=cache),
                 forward=forward,
                 backward=backward,
                 peers={
@@ -113,12 +106,10 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
 
 def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host, with
-    CUDA graphs and without.
+    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host.
 
     The device's time, then that of the host, which issues the work and does not wait for it.
-    Windows are made in every call, as for every batch of a training. `ours` is without graphs; a
-    graph has more rows (see models.graphs) and copies of what goes in and out.
+    Windows are made in every call, as for every batch of a training.
     """
     H, D = sizes(size)
     blocks = 2 if size == "small" else 12
@@ -127,10 +118,7 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         N = len(coords)
         squares = int(window_partition(coords, 1, WINDOW).lengths.long().square().sum())
         torch.manual_seed(0)
-        eager = Encoder(resolution, 8, H * D, 8, blocks, num_heads=H, window_size=WINDOW).to(device)
-        graphed = deepcopy(eager)
-        if device.type == "cuda":
-            graphed.use_graphs(N)
+        model = Encoder(resolution, 8, H * D, 8, blocks, num_heads=H, window_size=WINDOW).to(device)
 
         def inputs(seed: int, N=N) -> tuple[Tensor]:
             return (torch.randn(N, 8, generator=torch.Generator().manual_seed(seed)).to(device),)
@@ -145,7 +133,6 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
         for dtype in dtypes:
             forward, backward = block_work(N, squares, H, D, DTYPES[dtype].itemsize)
-            graphs = Impl(partial(step, graphed, dtype)) if device.type == "cuda" else NO_GRAPHS
             for on_host in (False, True):
                 yield Case(
                     op="trunk",
@@ -153,8 +140,7 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
                     + (", host" if on_host else ""),
                     dtype=dtype,
                     inputs=inputs,
-                    ours=partial(step, eager, dtype),
-                    peers={"ours, as CUDA graphs": graphs},
+                    ours=partial(step, model, dtype),
                     forward=[] if on_host else blocks * (forward + backward),
                     on_host=on_host,
                     forward_name="both passes",
@@ -176,13 +162,12 @@ def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Ba
 
 
 def _trainer(
-    vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor], graphs: int = 0
+    vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns
     the loss.
     """
     vae = deepcopy(vae)
-    vae.use_graphs(graphs)
     scale = LossScale() if precision == "fp16" else LossScale(0, 0, 0)
     optimizer = Optimizer(vae.named_parameters(), GradClipper(max_norm), scale)
 
@@ -259,8 +244,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             x = SparseTensor(batch.features, batch.coords, batch.batch_size)
             return Objective(vae, compare, weights)(x, noise, batch, background)[0]
 
-        train = lambda loss, most=0, vae=vae, config=config: _trainer(
-            vae, config.precision, config.max_norm, loss, most
+        train = lambda loss, vae=vae, config=config: _trainer(
+            vae, config.precision, config.max_norm, loss
         )
         common = batch, background, weights
         absent = optional("gsplat")
@@ -273,8 +258,6 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             if isinstance(absent, str)
             else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
         )
-        graphs = Impl(train(ours, len(coords))) if device.type == "cuda" else NO_GRAPHS
-        peers["ours, transformers as CUDA graphs"] = graphs
         H = config.model.heads
         D = config.model.channels // config.model.heads
         windows = SpatialCache(coords).get(shifted_windows, config.model.window, 0)

@@ -102,12 +102,6 @@ class Config:
     )
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     deterministic: bool = flag(False, "only algorithms that give the same bits every time")
-    cuda_graphs: int = flag(
-        0,
-        "run transformers as CUDA graphs where a micro-batch has at most so many voxels, so "
-        "that the GPU need not wait for "
-        "its host; 0: nowhere",
-    )
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
     threads: int = flag(
         0,
@@ -166,7 +160,7 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "threads", "warmup", "cuda_graphs"):
+        for name in ("seed", "workers", "threads", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.image_size < 16:

@@ -19,7 +19,7 @@ from kernels.bench.norm import eager_gelu, eager_layer_norm
 from kernels.bench.voxels import published_partition
 from kernels.similarity import ssim_reference
 from models import VAE, GaussianScene, Posterior, SparseTensor, penalties
-from models.layers import Block, Trunk, position_embedding
+from models.layers import Block, Trunk, linear, position_embedding
 from models.vae import OUTPUT_EPS
 from train.data.batch import Batch
 from train.losses.objective import weighted
@@ -33,12 +33,13 @@ def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callabl
     """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
     to_qkv = block.attn.to_qkv
     to_out = block.attn.to_out
-    up, down = block.mlp.mlp.values()
+    up, down = block.mlp.mlp
 
     def run(x: Tensor) -> Tensor:
         qkv = to_qkv(eager_layer_norm(x)).view(len(x), 3, block.attn.heads, -1)
         x = x + to_out(attend(qkv).flatten(1))
-        return x + down(eager_gelu(up(eager_layer_norm(x))))
+        hidden = linear(eager_layer_norm(x), up.weight, up.bias)
+        return x + down(eager_gelu(hidden))
 
     return run
 

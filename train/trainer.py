@@ -58,7 +58,6 @@ class Run:
         self.objects = Objects(config, here, loss.meshes)
         self._build = build
         self.vae = self.untrained()
-        self.vae.use_graphs(config.cuda_graphs)
         if config.encoder:
             given = config.encoder, self.objects.channels, config.resolution
             self.encoder, self.digest = load_encoder(*given)

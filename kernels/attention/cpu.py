@@ -1,10 +1,10 @@
-"""Attention inside segments for CPU tensors: segments of like length are padded to one batch, and a
-batch is two products and a softmax. H heads, D head channels; a slot is one (row, head) of a padded
-batch.
+"""Attention inside segments for CPU tensors: H heads, D head channels.
 
-One gather per operand brings all slots of all batches together, one gather per result takes them
-apart again, and no row is added into, so every result is deterministic. Up to KEPT probabilities
-are kept for the backward pass, which computes more of them again.
+Segments of like length are padded to one batch, and a batch is two products and a softmax. A slot
+is one (row, head) of a padded batch. One gather per operand brings the slots of all batches
+together, one gather per result takes them apart again. No row is added into, so every result is
+deterministic. Up to KEPT probabilities are kept for the backward pass, which computes the others
+again.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.dtypes import wide
+
 # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
 SCORES = 1 << 18
 KEPT = 1 << 22
@@ -20,8 +22,9 @@ WASTE = 1 << 13  # padded scores per head for which another batch is not worth i
 
 
 class Side(NamedTuple):
-    """Where the rows of queries, or of keys, go. Padding repeats the segment's first row: NaN in it
-    stays inside.
+    """The slots of the queries, or of the keys.
+
+    Padding repeats the segment's first row, so a NaN in it stays inside the segment.
     """
 
     take: Tensor  # [S] int64: row * H + head of each slot
@@ -30,16 +33,10 @@ class Side(NamedTuple):
 
     def gather(self, x: Tensor) -> Tensor:
         """Slots [S, D] of x [N, H, D], in the type that the arithmetic runs in."""
-        return (
-            x.reshape(-1, x.shape[-1])
-            .index_select(0, self.take)
-            .to(torch.promote_types(x.dtype, torch.float32))
-        )
+        return wide(x.reshape(-1, x.shape[-1]).index_select(0, self.take))
 
     def empty(self, like: Tensor) -> Tensor:
-        """Slots for a result, [S + 1, D]; the last is that of rows without a segment to attend to:
-        zeros.
-        """
+        """Slots for a result, [S + 1, D]; the last is zero, for rows that attend to nothing."""
         slots = like.new_empty(len(self.take) + 1, like.shape[-1])
         slots[-1] = 0
         return slots
@@ -50,8 +47,9 @@ class Side(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Segments padded to common lengths; slots first : first + count * length in the order [count,
-    length].
+    """Segments padded to common lengths.
+
+    Its slots are first : first + count * length, in the order [count, length].
     """
 
     count: int  # segments x heads
@@ -63,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `forward` and `backward` need to know about the segments."""
+    """The batches of all segments, and the slots of both sides."""
 
     batches: list[Batch]
     queries: Side
@@ -78,8 +76,9 @@ class Plan(NamedTuple):
 def _side(
     order: Tensor | None, N: int, heads: int, groups: list[list[list[int]]]
 ) -> tuple[Side, list[tuple[int, int, Tensor]]]:
-    """Slots of one side; and (first slot, length, padding [count, 1, length]) of every group of
-    [rows, begin].
+    """Make the slots of one side, from the [rows, begin] of each segment of each group.
+
+    Returns them, and (first slot, length, padding [count, 1, length]) of every group.
     """
     head = torch.arange(heads)
     first = 0
@@ -98,7 +97,8 @@ def _side(
         padding.append(pad.flatten())
         spans.append((first, len(at), pad))
         first += pad.numel()
-    take, padding = torch.cat(take), torch.cat(padding)
+    take = torch.cat(take)
+    padding = torch.cat(padding)
     put = torch.full((N * heads,), first)
     live = ~padding
     put[take[live]] = torch.arange(first)[live]
@@ -113,13 +113,13 @@ def plan(
     k_rows: int,
     order: Tensor | None = None,
 ) -> Plan:
-    """Group the segments that q_starts and k_starts [M + 1] cut off: longest first, while a batch
-    wastes little.
+    """Group the segments of q_starts and k_starts [M + 1] into batches that waste little.
 
-    `order` [N] names the query at each position, and the key too where k_starts is q_starts;
-    without it, positions are rows.
+    The longest come first. `order` [N] names the query at each position, and the key too where
+    k_starts is q_starts; without it, positions are rows.
     """
-    q, k = q_starts.tolist(), k_starts.tolist()
+    q = q_starts.tolist()
+    k = k_starts.tolist()
     segments = [(q[m + 1] - q[m], k[m + 1] - k[m], q[m], k[m]) for m in range(len(q) - 1)]
     segments = sorted((s for s in segments if s[0] > 0 and s[1] > 0), reverse=True)
     groups: list[list[tuple[int, int, int, int]]] = []
@@ -139,7 +139,8 @@ def plan(
     order = None if order is None else order.long()
     queries, q_spans = _side(order, q_rows, heads, [[[s[0], s[2]] for s in g] for g in groups])
     if q_starts is k_starts:
-        keys, k_spans = queries, q_spans
+        keys = queries
+        k_spans = q_spans
     else:
         keys, k_spans = _side(None, k_rows, heads, [[[s[1], s[3]] for s in g] for g in groups])
     batches = []
@@ -150,8 +151,9 @@ def plan(
 
 
 class _Piece(NamedTuple):
-    """Part of a batch with at most SCORES scores, or one segment and head, whose queries then go
-    range by range.
+    """Part of a batch with at most SCORES scores.
+
+    One segment and head may have more; its queries then go range by range.
     """
 
     batch: Batch
@@ -217,14 +219,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, kept: Ten
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in the type of the arithmetic; `grad` [Nq, H, D] is that of the
-    output.
+    """Gradients of q, k and v, in the type of the arithmetic.
+
+    `grad` [Nq, H, D] is the gradient of the output.
     """
-    like_q, like_k = q, k
-    q, g, k, v = *map(plan.queries.gather, (q, grad)), *map(plan.keys.gather, (k, v))
+    like_q = q
+    like_k = k
+    q = plan.queries.gather(q)
+    g = plan.queries.gather(grad)
+    k = plan.keys.gather(k)
+    v = plan.keys.gather(v)
     q *= scale
     g.masked_fill_(plan.queries.padding, 0)  # a padded query has no output
-    dq, dk, dv = plan.queries.empty(q), plan.keys.empty(k), plan.keys.empty(v)
+    dq = plan.queries.empty(q)
+    dk = plan.keys.empty(k)
+    dv = plan.keys.empty(v)
     for piece in _pieces(plan.batches):
         qs, gs, dqs = piece.of_queries(q, g, dq)
         ks, vs, dks, dvs = piece.of_keys(k, v, dk, dv)
@@ -234,9 +243,11 @@ def backward(
             ds = torch._softmax_backward_data(torch.bmm(gs[:, m], vs.mT), p, -1, p.dtype)
             dqs[:, m] = torch.bmm(ds, ks)
             if i == 0:
-                torch.bmm(ds.mT, qs[:, m], out=dks), torch.bmm(p.mT, gs[:, m], out=dvs)
+                torch.bmm(ds.mT, qs[:, m], out=dks)
+                torch.bmm(p.mT, gs[:, m], out=dvs)
             else:
-                dks.baddbmm_(ds.mT, qs[:, m]), dvs.baddbmm_(p.mT, gs[:, m])
+                dks.baddbmm_(ds.mT, qs[:, m])
+                dvs.baddbmm_(p.mT, gs[:, m])
     dq *= scale
     return (
         plan.queries.scatter(dq, like_q),
@@ -246,25 +257,29 @@ def backward(
 
 
 def rotate(x: Tensor, phases: Tensor, back: bool = False) -> Tensor:
-    """Pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] turned by phases [N, D / 2, 2], or back,
-    in its type.
+    """Turn pairs of channels (2 i, 2 i + 1) of x [N, 2, H, D] by phases [N, D / 2, 2], or back.
+
+    The result has x's type.
     """
     # not view_as_complex, which needs an even storage offset
     even, odd = x.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = phases[:, None, None].unbind(-1)
     sin = -sin if back else sin
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def norm(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The q/k norm of x [N, 2, H, D] in its type; the unit rows and the inverse norms, negative
-    where a norm is below 1e-12.
+    """The q/k norm of x [N, 2, H, D] in its type, the unit rows and the inverse norms.
+
+    An inverse is negative where the norm is below 1e-12.
     """
-    wide = x.to(gamma.dtype)
-    norm = wide.norm(dim=-1, keepdim=True)
-    inverse = norm.clamp(min=1e-12).reciprocal()
-    unit = wide * inverse
-    return (unit * gamma * x.shape[-1] ** 0.5).to(x.dtype), unit, inverse.copysign(norm - 1e-12)
+    rows = x.to(gamma.dtype)
+    length = rows.norm(dim=-1, keepdim=True)
+    inverse = length.clamp(min=1e-12).reciprocal()
+    unit = rows * inverse
+    normed = (unit * gamma * x.shape[-1] ** 0.5).to(x.dtype)
+    return normed, unit, inverse.copysign(length - 1e-12)
 
 
 def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,8 +293,9 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
 
 
 def sum_uses(x: Tensor, uses: Tensor, starts: Tensor) -> Tensor:
-    """[N, ...]: the sum of x [K, ...] over the uses of each row as a key (`Windows.uses`), in their
-    order.
+    """The sums [N, ...] of x [K, ...] over the uses of each row as a key (`Windows.uses`).
+
+    They are added in the order of the uses.
     """
     begin = starts[:-1].long()
     count = starts.diff()

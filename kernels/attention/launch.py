@@ -1,9 +1,9 @@
-"""Launches of the attention programs: tile sizes, tile lists, forward and backward. N rows, M
-segments, H heads, D channels.
+"""Launches of the attention programs: N rows, M segments, H heads, D channels.
 
-Which tiles of which segments exist is listed on the device, once per windows: nothing waits for it.
+The tiles of all segments are listed on the device, once for the same windows; nothing waits for it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,28 +22,23 @@ KEPT = 16  # how many plans and tile lists are kept
 UNFUSED = {"enable_fp_fusion": False}
 LISTED = 1024  # segments that are listed at a time; not yet measured on a GPU
 # of a program that sums over the uses of keys; not yet measured on a GPU
-SUM_ROWS, SUM_CHANNELS = 16, 256
-
+SUM_ROWS = 16
+SUM_CHANNELS = 256
 
 _kept: dict[tuple, tuple] = {}
 
 
-def keep(tensors: tuple[Tensor | None, ...], make, *args):
-    """make(*args), kept for the next call with the same memory in `tensors`, which the entry keeps
-    alive.
+def keep(tensors: tuple[Tensor | None, ...], make: Callable, *args):
+    """Return make(*tensors, *args), kept for the next call with the same tensors and arguments.
 
-    By memory and version, not by object: checkpointing and torch.compile hand over aliases of the
-    same tensors.
+    Tensors are the same if they have the same memory and version: checkpointing and torch.compile
+    hand over other objects. An entry keeps its tensors, so their memory is not used again.
     """
-    key = (
-        make,
-        args,
-        *(
-            (t.data_ptr(), t.shape, 0 if t.is_inference() else t._version)
-            for t in tensors
-            if t is not None
-        ),
-    )
+    key = [make, args]
+    for t in tensors:
+        if t is not None:
+            key.append((t.data_ptr(), t.shape, 0 if t.is_inference() else t._version))
+    key = tuple(key)
     made = _kept.pop(key, None) or (make(*tensors, *args), tensors)
     _kept[key] = made  # the most recent last
     for old in list(_kept)[:-KEPT]:
@@ -52,8 +47,9 @@ def keep(tensors: tuple[Tensor | None, ...], make, *args):
 
 
 def _tile_list(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tensor:
-    """[1 + tiles, 2] int32, as many as there can be: how many there are, then (segment, first
-    position) of each.
+    """The list of tiles [1 + most, 2] int32: their number, then (segment, first position) of each.
+
+    It has space for as many tiles as there can be; how many there are only the device knows.
     """
     M = len(starts) - 1
     most = min(M, N // (low + 1)) + (0 if high <= rows else N // rows)
@@ -64,17 +60,17 @@ def _tile_list(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tensor
 
 def _programs(tiles: int, tensor: Tensor) -> int:
     """Programs along the tiles: more than run at once would start only to find nothing left."""
-    units = (
-        torch.cuda.get_device_properties(tensor.device).multi_processor_count
-        if tensor.is_cuda
-        else 1
-    )
+    units = 1
+    if tensor.is_cuda:
+        units = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return min(tiles, 8 * units)
 
 
 class Segments(NamedTuple):
-    """Which rows attend to which: queries [starts], keys [key_starts], per segment. Without lists,
-    positions are rows.
+    """The rows of every segment: queries and the keys they attend to.
+
+    Segment m has the positions starts[m] : starts[m + 1] of the queries, key_starts[m] :
+    key_starts[m + 1] of the keys. Without `order` and `keys`, positions are rows.
     """
 
     order: Tensor | None  # [N] int32: the query at each position
@@ -87,8 +83,10 @@ class Segments(NamedTuple):
 
 
 def _constants(q: Tensor, segments: Segments, tile: Tile) -> dict[str, int]:
-    """The stride of rows is that of the op's contiguous tensors, not q.stride(0): with one row or
-    none that may be any number, and q, k and v have it in common.
+    """The constants of a launch.
+
+    q, k and v share the stride of rows. It is computed from the op's contiguous tensors: with one
+    row or none, q.stride(0) may be any number.
     """
     H, D = q.shape[1:]
     stride = H * D if segments.order is None else 3 * H * D  # separate tensors, or parts of qkv
@@ -107,8 +105,9 @@ def _constants(q: Tensor, segments: Segments, tile: Tile) -> dict[str, int]:
 def _classes(
     q: Tensor, bound: int | None, normed: bool, rotated: bool
 ) -> tuple[list[Tile], list[Tile]]:
-    """Those that a segment of up to `bound` rows can be in; None: queries and keys are separate,
-    all tiles loop.
+    """Size classes, forward and backward, of segments of up to `bound` rows.
+
+    Without a bound, queries and keys are separate, and all tiles loop.
     """
     pad_d = max(16, triton.next_power_of_2(q.shape[2]))
     forward, backward = tile_sizes(
@@ -133,51 +132,20 @@ def forward(
     order, starts, keys, key_starts, bound, _ = segments
     out = q.new_empty(N, H, D)
     lse = q.new_empty(H, N, dtype=torch.float32)
+    operands = (q, k, v, gamma, phases)
+    results = (out, lse, N, scale)
     for tile in _classes(q, bound, gamma is not None, phases is not None)[0]:
         work = keep((starts,), _tile_list, N, tile.low, tile.high, tile.rows)
         programs = _programs(len(work) - 1, q)
         constants = _constants(q, segments, tile)
         if tile.high <= tile.rows:
             heads = min(H, 4)
-            backend.launch(
-                short._attention_short,
-                (triton.cdiv(H, heads), programs),
-                q,
-                k,
-                v,
-                gamma,
-                phases,
-                order,
-                starts,
-                work,
-                out,
-                lse,
-                N,
-                scale,
-                HEADS=heads,
-                **constants,
-            )
+            grid = (triton.cdiv(H, heads), programs)
+            args = (*operands, order, starts, work, *results)
+            backend.launch(short._attention_short, grid, *args, HEADS=heads, **constants)
         else:
-            backend.launch(
-                long._attention_long,
-                (H, programs),
-                q,
-                k,
-                v,
-                gamma,
-                phases,
-                order,
-                keys,
-                starts,
-                key_starts,
-                work,
-                out,
-                lse,
-                N,
-                scale,
-                STEP=tile.step,
-                **constants,
-            )
+            args = (*operands, order, keys, starts, key_starts, work, *results)
+            backend.launch(long._attention_long, (H, programs), *args, STEP=tile.step, **constants)
     return out, lse
 
 
@@ -186,10 +154,10 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     gamma: Tensor | None,
     phases: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     segments: Segments,
     scale: float,
     dq: Tensor,
@@ -199,116 +167,50 @@ def backward(
     """Fill dq, dk, dv; return dgamma [2, H, D], or nothing [0] without gamma."""
     N, H, D = q.shape
     order, starts, keys, key_starts, bound, uses = segments
+    operands = (q, k, v, gamma, phases)
     classes = _classes(q, bound, gamma is not None, phases is not None)[1]
     K = len(k) if uses is None else len(keys)
-    lists = [
-        [
-            keep((edges,), _tile_list, n, tile.low, tile.high, tile.rows)
-            for edges, n in ((starts, N), (key_starts, K))
-        ]
-        for tile in classes
-    ]
-    parts = (
-        None
-        if gamma is None
-        else gamma.new_zeros(sum(max(map(len, pair)) - 1 for pair in lists), 2, H, D)
-    )
+    lists = []  # (tiles of queries, tiles of keys) of each class
+    for tile in classes:
+        size = (tile.low, tile.high, tile.rows)
+        work = keep((starts,), _tile_list, N, *size)
+        key_work = keep((key_starts,), _tile_list, K, *size)
+        lists.append((work, key_work))
+    parts = None  # of dgamma, one for each tile
+    if gamma is not None:
+        tiles = sum(max(map(len, pair)) - 1 for pair in lists)
+        parts = gamma.new_zeros(tiles, 2, H, D)
     dk_to, dv_to = (dk, dv) if uses is None else dk.new_empty(2, K, H, D, dtype=torch.float32)
     first = 0
     for tile, (work, key_work) in zip(classes, lists, strict=True):
         tiles = max(len(work), len(key_work)) - 1
+        part = None if parts is None else parts[first : first + tiles]
+        first += tiles
         constants = _constants(q, segments, tile) | UNFUSED | {"STEP": tile.step}
         grid = (H, _programs(len(work) - 1, q))
-        part = None if parts is None else parts[first : first + tiles]
         if tile.high <= tile.rows:
-            backend.launch(
-                short._attention_short_backward,
-                grid,
-                q,
-                k,
-                v,
-                gamma,
-                phases,
-                order,
-                starts,
-                work,
-                out,
-                lse,
-                grad,
-                dq,
-                dk,
-                dv,
-                part,
-                N,
-                scale,
-                **constants,
-            )
-        else:
-            delta = torch.empty_like(lse)
-            backend.launch(
-                long._attention_long_dq,
-                grid,
-                q,
-                k,
-                v,
-                gamma,
-                phases,
-                order,
-                keys,
-                starts,
-                key_starts,
-                work,
-                out,
-                lse,
-                grad,
-                dq,
-                delta,
-                part,
-                N,
-                scale,
-                **constants,
-            )
-            grid = H, _programs(len(key_work) - 1, q)
-            backend.launch(
-                long._attention_long_dkv,
-                grid,
-                q,
-                k,
-                v,
-                gamma,
-                phases,
-                order,
-                keys,
-                starts,
-                key_starts,
-                key_work,
-                lse,
-                delta,
-                grad,
-                dk_to,
-                dv_to,
-                part,
-                N,
-                scale,
-                BY_POSITION=uses is not None,
-                **constants,
-            )
-        first += tiles
+            args = (*operands, order, starts, work, out, lse, grad, dq, dk, dv, part, N, scale)
+            backend.launch(short._attention_short_backward, grid, *args, **constants)
+            continue
+        places = (order, keys, starts, key_starts)
+        delta = torch.empty_like(lse)
+        args = (*operands, *places, work, out, lse, grad, dq, delta, part, N, scale)
+        backend.launch(long._attention_long_dq, grid, *args, **constants)
+        grid = (H, _programs(len(key_work) - 1, q))
+        args = (*operands, *places, key_work, lse, delta, grad, dk_to, dv_to, part, N, scale)
+        by_position = uses is not None
+        backend.launch(long._attention_long_dkv, grid, *args, BY_POSITION=by_position, **constants)
     if uses is not None:
-        grid = triton.cdiv(len(dk), SUM_ROWS), triton.cdiv(H * D, SUM_CHANNELS)
-        backend.launch(
-            long._sum_uses,
-            grid,
-            dk_to,
-            dv_to,
-            *uses,
-            dk,
-            dv,
-            len(dk),
-            C=H * D,
-            STRIDE=3 * H * D,
-            ROWS=SUM_ROWS,
-            BLOCK=SUM_CHANNELS,
-            num_warps=4,
-        )
+        _sum_over_uses(dk_to, dv_to, *uses, dk, dv)
     return q.new_empty(0) if parts is None else parts.sum(0)
+
+
+def _sum_over_uses(
+    dk_uses: Tensor, dv_uses: Tensor, uses: Tensor, use_starts: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Fill dk and dv, parts of dqkv, with the sums over the uses of each row as a key."""
+    N, H, D = dk.shape
+    grid = (triton.cdiv(N, SUM_ROWS), triton.cdiv(H * D, SUM_CHANNELS))
+    sizes = dict(C=H * D, STRIDE=3 * H * D, ROWS=SUM_ROWS, BLOCK=SUM_CHANNELS)
+    args = (dk_uses, dv_uses, uses, use_starts, dk, dv, N)
+    backend.launch(long._sum_uses, grid, *args, **sizes, num_warps=4)

@@ -1,4 +1,7 @@
-"""The attention kernels for segments longer than a tile: keys walked in steps."""
+"""The attention kernels for segments longer than a tile, which walk the other side in steps.
+
+Arguments as in `short`; queries and keys have starts of their own.
+"""
 
 from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, rotate
 from kernels.backend import tl, triton
@@ -36,9 +39,8 @@ def _attention_long(
         at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         live = at < tl.load(q_starts_ptr + segment + 1)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
-        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(
-            tl.int64
-        )[:, None]
+        row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
+        row = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
         if phases_ptr is not None:
             q = rotate(q, phases_ptr, row, live, 1, D, PAD_D)
@@ -52,9 +54,8 @@ def _attention_long(
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = (
-                k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
-            ).to(tl.int64)[:, None]
+            k_row = k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+            k_row = k_row.to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             if phases_ptr is not None:
@@ -103,8 +104,9 @@ def _attention_long_dq(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program: dq of tiles of ROWS queries, one head, over the segment's keys; and their delta,
-    for the next kernel.
+    """A program: dq of tiles of ROWS queries, one head, over the segment's keys.
+
+    It stores their delta for the next kernel.
     """
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
@@ -113,9 +115,8 @@ def _attention_long_dq(
         at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         live = at < tl.load(q_starts_ptr + segment + 1)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
-        row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(
-            tl.int64
-        )[:, None]
+        row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
+        row = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
         g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
         out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
@@ -132,9 +133,8 @@ def _attention_long_dq(
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = (
-                k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
-            ).to(tl.int64)[:, None]
+            k_row = k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+            k_row = k_row.to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             if phases_ptr is not None:
@@ -192,7 +192,8 @@ def _attention_long_dkv(
 ):
     """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries.
 
-    They are stored by position [K, H, D], for `_sum_uses`, where a row may be a key more than once.
+    BY_POSITION: they are stored by position [K, H, D] for `_sum_uses`, because a row may be a key
+    more than once.
     """
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
@@ -201,9 +202,8 @@ def _attention_long_dkv(
         k_at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
         k_live = k_at < tl.load(k_starts_ptr + segment + 1)
         k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-        k_row = (k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)).to(
-            tl.int64
-        )[:, None]
+        k_row = k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+        k_row = k_row.to(tl.int64)[:, None]
         k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         if phases_ptr is not None:
@@ -217,9 +217,8 @@ def _attention_long_dkv(
             at = m + tl.arange(0, STEP)
             live = at < q_end
             mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
-            row = (at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)).to(
-                tl.int64
-            )[:, None]
+            row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
+            row = row.to(tl.int64)[:, None]
             q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
             g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
@@ -266,8 +265,9 @@ def _sum_uses(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dk and dv of each row, C = H D channels: the sum over its uses as a key, in their order. A
-    program: ROWS x BLOCK.
+    """A program: dk and dv of ROWS rows, BLOCK of C = H D channels.
+
+    They are sums over the uses of each row as a key, in their order.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -1,17 +1,17 @@
-"""Attention inside segments of uneven length: N rows, M segments, K listed keys, H heads, D head
-channels; one launch per size class.
+"""Attention inside segments of uneven length: the public ops and their gradients.
 
-Rows are read and written through the row order of the windows, so no permuted copy exists. A short
-segment is one tile: the forward pass walks its heads (the loads of the next head overlap this one),
-the backward pass makes dq, dk, dv of one head in one program, in the form S^T = K Q^T whose P^T and
-dS^T are the left operands of dV and dK. Longer segments, and those whose keys are other rows than
-the queries, are tiles of rows that loop over the segment (Dao, FlashAttention-2, arXiv
-2307.08691). Where a row is a key more than once, the gradients of each use are kept apart and then
-  summed row by row.
-Nothing waits for the device, nothing is added atomically, results are deterministic.
+Shapes: N rows, M segments, K listed keys, H heads, D head channels. Rows are read and written
+through the row order of the windows, so no permuted copy exists. Segments of like length (a size
+class) are one launch. A short segment is one tile: the forward pass walks its heads (the loads of
+the next head overlap this one); the backward pass makes dq, dk, dv of one head in one program, in
+the form S^T = K Q^T, whose P^T and dS^T are the left operands of dV and dK. Longer segments, and
+those whose keys are other rows than the queries, are tiles of rows that loop over the segment (Dao,
+FlashAttention-2, arXiv 2307.08691). Where a row is a key more than once, the gradients of each use
+are kept apart, then summed row by row. Nothing waits for the device, nothing is added atomically,
+results are deterministic.
 
-The programs are in `attention_tiles`, their launches in `attention_launch`, the path for CPU
-tensors in `attention_torch`.
+The Triton programs are in `short`, `long` and `rows`, their launches in `launch`, their tile sizes
+in `sizes`, and the path for CPU tensors in `cpu`.
 """
 
 import torch
@@ -22,6 +22,7 @@ from kernels.attention import cpu as padded
 from kernels.attention import launch as launches
 from kernels.attention.launch import Segments, keep
 from kernels.checks import check_tensors
+from kernels.dtypes import wide_dtype
 from kernels.voxels.window import Windows
 
 
@@ -50,7 +51,7 @@ def _operands(
     gamma: Tensor | None,
     phases: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, padded.Plan]:
-    """q [N, H, D], rotated and normed, and k, v of every key, for the torch path."""
+    """q [N, H, D] and k, v of every key, rotated and normed, and the plan, for the torch path."""
     qk = qkv[:, :2]
     heads = qkv.shape[2]
     if phases is not None:
@@ -61,15 +62,21 @@ def _operands(
     v = qkv[:, 2]
     if keys is None:
         return q, k, v, keep((order, starts), _window_plan, heads)
-    return (
-        q,
-        k[keys.long()],
-        v[keys.long()],
-        keep((order, starts, key_starts), _listed_plan, heads, len(keys)),
-    )
+    plan = keep((order, starts, key_starts), _listed_plan, heads, len(keys))
+    keys = keys.long()
+    return q, k[keys], v[keys], plan
 
 
-def _segments(order, starts, keys, key_starts, uses, use_starts, bound: int) -> Segments:
+def _segments(
+    order: Tensor,
+    starts: Tensor,
+    keys: Tensor | None,
+    key_starts: Tensor | None,
+    uses: Tensor | None,
+    use_starts: Tensor | None,
+    bound: int,
+) -> Segments:
+    """The segments that windows describe, for the kernels."""
     if keys is None:
         return Segments(order, starts, order, starts, min(bound, len(order)))
     return Segments(order, starts, keys, key_starts, None, (uses, use_starts))
@@ -90,8 +97,9 @@ def _window_attention(
     scale: float,
     follows: bool,  # whether a backward pass does: the torch path keeps more for it
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [N, H, D], lse [H, N] by position: log sum exp of the scores, and what the torch path
-    keeps instead; there lse is [0, N].
+    """out [N, H, D], lse [H, N] by position, and what the torch path keeps for its backward pass.
+
+    lse is the log sum exp of the scores. The torch path has no use for it and returns [0, N].
     """
     if backend.is_torch(qkv):
         with torch.autocast(qkv.device.type, enabled=False):
@@ -107,7 +115,8 @@ def _window_attention(
 
 @_window_attention.register_fake
 def _(qkv, order, starts, keys, key_starts, uses, use_starts, gamma, phases, bound, scale, follows):
-    (N, _, H, D), on_torch = qkv.shape, backend.is_torch(qkv)
+    N, _, H, D = qkv.shape
+    on_torch = backend.is_torch(qkv)
     kept = torch.library.get_ctx().new_dynamic_size() if on_torch and follows else 0
     dtype = torch.promote_types(qkv.dtype, torch.float32) if on_torch else torch.float32
     return (
@@ -139,22 +148,15 @@ def _window_attention_backward(
     if len(lse) > 0:  # what the forward pass ran on, whichever context the backward pass runs in
         dqkv = torch.empty_like(qkv)
         segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
-        operands = (
-            grad.contiguous(),
-            *qkv.unbind(1),
-            out,
-            lse,
-            gamma,
-            phases,
-            segments,
-            scale,
-            *dqkv.unbind(1),
+        inputs = (*qkv.unbind(1), gamma, phases)
+        gradients = dqkv.unbind(1)
+        dgamma = launches.backward(
+            grad.contiguous(), *inputs, out, lse, segments, scale, *gradients
         )
-        return dqkv, launches.backward(*operands)
+        return dqkv, dgamma
     with torch.autocast(qkv.device.type, enabled=False):
-        dq, dk, dv = padded.backward(
-            grad, *_operands(qkv, order, starts, keys, key_starts, gamma, phases), scale, kept
-        )
+        operands = _operands(qkv, order, starts, keys, key_starts, gamma, phases)
+        dq, dk, dv = padded.backward(grad, *operands, scale, kept)
     if keys is not None:
         dk, dv = (padded.sum_uses(d, uses, use_starts) for d in (dk, dv))
     dqk = torch.stack([dq, dk], 1)
@@ -185,7 +187,8 @@ def _(
     bound,
     scale,
 ):
-    return torch.empty_like(qkv), qkv.new_empty(0) if gamma is None else torch.empty_like(gamma)
+    dgamma = qkv.new_empty(0) if gamma is None else torch.empty_like(gamma)
+    return torch.empty_like(qkv), dgamma
 
 
 def _save_window(ctx, inputs, output):
@@ -199,7 +202,7 @@ def _save_window(ctx, inputs, output):
 def _differentiate_window(ctx, grad, *_):
     if grad is None:
         return (None,) * 12
-    # saved_tensors is read once: activation checkpointing recomputes at the first read and allows
+    # read saved_tensors once: activation checkpointing computes them at the first read and allows
     # no second
     dqkv, dgamma = torch.ops.trislat.window_attention_backward(
         grad, *ctx.saved_tensors, ctx.bound, ctx.scale
@@ -225,9 +228,8 @@ def _segment_attention(
 
 @_segment_attention.register_fake
 def _(q, k, v, q_starts, k_starts, scale):
-    return torch.empty_like(q), q.new_empty(
-        0 if backend.is_torch(q) else q.shape[1], q.shape[0], dtype=torch.float32
-    )
+    heads = 0 if backend.is_torch(q) else q.shape[1]
+    return torch.empty_like(q), q.new_empty(heads, q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("trislat::segment_attention_backward", mutates_args=())
@@ -247,9 +249,11 @@ def _segment_attention_backward(
         with torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = padded.backward(grad, q, k, v, plan, scale, q.new_empty(0))
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dv = torch.empty_like(v)
     segments = Segments(None, q_starts, None, k_starts)
-    launches.backward(grad.contiguous(), q, k, v, out, lse, None, None, segments, scale, dq, dk, dv)
+    launches.backward(grad.contiguous(), q, k, v, None, None, out, lse, segments, scale, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -296,22 +300,21 @@ def window_attention(
     windows: Windows,
     *,
     scale: float | None = None,  # of the scores; D ** -0.5
-    # [H, D], with k_gamma: q and k are RMS-normed over D and scaled by them first
+    # [H, D] both: q and k are RMS-normed over D and scaled by their gamma first
     q_gamma: Tensor | None = None,
     k_gamma: Tensor | None = None,
     # [N, D / 2] complex: q and k, in pairs of channels (2 i, 2 i + 1), are multiplied by them
     phases: Tensor | None = None,
 ) -> Tensor:  # [N, H, D]
-    """softmax(scale q k^T) v of each window's rows over its keys, every window and head in one
-    launch per size class.
+    """Attention softmax(scale q k^T) v of each window's rows over its keys.
 
-    Any window length; fp32 accumulation; deterministic, forward and backward (to qkv and both
-    gammas, not to the phases; once differentiable). The rotation by the phases (Su et al.,
-    RoFormer, arXiv 2104.09864) comes first, as published; then the norm: with the gammas, q becomes
-    q / max(|q|, 1e-12) * gamma * sqrt(D). Both are computed in fp32 and rounded to q's type.
-    Nothing waits for the device; for CPU tensors the window starts are read. Raises ValueError for
-    wrong ranks, types, head sizes (multiples of 8 from 8 to 128) and row counts; TypeError for what
-    are no windows and no tensor.
+    Windows may have any length; sums are fp32. The rotation by the phases (Su et al., RoFormer,
+    arXiv 2104.09864) comes first, as published; then the norm: with the gammas, q becomes
+    q / max(|q|, 1e-12) * gamma * sqrt(D), and k likewise. Both are computed in fp32 and rounded to
+    q's type. Deterministic forward and backward; gradients reach qkv and both gammas, not the
+    phases; once differentiable. Nothing waits for the device; for CPU tensors the window starts are
+    read. Raises ValueError for wrong ranks, types, head sizes (multiples of 8 from 8 to 128) and
+    row counts; TypeError for what are no windows and no tensor.
     """
     check_tensors(qkv=qkv)
     if not isinstance(windows, Windows):
@@ -334,19 +337,16 @@ def window_attention(
                 raise ValueError(
                     f"{name} must be [H, D] = {list(qkv.shape[2:])}, got {list(g.shape)}"
                 )
-        gamma = torch.stack([q_gamma, k_gamma]).to(torch.promote_types(qkv.dtype, torch.float32))
+        gamma = torch.stack([q_gamma, k_gamma]).to(wide_dtype(qkv))
     if phases is not None:
-        if phases.shape != (len(qkv), qkv.shape[3] // 2) or not phases.is_complex():
-            expected = [len(qkv), qkv.shape[3] // 2]
+        expected = [len(qkv), qkv.shape[3] // 2]
+        if list(phases.shape) != expected or not phases.is_complex():
             raise ValueError(
                 f"phases must be [N, D / 2] = {expected} complex, got {list(phases.shape)} "
                 f"{phases.dtype}"
             )
-        phases = (
-            torch.view_as_real(phases.detach().resolve_conj())
-            .to(torch.promote_types(qkv.dtype, torch.float32))
-            .contiguous()
-        )
+        phases = torch.view_as_real(phases.detach().resolve_conj())
+        phases = phases.to(wide_dtype(qkv)).contiguous()
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     uses = (None, None) if windows.keys is None else windows.uses
     lists = windows.order, windows.starts, windows.keys, windows.key_starts, *uses
@@ -365,11 +365,10 @@ def segment_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:  # [Nq, H, D]
-    """softmax(scale q k^T) v of the queries over the keys of the same segment; zeros where a
-    segment has no keys.
+    """Attention softmax(scale q k^T) v of the queries over the keys of the same segment.
 
-    As `window_attention` otherwise: types, head sizes, determinism, gradients to q, k and v,
-    errors.
+    Outputs are zero where a segment has no keys. Types, head sizes, determinism and errors are
+    those of `window_attention`; gradients reach q, k and v.
     """
     check_tensors(q=q, k=k, v=v, q_starts=q_starts, k_starts=k_starts)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -387,12 +386,5 @@ def segment_attention(
             "[M + 1]"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        q_starts.contiguous(),
-        k_starts.contiguous(),
-        scale,
-    )
-    return torch.ops.trislat.segment_attention(*args)[0]
+    tensors = [t.contiguous() for t in (q, k, v, q_starts, k_starts)]
+    return torch.ops.trislat.segment_attention(*tensors, scale)[0]

@@ -1,30 +1,29 @@
-"""What the attention kernels do to a tile of rows as they load it: rotation and q/k norm."""
+"""Parts of the attention kernels: rotation and q/k norm of a tile of rows, the list of tiles."""
 
 from kernels.backend import tl, triton
 
+LOG2E = tl.constexpr(1.4426950408889634)
 EPSILON = tl.constexpr(1e-12)  # least norm of a row in the q/k norm
 
 
 @triton.jit
 def rotate(x, phases_ptr, row, live, SIGN: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """Pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] turned by their phases, or back (SIGN
-    -1), in their type.
+    """Turn pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] by their phases, in their type.
+
+    SIGN -1 turns back.
     """
     d = tl.arange(0, PAD_D)[None, :]
     phases = tl.load(phases_ptr + row * D + d, mask=live[:, None] & (d < D), other=0.0)
     cos, sin = tl.split(tl.reshape(phases, [x.shape[0], PAD_D // 2, 2]))
     even, odd = tl.split(tl.reshape(x.to(tl.float32), [x.shape[0], PAD_D // 2, 2]))
     sin *= SIGN
-    return tl.reshape(
-        tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], PAD_D]
-    ).to(x.dtype)
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(turned, [x.shape[0], PAD_D]).to(x.dtype)
 
 
 @triton.jit
 def head_norm(x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """RMS norm of q or k rows [ROWS, PAD_D] of one head, whose gamma the pointer names, in their
-    type.
-    """
+    """RMS norm of q or k rows [ROWS, PAD_D] of one head, in their type; gamma_ptr is the head's."""
     d = tl.arange(0, PAD_D)
     gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
     wide = x.to(tl.float32)
@@ -34,7 +33,7 @@ def head_norm(x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
 
 @triton.jit
 def head_norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr):
-    """Gradients of `head_norm`: of the rows [ROWS, PAD_D], and of gamma over these [PAD_D]."""
+    """Gradients of `head_norm`: of the rows [ROWS, PAD_D], and of gamma [PAD_D] over them."""
     d = tl.arange(0, PAD_D)
     gamma = tl.load(gamma_ptr + d, mask=d < D, other=0.0) * (D**0.5)
     x = x.to(tl.float32)
@@ -47,13 +46,11 @@ def head_norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr)
     return inverse * (grad - unit * along[:, None]), dgamma
 
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
 @triton.jit(do_not_specialize=["M", "low", "high", "rows"])
 def _list_tiles(starts_ptr, work_ptr, M, low, high, rows, BLOCK: tl.constexpr):
-    """work: how many tiles there are, an unused number, then (segment, its first position) of each.
-    One program.
+    """List the tiles of the segments of low < length <= high, in one program.
+
+    work: the number of tiles, an unused number, then (segment, first position) of each.
     """
     total = 0
     for m0 in range(0, M, BLOCK):

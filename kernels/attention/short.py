@@ -1,15 +1,20 @@
-"""The Triton programs of `kernels.attention.op`: N rows, M segments, H heads, D head channels
-padded to PAD_D, a power of two.
+"""The attention kernels for segments that are one tile: N rows, M segments, H heads.
 
-Pointers: q, k, v and their gradients [N, H, D] with STRIDE between rows; out, grad [N, H, D]; gamma
-[2, H, D] fp32 or None (no q/k norm); phases [N, D / 2, 2] fp32 or None (no rotation); order of the
-queries, keys [N] int32 or None (position = row); starts [M + 1] int32; work from `_list_tiles`;
-lse, delta [H, N] fp32 by position; dgamma [tiles, 2, H, D] fp32. Program axis 0 is the head, or a
-group: heads share the lines of a row. Axis 1 strides over the tiles in `work`.
+D head channels are padded to PAD_D, a power of two. Arguments, here and in `long`, in groups that
+travel together:
 
-Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key is masked out of
-the softmax. Loops call no helper except the rotation and the norm: Triton's interpreter pays
-milliseconds for each call.
+  q, k, v             [N, H, D] with STRIDE between rows
+  gamma, phases       [2, H, D] fp32, None: no q/k norm; [N, D / 2, 2] fp32, None: no rotation
+  order, keys         [N] int32: the row at each position, of the queries and keys; None: position
+  starts, work        [M + 1] int32: positions of segment m; the tiles that `_list_tiles` lists
+  out, lse            [N, H, D]; [H, N] fp32 by position: log sum exp of the scores
+  grad, delta         the gradient of out; [H, N] fp32 by position: sum of out * grad
+  dq, dk, dv, dgamma  as q, k, v; [tiles, 2, H, D] fp32
+
+Program axis 0 is the head, or a group: heads share the lines of a row. Axis 1 strides over the
+tiles in `work`. Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key
+is masked out of the softmax. Loops call no helper except the rotation and the norm: Triton's
+interpreter pays milliseconds for each call.
 """
 
 from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, rotate
@@ -96,9 +101,7 @@ def _attention_short_backward(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program: whole segments, one head; every row is read once. delta = sum_d out * grad is made
-    on the way.
-    """
+    """A program: whole segments, one head; every row is read once, delta is made on the way."""
     h = tl.program_id(0)
     d = tl.arange(0, PAD_D)[None, :]
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):

@@ -8,8 +8,9 @@ ANY = 2**31 - 1
 
 
 class Tile(NamedTuple):
-    """How segments of `low` < length <= `high` are computed: `rows` of them by a program, `step` of
-    the other side at a time.
+    """A size class: segments of `low` < length <= `high`.
+
+    A program computes `rows` of them, with `step` rows of the other side at a time.
     """
 
     low: int
@@ -23,11 +24,11 @@ class Tile(NamedTuple):
 def tile_sizes(
     dtype: torch.dtype, pad_d: int, target: str, normed: bool, rotated: bool, separate: bool = False
 ) -> tuple[list[Tile], list[Tile]]:
-    """Size classes, forward and backward. Not yet measured on a GPU: chosen so that nothing spills
-    and shared memory suffices.
+    """Size classes, forward and backward.
 
-    The q/k norm holds more of a row in registers, and so does its rotation. The last class loops,
-    from any length, and is the only one where keys are `separate` from the queries.
+    Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices. The q/k
+    norm holds more of a row in registers, and so does the rotation. The last class loops, from any
+    length, and is the only one where keys are `separate` from the queries.
     """
     treated = normed or rotated
     if target == "interpreter":  # a program costs milliseconds whatever its size
@@ -62,7 +63,8 @@ def tile_sizes(
         forward = [Tile(0, ANY, 64, 32, 4, 2)]
         backward = [Tile(0, 64, 64, 16, 4, 1), Tile(64, ANY, 64, 16, 4, 1)]
         if treated:
-            forward, backward = [Tile(0, ANY, 64, 32, 8, 2)], [Tile(0, ANY, 32, 16, 8, 1)]
+            forward = [Tile(0, ANY, 64, 32, 8, 2)]
+            backward = [Tile(0, ANY, 32, 16, 8, 1)]
     elif target.startswith("gfx1"):  # 256 registers a thread, half of what gfx9 has
         forward = [Tile(0, ANY, 64, 32, 8, 1)]
         backward = [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)]

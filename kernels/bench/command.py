@@ -49,7 +49,6 @@ OPS = {
     "attention_occupancy": "kernels.bench.sweeps",
     "layer_norm": "kernels.bench.norm",
     "add_layer_norm": "kernels.bench.norm",
-    "rms_norm": "kernels.bench.norm",
     "gelu": "kernels.bench.norm",
     "ssim": "kernels.bench.norm",
     "build_table": "kernels.bench.voxels",

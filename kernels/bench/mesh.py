@@ -19,8 +19,10 @@ from kernels.camera import Camera
 from kernels.conv.op import sparse_conv, subdivide_conv
 from kernels.conv.order import octant_order, tap_order
 from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
-from kernels.mesh.render import projection, render_mesh, render_mesh_reference, to_clip
-from kernels.norm.group import group_norm_reference, group_norm_silu
+from kernels.mesh.clip import projection, to_clip
+from kernels.mesh.reference import render_mesh_reference
+from kernels.mesh.render import render_mesh
+from kernels.norm.group import group_norm, group_norm_reference
 from kernels.surface.isosurface import isosurface
 from kernels.surface.reference import isosurface_reference
 from kernels.views import make_layout
@@ -201,7 +203,7 @@ def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             forward=[Work(3 * row)],
             backward=[Work(5 * row)],
             inputs=lambda seed, d=dtype: (_random((N, C), d, device, seed), *affine(seed)),
-            ours=lambda x, w, b: group_norm_silu(x, w, b, starts, GROUPS, EPS),
+            ours=lambda x, w, b: group_norm(x, w, b, starts, GROUPS, EPS, silu=True),
             reference=lambda x, w, b: group_norm_reference(
                 x, w.to(x), b.to(x), starts, GROUPS, EPS, True
             ),

@@ -19,8 +19,6 @@ from kernels.norm.layer import (
     add_layer_norm_reference,
     layer_norm,
     layer_norm_reference,
-    rms_norm,
-    rms_norm_reference,
 )
 from kernels.similarity import ssim, ssim_reference
 
@@ -43,11 +41,6 @@ def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def eager_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The tanh form."""
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
-
-
-def eager_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """As published."""
-    return (F.normalize(x.float(), dim=-1) * gamma * x.shape[-1] ** 0.5).to(x.dtype)
 
 
 def _peers(eager: Callable, device: torch.device) -> dict[str, Impl | str]:
@@ -104,7 +97,7 @@ def _row_count(size: str) -> tuple[str, int, int, int]:
 
 
 def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """With the bias that a block's stream lacks. Forward x -> y; backward y, dy -> dx."""
+    """With a bias. Forward x -> y; backward y, dy -> dx."""
     name, N, H, D = _row_count(size)
     ours = lambda x, bias: layer_norm(x, EPS, bias)
     reference = lambda x, bias: layer_norm_reference(x, EPS, bias)
@@ -126,23 +119,6 @@ def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> 
         eager_add_layer_norm,
         [(N, H * D)] * 2,
         (4, 4),
-        name,
-        dtypes,
-        device,
-    )
-
-
-def rms_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Forward x -> y; backward x, dy -> dx; gamma is too small to count."""
-    name, N, H, D = _row_count(size)
-    shapes = [(N, H, D), (H, D)]
-    yield from _pass(
-        "rms_norm",
-        rms_norm,
-        rms_norm_reference,
-        eager_rms_norm,
-        shapes,
-        (2, 3),
         name,
         dtypes,
         device,

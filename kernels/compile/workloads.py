@@ -17,8 +17,8 @@ from kernels.conv.op import sparse_conv, subdivide_conv
 from kernels.gaussian.splat import splat
 from kernels.mesh.render import render_mesh
 from kernels.norm.gelu import gelu
-from kernels.norm.group import group_norm_silu
-from kernels.norm.layer import add_layer_norm, layer_norm, rms_norm, stream_norm
+from kernels.norm.group import group_norm
+from kernels.norm.layer import add_layer_norm, layer_norm
 from kernels.radiance.raymarch import raymarch
 from kernels.similarity import ssim
 from kernels.surface.isosurface import isosurface
@@ -96,16 +96,12 @@ def serialized(dtype: torch.dtype) -> None:
 
 def norms(dtype: torch.dtype) -> None:
     """The memory-bound passes of a block."""
-    for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
+    for channels in (CHANNELS, DEMO_CHANNELS):
         x, h = (torch.randn(8, channels).to(dtype).requires_grad_() for _ in range(2))
         bias = torch.zeros(channels, requires_grad=True)
         _backward(layer_norm(x))
         _backward(layer_norm(x, bias=bias))
-        _backward(*stream_norm(x.clone()))
-        _backward(*stream_norm(x.clone(), bias=bias))
         _backward(*add_layer_norm(x, h))
-        gamma = torch.ones(heads, channels // heads, requires_grad=True)
-        _backward(rms_norm(x.view(8, heads, -1), gamma))
         _backward(gelu(x))
         _backward(gelu(x, bias))
 
@@ -152,7 +148,7 @@ def convolution(dtype: torch.dtype) -> None:
         weight = torch.randn(CO, 3, 3, 3, CI, requires_grad=True)
         bias = torch.zeros(CO, requires_grad=True)
         norm = torch.ones(CI, requires_grad=True), torch.zeros(CI, requires_grad=True)
-        _backward(group_norm_silu(x, *norm, torch.tensor([0, N], dtype=torch.int32)))
+        _backward(group_norm(x, *norm, torch.tensor([0, N], dtype=torch.int32), silu=True))
         if subdivided:
             _backward(subdivide_conv(x, weight, bias, taps, order=order.expand(9, N).contiguous()))
         else:

@@ -1,5 +1,4 @@
-"""Sparse convolution on CPU tensors: tap after tap, the rows that have it are gathered, multiplied
-and added.
+"""Sparse convolution on CPU tensors: the rows of each tap are gathered, multiplied and added.
 
 R rows, G groups of T taps (M = G * T matrices of the weight), A channels in, C channels out. Rows
 go in chunks, so memory beside inputs and outputs is bounded and a chunk's sums stay in a cache; no
@@ -9,17 +8,14 @@ products and sums are fp32 (fp64 stays fp64).
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
+
+from kernels.dtypes import wide
 
 CHUNK = 2048  # rows of one product
 
 # (matrix, rows of x, which of the chunk's rows they go to; None: all)
 Live = list[tuple[int, Tensor, Tensor | None]]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _chunks(taps: Tensor) -> Iterator[tuple[slice, int, Live]]:
@@ -32,24 +28,26 @@ def _chunks(taps: Tensor) -> Iterator[tuple[slice, int, Live]]:
             live: Live = []
             for t, near in enumerate(columns[g]):
                 rows = (near >= 0).nonzero()[:, 0]
-                if len(rows):
-                    whole = len(rows) == len(near)
-                    live.append((g * T + t, near if whole else near[rows], None if whole else rows))
+                if len(rows) == len(near):
+                    live.append((g * T + t, near, None))
+                elif len(rows):
+                    live.append((g * T + t, near[rows], rows))
             yield span, g, live
 
 
 def product(x: Tensor, matrices: Tensor, bias: Tensor | None, taps: Tensor) -> Tensor:
-    """Sum over taps of x [S, A] @ matrices [M, A, C], and bias [C]: [R * G, C] in x's dtype; row r
-    of group g at r * G + g.
+    """Sum over taps of x [S, A] @ matrices [M, A, C], plus bias [C]: [R * G, C] in x's dtype.
+
+    Row r of group g is at r * G + g.
     """
     R, G, _ = taps.shape
     C = matrices.shape[2]
-    matrices = _wide(matrices)
+    matrices = wide(matrices)
     out = x.new_empty(R, G, C)
     for span, g, live in _chunks(taps):
         total = matrices.new_zeros(span.stop - span.start, C)
         for m, near, rows in live:
-            part = _wide(x.index_select(0, near))
+            part = wide(x.index_select(0, near))
             if rows is None:
                 total.addmm_(part, matrices[m])
             else:
@@ -59,17 +57,19 @@ def product(x: Tensor, matrices: Tensor, bias: Tensor | None, taps: Tensor) -> T
 
 
 def weight_gradient(x: Tensor, grad: Tensor, taps: Tensor) -> Tensor:
-    """Sum over rows r, g of grad [R * G, C] times the row of x [S, A] under each tap: [C, M, A], in
-    fp32 or fp64.
+    """Sum over rows of grad [R * G, C] times the row of x [S, A] under each tap.
+
+    Returns [C, M, A] in fp32 or fp64.
     """
     R, G, T = taps.shape
     A = x.shape[1]
     C = grad.shape[1]
-    sums = _wide(x[:0]).new_zeros(G * T, C, A)
+    sums = wide(x[:0]).new_zeros(G * T, C, A)
     grad = grad.view(R, G, C)
     for span, g, live in _chunks(taps):
         for m, near, rows in live:
             up = grad[span, g]
-            up = _wide(up if rows is None else up.index_select(0, rows))
-            sums[m].addmm_(up.mT, _wide(x.index_select(0, near)))
+            if rows is not None:
+                up = up.index_select(0, rows)
+            sums[m].addmm_(wide(up).mT, wide(x.index_select(0, near)))
     return sums.transpose(0, 1).contiguous()

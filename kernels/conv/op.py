@@ -1,12 +1,12 @@
-"""Submanifold sparse convolution as an implicit matrix product over a neighbour map: N voxels, K
-taps, Ci -> Co channels.
+"""Submanifold sparse convolution as an implicit matrix product over a neighbour map.
 
-Output voxels are the input's; tap (i, j, k) of a voxel reads the voxel at coord + (i - r, j - r, k
-- r), if there is one (Graham et al., 3D Semantic Segmentation with Submanifold Sparse Convolutional
-Networks, arXiv 1711.10275). Rows that have the same taps are brought together (`tap_order`), and a
-tile of rows skips the taps that none of them has. The input gradient is the same product over the
-mirrored map: the map of a voxel set holds m under tap t of n where it holds n under the opposite
-tap of m. Nothing is added atomically, results are deterministic.
+N voxels, K taps, Ci -> Co channels. Output voxels are the input's; tap (i, j, k) of a voxel reads
+the voxel at coord + (i - r, j - r, k - r), if there is one (Graham et al., 3D Semantic Segmentation
+with Submanifold Sparse Convolutional Networks, arXiv 1711.10275). Rows that have the same taps are
+brought together (`tap_order`), and a tile of rows skips the taps that none of them has. The input
+gradient is the same product over the mirrored map: the map of a voxel set holds m under tap t of n
+where it holds n under the opposite tap of m. Nothing is added atomically, results are
+deterministic.
 
 After a subdivision all 8 children of a parent exist and are equal, so a child's 3x3x3 kernel covers
 2x2x2 parents, with the weights of the taps that fall into one parent summed: 8 taps instead of up
@@ -24,6 +24,7 @@ from kernels.backend import triton
 from kernels.conv import cpu as gathered
 from kernels.conv import tiles as kernel
 from kernels.conv.order import child_rows, octants
+from kernels.dtypes import check_dtype, wide, wide_dtype
 
 LISTED = 128  # rows of a tile of which a weight gradient knows whether it has a tap
 PROGRAMS = 512  # of a weight gradient, shares of the rows included; not yet measured on a GPU
@@ -32,20 +33,19 @@ WIDTHS = ((128, 64), (128, 0), (64, 32), (64, 0), (32, 0), (16, 0))
 
 
 class Tile(NamedTuple):
-    """Of a product: rows, and channels at a time. Of a weight gradient: input channels, and rows at
-    a time.
-    """
+    """The tile of a program, of a product or of a weight gradient."""
 
-    rows: int
-    step: int
+    rows: int  # rows; of a weight gradient, input channels
+    step: int  # input channels at a time; of a weight gradient, rows
     widest: int  # channels of the output, or of the gradient
     num_warps: int
     num_stages: int
 
 
 def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
-    """Of products and of weight gradients. Not yet measured on a GPU: chosen so that nothing spills
-    and memory suffices.
+    """Tiles of products and of weight gradients.
+
+    Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
     """
     if target == "interpreter":  # a program costs milliseconds whatever its size
         return Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
@@ -65,22 +65,25 @@ def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
 
 
 def _widths(channels: int, widest: int) -> tuple[int, int]:
-    """The wide and the narrow part that cover the channels with the least padding, then with the
-    fewest programs.
+    """The wide and the narrow part of a program's channels.
+
+    They cover all channels with the least padding, then with the fewest programs.
     """
     fitting = [w for w in WIDTHS if sum(w) <= widest]
     return min(fitting, key=lambda w: triton.cdiv(channels, sum(w)) * (sum(w) + 16))
 
 
 class Taps(NamedTuple):
-    """A map of gathered rows: what one product reads."""
+    """The map of the rows that a product gathers: R rows in G groups, T taps."""
 
     rows: Tensor  # [R, G, T] int32: the row of the other side under each tap, -1 for none
     order: Tensor | None  # [G, R] int32: the order in which tiles take the rows
 
     def lists(self, rows: int) -> tuple[Tensor, Tensor]:
-        """[G, tiles, 1 + T] int32, how many taps a tile has and which; [G * T, tiles] int8, whether
-        a tile has a tap.
+        """The taps of each tile of `rows` rows, in two forms.
+
+        [G, tiles, 1 + T] int32: how many taps a tile has, and which; [G * T, tiles] int8: 1 where a
+        tile has a tap.
         """
         R, G, T = self.rows.shape
         tiles = triton.cdiv(R, rows)
@@ -97,17 +100,17 @@ class Taps(NamedTuple):
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps, back: bool, mirror: bool
 ) -> Tensor:
-    """[R * G, C]: the sum over taps of x's rows times the weight [Co, M, Ci], or times its
-    transpose.
+    """The sum over taps of x's rows times the weight [Co, M, Ci]: [R * G, C].
+
+    `back` multiplies by the weight's transpose; `mirror` takes the taps in the opposite order.
     """
     R, G, T = taps.rows.shape
     CO, _, CI = weight.shape
     if backend.is_torch(x):
         rows = taps.rows.flip(2) if mirror else taps.rows
+        matrices = weight.transpose(0, 1) if back else weight.permute(1, 2, 0)
         with torch.autocast(x.device.type, enabled=False):
-            return gathered.product(
-                x, weight.transpose(0, 1) if back else weight.permute(1, 2, 0), bias, rows
-            )
+            return gathered.product(x, matrices, bias, rows)
     C, A = (CI, CO) if back else (CO, CI)
     tile, _ = _tiles(x.dtype, backend.target(x))
     wide, narrow = _widths(C, tile.widest)
@@ -137,8 +140,9 @@ def _product(
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
-    """[Co, M, Ci] fp32 (fp64 where x is): the sum over rows of grad [R * G, Co] times the row of x
-    [S, Ci] under each tap.
+    """The sum over rows of grad [R * G, Co] times the row of x [S, Ci] under each tap.
+
+    Returns [Co, M, Ci] in fp32 (fp64 where x is).
     """
     R, G, T = taps.rows.shape
     CI = x.shape[1]
@@ -155,17 +159,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
     blocks = triton.cdiv(CI, rows) * triton.cdiv(CO, wide + narrow)
     shares = max(1, min(PROGRAMS // (blocks * G * T), some.shape[1]))
     part = x.new_empty(shares, G * T, CI, CO, dtype=torch.float32)
-    args = (
-        x,
-        grad,
-        taps.rows,
-        taps.order,
-        some.sum(1, dtype=torch.int32),
-        listed,
-        part,
-        R,
-        some.shape[1],
-    )
+    count = some.sum(1, dtype=torch.int32)
+    args = (x, grad, taps.rows, taps.order, count, listed, part, R, some.shape[1])
     backend.launch(
         kernel._conv_weight_gradient,
         (blocks, G * T, shares),
@@ -201,17 +196,9 @@ def _conv(
     order: Tensor | None,
     subdivided: bool,
 ) -> Tensor:
-    """weight [Co, M, Ci] in any float type, rounded to x's; M = K, or 64 summed matrices of
-    subdivided voxels.
-    """
-    return _product(
-        x,
-        weight.to(x.dtype),
-        bias,
-        _forward_taps(neighbours, order, subdivided),
-        back=False,
-        mirror=False,
-    )
+    """weight [Co, M, Ci] is rounded to x's type; M = K, or 64 summed ones of subdivided voxels."""
+    taps = _forward_taps(neighbours, order, subdivided)
+    return _product(x, weight.to(x.dtype), bias, taps, back=False, mirror=False)
 
 
 @torch.library.custom_op("trislat::sparse_conv_backward", mutates_args=())
@@ -225,21 +212,21 @@ def _conv_backward(
     of_x: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx [N, Ci], and dweight [Co, M, Ci] in weight's type, summed in fp32; nothing [0] for one
-    that is not asked for.
+    """dx [N, Ci], and dweight [Co, M, Ci] in weight's type, summed in fp32.
+
+    Either is empty, [0], where it is not asked for.
     """
-    dx, dweight = x.new_empty(0), weight.new_empty(0)
-    if of_x and subdivided:
-        back = Taps(child_rows(neighbours), None if order is None else order[:1])
-        dx = _product(grad, weight.to(x.dtype), None, back, back=True, mirror=False)
-    elif of_x:
-        dx = _product(
-            grad, weight.to(x.dtype), None, Taps(neighbours[:, None], order), back=True, mirror=True
-        )
+    dx = x.new_empty(0)
+    dweight = weight.new_empty(0)
+    if of_x:
+        if subdivided:
+            taps = Taps(child_rows(neighbours), None if order is None else order[:1])
+        else:
+            taps = Taps(neighbours[:, None], order)
+        dx = _product(grad, weight.to(x.dtype), None, taps, back=True, mirror=not subdivided)
     if of_weight:
-        dweight = _weight_gradient(x, grad, _forward_taps(neighbours, order, subdivided)).to(
-            weight.dtype
-        )
+        taps = _forward_taps(neighbours, order, subdivided)
+        dweight = _weight_gradient(x, grad, taps).to(weight.dtype)
     return dx, dweight
 
 
@@ -250,9 +237,9 @@ def _(x, weight, bias, neighbours, order, subdivided):
 
 @_conv_backward.register_fake
 def _(grad, x, weight, neighbours, order, subdivided, of_x, of_weight):
-    return torch.empty_like(x) if of_x else x.new_empty(0), torch.empty_like(
-        weight
-    ) if of_weight else weight.new_empty(0)
+    dx = torch.empty_like(x) if of_x else x.new_empty(0)
+    dweight = torch.empty_like(weight) if of_weight else weight.new_empty(0)
+    return dx, dweight
 
 
 def _save(ctx, inputs, output):
@@ -267,7 +254,7 @@ def _differentiate(ctx, grad):
     dx, dweight = torch.ops.trislat.sparse_conv_backward(grad.contiguous(), *args)
     dbias = None
     if of_bias:
-        dbias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+        dbias = grad.sum(0, dtype=wide_dtype(grad)).to(ctx.bias_dtype)
     return dx if of_x else None, dweight if of_weight else None, dbias, None, None, None
 
 
@@ -284,12 +271,7 @@ def _check(
 ) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [N, Ci], got {list(x.shape)}")
-    kernels = (torch.float16, torch.bfloat16, torch.float32)
-    if x.dtype not in kernels and not (x.dtype == torch.float64 and backend.is_torch(x)):
-        raise ValueError(
-            f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on "
-            f"{backend.name(x)}"
-        )
+    check_dtype(x)
     if weight.ndim != 5 or len(set(weight.shape[1:4])) != 1 or 0 in weight.shape:
         raise ValueError(f"weight must be [Co, k, k, k, Ci], got {list(weight.shape)}")
     k = weight.shape[1]
@@ -338,12 +320,12 @@ def sparse_conv(
     # [N] int32: `tap_order` of the same voxels; the result does not depend on it
     order: Tensor | None = None,
 ) -> Tensor:  # [N, Co], as x
-    """Submanifold convolution: bias + the sum over taps of weight[:, i, j, k] @ the row of x under
-    tap (i, j, k).
+    """Submanifold convolution of the features of a voxel set, on the same voxels.
 
-    Cross-correlation, as torch's conv3d. The weight is rounded to x's dtype, sums are fp32, and the
-    weight's gradient is summed in fp32 and returned in the weight's dtype. `neighbours` must be a
-    map that `kernels.neighbours` makes: its rows are not range-checked, and the gradient of x
+    A row becomes bias + the sum over taps of weight[:, i, j, k] @ the row of x under tap (i, j, k):
+    a cross-correlation, as torch's conv3d. The weight is rounded to x's dtype, sums are fp32, and
+    the weight's gradient is summed in fp32 and returned in the weight's dtype. `neighbours` must be
+    a map that `kernels.neighbours` makes: its rows are not range-checked, and the gradient of x
     relies on its symmetry. Raises ValueError, naming both sizes, where the weight's kernel size or
     channels, bias, neighbours and x do not fit together.
     """
@@ -354,8 +336,7 @@ def sparse_conv(
 def octant_weights(
     weight: Tensor,  # [Co, 3, 3, 3, Ci]
 ) -> Tensor:  # [Co, 64, Ci]
-    """The 2x2x2 matrices of each child: of octant o, those of the 27 taps that fall into the same
-    parent, summed.
+    """The 2x2x2 matrices of each child: sums over the taps that fall into the same parent.
 
     Along an axis a child in the lower half has tap 0 in the parent before and taps 1, 2 in its own;
     one in the upper half has taps 0, 1 in its own and tap 2 in the parent after. Linear, so
@@ -378,8 +359,7 @@ def subdivide_conv(
     # [9, N] int32: `octant_order` of the parents; the result does not depend on it
     order: Tensor | None = None,
 ) -> Tensor:  # [8N, Co], as x
-    """sparse_conv of x copied to the 8 children of every voxel, on the children, without making the
-    copies.
+    """Convolution of x copied to the 8 children of every voxel, without making the copies.
 
     The children of row n are rows 8n to 8n + 7, z fastest, as `SpatialCache.subdivide` makes them.
     The same function of the same weight with about a quarter of the products; weights are summed in
@@ -391,5 +371,5 @@ def subdivide_conv(
         raise ValueError(
             f"a convolution after a subdivision has kernel size 3, the weight has {weight.shape[1]}"
         )
-    summed = octant_weights(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    summed = octant_weights(wide(weight))
     return _run(x, summed, bias, parent_neighbours, order, True)

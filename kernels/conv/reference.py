@@ -1,4 +1,4 @@
-"""Sparse convolution by the book: plain torch, any float dtype, autograd."""
+"""Reference sparse convolution in plain torch: any float dtype, autograd."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def sparse_conv_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor
 ) -> Tensor:
-    """Tap after tap over all rows."""
+    """The sum over taps of all rows, gathered and multiplied."""
     padded = torch.cat([x, x.new_zeros(1, x.shape[1])])  # row -1 is zero
     y = sum(
         padded[near.long()] @ w.T
@@ -19,5 +19,5 @@ def sparse_conv_reference(
 def subdivide_conv_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, child_neighbours: Tensor
 ) -> Tensor:
-    """The copies, then the convolution; it takes the children's own map."""
+    """The convolution of 8 copies of each row; it takes the children's own map."""
     return sparse_conv_reference(x.repeat_interleave(8, 0), weight, bias, child_neighbours)

@@ -1,5 +1,4 @@
-"""The kernels of `kernels.conv.op`: products of gathered rows with a weight, tile by tile, and
-their weight gradient.
+"""The Triton programs of `kernels.conv.op`: products of gathered rows with a weight, and gradients.
 
 R rows in G groups, T taps a group, M = G * T matrices of the weight [CO, M, CI]; taps [R, G, T]
 holds the row of the other side under each tap, -1 for none. Both products keep up to 192 output
@@ -22,17 +21,18 @@ def _list_taps(
     PAD_T: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A program: the taps that any of ROWS rows of a group has. list [G, tiles, 1 + T]: how many,
-    which; some [G * T, tiles].
+    """A program: the taps that any of ROWS rows of a group has.
+
+    list [G, tiles, 1 + T]: how many, and which; some [G * T, tiles]: 1 where a tile has a tap.
     """
-    tile, g, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    tile = tl.program_id(0)
+    g = tl.program_id(1)
+    tiles = tl.num_programs(0)
     at = tile * ROWS + tl.arange(0, ROWS)
     live = at < R
-    row = (
-        at
-        if order_ptr is None
-        else tl.load(order_ptr + g.to(tl.int64) * R + at, mask=live, other=0)
-    )
+    row = at
+    if order_ptr is not None:
+        row = tl.load(order_ptr + g.to(tl.int64) * R + at, mask=live, other=0)
     t = tl.arange(0, PAD_T)
     near = taps_ptr + (row.to(tl.int64) * G + g)[:, None] * T + t[None, :]
     near = tl.load(near, mask=live[:, None] & (t < T)[None, :], other=-1)  # [ROWS, PAD_T]
@@ -80,11 +80,10 @@ def _conv_product(
     tiles = tl.num_programs(0) // BLOCKS
     at = tile * ROWS + tl.arange(0, ROWS)
     live = at < R
-    row = (
-        at
-        if order_ptr is None
-        else tl.load(order_ptr + g.to(tl.int64) * R + at, mask=live, other=0)
-    ).to(tl.int64) * G + g
+    row = at
+    if order_ptr is not None:
+        row = tl.load(order_ptr + g.to(tl.int64) * R + at, mask=live, other=0)
+    row = row.to(tl.int64) * G + g
     taps = taps_ptr + row * T
     entries = list_ptr + (g * tiles + tile).to(tl.int64) * (1 + T)
     c = tl.program_id(0) % BLOCKS * (WIDE + NARROW) + tl.arange(0, WIDE)
@@ -97,41 +96,27 @@ def _conv_product(
         near = tl.load(taps + t, mask=live, other=-1)  # [ROWS]
         a = i % STEPS * STEP + tl.arange(0, STEP)
         in_mask = a < IN
-        x = tl.load(
-            x_ptr + near.to(tl.int64)[:, None] * IN + a[None, :],
-            mask=(near >= 0)[:, None] & in_mask[None, :],
-            other=0.0,
-        )
+        x_at = x_ptr + near.to(tl.int64)[:, None] * IN + a[None, :]
+        x = tl.load(x_at, mask=(near >= 0)[:, None] & in_mask[None, :], other=0.0)
         matrix = weight_ptr + (g * T + (T - 1 - t if MIRROR else t)) * CI
         at_a = matrix + a[:, None] * IN_STRIDE
-        # [STEP, WIDE]
-        w = tl.load(
-            at_a + c[None, :] * OUT_STRIDE, mask=in_mask[:, None] & (c < OUT)[None, :], other=0.0
-        )
+        w_mask = in_mask[:, None] & (c < OUT)[None, :]
+        w = tl.load(at_a + c[None, :] * OUT_STRIDE, mask=w_mask, other=0.0)  # [STEP, WIDE]
         total = tl.dot(x, w, total, input_precision="ieee")
         if NARROW > 0:
-            w2 = tl.load(
-                at_a + c2[None, :] * OUT_STRIDE,
-                mask=in_mask[:, None] & (c2 < OUT)[None, :],
-                other=0.0,
-            )
+            w2_mask = in_mask[:, None] & (c2 < OUT)[None, :]
+            w2 = tl.load(at_a + c2[None, :] * OUT_STRIDE, mask=w2_mask, other=0.0)
             total2 = tl.dot(x, w2, total2, input_precision="ieee")
     if bias_ptr is not None:
         total += tl.load(bias_ptr + c, mask=c < OUT, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + row[:, None] * OUT
-    tl.store(
-        out + c[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=live[:, None] & (c < OUT)[None, :],
-    )
+    out_mask = live[:, None] & (c < OUT)[None, :]
+    tl.store(out + c[None, :], total.to(out_ptr.dtype.element_ty), mask=out_mask)
     if NARROW > 0:
         if bias_ptr is not None:
             total2 += tl.load(bias_ptr + c2, mask=c2 < OUT, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            out + c2[None, :],
-            total2.to(out_ptr.dtype.element_ty),
-            mask=live[:, None] & (c2 < OUT)[None, :],
-        )
+        out2_mask = live[:, None] & (c2 < OUT)[None, :]
+        tl.store(out + c2[None, :], total2.to(out_ptr.dtype.element_ty), mask=out2_mask)
 
 
 @triton.jit(do_not_specialize=["R", "tiles"])
@@ -156,11 +141,14 @@ def _conv_weight_gradient(
     NARROW: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program: its share of the rows that have a tap, TILE_A x (WIDE + NARROW) channels of its
-    matrix. part [S, M, CI, CO].
+    """A program: its share of the rows that have a tap, TILE_A x (WIDE + NARROW) channels.
+
+    count [M] and list [M, tiles] int32 name the tiles of ROWS rows that have the tap of a matrix;
+    part [shares, M, CI, CO] fp32 is summed over shares afterwards.
     """
     BLOCKS: tl.constexpr = (CO + WIDE + NARROW - 1) // (WIDE + NARROW)
-    m, share = tl.program_id(1), tl.program_id(2)
+    m = tl.program_id(1)
+    share = tl.program_id(2)
     g = m // T
     t = m % T
     a = tl.program_id(0) // BLOCKS * TILE_A + tl.arange(0, TILE_A)
@@ -173,37 +161,23 @@ def _conv_weight_gradient(
     count = tl.load(count_ptr + m) * PIECES
     each = (count + tl.num_programs(2) - 1) // tl.num_programs(2)
     for i in tl.range(share * each, tl.minimum(share * each + each, count), num_stages=STAGES):
-        at = (
-            tl.load(list_ptr + m.to(tl.int64) * tiles + i // PIECES) * ROWS
-            + i % PIECES * STEP
-            + tl.arange(0, STEP)
-        )
+        tile = tl.load(list_ptr + m.to(tl.int64) * tiles + i // PIECES)
+        at = tile * ROWS + i % PIECES * STEP + tl.arange(0, STEP)
         live = at < R
-        row = (
-            at
-            if order_ptr is None
-            else tl.load(order_ptr + g.to(tl.int64) * R + at, mask=live, other=0)
-        )
+        row = at
+        if order_ptr is not None:
+            row = tl.load(order_ptr + g.to(tl.int64) * R + at, mask=live, other=0)
         row = row.to(tl.int64) * G + g
         near = tl.load(taps_ptr + row * T + t, mask=live, other=-1)  # [STEP]
         live = near >= 0
-        x = tl.load(
-            x_ptr + near.to(tl.int64)[:, None] * CI + a[None, :],
-            mask=live[:, None] & (a < CI)[None, :],
-            other=0.0,
-        )
-        up = tl.load(
-            grad_ptr + row[:, None] * CO + c[None, :],
-            mask=live[:, None] & (c < CO)[None, :],
-            other=0.0,
-        )
+        x_at = x_ptr + near.to(tl.int64)[:, None] * CI + a[None, :]
+        x = tl.load(x_at, mask=live[:, None] & (a < CI)[None, :], other=0.0)
+        up_at = grad_ptr + row[:, None] * CO
+        up = tl.load(up_at + c[None, :], mask=live[:, None] & (c < CO)[None, :], other=0.0)
         total = tl.dot(tl.trans(x), up, total, input_precision="ieee")
         if NARROW > 0:
-            up2 = tl.load(
-                grad_ptr + row[:, None] * CO + c2[None, :],
-                mask=live[:, None] & (c2 < CO)[None, :],
-                other=0.0,
-            )
+            up2_mask = live[:, None] & (c2 < CO)[None, :]
+            up2 = tl.load(up_at + c2[None, :], mask=up2_mask, other=0.0)
             total2 = tl.dot(tl.trans(x), up2, total2, input_precision="ieee")
     part = part_ptr + ((share * tl.num_programs(1) + m).to(tl.int64) * CI + a)[:, None] * CO
     tl.store(part + c[None, :], total, mask=(a < CI)[:, None] & (c < CO)[None, :])

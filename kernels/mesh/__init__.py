@@ -1,1 +1,1 @@
-"""Triangle meshes -> pictures."""
+"""Rendering of triangle meshes: rasterisation, attributes, antialiasing."""

@@ -1,16 +1,17 @@
-"""Antialiasing of silhouettes on a CPU (what and why: kernels.mesh.antialias): only the pairs of
-pixels whose faces differ.
+"""Antialiasing of silhouettes on a CPU: only the pairs of pixels whose faces differ.
+
+The method is described in kernels.mesh.antialias, alpha and code in kernels.mesh.antialias_gpu.
 """
 
 import torch
 from torch import Tensor
 
-MARGIN = 0.0625  # how far outside the stretch between two centres an edge may cross it
+MARGIN = 0.0625  # how far beyond the two centres an edge may cross the line between them
 STEEP = 1e-3  # added to the magnitude of dy where its inverse is differentiated
 
 
 def _screen(clip: Tensor, row: Tensor, centre: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Clip rows [..., K] in pixels from the centres [2, K]: x, y."""
+    """x and y of clip rows [..., K], in pixels from the centres [2, K]."""
     position = clip[row]
     xy = position[..., :2] / position[..., 3:] * half
     return xy[..., 0] - centre[0], xy[..., 1] - centre[1]
@@ -30,23 +31,24 @@ def _origin(at: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
 def find_pairs(
     rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """alpha and code, [2, V, H, W] each, as kernels.mesh.antialias_gpu has them."""
+    """Find alpha and code of all pairs, [2, V, H, W] each."""
     V, H, W, _ = rast.shape
-    number, depth = rast[..., 3].reshape(-1), rast[..., 2].reshape(-1)
+    number = rast[..., 3].reshape(-1)
+    depth = rast[..., 2].reshape(-1)
     alphas = clip.new_zeros(2, V * H * W)
     codes = torch.zeros(2, V * H * W, dtype=torch.int8, device=clip.device)
     half = clip.new_tensor([W / 2, H / 2])
     for d in (0, 1):
         grid = rast[..., 3]
-        differs = grid[:, :, 1:] != grid[:, :, :-1] if d == 0 else grid[:, 1:] != grid[:, :-1]
-        first = (
-            torch.nn.functional.pad(differs, (0, 1) if d == 0 else (0, 0, 0, 1))
-            .reshape(-1)
-            .nonzero()[:, 0]
-        )
+        if d == 0:
+            differs = torch.nn.functional.pad(grid[:, :, 1:] != grid[:, :, :-1], (0, 1))
+        else:
+            differs = torch.nn.functional.pad(grid[:, 1:] != grid[:, :-1], (0, 0, 0, 1))
+        first = differs.reshape(-1).nonzero()[:, 0]
         other = first + (W if d else 1)
-        f0, f1 = number[first], number[other]
-        # whose face is the nearer one
+        f0 = number[first]
+        f1 = number[other]
+        # the second pixel's face is the nearer one
         second = (f0 == 0) | ((f1 != 0) & (depth[other] <= depth[first]))
         ds = torch.where(second, -1.0, 1.0).to(clip.dtype)
         view = table[torch.div(first, H * W, rounding_mode="floor")]
@@ -58,12 +60,14 @@ def find_pairs(
         turn = _area(list(x), list(y)).signbit()
         folds = []
         for k in range(3):
-            replaced = [[o[k] if k == c else p[c] for c in range(3)] for p, o in ((x, ox), (y, oy))]
-            # open, or both faces on one side
-            folds.append((across[k] < 0) | (_area(*replaced).signbit() == turn))
+            folded_x = [ox[k] if k == c else x[c] for c in range(3)]
+            folded_y = [oy[k] if k == c else y[c] for c in range(3)]
+            # an open edge, or both faces on one side
+            folds.append((across[k] < 0) | (_area(folded_x, folded_y).signbit() == turn))
         if d:
             x, y = y, x  # along and across the line to the neighbour
-        dx, dy = x[[2, 0, 1]] - x[[1, 2, 0]], y[[2, 0, 1]] - y[[1, 2, 0]]
+        dx = x[[2, 0, 1]] - x[[1, 2, 0]]
+        dy = y[[2, 0, 1]] - y[[1, 2, 0]]
         r = ds * (x[[1, 2, 0]] * dy - y[[1, 2, 0]] * dx) / dy
         crosses = (y[[1, 2, 0]].signbit() != y[[2, 0, 1]].signbit()) & (dy != 0)
         r = torch.where(crosses, r, torch.finfo(torch.float32).min)
@@ -74,13 +78,9 @@ def find_pairs(
         dy = pick(dy)
         fold = pick(torch.stack(folds))
         alpha = ds * (0.5 - r.clamp(0, 1))
-        hit = (
-            fold
-            & (dy.abs() >= dx.abs())
-            & (r > -MARGIN)
-            & (r < 1 + MARGIN)
-            & ((alpha != 0) | alpha.signbit())
-        )
+        hit = fold & (dy.abs() >= dx.abs())
+        hit &= (r > -MARGIN) & (r < 1 + MARGIN)
+        hit &= (alpha != 0) | alpha.signbit()
         alphas[d, first[hit]] = alpha[hit]
         codes[d, first[hit]] = (1 + m[0] + 3 * second)[hit].to(torch.int8)
     return alphas.view(2, V, H, W), codes.view(2, V, H, W)
@@ -89,7 +89,7 @@ def find_pairs(
 def antialias_torch(
     image: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The blended image [V, H, W, C], alpha [2, V, H, W] and code [2, V, H, W] of the pairs."""
+    """Blend the image [V, H, W, C]; also returns alpha and code of the pairs, [2, V, H, W]."""
     alpha, code = find_pairs(rast, clip, faces, table, opposite)
     flat = image.reshape(-1, image.shape[-1])
     out = flat.clone()
@@ -111,7 +111,7 @@ def antialias_torch_backward(
     faces: Tensor,
     table: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Of the image [V, H, W, C] and of the clip positions [P, 4]."""
+    """The gradients of the image [V, H, W, C] and of the clip positions [P, 4]."""
     V, H, W, C = image.shape
     flat = image.reshape(-1, C)
     g = grad.reshape(-1, C)
@@ -143,11 +143,11 @@ def antialias_torch_backward(
             sx, sy, hx, hy = sy, sx, hy, hx
         px, qx = sx
         py, qy = sy
-        dx, dy = qx - px, qy - py
+        dx = qx - px
+        dy = qy - py
         inverse = 1 / (dy + torch.copysign(torch.full_like(dy, STEEP), dy))
         at = (px * dy - py * dx) * inverse
-        x, _, _, w = clip[row].unbind(-1)
-        y = clip[row][..., 1]
+        x, y, _, w = clip[row].unbind(-1)
         scale = delta * inverse / w
         gx = hx * torch.stack([-qy, py]) * scale
         gy = hy * torch.stack([qx - at, at - px]) * scale

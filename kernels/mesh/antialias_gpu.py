@@ -1,15 +1,13 @@
-"""Antialiasing of silhouettes on a GPU (what and why: kernels.mesh.antialias). V views, N = V H W
-pixels, C channels.
+"""Antialiasing of silhouettes on a GPU, forward (the method: kernels.mesh.antialias).
 
-    _silhouette_pairs     every pixel with its right (d = 0) and lower (d = 1) neighbour: alpha and
-                          code [2, N]
-    _silhouette_blend     a pixel's up to four pairs, gathered: no two programs write one pixel
-    _silhouette_backward  the same pairs, for the gradient of the image and, since the edge of a
-                          pair belongs to its nearer
-                          pixel's face, for that of the three corners of each pixel's own face
+V views, N = V H W pixels, C channels. Pointers as in kernels.mesh.pixels_gpu. Two kernels:
 
-code = 0 for a pair that does not blend, else 1 + edge, + 3 where the nearer face is that of the
-second pixel.
+    _silhouette_pairs  each pixel with its right (d = 0) and its lower (d = 1) neighbour: alpha and
+                       code, [2, N] each
+    _silhouette_blend  a pixel's up to four pairs, gathered: no two programs write one pixel
+
+`code` is 0 for a pair that does not blend; else 1 + edge, and 3 more where the nearer face is that
+of the second pixel.
 """
 
 import torch
@@ -17,19 +15,23 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.mesh.pixels_gpu import pixel_block, spread
-from kernels.mesh.silhouette_gradient import edge_gradient, is_negative, pair_upstream
-from kernels.reduce import sum_rows
+from kernels.mesh.pixels_gpu import pixel_block
 
-# how far outside the stretch between two centres an edge may cross it
+# how far beyond the two centres an edge may cross the line between them
 MARGIN = tl.constexpr(0.0625)
 FAR = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def _screen(clip_ptr, row, ox, oy, W, H, live):
-    """A clip position in pixels from (ox, oy), which counts from the middle of the picture; and x,
-    y, w.
+def is_negative(x):
+    return x.to(tl.int32, bitcast=True) < 0  # the sign bit, which -0.0 has too
+
+
+@triton.jit
+def screen(clip_ptr, row, ox, oy, W, H, live):
+    """A clip position in pixels from (ox, oy), and its x, y, w.
+
+    (ox, oy) is a pixel's centre, counted from the middle of the picture.
     """
     c = clip_ptr + row * 4
     x = tl.load(c, live, 0.0)
@@ -46,7 +48,8 @@ def _area(x0, y0, x1, y1, x2, y2):
 @triton.jit
 def _crossing(px, py, qx, qy, ds):
     """Where the edge P -> Q crosses the line to the neighbour, in pixels towards it."""
-    dx, dy = qx - px, qy - py
+    dx = qx - px
+    dy = qy - py
     crosses = (is_negative(py) != is_negative(qy)) & (dy != 0)
     r = ds * (px * dy - py * dx) / tl.where(crosses, dy, 1.0)
     return tl.where(crosses, r, FAR), dx, dy
@@ -56,7 +59,7 @@ def _crossing(px, py, qx, qy, ds):
 def _third(clip_ptr, opposite_ptr, base, ox, oy, W, H, live):
     """The vertex across an edge, and whether there is one."""
     o = tl.load(opposite_ptr, live, -1)
-    x, y, _, _, _ = _screen(clip_ptr, base + tl.maximum(o, 0), ox, oy, W, H, live & (o >= 0))
+    x, y, _, _, _ = screen(clip_ptr, base + tl.maximum(o, 0), ox, oy, W, H, live & (o >= 0))
     return x, y, o >= 0
 
 
@@ -82,9 +85,11 @@ def _silhouette_pairs(
     down = d == 1
     pair = inside & tl.where(down, y + 1 < H, x + 1 < W)
     other = n + tl.where(down, W, 1)
-    f0, f1 = tl.load(rast_ptr + n * 4 + 3, pair, 0.0), tl.load(rast_ptr + other * 4 + 3, pair, 0.0)
+    f0 = tl.load(rast_ptr + n * 4 + 3, pair, 0.0)
+    f1 = tl.load(rast_ptr + other * 4 + 3, pair, 0.0)
     pair = pair & (f0 != f1)
-    alpha, code = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+    alpha = tl.zeros([BLOCK], tl.float32)
+    code = tl.zeros([BLOCK], tl.int32)
     if tl.max(pair.to(tl.int32), 0) > 0:
         z0 = tl.load(rast_ptr + n * 4 + 2, pair, 0.0)
         z1 = tl.load(rast_ptr + other * 4 + 2, pair, 0.0)
@@ -96,15 +101,12 @@ def _silhouette_pairs(
         t = table_ptr + n // W // H * 4
         f = (tl.load(t, pair, 0) + face) * 3
         base = tl.load(t + 2, pair, 0)
-        x0, y0, _, _, _ = _screen(
-            clip_ptr, base + tl.load(faces_ptr + f, pair, 0), ox, oy, W, H, pair
-        )
-        x1, y1, _, _, _ = _screen(
-            clip_ptr, base + tl.load(faces_ptr + f + 1, pair, 0), ox, oy, W, H, pair
-        )
-        x2, y2, _, _, _ = _screen(
-            clip_ptr, base + tl.load(faces_ptr + f + 2, pair, 0), ox, oy, W, H, pair
-        )
+        row0 = base + tl.load(faces_ptr + f, pair, 0)
+        row1 = base + tl.load(faces_ptr + f + 1, pair, 0)
+        row2 = base + tl.load(faces_ptr + f + 2, pair, 0)
+        x0, y0, _, _, _ = screen(clip_ptr, row0, ox, oy, W, H, pair)
+        x1, y1, _, _, _ = screen(clip_ptr, row1, ox, oy, W, H, pair)
+        x2, y2, _, _, _ = screen(clip_ptr, row2, ox, oy, W, H, pair)
         u0, v0, there0 = _third(clip_ptr, opposite_ptr + f, base, ox, oy, W, H, pair)
         u1, v1, there1 = _third(clip_ptr, opposite_ptr + f + 1, base, ox, oy, W, H, pair)
         u2, v2, there2 = _third(clip_ptr, opposite_ptr + f + 2, base, ox, oy, W, H, pair)
@@ -114,9 +116,12 @@ def _silhouette_pairs(
         fold1 = ~there1 | (is_negative(_area(x0, y0, u1, v1, x2, y2)) == turn)
         fold2 = ~there2 | (is_negative(_area(x0, y0, x1, y1, u2, v2)) == turn)
         # along and across the line to the neighbour
-        a0, b0 = tl.where(down, y0, x0), tl.where(down, x0, y0)
-        a1, b1 = tl.where(down, y1, x1), tl.where(down, x1, y1)
-        a2, b2 = tl.where(down, y2, x2), tl.where(down, x2, y2)
+        a0 = tl.where(down, y0, x0)
+        b0 = tl.where(down, x0, y0)
+        a1 = tl.where(down, y1, x1)
+        b1 = tl.where(down, x1, y1)
+        a2 = tl.where(down, y2, x2)
+        b2 = tl.where(down, x2, y2)
         r0, dx0, dy0 = _crossing(a1, b1, a2, b2, ds)
         r1, dx1, dy1 = _crossing(a2, b2, a0, b0, ds)
         r2, dx2, dy2 = _crossing(a0, b0, a1, b1, ds)
@@ -127,25 +132,22 @@ def _silhouette_pairs(
         dx = tl.where(two, dx2, tl.where(one, dx1, dx0))
         dy = tl.where(two, dy2, tl.where(one, dy1, dy0))
         alpha = ds * (0.5 - tl.minimum(tl.maximum(r, 0.0), 1.0))
-        hit = (
-            pair
-            & fold
-            & (tl.abs(dy) >= tl.abs(dx))
-            & (r > -MARGIN)
-            & (r < 1 + MARGIN)
-            & ((alpha != 0) | is_negative(alpha))
-        )
+        hit = pair & fold & (tl.abs(dy) >= tl.abs(dx))
+        hit = hit & (r > -MARGIN) & (r < 1 + MARGIN)
+        hit = hit & ((alpha != 0) | is_negative(alpha))
         alpha = tl.where(hit, alpha, 0.0)
-        code = tl.where(hit, 1 + tl.where(two, 2, tl.where(one, 1, 0)) + tl.where(second, 3, 0), 0)
+        edge = tl.where(two, 2, tl.where(one, 1, 0))
+        code = tl.where(hit, 1 + edge + tl.where(second, 3, 0), 0)
     at = d.to(tl.int64) * N + n
     tl.store(alpha_ptr + at, alpha, inside)
     tl.store(code_ptr + at, code.to(tl.int8), inside)
 
 
 @triton.jit
-def _around(n, N, W, H):
-    """The four pairs of a pixel (right, below, left, above): which pair, which neighbour, whether
-    it is there.
+def around(n, N, W, H):
+    """The four pairs of a pixel: to the right, below, to the left, above.
+
+    For each: the index of the pair, the neighbour, and whether it is there.
     """
     x = n % W
     y = n // W % H
@@ -161,7 +163,7 @@ def _around(n, N, W, H):
 def _silhouette_blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    pair, other, there = _around(n, N, W, H)
+    pair, other, there = around(n, N, W, H)
     a0 = tl.load(alpha_ptr + pair[0], there[0], 0.0)
     a1 = tl.load(alpha_ptr + pair[1], there[1], 0.0)
     a2 = tl.load(alpha_ptr + pair[2], there[2], 0.0)
@@ -179,82 +181,10 @@ def _silhouette_blend(image_ptr, alpha_ptr, out_ptr, N, C, W, H, BLOCK: tl.const
         tl.store(out_ptr + n * C + c, value, inside)
 
 
-@triton.jit(do_not_specialize=["N", "C", "W", "H"])
-def _silhouette_backward(
-    grad_ptr,
-    image_ptr,
-    alpha_ptr,
-    code_ptr,
-    rast_ptr,
-    clip_ptr,
-    faces_ptr,
-    table_ptr,
-    grad_image_ptr,
-    rows_ptr,
-    key_ptr,
-    N,
-    C,
-    W,
-    H,
-    BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
-    pair, other, there = _around(n, N, W, H)
-    a0 = tl.load(alpha_ptr + pair[0], there[0], 0.0)
-    a1 = tl.load(alpha_ptr + pair[1], there[1], 0.0)
-    a2 = tl.load(alpha_ptr + pair[2], there[2], 0.0)
-    a3 = tl.load(alpha_ptr + pair[3], there[3], 0.0)
-    c0 = tl.load(code_ptr + pair[0], there[0], 0).to(tl.int32)
-    c1 = tl.load(code_ptr + pair[1], there[1], 0).to(tl.int32)
-    c2 = tl.load(code_ptr + pair[2], there[2], 0).to(tl.int32)
-    c3 = tl.load(code_ptr + pair[3], there[3], 0).to(tl.int32)
-    d0, d1 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    d2, d3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for c in range(0, C):
-        g = tl.load(grad_ptr + n * C + c, inside, 0.0)
-        own = tl.load(image_ptr + n * C + c, inside, 0.0)
-        y0, e0 = pair_upstream(grad_ptr, image_ptr, g, own, other[0], a0, c0 > 0, C, c, True)
-        y1, e1 = pair_upstream(grad_ptr, image_ptr, g, own, other[1], a1, c1 > 0, C, c, True)
-        y2, e2 = pair_upstream(grad_ptr, image_ptr, g, own, other[2], a2, c2 > 0, C, c, False)
-        y3, e3 = pair_upstream(grad_ptr, image_ptr, g, own, other[3], a3, c3 > 0, C, c, False)
-        tl.store(grad_image_ptr + n * C + c, g - a0 * y0 - a1 * y1 + a2 * y2 + a3 * y3, inside)
-        d0 = d0 + e0
-        d1 = d1 + e1
-        d2 = d2 + e2
-        d3 = d3 + e3
-
-    mine = ((c0 > 0) & (c0 <= 3)) | ((c1 > 0) & (c1 <= 3)) | (c2 > 3) | (c3 > 3)
-    face = tl.load(rast_ptr + n * 4 + 3, inside, 0.0).to(tl.int64) - 1
-    live = face >= 0
-    t = table_ptr + n // W // H * 4
-    f = faces_ptr + (tl.load(t, live, 0) + face) * 3
-    base = tl.load(t + 2, live, 0)
-    i = base + tl.load(f, live, 0)
-    j = base + tl.load(f + 1, live, 0)
-    k = base + tl.load(f + 2, live, 0)
-    ox = (n % W).to(tl.float32) + 0.5 - W * 0.5
-    oy = (n // W % H).to(tl.float32) + 0.5 - H * 0.5
-    sx0, sy0, x0, y0, w0 = _screen(clip_ptr, i, ox, oy, W, H, mine)
-    sx1, sy1, x1, y1, w1 = _screen(clip_ptr, j, ox, oy, W, H, mine)
-    sx2, sy2, x2, y2, w2 = _screen(clip_ptr, k, ox, oy, W, H, mine)
-    screen = ((sx0, sy0), (sx1, sy1), (sx2, sy2))
-    corner = ((x0, y0, w0), (x1, y1, w1), (x2, y2, w2))
-    g0 = edge_gradient(c0, a0, d0, screen, corner, W, H, True, False)
-    g1 = edge_gradient(c1, a1, d1, screen, corner, W, H, True, True)
-    g2 = edge_gradient(c2, a2, d2, screen, corner, W, H, False, False)
-    g3 = edge_gradient(c3, a3, d3, screen, corner, W, H, False, True)
-    for e in tl.static_range(9):
-        tl.store(rows_ptr + n * 9 + e, g0[e] + g1[e] + g2[e] + g3[e], inside)
-    tl.store(key_ptr + n * 3, tl.where(live, i, -1).to(tl.int32), inside)
-    tl.store(key_ptr + n * 3 + 1, tl.where(live, j, -1).to(tl.int32), inside)
-    tl.store(key_ptr + n * 3 + 2, tl.where(live, k, -1).to(tl.int32), inside)
-
-
 def antialias_triton(
     image: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, opposite: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The blended image [V, H, W, C], alpha [2, V, H, W] and code [2, V, H, W] of the pairs."""
+    """Blend the image [V, H, W, C]; also returns alpha and code of the pairs, [2, V, H, W]."""
     V, H, W, C = image.shape
     N = V * H * W
     block = pixel_block(backend.target(image))
@@ -262,60 +192,7 @@ def antialias_triton(
     alpha = image.new_empty(2, V, H, W)
     code = torch.empty(2, V, H, W, dtype=torch.int8, device=image.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
-    backend.launch(
-        _silhouette_pairs,
-        (*grid, 2),
-        rast,
-        clip,
-        faces,
-        table,
-        opposite,
-        alpha,
-        code,
-        N,
-        W,
-        H,
-        **block,
-    )
+    mesh = (rast, clip, faces, table, opposite)
+    backend.launch(_silhouette_pairs, (*grid, 2), *mesh, alpha, code, N, W, H, **block)
     backend.launch(_silhouette_blend, grid, image, alpha, out, N, C, W, H, **block)
     return out, alpha, code
-
-
-def antialias_triton_backward(
-    grad: Tensor,
-    image: Tensor,
-    alpha: Tensor,
-    code: Tensor,
-    rast: Tensor,
-    clip: Tensor,
-    faces: Tensor,
-    table: Tensor,
-    order: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Of the image [V, H, W, C] and of the clip positions [P, 4]."""
-    V, H, W, C = image.shape
-    N = V * H * W
-    block = pixel_block(backend.target(image))
-    grad_image = torch.empty_like(image)
-    rows = image.new_empty(N * 3, 3)
-    key = torch.empty(N * 3, dtype=torch.int32, device=image.device)
-    grid = (triton.cdiv(N, block["BLOCK"]),)
-    pairs = (alpha, code)
-    mesh = (rast, clip, faces, table)
-    backend.launch(
-        _silhouette_backward,
-        grid,
-        grad,
-        image,
-        *pairs,
-        *mesh,
-        grad_image,
-        rows,
-        key,
-        N,
-        C,
-        W,
-        H,
-        **block,
-    )
-    return grad_image, spread(sum_rows(rows, key, order, len(clip)))

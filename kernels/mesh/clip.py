@@ -1,10 +1,12 @@
-"""Vertices -> clip positions, for every pair of a view and a vertex of its scene. V views, B
-scenes, N vertices, P pairs.
+"""Projection of vertices to clip positions, for every pair of a view and a vertex of its scene.
 
-NDC x and y are -1 to 1 from the left to the right and from the top to the bottom of the picture, w
-is the camera's z, and z / w runs from 0 at the near to 1 at the far distance; since rasterisation
-clips at z = -w, what is seen begins nearer: at near far / (2 far - near). Backward: a vertex adds
-up its views in their order.
+V views, B scenes, N vertices, P pairs. NDC x and y are -1 to 1 from the left to the right and from
+the top to the bottom of the picture, w is the camera's z, and z / w runs from 0 at the near to 1 at
+the far distance; since rasterisation clips at z = -w, what is seen begins nearer: at near far / (2
+far - near). Backward: a vertex adds up the gradients of its views, in the order of the views.
+
+The tables of a layout travel together (kernels.views): `views_ptr` [V, 3], `scenes_ptr` [B, 4] and
+`by_scene_ptr` [V].
 """
 
 import torch
@@ -20,10 +22,12 @@ from kernels.views import Layout
 def projection(
     camera: Camera, near: float, far: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """World -> clip, [V, 4, 4]: the published matrix, with the principal point where the camera has
-    it.
+    """The matrices from world to clip positions, [V, 4, 4].
+
+    They are the published ones, but with the camera's own principal point.
     """
-    k, e = camera.intrinsics.detach().double(), camera.extrinsics.detach().double()
+    k = camera.intrinsics.detach().double()
+    e = camera.extrinsics.detach().double()
     p = k.new_zeros(len(k), 4, 4)
     p[:, 0, 0] = 2 * k[:, 0, 0]
     p[:, 0, 2] = 2 * k[:, 0, 2] - 1
@@ -81,7 +85,9 @@ def _to_clip_backward(
         g = _load4(grad_ptr + (tl.load(views_ptr + v * 3 + 2) + n) * 4, live)
         for i in tl.static_range(4):
             m = _load4(matrix_ptr + v * 16 + i * 4, True)
-            x, y, z = x + m[0] * g[i], y + m[1] * g[i], z + m[2] * g[i]
+            x += m[0] * g[i]
+            y += m[1] * g[i]
+            z += m[2] * g[i]
     out = out_ptr + (first + n) * 3
     tl.store(out, x, live)
     tl.store(out + 1, y, live)
@@ -98,7 +104,7 @@ def _to_clip_op(
     most: int,
     rows: int,
 ) -> Tensor:
-    """[P, 4]."""
+    """The clip positions [P, 4]."""
     clip = vertices.new_empty(rows, 4)
     if backend.is_torch(vertices):
         with torch.autocast(vertices.device.type, enabled=False):
@@ -158,9 +164,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    return torch.ops.trislat.to_clip_backward(grad, *ctx.saved_tensors, ctx.most, ctx.vertices), *[
-        None
-    ] * 6
+    tables = ctx.saved_tensors
+    return _to_clip_backward_op(grad, *tables, ctx.most, ctx.vertices), *[None] * 6
 
 
 _to_clip_op.register_autograd(_backward, setup_context=_setup_context)
@@ -169,19 +174,13 @@ _to_clip_op.register_autograd(_backward, setup_context=_setup_context)
 def to_clip(
     vertices: Tensor,  # [N, 3] fp32 (float64 only on the torch path)
     matrix: Tensor,  # [V, 4, 4] of `projection`, in the same dtype
-    layout: Layout,  # which view sees which vertices
+    layout: Layout,  # the vertices that each view sees
 ) -> Tensor:  # [P, 4]
-    """Project every view's vertices. Differentiable, to first order, in the vertices; nothing waits
-    for a GPU.
+    """Project every view's vertices; internal, without checks.
+
+    Differentiable, to first order, in the vertices; nothing waits for a GPU.
     """
     tables = (layout.views, layout.scenes, layout.by_scene)
     return _to_clip_op(
         vertices.contiguous(), matrix.contiguous(), *tables, layout.most, layout.pair_start[-1]
     )
-
-
-def to_clip_reference(vertices: Tensor, matrix: Tensor) -> Tensor:
-    """`to_clip` of one view of one mesh [N, 3] by the book: homogeneous coordinates times the
-    matrix [4, 4].
-    """
-    return torch.cat([vertices, vertices.new_ones(len(vertices), 1)], 1) @ matrix.to(vertices).T

@@ -1,4 +1,4 @@
-"""The frustum: faces that reach out of it, cut into pieces. For the kernels and the CPU alike."""
+"""Clipping of faces by the frustum, in plain torch, for the kernels and the torch path alike."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 STEPS = 16  # positions of a snapped vertex per pixel
-
-
 EMPTY = torch.iinfo(torch.int64).max  # key of a pixel that no face covers
-
-
 NOWHERE = 64  # outcode of a position that is not finite; its faces are not drawn
 
 
@@ -24,8 +20,9 @@ class Pieces(NamedTuple):
 
 
 def on_grid(ndc: Tensor, height: int, width: int) -> Tensor:
-    """Positions [..., 2] in 1/16 px from the middle of the picture, whole and rounded to even;
-    overwrites its argument.
+    """Snap positions [..., 2] in NDC to the grid of 1/16 px, counted from the picture's middle.
+
+    Rounds to even. Overwrites its argument.
     """
     ndc[..., 0] *= STEPS // 2 * width
     # one after the other: a tensor of both would be copied to the device, which waits
@@ -36,13 +33,12 @@ def on_grid(ndc: Tensor, height: int, width: int) -> Tensor:
 def clip_faces(
     corners: Tensor, xy: Tensor, depth: Tensor, view: Tensor, face: Tensor, height: int, width: int
 ) -> Pieces:
-    """Faces [n, 3, 4] that reach out of the frustum -> up to 7 pieces each (Sutherland and Hodgman
-    1974).
+    """Clip faces [n, 3, 4] that reach out of the frustum into up to 7 pieces each.
 
-    `xy` [n, 3, 2] and `depth` [n, 3] are the snapped corners: those inside stay what they are for
-    their other faces, and a new vertex is computed from the inner end of its edge, so that both
-    faces of an edge get the same one. Pieces that are not there have no area. Without host reads: 7
-    n rows come back.
+    The algorithm is that of Sutherland and Hodgman (1974). `xy` [n, 3, 2] and `depth` [n, 3] are
+    the snapped corners. Corners inside keep these, as in their other faces. A new vertex is
+    computed from the inner end of its edge, so that both faces of an edge get the same one. Always
+    returns 7 n rows, so that the host need not wait; unused ones have no area.
     """
     n = len(corners)
     polygon = corners.new_zeros(n, 9, 4)
@@ -61,14 +57,13 @@ def clip_faces(
             live = slot < count
             crosses = live & (distance * last < 0)
             stays = live & (distance >= 0)
-            inner, outer = torch.maximum(distance, last), torch.minimum(distance, last)
+            inner = torch.maximum(distance, last)
+            outer = torch.minimum(distance, last)
             entering = (distance > last)[..., None]
             start = torch.where(entering, polygon, previous)
             end = torch.where(entering, previous, polygon)
-            share = torch.where(crosses, inner / torch.where(crosses, inner - outer, 1), 0)[
-                ..., None
-            ]
-            cut = start + share * (end - start)
+            share = torch.where(crosses, inner / torch.where(crosses, inner - outer, 1), 0)
+            cut = start + share[..., None] * (end - start)
             emitted = crosses.int() + stays.int()
             at = emitted.cumsum(1) - emitted
             # the last entry takes what is dropped

@@ -1,41 +1,45 @@
-"""Which triangle each pixel shows, and where in it. V views, F faces, P clip rows (see
-kernels.mesh.packing).
+"""Rasterisation: the face that each pixel shows, and the barycentrics of the pixel in it.
 
-What is computed is what TRELLIS trains its meshes with, the CUDA rasteriser of nvdiffrast (Laine et
-al. 2020):
+V views, F faces, P clip rows (kernels.mesh.packing). Computes what TRELLIS trains its meshes with,
+the CUDA rasteriser of nvdiffrast (Laine et al. 2020):
+
 - Faces that reach out of the frustum -w <= x, y, z <= w are clipped. Both sides of a face are
   drawn.
 - Vertices are snapped to 1/16 px; a pixel is covered if its centre is inside by exact integer edge
-  functions, where left edges and those of the smallest row are inside: two faces that share an edge
+  functions, where left and top edges are inside (row 0 is at the top): two faces that share an edge
   cover every pixel along it once.
 - The nearest z / w of the plane through the snapped vertices is seen; of equal ones, the later
   face.
 - The perspective-correct barycentrics (u, v) are those of the positions before snapping. With e_k =
   (x_k, y_k) - f w_k for a pixel at f in NDC, a_0 = e_1 x e_2 and cyclic, (u, v) = (a_0, a_1) / (a_0
   + a_1 + a_2).
-Gradients of (u, v) reach x, y, w of the clip positions; those of z / w and of the face are none.
+
+Gradients of (u, v) reach x, y, w of the clip positions; z / w and the face have none.
 Two published rules: the clamps of u and v pass the gradient, and its denominator has 1e-6 added to
 its magnitude. Derivatives of silhouettes come from kernels.mesh.antialias.
+
+`rasterize_op` is the op without checks of shapes and dtypes.
 """
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.mesh.packing import (
-    FACES_MAX,
+from kernels.mesh.checks import (
+    check_clip,
+    check_devices,
+    check_face_count,
     check_faces,
     check_floats,
     check_picture,
     check_table,
 )
-from kernels.mesh.pixels_gpu import corner_order, known_order
 from kernels.mesh.rasterize_cpu import rasterize_torch, rasterize_torch_backward
 from kernels.mesh.rasterize_gpu import rasterize_triton, rasterize_triton_backward
 
 
 @torch.library.custom_op("trislat::rasterize", mutates_args=())
-def _rasterize(
+def rasterize_op(
     clip: Tensor,
     faces: Tensor,
     table: Tensor,
@@ -45,29 +49,31 @@ def _rasterize(
     width: int,
     order_by: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The picture [V, H, W, 4], and the order of its corners' rows in the table `order_by` for
-    backward passes (kernels only).
+    """`rasterize` without checks; also returns the `corner_order` of its picture, for backwards.
+
+    `most` is the largest number of faces of a view, `pairs` their sum over all views. The order is
+    that of the rows in the table `order_by`; it is empty without one, and on the torch path.
+    Raises ValueError for faces that name a vertex that is not there.
     """
     if backend.is_torch(clip):
         with torch.autocast(clip.device.type, enabled=False):
             rast, wrong = rasterize_torch(clip, faces, table, height, width)
+        order = table.new_empty(0)
     else:
-        rast, wrong = rasterize_triton(clip, faces, table, most, pairs, height, width)
+        rast, order, wrong = rasterize_triton(
+            clip, faces, table, most, pairs, height, width, order_by
+        )
     if wrong:
         what = _missing_vertex(faces, table)
         raise ValueError(
             f"{wrong} of {pairs} faces (over all views) name a vertex that their mesh does not "
             f"have: {what}"
         )
-    if order_by is None or backend.is_torch(clip):
-        return rast, torch.empty(0, dtype=torch.int64, device=clip.device)
-    return rast, corner_order(rast, faces, order_by)
+    return rast, order
 
 
 def _missing_vertex(faces: Tensor, table: Tensor) -> str:
-    """The first view's largest or negative index that is out of range. Reads: for an error that is
-    raised anyway.
-    """
+    """Name a vertex index that is out of range, and the range. Waits for the device."""
     for first, count, _, rows in table.tolist():
         low, high = faces[first : first + count].aminmax() if count else (0, -1)
         if low < 0 or high >= rows:
@@ -75,7 +81,7 @@ def _missing_vertex(faces: Tensor, table: Tensor) -> str:
     raise AssertionError("every face names vertices that are there")
 
 
-@_rasterize.register_fake
+@rasterize_op.register_fake
 def _(clip, faces, table, most, pairs, height, width, order_by):
     N = len(table) * height * width
     ordered = 0 if order_by is None or backend.is_torch(clip) else 3 * N
@@ -90,9 +96,7 @@ def _rasterize_backward(
     if backend.is_torch(clip):
         with torch.autocast(clip.device.type, enabled=False):
             return rasterize_torch_backward(grad, rast, clip, faces, table)
-    return rasterize_triton_backward(
-        grad.contiguous(), rast, clip, faces, table, known_order(order, rast, faces, table)
-    )
+    return rasterize_triton_backward(grad.contiguous(), rast, clip, faces, table, order)
 
 
 @_rasterize_backward.register_fake
@@ -108,10 +112,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, grad_order):
-    return torch.ops.trislat.rasterize_backward(grad, *ctx.saved_tensors), *[None] * 7
+    return _rasterize_backward(grad, *ctx.saved_tensors), *[None] * 7
 
 
-_rasterize.register_autograd(_backward, setup_context=_setup_context)
+rasterize_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rasterize(
@@ -122,28 +126,23 @@ def rasterize(
     width: int,
     table: Tensor | None = None,  # [V, 4]: clip_table of a MeshLayout; None: one view of one mesh
 ) -> Tensor:  # [V, H, W, 4] u, v, z / w, face + 1
-    """Find the face that each pixel shows: barycentrics of its corners 0 and 1, its depth, and its
-    number from 1; all 0 where there is none.
+    """Find the face that each pixel shows, and the pixel's barycentrics and depth in it.
 
-    Differentiable, to first order, in `clip` through (u, v). Computes in fp32 (float64 only on the
-    torch path). Same inputs, same bits. With a table, a face's indices and number count from the
-    first row and the first face of its view's mesh. On a GPU the host waits once, and never in the
-    backward.
+    The barycentrics belong to corners 0 and 1; faces are numbered from 1; all four numbers are 0
+    where there is no face. Differentiable, to first order, in `clip` through (u, v). Computes in
+    fp32 (float64 only on the torch path). Same inputs, same bits. With a table, a face's indices
+    and number count from the first row and the first face of its view's mesh. On a GPU the host
+    waits once, and never in the backward.
 
     Raises ValueError: wrong shapes, dtypes or devices; more than 2^23 pixels in a view or 2^24
     faces; faces that name a vertex that is not there.
     """
-    if clip.ndim != 2 or clip.shape[1] != 4:
-        raise ValueError(f"clip must be [P, 4], not {list(clip.shape)}")
-    if clip.device != faces.device:
-        raise ValueError(
-            f"all tensors must be on one device, not on {clip.device} and {faces.device}"
-        )
+    check_clip(clip)
+    check_devices(clip, faces)
     clip = check_floats("clip", clip)
     faces = check_faces(faces)
     table = check_table(table, faces, len(clip))
     check_picture(height, width, len(table))
-    if len(faces) >= FACES_MAX:
-        raise ValueError(f"{len(faces)} faces are more than {FACES_MAX - 1}")
     most = len(faces)
-    return _rasterize(clip, faces, table, most, most * len(table), height, width, None)[0]
+    check_face_count(most)
+    return rasterize_op(clip, faces, table, most, most * len(table), height, width, None)[0]

@@ -1,20 +1,10 @@
-"""Rasterisation on a GPU: V views, F faces, P clip rows, R pieces. Each stage is one launch for all
-views.
+"""Rasterisation on a GPU: the nearest face of every pixel resolved, and its gradient.
 
-    _raster_snap     clip rows -> integer positions on a grid of 1/16 px, z / w, and which frustum
-                     planes are crossed
-    _raster_small    one face per thread: those of few pixels go straight to the z-buffer, the
-                     others onto two lists
-    _raster_large    the listed faces, those that reach out of the frustum clipped to pieces first,
-                     a tile of pixels at a time
-    _raster_resolve  the nearest face of every pixel -> u, v, z / w, face + 1
+V views, F faces, P clip rows, N = V H W pixels. Pointers as in kernels.mesh.pixels_gpu.
 
-A pixel of the z-buffer is one integer, the depth in its high half and the complement of the face in
-its low half, so an atomic minimum gives the nearest face, the later one of equals, whatever the
-order of the threads. The depth is interpolated between the snapped corners with the integer edge
-functions as weights: convex, hence good to rounding on the thinnest sliver. Edge functions at
-pixels of the picture are below 2^31 for pictures up to 2^23 pixels, differences of int32 that wrap
-included.
+    _raster_resolve   the key of every pixel (kernels.mesh.zbuffer_gpu) -> u, v, z / w, face + 1
+    _raster_backward  the gradient of (u, v) -> that of x, y, w of the three corners of each pixel's
+                      face
 """
 
 import torch
@@ -22,47 +12,32 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.mesh.frustum import EMPTY, Pieces, clip_faces
-from kernels.mesh.pixels_gpu import pixel_block, spread
-from kernels.mesh.zbuffer_gpu import NONE, _raster_large, _raster_small, _raster_snap
-from kernels.reduce import sum_rows
-
-
-def _tiles(target: str) -> dict:
-    """Not yet measured on a GPU. `few`: pixels of a box up to which one thread fills it; `pieces`
-    and `pixels`: what one program of `_raster_large` has at once; `strides`: programs that share
-    the tiles of the same pieces.
-    """
-    if target == "interpreter":  # few, large programs
-        return {"faces": 512, "few": 16, "pieces": 32, "strides": 1, "pixels": 256}
-    return {"faces": 128, "few": 32, "pieces": 1, "strides": 16, "pixels": 256}
+from kernels.mesh.pixels_gpu import clip_gradient, corner_order, pixel_block
+from kernels.mesh.zbuffer_gpu import NONE, fill_zbuffer
 
 
 @triton.jit
 def _corner(clip_ptr, faces_ptr, table_ptr, v, face, k, live):
-    """x, y, z, w of corner k in float64: what is computed of them loses digits where faces are
-    small.
+    """x, y, z, w of corner k in float64, and its row.
+
+    Cross products of these numbers lose digits where faces are small.
     """
     t = table_ptr + v * 4
-    row = tl.load(t + 2, live, 0) + tl.load(
-        faces_ptr + (tl.load(t, live, 0) + face) * 3 + k, live, 0
-    )
+    f = faces_ptr + (tl.load(t, live, 0) + face) * 3
+    row = tl.load(t + 2, live, 0) + tl.load(f + k, live, 0)
     c = clip_ptr + row * 4
     x = tl.load(c, live, 0.0).to(tl.float64)
     y = tl.load(c + 1, live, 0.0).to(tl.float64)
-    return (
-        x,
-        y,
-        tl.load(c + 2, live, 0.0).to(tl.float64),
-        tl.load(c + 3, live, 1.0).to(tl.float64),
-        row,
-    )
+    z = tl.load(c + 2, live, 0.0).to(tl.float64)
+    w = tl.load(c + 3, live, 1.0).to(tl.float64)
+    return x, y, z, w, row
 
 
 @triton.jit
 def _seen(clip_ptr, faces_ptr, table_ptr, v, face, fx, fy, live):
-    """The three corners from pixels at NDC (fx, fy): x - fx w and y - fy w of each, and the three
-    z, w and rows.
+    """The three corners of a face as seen from pixels at NDC (fx, fy).
+
+    For each corner (x - fx w, y - fy w); then the three z, w and rows.
     """
     x0, y0, z0, w0, r0 = _corner(clip_ptr, faces_ptr, table_ptr, v, face, 0, live)
     x1, y1, z1, w1, r1 = _corner(clip_ptr, faces_ptr, table_ptr, v, face, 1, live)
@@ -105,14 +80,11 @@ def _raster_resolve(
     over = tl.maximum(u + v, 1.0)
     below = w[0] * a0 + w[1] * a1 + w[2] * a2
     depth = (z[0] * a0 + z[1] * a1 + z[2] * a2) / tl.where(below != 0, below, 1.0)
+    depth = tl.minimum(tl.maximum(depth, -1.0), 1.0)
     out = rast_ptr + n * 4
     tl.store(out, tl.where(live, u / over, 0.0).to(tl.float32), inside)
     tl.store(out + 1, tl.where(live, v / over, 0.0).to(tl.float32), inside)
-    tl.store(
-        out + 2,
-        tl.where(live, tl.minimum(tl.maximum(depth, -1.0), 1.0), 0.0).to(tl.float32),
-        inside,
-    )
+    tl.store(out + 2, tl.where(live, depth, 0.0).to(tl.float32), inside)
     tl.store(out + 3, tl.where(live, face + 1, 0).to(tl.float32), inside)
 
 
@@ -165,101 +137,46 @@ def _raster_backward(
 
 
 def rasterize_triton(
-    clip: Tensor, faces: Tensor, table: Tensor, most: int, pairs: int, height: int, width: int
-) -> tuple[Tensor, int]:
-    """The picture [V, H, W, 4] (u, v, z / w, face + 1), and how many faces name a row that is not
-    there. Waits once for the device, for the lengths of the two lists.
+    clip: Tensor,
+    faces: Tensor,
+    table: Tensor,
+    most: int,
+    pairs: int,
+    height: int,
+    width: int,
+    order_by: Tensor | None,
+) -> tuple[Tensor, Tensor, int]:
+    """The picture [V, H, W, 4] (u, v, z / w, face + 1), and the order of its corners' rows.
+
+    The order is `corner_order` in the table `order_by`, empty without one. The third result is the
+    number of faces with missing rows; where there are any, the picture is 0. Waits once for the
+    device.
     """
-    V = len(table)
-    P = len(clip)
-    device = clip.device
-    tiles, block = _tiles(backend.target(clip)), pixel_block(backend.target(clip))
-    snapped = torch.empty(P, 3, dtype=torch.int32, device=device)
-    depth = clip.new_empty(P)
-    backend.launch(
-        _raster_snap,
-        (triton.cdiv(P, block["BLOCK"]),),
-        clip,
-        snapped,
-        depth,
-        P,
-        width,
-        height,
-        **block,
-    )
-    keys = torch.full((V * height * width,), EMPTY, device=device)
-    names = torch.empty(pairs, dtype=torch.int64, device=device)
-    counters = torch.zeros(3, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(most, tiles["faces"]), V)
-    lists = (keys, names, counters, pairs, width, height)
-    few = {"FEW": tiles["few"], "BLOCK": tiles["faces"], "num_warps": 4}
-    backend.launch(_raster_small, grid, snapped, depth, faces, table, *lists, **few)
-    large, partly, wrong = counters.tolist()
-    rast = clip.new_empty(V, height, width, 4)
+    keys, wrong = fill_zbuffer(clip, faces, table, most, pairs, height, width)
+    rast = clip.new_empty(len(table), height, width, 4)
+    order = table.new_empty(0)
     if wrong:
-        return rast.zero_(), wrong
-    if large + partly:
-        pieces = _pieces(
-            torch.cat([names[:large], names[pairs - partly :]]),
-            large,
-            clip,
-            snapped,
-            depth,
-            faces,
-            table,
-            height,
-            width,
-        )
-        R = len(pieces.view)
-        grid = (triton.cdiv(R, tiles["pieces"]), tiles["strides"])
-        shape = {"PIECES": tiles["pieces"], "PIXELS": tiles["pixels"], "num_warps": 4}
-        backend.launch(_raster_large, grid, *pieces, keys, R, width, height, **shape)
-    N = V * height * width
-    backend.launch(
-        _raster_resolve,
-        (triton.cdiv(N, block["BLOCK"]),),
-        keys,
-        clip,
-        faces,
-        table,
-        rast,
-        N,
-        width,
-        height,
-        **block,
-    )
-    return rast, 0
-
-
-def _pieces(
-    names, large: int, clip, snapped, depth, faces, table, height: int, width: int
-) -> Pieces:
-    """The listed faces, the first `large` whole, the others clipped."""
-    view = names >> 32
-    face = names & 0xFFFFFFFF
-    rows = faces[table[view, 0] + face].long() + table[view, 2:3]
-    xy = snapped[rows][..., :2]
-    z = depth[rows]
-    whole = Pieces(xy[:large].reshape(-1, 6), z[:large], view[:large], face[:large])
-    if large == len(names):
-        return whole
-    cut = clip_faces(
-        clip[rows[large:]], xy[large:], z[large:], view[large:], face[large:], height, width
-    )
-    return Pieces(*(torch.cat(pair) for pair in zip(whole, cut, strict=True)))
+        return rast.zero_(), order, wrong
+    N = len(keys)
+    block = pixel_block(backend.target(clip))
+    grid = (triton.cdiv(N, block["BLOCK"]),)
+    inputs = (keys, clip, faces, table)
+    backend.launch(_raster_resolve, grid, *inputs, rast, N, width, height, **block)
+    if order_by is not None:
+        order = corner_order(rast, faces, order_by)
+    return rast, order, 0
 
 
 def rasterize_triton_backward(
     grad: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, table: Tensor, order: Tensor
 ) -> Tensor:
-    """Of the clip positions [P, 4]; `order` is that of `corner_order`."""
+    """The gradient of the clip positions [P, 4]."""
     V, H, W, _ = rast.shape
     N = V * H * W
     block = pixel_block(backend.target(rast))
     rows = clip.new_empty(N * 3, 3)
     key = torch.empty(N * 3, dtype=torch.int32, device=clip.device)
     grid = (triton.cdiv(N, block["BLOCK"]),)
-    backend.launch(
-        _raster_backward, grid, grad, rast, clip, faces, table, rows, key, N, W, H, **block
-    )
-    return spread(sum_rows(rows, key, order, len(clip)))
+    inputs = (grad, rast, clip, faces, table)
+    backend.launch(_raster_backward, grid, *inputs, rows, key, N, W, H, **block)
+    return clip_gradient(rows, key, order, len(clip))

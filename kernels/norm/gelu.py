@@ -1,5 +1,6 @@
-"""GELU in its tanh form, fused with the bias before it: one pass over memory a direction;
-arithmetic in fp32.
+"""GELU in its tanh form, fused with the bias before it.
+
+One pass over memory forward and one backward; arithmetic in fp32.
 """
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.norm.layer import check_dtype, wide
+from kernels.dtypes import check_dtype, wide
 
 TILE = 4096  # elements per program; not yet measured on a GPU
 TILE_CHANNELS = 1024  # of a tile that has a bias; not yet measured on a GPU
@@ -16,27 +17,27 @@ PROGRAMS = 512  # that share the gradient of a bias; not yet measured on a GPU
 
 @triton.jit
 def _gelu_parts(x):
-    """gelu(x) = x s, s = sigmoid(v), v = 2 sqrt(2 / pi) (x + 0.044715 x^3). Returns s, ds/dv and
-    dv/dx.
+    """s, ds/dv and dv/dx of gelu(x) = x s.
+
+    Here s = sigmoid(v) and v = 2 sqrt(2 / pi) (x + 0.044715 x^3).
     """
     v = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
     e = tl.exp(-tl.abs(v))  # never overflows
-    return (
-        tl.where(v >= 0, 1.0, e) / (1.0 + e),
-        e / ((1.0 + e) * (1.0 + e)),
-        1.5957691216057308 * (1.0 + 0.134145 * x * x),
-    )
+    s = tl.where(v >= 0, 1.0, e) / (1.0 + e)
+    ds = e / ((1.0 + e) * (1.0 + e))
+    dv = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return s, ds, dv
 
 
 @triton.jit(do_not_specialize=["M"])
 def _gelu_fwd(
     x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr
 ):
+    """A program: ROWS rows, TILE_C channels."""
     chunks = tl.cdiv(C, TILE_C)
     m = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
-    # [ROWS, TILE_C]
-    live = (m < M)[:, None] & (c < C)[None, :]
+    live = (m < M)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
     at = m[:, None] * C + c[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     if BIAS:
@@ -58,8 +59,10 @@ def _gelu_bwd(
     ROWS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
+    """A program: its share of the tiles of TILE_C channels. partial [programs, C]: sums of dx."""
     chunks = tl.cdiv(C, TILE_C)
-    program, programs = tl.program_id(0) // chunks, tl.num_programs(0) // chunks
+    program = tl.program_id(0) // chunks
+    programs = tl.num_programs(0) // chunks
     c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
     bias = tl.zeros([TILE_C], tl.float32)
     if BIAS:
@@ -67,8 +70,7 @@ def _gelu_bwd(
     dbias = tl.zeros([TILE_C], tl.float32)
     for tile in range(program, tl.cdiv(M, ROWS), programs):
         m = tile * ROWS + tl.arange(0, ROWS)
-        # [ROWS, TILE_C]
-        live = (m < M)[:, None] & (c < C)[None, :]
+        live = (m < M)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
         at = m.to(tl.int64)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -81,9 +83,7 @@ def _gelu_bwd(
 
 
 def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int]]:
-    """M rows of C channels, and a program's tile of them; without a bias x is one row, whatever its
-    shape.
-    """
+    """M rows of C channels, and a program's tile of them; without a bias x is one row."""
     if bias is None:
         return 1, x.numel(), {"ROWS": 1, "TILE_C": TILE}
     TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(x.shape[-1]))
@@ -100,7 +100,8 @@ def _gelu_torch(x: Tensor) -> Tensor:
 @torch.library.custom_op("trislat::gelu", mutates_args=())
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     if backend.is_torch(x):
-        return _gelu_torch(wide(x) if bias is None else wide(x) + wide(bias)).to(x.dtype)
+        u = wide(x) if bias is None else wide(x) + wide(bias)
+        return _gelu_torch(u).to(x.dtype)
     y = torch.empty_like(x)
     M, C, tiles = _tiles(x, bias)
     grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(C, tiles["TILE_C"]),)
@@ -118,23 +119,25 @@ def _gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, 
         return dx.to(x.dtype), dx.view(-1, dx.shape[-1]).sum(0).to(bias.dtype)
     dx = torch.empty_like(x)
     M, C, tiles = _tiles(x, bias)
-    chunks, programs = triton.cdiv(C, tiles["TILE_C"]), triton.cdiv(M, tiles["ROWS"])
-    programs = programs if bias is None else min(programs, max(1, PROGRAMS // chunks))
+    chunks = triton.cdiv(C, tiles["TILE_C"])
+    programs = triton.cdiv(M, tiles["ROWS"])
+    if bias is not None:
+        programs = min(programs, max(1, PROGRAMS // chunks))
     partial = x.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
+    grid = (programs * chunks,)
     args = (x, bias, dy, dx, partial, M, C)
-    backend.launch(
-        _gelu_bwd, (programs * chunks,), *args, BIAS=bias is not None, **tiles, num_warps=8
-    )
+    backend.launch(_gelu_bwd, grid, *args, BIAS=bias is not None, **tiles, num_warps=8)
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 
-_gelu.register_fake(lambda x, bias: torch.empty_like(x))
-_gelu_backward.register_fake(
-    lambda x, bias, dy: (
-        torch.empty_like(x),
-        x.new_empty(0) if bias is None else torch.empty_like(bias),
-    )
-)
+@_gelu.register_fake
+def _(x, bias):
+    return torch.empty_like(x)
+
+
+@_gelu_backward.register_fake
+def _(x, bias, dy):
+    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _save_inputs(ctx, inputs, output):
@@ -172,5 +175,6 @@ def gelu(
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula of `gelu`."""
     x = x if bias is None else x + bias
     return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))

@@ -1,1 +1,1 @@
-"""Fields on voxels -> triangle meshes."""
+"""Extraction of triangle meshes from fields on voxels (FlexiCubes)."""

@@ -1,8 +1,6 @@
-"""Dual vertices on a CPU: the formulas of kernels.surface.dual, one row per (dual vertex, edge)
-pair, a chunk of dual vertices at a time.
+"""Dual vertices on a CPU (the formulas: kernels.surface.dual_gpu).
 
-Positions and colors are interpolated alike, so they travel together as rows of M = 3 (or 9)
-numbers.
+One row for each pair of a dual vertex and one of its edges, a chunk of dual vertices at a time.
 """
 
 from collections.abc import Iterator
@@ -12,13 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.surface.cubes import Geometry
-from kernels.surface.tables import cube_tables
 
 CHUNK = 1 << 14  # dual vertices at a time: bounds the memory
 
 
 class _Pairs(NamedTuple):
-    """I pairs of a chunk of dual vertices."""
+    """The I pairs of a chunk of n dual vertices."""
 
     span: slice  # the dual vertices
     p: Tensor  # [I] the dual vertex, from the first of the chunk
@@ -28,6 +25,8 @@ class _Pairs(NamedTuple):
 
 
 class _End(NamedTuple):
+    """One end of the edge of each pair."""
+
     row: Tensor  # [I] vertex
     flat: Tensor  # [I] 8 * cube + corner
     point: Tensor  # [I, M]
@@ -36,40 +35,35 @@ class _End(NamedTuple):
 
 
 def _pairs(g: Geometry) -> Iterator[_Pairs]:
-    tables = cube_tables(g.values.device)
-    for begin in range(0, len(g.dual), CHUNK):
-        span = slice(begin, min(begin + CHUNK, len(g.dual)))
-        edges = tables.edges[g.kind[span]]
+    P = len(g.dual_cube)
+    for begin in range(0, P, CHUNK):
+        span = slice(begin, min(begin + CHUNK, P))
+        edges = g.tables.edges[g.dual_kind[span]]
         p, slot = (edges >= 0).nonzero().unbind(1)
         edge = edges[p, slot].long()
-        cube = g.dual[span][p].long()
-        ends = tuple(_end(g, cube, corner) for corner in tables.ends[edge].unbind(1))
+        cube = g.dual_cube[span][p].long()
+        ends = tuple(_end(g, cube, corner) for corner in g.tables.ends[edge].unbind(1))
         yield _Pairs(span, p, 12 * cube + edge, g.weights[cube, edge, None], ends)
 
 
 def _end(g: Geometry, cube: Tensor, corner: Tensor) -> _End:
     flat = 8 * cube + corner
-    row = g.corner.view(-1)[flat]
+    row = g.cube_corners.view(-1)[flat]
     value = g.values.index_select(0, row)
     offset = torch.stack([corner & 1, corner >> 1 & 1, corner >> 2], 1)
-    grid = (g.place.index_select(0, cube) + offset).to(value.dtype) / g.resolution - 0.5
-    return _End(
-        row,
-        flat,
-        torch.cat([value[:, 1:4] + grid, value[:, 4:]], 1),
-        value[:, :1],
-        g.weights[cube, 12 + corner, None],
-    )
+    grid = (g.cube_coords.index_select(0, cube) + offset).to(value.dtype) / g.resolution - 0.5
+    point = torch.cat([value[:, 1:4] + grid, value[:, 4:]], 1)
+    return _End(row, flat, point, value[:, :1], g.weights[cube, 12 + corner, None])
 
 
 def _total(value: Tensor, pairs: _Pairs) -> Tensor:
-    return value.new_zeros(pairs.span.stop - pairs.span.start, value.shape[1]).index_add_(
-        0, pairs.p, value
-    )
+    """Sum the pairs [I, ...] of each dual vertex: [n, ...]."""
+    n = pairs.span.stop - pairs.span.start
+    return value.new_zeros(n, value.shape[1]).index_add_(0, pairs.p, value)
 
 
 class _Shape(NamedTuple):
-    """What forward and backward share."""
+    """The numbers that forward and backward share."""
 
     point: Tensor  # [I, M] weighted crossing of the edge
     vertex: Tensor  # [n, M]
@@ -82,7 +76,8 @@ class _Shape(NamedTuple):
 
 def _shape(pairs: _Pairs) -> _Shape:
     a, b = pairs.ends
-    sa, sb = a.sdf * a.alpha, b.sdf * b.alpha
+    sa = a.sdf * a.alpha
+    sb = b.sdf * b.alpha
     point = (a.point * sb - b.point * sa) / (sb - sa)
     divisor = _total(pairs.beta, pairs)
     vertex = _total(pairs.beta * point, pairs) / divisor
@@ -95,8 +90,8 @@ def _shape(pairs: _Pairs) -> _Shape:
 
 
 def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
-    """As kernels.surface.dual.dual_vertices."""
-    P = len(g.dual)
+    """Dual vertices [P, M], position and color, and their deviations [P]."""
+    P = len(g.dual_cube)
     M = g.values.shape[1] - 1
     out = g.values.new_empty(P, M)
     deviation = g.values.new_empty(P)
@@ -110,17 +105,17 @@ def dual_torch(g: Geometry) -> tuple[Tensor, Tensor]:
 def dual_torch_backward(
     g: Geometry, grad: Tensor, grad_deviation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As kernels.surface.dual.dual_vertices_backward."""
+    """Gradients of values [T + 1, 1 + M], beta [C, 12] and alpha [C, 8]."""
     C = len(g.weights)
     grad_values = torch.zeros_like(g.values)
-    grad_beta, grad_alpha = grad.new_zeros(12 * C), grad.new_zeros(8 * C)
+    grad_beta = grad.new_zeros(12 * C)
+    grad_alpha = grad.new_zeros(8 * C)
     for pairs in _pairs(g):
         s = _shape(pairs)
         up = grad[pairs.span].clone()
         sign = s.beyond.sign()
-        slope = (sign - (_total(sign, pairs) / s.edges)[pairs.p]) * grad_deviation[pairs.span][
-            pairs.p, None
-        ]
+        slope = sign - (_total(sign, pairs) / s.edges)[pairs.p]
+        slope = slope * grad_deviation[pairs.span][pairs.p, None]
         g_plain = torch.where(s.distance > 0, slope / s.distance, 0) * s.away
         up[:, :3] -= _total(g_plain, pairs)
         g_point = (up / s.divisor).index_select(0, pairs.p)
@@ -128,7 +123,8 @@ def dual_torch_backward(
         g_point *= pairs.beta
         for own, other in (pairs.ends, pairs.ends[::-1]):
             between = own.point - other.point
-            s_own, s_other = own.sdf * own.alpha, other.sdf * other.alpha
+            s_own = own.sdf * own.alpha
+            s_other = other.sdf * other.alpha
             part = s_other / (s_other - s_own)
             g_product = (g_point * between).sum(1, keepdim=True) * part / (s_other - s_own)
             plain = other.sdf / (other.sdf - own.sdf)

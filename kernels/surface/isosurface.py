@@ -1,12 +1,17 @@
-"""FlexiCubes on sparse voxels: B scenes, N voxels of a grid of resolution^3 cubes, P vertices, F
-faces, T voxel corners.
+"""FlexiCubes on sparse voxels.
 
-Stages, each for all scenes at once: `find_cubes` (topology: T corners, C surface cubes, Q quads),
-`average` (corner values -> vertex values), `dual_vertices` (one to four vertices in a surface
-cube), and here the quads: split in two by gamma, or, for training, in four around a centre that
-gamma moves. What is computed is what TRELLIS trains with (FlexiCubes, Shen et al. 2023, as a dense
-grid whose vertices without a voxel are outside); what is held is of the size of the voxels and of
-the surface.
+B scenes, N voxels of a grid of resolution^3 cubes, P vertices, F faces, T voxel corners. Stages,
+each for all scenes at once:
+
+    find_cubes     topology: T corners, C surface cubes, D dual vertices, Q quads
+    average        corner values of voxels -> values of vertices
+    dual vertices  one to four in a surface cube (`dual_torch`, `dual_triton`)
+    split_quads    triangles: two a quad, split by gamma; for training four around a centre that
+                   gamma moves
+
+Computes what TRELLIS trains with (FlexiCubes, Shen et al. 2023), which is a dense grid whose
+vertices without a voxel are outside. Memory for values grows with the voxels and the surface, not
+with the grid.
 """
 
 from itertools import accumulate
@@ -18,15 +23,16 @@ from torch import Tensor
 from kernels import backend
 from kernels.reduce import sum_segments
 from kernels.surface.corners import PENALISED, WEIGHTS, average, fields_backward
-from kernels.surface.cubes import Geometry, find_cubes, unravel
-from kernels.surface.dual import dual_vertices, dual_vertices_backward
+from kernels.surface.cubes import Cubes, Geometry, find_cubes, unravel
+from kernels.surface.dual_cpu import dual_torch, dual_torch_backward
+from kernels.surface.dual_gpu import dual_triton, dual_triton_backward
 from kernels.surface.quads import centres, centres_backward, quad_duals, split_quads
 from kernels.surface.tables import cube_tables
 from kernels.transfer import to_device
 from kernels.voxels.cache import SpatialCache
 
 CHANNELS = (53, 101)  # without and with color
-SPREAD = 1 - 1e-8  # of the half cube that a vertex may move by; published
+REACH = 1 - 1e-8  # share of the half cube that a vertex may move by; published
 
 
 class Surfaces(NamedTuple):
@@ -44,6 +50,24 @@ class Surfaces(NamedTuple):
     tsdf_starts: Tensor  # [B + 1]
 
 
+class _Saved(NamedTuple):
+    """The tensors that the backward needs; those of Cubes under their names there."""
+
+    voxel_corners: Tensor
+    count: Tensor
+    voxel_cube: Tensor
+    cube_index: Tensor
+    cube_corners: Tensor
+    case: Tensor
+    first_dual: Tensor
+    dual_cube: Tensor
+    dual_kind: Tensor
+    quad_edges: Tensor
+    mean: Tensor  # [T, K]
+    dual: Tensor  # [D, M]
+    share: Tensor  # [3, B]: a term of the regularizer is a sum times its share
+
+
 def _forward(
     fields: Tensor,  # [N, 53 or 101]
     coords: Tensor,  # [N, 4] int32
@@ -51,89 +75,90 @@ def _forward(
     resolution: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Vertices, faces, attributes, the three terms of the regularizer [3, B], corners, their
-    values, starts (of vertices, faces, corners, dual vertices and quads, [5, B + 1] on the host),
-    and what the backward needs.
+    """`isosurface` without checks.
+
+    Returns vertices, faces, attributes, the three terms of the regularizer [3, B], the voxels'
+    corners, their values, starts [5, B + 1] on the host (of vertices, faces, corners, dual vertices
+    and quads), and `_Saved` as a list.
     """
-    B = len(counts)
     R = resolution
-    cubes = find_cubes(coords, fields, B, R)
+    cubes = find_cubes(coords, fields, len(counts), R)
     mean, spread = average(fields, cubes, -1 / R)
-    g = _geometry(
-        mean,
-        fields,
-        cubes.surface,
-        cubes.cube,
-        cubes.corner,
-        cubes.case,
-        cubes.first,
-        cubes.dual,
-        cubes.kind,
-        R,
-    )
-    dual, deviation = dual_vertices(g)
-    row, quad = quad_duals(cubes.around, g)
-    gamma = g.weights[:, 20][row]
+    g = _geometry(cubes, mean, fields, R)
+    dual, deviation = dual_torch(g) if backend.is_torch(fields) else dual_triton(g)
+    owner, quad = quad_duals(cubes.quad_edges, g)
+    gamma = g.weights[:, 20][owner]
     D = cubes.dual_starts
     Q = cubes.quad_starts
     V = cubes.tsdf_starts
-    N = [0, *accumulate(counts)]
+    vertices = dual
     if training:
-        centre = centres(dual, quad, gamma)
-        vertices = torch.cat(
-            [dual[:0]]
-            + [part for b in range(B) for part in (dual[D[b] : D[b + 1]], centre[Q[b] : Q[b + 1]])]
-        )
-    else:
-        vertices = dual
+        vertices = _interleave(dual, centres(dual, quad, gamma), D, Q)
     faces = split_quads(quad, gamma, D, Q, training)
-    edges = (cube_tables(fields.device).edges >= 0).sum(1)[cubes.kind]  # of each dual vertex
-    fewest = [
-        [max(8 * n * mean.shape[1], 1) for n in counts],
-        [max(PENALISED * n, 1) for n in counts],
-    ]
-    corners, weights = to_device(torch.tensor(fewest, dtype=fields.dtype), fields.device)
-    pairs = sum_segments(edges[:, None].to(fields.dtype), D).clamp(min=1)
-    share = 1 / torch.stack([corners, pairs, weights])  # a term is a sum times its share
+    share = _shares(cubes, counts, mean)
     penalised = fields[:, WEIGHTS.start : WEIGHTS.start + PENALISED]
-    sums = [sum_segments(spread[:, None], V), sum_segments(deviation[:, None], D)]
-    terms = torch.stack([*sums, sum_segments(penalised, N, magnitudes=True)])
-    position = (
-        torch.stack(unravel(cubes.vertex, R + 1)[1:], 1).to(fields.dtype) / R
-        - 0.5
-        + g.values[:-1, 1:4]
-    )
-    shift = Q if training else [0] * len(Q)
-    starts = torch.tensor(
-        [
-            [d + s for d, s in zip(D, shift, strict=True)],
-            [(4 if training else 2) * q for q in Q],
-            V,
-            D,
-            Q,
-        ]
-    )
-    saved = [
-        cubes.rows,
-        cubes.count,
-        cubes.surface,
-        cubes.cube,
-        cubes.corner,
-        cubes.case,
-        cubes.first,
-        cubes.dual,
-        cubes.kind,
+    sums = [
+        sum_segments(spread[:, None], V),
+        sum_segments(deviation[:, None], D),
+        sum_segments(penalised, [0, *accumulate(counts)], magnitudes=True),
     ]
-    saved += [cubes.around, mean, dual, share]
-    outputs = (
-        vertices[:, :3].clone(),
-        faces,
-        vertices[:, 3:].clone(),
-        terms * share,
-        position,
-        mean[:, 0].clone(),
+    terms = torch.stack(sums) * share
+    grid = torch.stack(unravel(cubes.vertex_index, R + 1)[1:], 1).to(fields.dtype) / R - 0.5
+    position = grid + g.values[:-1, 1:4]
+    vertex_starts = [d + q for d, q in zip(D, Q, strict=True)] if training else D
+    triangles = 4 if training else 2  # of a quad
+    starts = torch.tensor([vertex_starts, [triangles * q for q in Q], V, D, Q])
+    saved = _Saved(
+        voxel_corners=cubes.voxel_corners,
+        count=cubes.count,
+        voxel_cube=cubes.voxel_cube,
+        cube_index=cubes.cube_index,
+        cube_corners=cubes.cube_corners,
+        case=cubes.case,
+        first_dual=cubes.first_dual,
+        dual_cube=cubes.dual_cube,
+        dual_kind=cubes.dual_kind,
+        quad_edges=cubes.quad_edges,
+        mean=mean,
+        dual=dual,
+        share=share,
     )
-    return *outputs, starts, saved
+    # clones: an op may not return views of one tensor
+    place = vertices[:, :3].clone()
+    attributes = vertices[:, 3:].clone()
+    values = mean[:, 0].clone()
+    return place, faces, attributes, terms, position, values, starts, list(saved)
+
+
+def _interleave(dual: Tensor, centre: Tensor, D: list[int], Q: list[int]) -> Tensor:
+    """The dual vertices and then the centres of each scene, scene after scene."""
+    parts = [dual[:0]]
+    for b in range(len(D) - 1):
+        parts.append(dual[D[b] : D[b + 1]])
+        parts.append(centre[Q[b] : Q[b + 1]])
+    return torch.cat(parts)
+
+
+def _separate(rows: Tensor, D: list[int], Q: list[int]) -> tuple[Tensor, Tensor]:
+    """`_interleave` backwards: the rows of dual vertices, and those of centres."""
+    sizes = []
+    for b in range(len(D) - 1):
+        sizes += [D[b + 1] - D[b], Q[b + 1] - Q[b]]
+    parts = rows.split_with_sizes(sizes)
+    return torch.cat([rows[:0], *parts[::2]]), torch.cat([rows[:0], *parts[1::2]])
+
+
+def _shares(cubes: Cubes, counts: list[int], mean: Tensor) -> Tensor:
+    """One over the number of summands of each of the regularizer's three means, [3, B].
+
+    The summands are corner values, pairs of a dual vertex and an edge, and penalised weights.
+    """
+    K = mean.shape[1]
+    fewest = [[max(8 * n * K, 1) for n in counts], [max(PENALISED * n, 1) for n in counts]]
+    corners, weights = to_device(torch.tensor(fewest, dtype=mean.dtype), mean.device)
+    edges = (cube_tables(mean.device).edges >= 0).sum(1)[cubes.dual_kind]
+    pairs = sum_segments(edges[:, None].to(mean.dtype), cubes.dual_starts).clamp(min=1)
+    return 1 / torch.stack([corners, pairs, weights])
 
 
 _isosurface = torch.library.custom_op("trislat::isosurface", _forward, mutates_args=())
@@ -146,55 +171,63 @@ def _(fields, coords, counts, resolution, training):
     N = len(fields)
     dynamic = torch.library.get_ctx().new_dynamic_size
     P, F, T, C, D, Q = (dynamic() for _ in range(6))
-    empty = lambda *size, dtype=fields.dtype: fields.new_empty(size, dtype=dtype)
-    i32, i64 = torch.int32, torch.int64
-    outputs = empty(P, 3), empty(F, 3, dtype=i32), empty(P, A), empty(3, B), empty(T, 3), empty(T)
-    saved = [
-        empty(N, 8, dtype=i32),
-        empty(T),
-        empty(N, dtype=i32),
-        empty(C, dtype=i64),
-        empty(C, 8, dtype=i32),
-    ]
-    saved += [
-        empty(C, dtype=i64),
-        empty(C, dtype=i64),
-        empty(D, dtype=i32),
-        empty(D, dtype=i32),
-        empty(Q, 4, dtype=i32),
-    ]
-    saved += [empty(T, 4 + A), empty(D, 3 + A), empty(3, B)]
-    return *outputs, torch.empty(5, B + 1, dtype=i64), saved
+    floats = lambda *size: fields.new_empty(size)
+    ints = lambda *size: fields.new_empty(size, dtype=torch.int32)
+    longs = lambda *size: fields.new_empty(size, dtype=torch.int64)
+    outputs = (floats(P, 3), ints(F, 3), floats(P, A), floats(3, B), floats(T, 3), floats(T))
+    saved = _Saved(
+        voxel_corners=ints(N, 8),
+        count=floats(T),
+        voxel_cube=ints(N),
+        cube_index=longs(C),
+        cube_corners=ints(C, 8),
+        case=longs(C),
+        first_dual=longs(C),
+        dual_cube=ints(D),
+        dual_kind=ints(D),
+        quad_edges=ints(Q, 4),
+        mean=floats(T, 4 + A),
+        dual=floats(D, 3 + A),
+        share=floats(3, B),
+    )
+    return *outputs, torch.empty(5, B + 1, dtype=torch.int64), list(saved)
 
 
-def _geometry(mean: Tensor, fields: Tensor, surface: Tensor, cube: Tensor, *rest) -> Geometry:
-    """From vertex means [T, K] and surface cubes to what dual vertices are made from; rest: as in
-    Geometry.
-    """
-    R = rest[-1]
-    # the color of a vertex without a voxel
+def _geometry(cubes: Cubes | _Saved, mean: Tensor, fields: Tensor, resolution: int) -> Geometry:
+    """Activate the vertex means [T, K] and the weights of the surface cubes."""
+    R = resolution
+    # 0.5: the color of a vertex without a voxel
     values = mean.new_full((len(mean) + 1, mean.shape[1]), 0.5)
-    # one element alone would be copied to the device, which waits
+    # slices: a single element would be copied to the device, which waits
     values[:-1, 0] = mean[:, 0]
     values[-1:, 0] = 1
-    values[:-1, 1:4] = torch.tanh(mean[:, 1:4]) * (SPREAD / (2 * R))
+    values[:-1, 1:4] = torch.tanh(mean[:, 1:4]) * (REACH / (2 * R))
     values[-1:, 1:4] = 0
     values[:-1, 4:] = torch.sigmoid(mean[:, 4:])
-    raw = _raw_weights(fields, surface, len(cube))
-    weights = torch.cat(
-        [torch.tanh(raw[:, :20]) * 0.99 + 1, torch.sigmoid(raw[:, 20:]) * 0.99 + 0.005], 1
+    raw = _raw_weights(fields, cubes.voxel_cube, len(cubes.cube_index))
+    beta_alpha = torch.tanh(raw[:, :20]) * 0.99 + 1
+    gamma = torch.sigmoid(raw[:, 20:]) * 0.99 + 0.005
+    return Geometry(
+        values=values,
+        weights=torch.cat([beta_alpha, gamma], 1),
+        cube_coords=torch.stack(unravel(cubes.cube_index, R)[1:], 1).int(),
+        cube_corners=cubes.cube_corners,
+        case=cubes.case,
+        first_dual=cubes.first_dual,
+        dual_cube=cubes.dual_cube,
+        dual_kind=cubes.dual_kind,
+        resolution=R,
+        tables=cube_tables(fields.device),
     )
-    return Geometry(values, weights, torch.stack(unravel(cube, R)[1:], 1).int(), *rest)
 
 
-def _raw_weights(fields: Tensor, surface: Tensor, C: int) -> Tensor:
+def _raw_weights(fields: Tensor, voxel_cube: Tensor, C: int) -> Tensor:
     """The weights of each surface cube, [C, 21]: its voxel's, or zeros."""
-    voxel = surface.new_full((C + 1,), -1)
+    voxel = voxel_cube.new_full((C + 1,), -1)
     row = torch.arange(len(fields), dtype=torch.int32, device=fields.device)
-    voxel = voxel.index_copy_(0, torch.where(surface < 0, C, surface).long(), row)[:C]
-    return (
-        fields[:, WEIGHTS].index_select(0, voxel.clamp(min=0)).masked_fill_((voxel < 0)[:, None], 0)
-    )
+    voxel = voxel.index_copy_(0, torch.where(voxel_cube < 0, C, voxel_cube).long(), row)[:C]
+    weights = fields[:, WEIGHTS].index_select(0, voxel.clamp(min=0))
+    return weights.masked_fill_((voxel < 0)[:, None], 0)
 
 
 def _reverse(
@@ -211,49 +244,55 @@ def _reverse(
     training: bool,
 ) -> Tensor:
     """The gradient of the fields."""
-    rows, count, surface, cube, *cubes, around, mean, dual, share = saved
-    g = _geometry(mean, fields, surface, cube, *cubes, resolution)
-    *_, D, Q = starts.tolist()
-    B = len(D) - 1
+    s = _Saved(*saved)
     R = resolution
-    up = torch.cat([grad_vertices, grad_attributes], 1)
-    grad_gamma = None
+    g = _geometry(s, s.mean, fields, R)
+    *_, D, Q = starts.tolist()
+    raw = _raw_weights(fields, s.voxel_cube, len(s.cube_index))
+    grad_dual = torch.cat([grad_vertices, grad_attributes], 1)
     if training:
-        sizes = [
-            end - begin for b in range(B) for begin, end in ((D[b], D[b + 1]), (Q[b], Q[b + 1]))
-        ]
-        parts = up.split_with_sizes(sizes)
-        up, grad_centre = torch.cat([up[:0], *parts[::2]]), torch.cat([up[:0], *parts[1::2]])
-        row, quad = quad_duals(around, g)
-        up, grad_gamma = centres_backward(g, dual, quad, row, around, up, grad_centre)
-    scale = grad_terms * share
-    grad_deviation = torch.cat(
-        [up[:0, 0], *(scale[1, b].expand(D[b + 1] - D[b]) for b in range(B))]
-    )
-    grad_values, grad_beta, grad_alpha = dual_vertices_backward(
-        g, dual, up.contiguous(), grad_deviation
-    )
-    del up, grad_deviation
+        grad_dual, grad_centre = _separate(grad_dual, D, Q)
+        grad_dual, grad_gamma = centres_backward(g, s.dual, s.quad_edges, grad_dual, grad_centre)
+    else:
+        grad_gamma = torch.zeros_like(raw[:, 20])
+    slopes = grad_terms * s.share
+    parts = [slopes[1, b].expand(D[b + 1] - D[b]) for b in range(len(D) - 1)]
+    grad_deviation = torch.cat([grad_dual[:0, 0], *parts])
+    grad_dual = grad_dual.contiguous()
+    if backend.is_torch(fields):
+        grads = dual_torch_backward(g, grad_dual, grad_deviation)
+    else:
+        grads = dual_triton_backward(g, s.dual, grad_dual, grad_deviation)
+    grad_values, grad_beta, grad_alpha = grads
+    del grad_dual, grad_deviation
+
     grad_values = grad_values[:-1]
     grad_values[:, 0] += grad_value
     grad_values[:, 1:4] += grad_position
-    slope = 1 - torch.tanh(mean[:, 1:4]).square_()
-    grad_values[:, 1:4] *= slope.mul_(SPREAD / (2 * R))
+    slope = 1 - torch.tanh(s.mean[:, 1:4]).square_()
+    grad_values[:, 1:4] *= slope.mul_(REACH / (2 * R))
     color = g.values[:-1, 4:]
     grad_values[:, 4:] *= color * (1 - color)
-    grad_values /= count[:, None]
-    raw = _raw_weights(fields, surface, len(cube))
-    if grad_gamma is None:
-        grad_gamma = torch.zeros_like(raw[:, 20])
+    grad_values /= s.count[:, None]
+
     grad_weights = torch.cat([grad_beta, grad_alpha, grad_gamma[:, None]], 1)
     grad_weights[:, :20] *= 0.99 * (1 - torch.tanh(raw[:, :20]).square_())
     gate = torch.sigmoid(raw[:, 20])
     grad_weights[:, 20] *= 0.99 * gate * (1 - gate)
-    # else its alignment, and so the compiled kernel, would depend on B
-    pull = 2 * scale[0]
-    shrink = scale[2].clone()
+    spread_slope = 2 * slopes[0]
+    # a clone: else its alignment, and so the compiled kernel, would depend on B
+    size_slope = slopes[2].clone()
     return fields_backward(
-        fields, coords, rows, surface, mean, grad_values, grad_weights, pull, shrink, -1 / R
+        fields,
+        coords,
+        s.voxel_corners,
+        s.voxel_cube,
+        s.mean,
+        grad_values,
+        grad_weights,
+        spread_slope,
+        size_slope,
+        -1 / R,
     )
 
 
@@ -270,7 +309,7 @@ def _(grad_vertices, grad_attributes, grad_terms, grad_position, grad_value, fie
 def _setup_context(ctx, inputs, output) -> None:
     fields, coords, counts, ctx.resolution, ctx.training = inputs
     *_, starts, saved = output
-    ctx.empty = [] if not counts else None  # torch wants an empty list's structure
+    ctx.empty = [] if not counts else None  # torch wants the structure of an empty list
     ctx.save_for_backward(fields, coords, starts, *saved)
     ctx.mark_non_differentiable(output[1], starts)
 
@@ -278,9 +317,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, vertices, faces, attributes, terms, position, value, starts, saved):
     fields, coords, starts, *saved = ctx.saved_tensors
     grads = (t.contiguous() for t in (vertices, attributes, terms, position, value))
-    grad = torch.ops.trislat.isosurface_backward(
-        *grads, fields, coords, starts, saved, ctx.resolution, ctx.training
-    )
+    grad = _isosurface_backward(*grads, fields, coords, starts, saved, ctx.resolution, ctx.training)
     return grad, None, ctx.empty, None, None
 
 
@@ -293,18 +330,17 @@ def isosurface(
     # [N, 53 or 101]: sdf 8 | deform 8 x 3 | weights 21 | color 8 x 6, corners with x fastest
     fields: Tensor,
     resolution: int,  # cubes along a side of the grid
-    # quads get a centre and four triangles, which is how gamma learns; else they are split in two
+    # quads get a centre and four triangles, which gives gamma a gradient; else two triangles
     training: bool,
 ) -> Surfaces:
-    """Extract the surface where the signed distance, 1 / resolution less than `sdf` says, changes
-    its sign.
+    """Extract the surface where the signed distance changes its sign.
 
-    Vertices, faces and their order are those of the dense grid in which vertices without a voxel
-    are outside (signed distance 1, no displacement, color 0.5) and cubes without a voxel have
-    neutral weights. Faces exist around grid edges that four cubes share, so a surface is open where
-    it leaves the grid. The regularizer is, per scene, the mean squared distance of corner values to
-    their mean, half the mean deviation (kernels.surface.dual) and 0.2 times the mean size of the
-    first 20 weights.
+    The signed distance is 1 / resolution less than `sdf` says. Vertices, faces and their order are
+    those of the dense grid in which vertices without a voxel are outside (signed distance 1, no
+    displacement, color 0.5) and cubes without a voxel have neutral weights. Faces exist around grid
+    edges that four cubes share, so a surface is open where it leaves the grid. The regularizer is,
+    per scene, the mean squared distance of corner values to their mean, half the mean deviation
+    (kernels.surface.dual_gpu) and 0.2 times the mean size of the first 20 weights.
 
     Differentiable, to first order, in the fields. Computes in fp32 (16-bit fields are converted;
     float64 only on the torch path). Same inputs, same bits. No surface: no vertices, no faces, and
@@ -342,7 +378,7 @@ def isosurface(
             f"{resolution}"
         )
     fields = fields.to(torch.float64 if exact else torch.float32).contiguous()
-    *outputs, terms, position, value, starts, _ = torch.ops.trislat.isosurface(
+    *outputs, terms, position, value, starts, _ = _isosurface(
         fields, cache.coords, cache.counts, resolution, training
     )
     regularizer = terms[0] + 0.5 * terms[1] + 0.2 * terms[2]

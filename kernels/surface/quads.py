@@ -1,26 +1,24 @@
-"""Quads between dual vertices -> triangles, with or without a centre. P dual vertices of M
-coordinates, Q quads.
+"""Triangles of the quads between dual vertices, with or without a centre.
 
-Diagonals are weighed by gamma: with w = gamma_0 gamma_2 and w' = gamma_1 gamma_3, a quad is split
-along 0-2 where w > w'; its centre is (w (v0 + v2) + w' (v1 + v3)) / (2 (w + w')). Plain torch: a
-few passes over Q rows. The backward gathers, per dual vertex and per cube, from the quads around
-their edges.
+P dual vertices of M coordinates, Q quads. Diagonals are weighed by gamma: with w = gamma_0 gamma_2
+and w' = gamma_1 gamma_3, a quad is split along 0-2 where w > w'; its centre is (w (v0 + v2) + w'
+(v1 + v3)) / (2 (w + w')). In plain torch on every device: a few passes over Q rows. The backward
+gathers, for each dual vertex and each cube, from the quads around their edges.
 """
 
 import torch
 from torch import Tensor
 
 from kernels.surface.cubes import Geometry
-from kernels.surface.tables import cube_tables
 
 TINY = 1e-8  # added to w + w'
 
 
-def quad_duals(around: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
+def quad_duals(quad_edges: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
     """Cubes [Q, 4] and dual vertices [Q, 4] around each quad."""
-    cube = around.long() // 12
-    edge = around.long() % 12
-    return cube, g.first[cube] + cube_tables(around.device).component[g.case[cube], edge]
+    cube = quad_edges.long() // 12
+    edge = quad_edges.long() % 12
+    return cube, g.first_dual[cube] + g.tables.component[g.case[cube], edge]
 
 
 def _weigh(gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,26 +35,28 @@ def _diagonals(dual: Tensor, quad: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
 
 
 def centres(dual: Tensor, quad: Tensor, gamma: Tensor) -> Tensor:
-    """[Q, M]"""
+    """The centre of each quad, [Q, M]."""
     even, odd, share, share_ = _diagonals(dual, quad, gamma)
     return share * even + share_ * odd
 
 
 def centres_backward(
-    g: Geometry, dual: Tensor, quad: Tensor, cube: Tensor, around: Tensor, up: Tensor, grad: Tensor
+    g: Geometry,
+    dual: Tensor,  # [P, M]
+    quad_edges: Tensor,  # [Q, 4]
+    grad_dual: Tensor,  # [P, M] that they have from elsewhere
+    grad_centre: Tensor,  # [Q, M]
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of dual vertices, up [P, M] included, and of gamma [C], from that of the
-    centres, grad [Q, M].
-    """
+    """The gradients of dual vertices [P, M], `grad_dual` included, and of gamma [C]."""
+    cube, quad = quad_duals(quad_edges, g)
     C = len(g.weights)
     Q = len(quad)
     gamma = g.weights[:, 20][cube]
-    tables = cube_tables(around.device)
     even, odd, share, share_ = _diagonals(dual, quad, gamma)
     centre = share * even + share_ * odd
     total = sum(_weigh(gamma)) + TINY
-    grad_w = (grad * (even / 2 - centre)).sum(1) / total
-    grad_w_ = (grad * (odd / 2 - centre)).sum(1) / total
+    grad_w = (grad_centre * (even / 2 - centre)).sum(1) / total
+    grad_w_ = (grad_centre * (odd / 2 - centre)).sum(1) / total
     slots = [
         grad_w * gamma[:, 2],
         grad_w_ * gamma[:, 3],
@@ -64,37 +64,36 @@ def centres_backward(
         grad_w_ * gamma[:, 1],
     ]
     # 4 * quad + slot of every edge of a cube; 4 Q: it has none
-    at = around.new_full((12 * C,), 4 * Q)
-    at.index_copy_(
-        0, around.view(-1).long(), torch.arange(4 * Q, dtype=torch.int32, device=at.device)
-    )
+    at = quad_edges.new_full((12 * C,), 4 * Q)
+    slot = torch.arange(4 * Q, dtype=torch.int32, device=at.device)
+    at.index_copy_(0, quad_edges.view(-1).long(), slot)
     pad = torch.nn.functional.pad
     grad_gamma = pad(torch.stack(slots, 1).view(-1), (0, 1))[at].view(C, 12).sum(1)
-    grad = pad(grad, (0, 0, 0, 1))
+    grad_centre = pad(grad_centre, (0, 0, 0, 1))
     share = pad(torch.cat([share, share_, share, share_], 1).view(-1), (0, 1))
-    edges = tables.edges[g.kind]
+    edges = g.tables.edges[g.dual_kind]
+    first = 12 * g.dual_cube.long()
     for n in range(8):
         edge = edges[:, n]
-        slot = torch.where(edge >= 0, at[12 * g.dual.long() + edge.clamp(min=0)], 4 * Q).long()
-        up = up + share[slot, None] * grad.index_select(0, slot // 4)
-    return up, grad_gamma
+        slot = torch.where(edge >= 0, at[first + edge.clamp(min=0)], 4 * Q).long()
+        grad_dual = grad_dual + share[slot, None] * grad_centre.index_select(0, slot // 4)
+    return grad_dual, grad_gamma
 
 
 def split_quads(
     quad: Tensor, gamma: Tensor, duals: list[int], quads: list[int], training: bool
 ) -> Tensor:
-    """Triangles [2 Q or 4 Q, 3] int32; in training the centres of a scene's quads stand behind its
-    dual vertices.
+    """Split quads into triangles [2 Q or 4 Q, 3] int32.
+
+    In training the centres of a scene's quads stand behind its dual vertices.
     """
     parts = []
     for b in range(len(duals) - 1):
         span = slice(quads[b], quads[b + 1])
         v0, v1, v2, v3 = (quad[span].int() + (quads[b] if training else 0)).unbind(1)
         if training:
-            c = (
-                torch.arange(quads[b], quads[b + 1], dtype=torch.int32, device=quad.device)
-                + duals[b + 1]
-            )
+            c = torch.arange(quads[b], quads[b + 1], dtype=torch.int32, device=quad.device)
+            c = c + duals[b + 1]
             corners = [v0, v1, c, v1, v2, c, v2, v3, c, v3, v0, c]
         else:
             w, w_ = _weigh(gamma[span])

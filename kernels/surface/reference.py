@@ -1,4 +1,4 @@
-"""FlexiCubes by the book (Shen et al. 2023): plain torch over a dense grid, autograd."""
+"""FlexiCubes (Shen et al. 2023) written plainly: torch over a dense grid, with autograd."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from kernels.surface.tables import EDGES, ambiguous_faces, crossing, dual_parts
 
 
 def isosurface_reference(coords, fields, resolution, training, batch_size=None) -> Surfaces:
-    """`isosurface` by the book: every scene as a dense grid of cubes, autograd."""
+    """`isosurface` of every scene as a dense grid of cubes."""
     R = resolution
     S = resolution + 1
     bias = -1 / resolution
@@ -29,17 +29,13 @@ def isosurface_reference(coords, fields, resolution, training, batch_size=None) 
             (corner[:, 0] * S + corner[:, 1]) * S + corner[:, 2], return_inverse=True
         )
         count = torch.bincount(row, minlength=len(vertex))
-        mean = (
-            torch.zeros(len(vertex), 4 + A, dtype=fields.dtype).index_add(0, row, value)
-            / count[:, None]
-        )
+        total = torch.zeros(len(vertex), 4 + A, dtype=fields.dtype).index_add(0, row, value)
+        mean = total / count[:, None]
         consistency = (value - mean[row]).square().mean() if n else value.sum()
         size = field[:, 32:52].abs().mean() if n else field.sum()
 
         axis = torch.arange(S, dtype=fields.dtype)
-        grid = (
-            torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(-1, 3) / R - 0.5
-        )
+        grid = torch.cartesian_prod(axis, axis, axis) / R - 0.5
         outside = torch.tensor([1.0] + [0.0] * (3 + A), dtype=fields.dtype)
         dense = outside.repeat(S**3, 1).index_put((vertex,), mean)
         x = grid + (1 - 1e-8) / (2 * R) * torch.tanh(dense[:, 1:4])
@@ -50,16 +46,8 @@ def isosurface_reference(coords, fields, resolution, training, batch_size=None) 
         )
         vertices, faces, attributes, deviation = surface
         spread = deviation.mean() if len(deviation) else deviation.sum()
-        parts.append(
-            (
-                vertices,
-                faces,
-                attributes,
-                consistency + 0.5 * spread + 0.2 * size,
-                x[vertex],
-                mean[:, 0],
-            )
-        )
+        regularizer = consistency + 0.5 * spread + 0.2 * size
+        parts.append((vertices, faces, attributes, regularizer, x[vertex], mean[:, 0]))
     vertices, faces, attributes, regularizer, position, value = zip(*parts, strict=True)
     starts = [torch.tensor([0, *map(len, part)]).cumsum(0) for part in (vertices, faces, position)]
     faces = [f + first for f, first in zip(faces, starts[0], strict=False)]
@@ -82,8 +70,9 @@ def flexicubes_reference(
     resolution: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vertices, faces, attributes of one dense grid, and the deviation of every (dual vertex, edge)
-    pair.
+    """Vertices, faces and attributes of one dense grid, and the deviations.
+
+    There is a deviation for each pair of a dual vertex and one of its edges.
     """
     R = resolution
     S = resolution + 1
@@ -100,19 +89,20 @@ def flexicubes_reference(
     mixed = ((cases > 0) & (cases < 255)).nonzero()[:, 0]
     original = dict(zip(mixed.tolist(), cases[mixed].tolist(), strict=True))
     parts = [dual_parts(case) for case in range(256)]
-    looks = [
-        f[0] if len(f := ambiguous_faces(case)) == 1 and len(parts[case]) == 1 else None
-        for case in range(256)
-    ]
+    ambiguous = {}  # cases that a neighbour may invert, and the face that they share
+    for case in range(256):
+        faces = ambiguous_faces(case)
+        if len(faces) == 1 and len(parts[case]) == 1:
+            ambiguous[case] = faces[0]
     kind = {}
     for c, case in original.items():
         kind[c] = case
-        if looks[case] is not None:
-            along, up = divmod(looks[case], 2)
+        if case in ambiguous:
+            along, up = divmod(ambiguous[case], 2)
             place = [c // R**2, c // R % R, c % R]
             place[along] += 2 * up - 1
             other = (place[0] * R + place[1]) * R + place[2]
-            if 0 <= place[along] < R and other in original and looks[original[other]] is not None:
+            if 0 <= place[along] < R and other in original and original[other] in ambiguous:
                 kind[c] = 255 - case
 
     duals = sorted(
@@ -127,7 +117,8 @@ def flexicubes_reference(
     ends = torch.tensor(EDGES)
     p, c, e = torch.tensor(incidences, dtype=torch.long).view(-1, 3).unbind(1)
     i, j = ends[e].unbind(1)
-    vi, vj = corner[c, i], corner[c, j]
+    vi = corner[c, i]
+    vj = corner[c, j]
 
     def crossing_point(value: Tensor, si: Tensor, sj: Tensor) -> Tensor:
         return (value[vi] * sj[:, None] - value[vj] * si[:, None]) / (sj - si)[:, None]
@@ -135,7 +126,8 @@ def flexicubes_reference(
     def total(value: Tensor) -> Tensor:
         return value.new_zeros(P, value.shape[1]).index_add(0, p, value)
 
-    si, sj = sdf[vi] * alpha[c, i], sdf[vj] * alpha[c, j]
+    si = sdf[vi] * alpha[c, i]
+    sj = sdf[vj] * alpha[c, j]
     b = beta[c, e][:, None]
     vertices = total(b * crossing_point(x, si, sj)) / total(b)
     attributes = total(b * crossing_point(color, si, sj)) / total(b)
@@ -151,9 +143,11 @@ def flexicubes_reference(
     for first, second in sorted(around, key=lambda key: (bool(negative[key[0]]), key)):
         four = around[first, second]
         if len(four) == 4:
-            quads.append([four[n] for n in ((2, 3, 1, 0) if negative[first] else (0, 1, 3, 2))])
+            turn = (2, 3, 1, 0) if negative[first] else (0, 1, 3, 2)
+            quads.append([four[n] for n in turn])
     quad, owner = torch.tensor(quads, dtype=torch.long).view(-1, 4, 2).unbind(2)
-    g02, g13 = gamma[owner[:, 0]] * gamma[owner[:, 2]], gamma[owner[:, 1]] * gamma[owner[:, 3]]
+    g02 = gamma[owner[:, 0]] * gamma[owner[:, 2]]
+    g13 = gamma[owner[:, 1]] * gamma[owner[:, 3]]
     if not training:
         split = torch.where(
             (g02 > g13)[:, None], quad[:, [0, 1, 2, 0, 2, 3]], quad[:, [0, 1, 3, 3, 1, 2]]

@@ -1,1 +1,1 @@
-"""Voxel coordinates -> tables, neighbours, windows, other scales."""
+"""Coordinates of voxels: tables, neighbours, windows and other scales."""

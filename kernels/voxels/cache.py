@@ -1,11 +1,12 @@
-"""SpatialCache: what is derived from one coordinate set, made once: row ranges, table, neighbours,
-windows, other scales.
+"""A cache of everything that is derived from one coordinate set.
 
-It belongs to the coordinates, not to a tensor: tensors over the same voxels share it. Building one
-reads the device once; what is made from it does not, but for pooling, which builds a coordinate set
-too. Coordinate sets made from one another form a family: going down, up and down again arrives at
-what was there before. Scales refer to each other by number, so a family is no reference cycle and
-its memory goes with the last cache of it.
+It holds row ranges, the table, neighbours, windows and other scales, each made once. It belongs to
+the coordinates, not to a tensor: tensors over the same voxels share it. Building one waits for the
+device once. Deriving from it does not wait, except for pooling, which builds a coordinate set too.
+
+Coordinate sets made from one another form a family: going down, up and down again arrives at the
+set that was there before. Scales refer to each other by number, so a family is no reference cycle,
+and its memory is freed with its last cache.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class _Scale:
-    """One coordinate set of a family, and what was made from it."""
+    """One coordinate set of a family, and everything made from it."""
 
     coords: Tensor  # [N, 4] int32: batch, x, y, z
     starts: Tensor  # [B + 1] int32
@@ -40,8 +41,10 @@ class _Scale:
 
 @dataclass(eq=False)
 class _Family:
+    """Coordinate sets made from one another."""
+
     scales: list[_Scale] = field(default_factory=list)
-    # scale number -> the cache of it
+    # scale number -> its cache
     caches: WeakValueDictionary = field(default_factory=WeakValueDictionary)
 
     def add(self, scale: _Scale) -> int:
@@ -50,11 +53,11 @@ class _Family:
 
 
 class SpatialCache:
-    """One checked coordinate set and what was made from it.
+    """One checked coordinate set and everything made from it.
 
     coords [N, 4] int32 (batch, x, y, z): samples in order, no duplicates, 0 to 1023; B samples, of
-    which any may be empty. Raises ValueError, naming the row, where `check_coords` does. Building
-    it is the one read of the device.
+    which any may be empty. Building it waits once for the device. Raises ValueError, naming the
+    row, where `check_coords` does.
     """
 
     coords: Tensor  # [N, 4] int32
@@ -66,17 +69,14 @@ class SpatialCache:
     def __init__(self, coords: Tensor, batch_size: int | None = None):
         known, starts = check_coords(coords, batch_size)
         family = _Family()
-        self._join(
-            family, family.add(_Scale(coords.contiguous(), starts, known.counts, known.size))
-        )
+        scale = _Scale(coords.contiguous(), starts, known.counts, known.size)
+        self._join(family, family.add(scale))
 
     @classmethod
     def unread(
         cls, coords: Tensor, batch_size: int, extent: tuple[int, int, int]
     ) -> "SpatialCache":
-        """A cache over coordinates that are taken at the caller's word: nothing is checked or read,
-        `counts` is None.
-        """
+        """A cache over coordinates that nobody checks or reads; its `counts` is None."""
         samples = torch.arange(batch_size + 1, dtype=torch.int32, device=coords.device)
         starts = torch.searchsorted(coords[:, 0].contiguous(), samples, out_int32=True)
         cache = cls.__new__(cls)
@@ -90,11 +90,9 @@ class SpatialCache:
         self._scale = family.scales[number]
         self.coords = self._scale.coords
         self.starts = self._scale.starts
-        self.counts, self.extent, self.batch_size = (
-            self._scale.counts,
-            self._scale.extent,
-            len(self.starts) - 1,
-        )
+        self.counts = self._scale.counts
+        self.extent = self._scale.extent
+        self.batch_size = len(self.starts) - 1
         family.caches[number] = self
 
     def __len__(self) -> int:
@@ -109,7 +107,7 @@ class SpatialCache:
         return self._scale.misses
 
     def get(self, make: Callable[..., T], *args) -> T:
-        """make(self, *args), made once for every function and arguments."""
+        """The result of make(self, *args), computed once for each function and arguments."""
         made = self._scale.made
         if (make, args) in made:
             if not torch.compiler.is_compiling():  # which allows no side effects everywhere
@@ -120,11 +118,10 @@ class SpatialCache:
         return made[make, args]
 
     def subdivide(self) -> "SpatialCache":
-        """Every voxel as its 8 children at twice the resolution: those of row n are rows 8n to 8n +
-        7, z fastest.
+        """Divide every voxel into its 8 children at twice the resolution.
 
-        Raises ValueError where a child would lie beyond 1023. `pool(2)` of the result is this cache
-        again.
+        The children of row n are rows 8n to 8n + 7, z fastest. `pool(2)` of the result is this
+        cache again. Raises ValueError where a child would lie beyond 1023.
         """
         cache, _ = self._follow("subdivide", 2, self._make_children)
         return cache
@@ -132,30 +129,30 @@ class SpatialCache:
     @property
     def parent(self) -> "SpatialCache | None":
         """The cache whose `subdivide` made this one; None for any other."""
-        number, _ = self._scale.links.get(("pool", 2), (None, None))
-        if (
-            number is None
-            or self._family.scales[number].links.get(("subdivide", 2), (None,))[0] != self._number
-        ):
+        if ("pool", 2) not in self._scale.links:
+            return None
+        number, _ = self._scale.links["pool", 2]
+        child = self._family.scales[number].links.get(("subdivide", 2))
+        if child is None or child[0] != self._number:
             return None
         return self.pool(2)[0]
 
     def pool(self, factor: int = 2) -> tuple["SpatialCache", Tensor]:
-        """The coarser voxels that hold these, by batch, x, y, z; and the coarse row of each fine
-        one, [N] int32.
+        """Find the coarser voxels that hold these; also returns each one's coarse row, [N] int32.
 
-        Reads the device once to build them (their number is not known before), never again. Pooling
-        what `subdivide` made by 2 gives the parent back, in the parent's own row order. Raises
-        ValueError for a factor that is not whole or below 1.
+        The coarse voxels are in order of (batch, x, y, z). Waits for the device once to build them
+        (their number is not known before), never again. Pooling by 2 what `subdivide` made gives
+        the parent back, in the parent's own row order. Raises ValueError for a factor that is not
+        whole or below 1.
         """
         check_whole("pool factor", factor)
         return self._follow("pool", factor, lambda: self._make_pool(factor))
 
     def unpool(self, factor: int = 2) -> tuple["SpatialCache", Tensor]:
-        """The voxels that were pooled into these by that factor, and the row here of each of them:
-        `pool` backwards.
+        """Return to the voxels that were pooled into these by that factor.
 
-        Raises ValueError for a cache that no `pool(factor)` made.
+        Also returns the row here of each of them, as `pool` did. Raises ValueError for a cache that
+        no `pool(factor)` made.
         """
         if ("unpool", factor) not in self._scale.links:
             known = sorted(f for kind, f in self._scale.links if kind == "unpool")
@@ -168,6 +165,7 @@ class SpatialCache:
     def _follow(
         self, kind: str, factor: int, make: Callable | None
     ) -> tuple["SpatialCache", Tensor]:
+        """Go to another scale of the family, and `make` it if it is not there yet."""
         links = self._scale.links
         if (kind, factor) in links:
             self._scale.hits += 1
@@ -201,14 +199,14 @@ class SpatialCache:
     def _make_pool(self, factor: int) -> tuple[_Scale, Tensor]:
         coarse = torch.cat([self.coords[:, :1], self.coords[:, 1:] // factor], 1)
         keys, order = pack(coarse).sort(stable=True)
-        new = torch.ones_like(keys, dtype=torch.int32)
-        new[1:] = keys[1:] != keys[:-1]
+        begins = torch.ones_like(keys, dtype=torch.int32)
+        begins[1:] = keys[1:] != keys[:-1]
         # coarse voxels before each sorted position
-        rank = torch.cat([new.new_zeros(1), new.cumsum(0, dtype=torch.int32)])
+        rank = torch.cat([begins.new_zeros(1), begins.cumsum(0, dtype=torch.int32)])
         starts = rank[self.starts.long()]
         edges = starts.tolist()  # the one wait for the device
-        index = torch.empty_like(new).scatter_(0, order, rank[1:] - 1)
-        # equal keys meet in one place
+        index = torch.empty_like(begins).scatter_(0, order, rank[1:] - 1)
+        # equal keys are written to one place
         distinct = keys.new_empty(edges[-1]).scatter_(0, rank[1:].long() - 1, keys)
         extent = tuple((e - 1) // factor + 1 for e in self.extent)
         counts = [b - a for a, b in pairwise(edges)]

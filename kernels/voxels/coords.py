@@ -1,4 +1,4 @@
-"""Voxel coordinates [N, 4] (batch, x, y, z): their check, their extent and their packed form."""
+"""Voxel coordinates [N, 4] (batch, x, y, z): their check, their extent and their packed keys."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,36 +9,33 @@ from torch import Tensor
 from kernels.checks import check_tensors, check_whole
 
 LIMIT = 1024  # coordinates are below it: 10 bits an axis
-
-
 MOST_SAMPLES = 1024  # samples that are counted where the caller does not say how many there are
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What the host knows of a coordinate set: read once, in `check_coords`."""
+    """Numbers of a coordinate set that the host knows, read once in `check_coords`."""
 
     counts: list[int]  # rows of each sample
     size: tuple[int, int, int]  # every coordinate is below it, per axis; 1 where there are no rows
 
 
 def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent, Tensor]:
-    """Check a coordinate set [N, 4] int32 and learn what the host must know of it, in exactly one
-    read of the device.
+    """Check a coordinate set [N, 4] int32 and read its extent, waiting once for the device.
 
     Returns the extent and `starts` [B + 1] int32, on the device: sample b owns rows starts[b] :
-    starts[b + 1]. Raises ValueError, with the row that is wrong, for a missing batch column,
-    another dtype, negative or too large coordinates, samples that are not in order or beyond
-    batch_size, and duplicates. Without `batch_size` there are as many samples as the last row says.
-    Raises TypeError for what is no tensor.
+    starts[b + 1]. Without `batch_size` there are as many samples as the last row says.
+
+    Raises ValueError, with the row that is wrong, for a missing batch column, another dtype,
+    negative or too large coordinates, samples that are not in order or beyond batch_size, and
+    duplicates. Raises TypeError for what is no tensor.
     """
     check_tensors(coords=coords)
     if coords.ndim == 2 and coords.shape[1] == 3:
         raise ValueError(
             f"The batch column is missing: coords are {list(coords.shape)}, (batch, x, y, z) is "
-            "[N, 4]. Put the sample's "
-            "index in front: torch.nn.functional.pad(coords, (1, 0), value=index), then "
-            "torch.cat the samples"
+            "[N, 4]. Put the sample's index in front: torch.nn.functional.pad(coords, (1, 0), "
+            "value=index), then torch.cat the samples"
         )
     if coords.ndim != 2 or coords.shape[1] != 4:
         raise ValueError(f"coords must be [N, 4] (batch, x, y, z), got {list(coords.shape)}")
@@ -51,18 +48,18 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
     if N == 0:
         return Extent([0] * (batch_size or 0), (1, 1, 1)), coords.new_zeros((batch_size or 0) + 1)
 
-    def first(wrong: Tensor) -> Tensor:
+    row = torch.arange(N, device=coords.device)
+
+    def first(wrong: Tensor) -> Tensor:  # the first such row, N for none
         return torch.where(wrong, row, N).amin()
 
     def shifted(x: Tensor) -> Tensor:  # the value before, and for the first its own
         return torch.cat([x[:1], x[:-1]])
 
-    row = torch.arange(N, device=coords.device)
     batch = coords[:, 0].contiguous()
-    starts = torch.searchsorted(
-        batch, torch.arange(samples + 1, dtype=torch.int32, device=coords.device), out_int32=True
-    )
-    # nonsense for coordinates out of range, which are reported first
+    numbers = torch.arange(samples + 1, dtype=torch.int32, device=coords.device)
+    starts = torch.searchsorted(batch, numbers, out_int32=True)
+    # meaningless for coordinates out of range, but those are reported first
     keys, order = pack(coords).sort(stable=True)
     second = torch.where((keys == shifted(keys)) & (row > 0), order, N)
     # an index without a dimension would be read
@@ -71,8 +68,12 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
         first((coords < 0).any(1)),
         first((coords[:, 1:] >= LIMIT).any(1)),
         first(batch < shifted(batch)),
+        first(batch >= samples),
+        second.amin(),
+        twin[0],
+        batch[-1],
+        *coords[:, 1:].amax(0),
     ]
-    facts += [first(batch >= samples), second.amin(), twin[0], batch[-1], *coords[:, 1:].amax(0)]
     # the one wait for the device
     read = torch.cat([torch.stack([f.long() for f in facts]), starts.long()]).tolist()
     negative, large, unsorted, beyond, second, twin, last, *largest = read[: len(facts)]
@@ -90,31 +91,33 @@ def check_coords(coords: Tensor, batch_size: int | None = None) -> tuple[Extent,
             "their batch index"
         )
     if beyond < N:
-        what = (
-            f"batch_size is {samples}"
-            if batch_size is not None
-            else f"give batch_size for more than {MOST_SAMPLES} samples"
-        )
+        what = f"batch_size is {samples}"
+        if batch_size is None:
+            what = f"give batch_size for more than {MOST_SAMPLES} samples"
         raise ValueError(f"{at(beyond)}: {what}")
     if second < N:
         raise ValueError(
             f"rows {twin} and {second} of coords are the same voxel {coords[second].tolist()}"
         )
     samples = last + 1 if batch_size is None else batch_size
-    counts = [b - a for a, b in pairwise(read[len(facts) :][: samples + 1])]
+    ends = read[len(facts) :]
+    counts = [b - a for a, b in pairwise(ends[: samples + 1])]
     return Extent(counts, tuple(c + 1 for c in largest)), starts[: samples + 1].contiguous()
 
 
 def pack(coords: Tensor) -> Tensor:
-    """The 64-bit key of each row of [..., 4]: batch | x | y | z, 10 bits an axis. Keys sort as (b,
-    x, y, z) does.
+    """The 64-bit key of each row of [..., 4]: batch | x | y | z, 10 bits an axis.
+
+    Keys sort as (b, x, y, z) does.
     """
     b, x, y, z = coords.long().unbind(-1)
     return ((b * LIMIT + x) * LIMIT + y) * LIMIT + z
 
 
 def unpack(keys: Tensor) -> Tensor:
-    """The rows [..., 4] int32 that `pack` made keys of."""
-    return torch.stack(
-        [keys // LIMIT**3, keys // LIMIT**2 % LIMIT, keys // LIMIT % LIMIT, keys % LIMIT], -1
-    ).int()
+    """The rows [..., 4] int32 of keys that `pack` made."""
+    b = keys // LIMIT**3
+    x = keys // LIMIT**2 % LIMIT
+    y = keys // LIMIT % LIMIT
+    z = keys % LIMIT
+    return torch.stack([b, x, y, z], -1).int()

@@ -1,12 +1,12 @@
-"""Coordinates -> windows along a space-filling curve: N rows (batch, x, y, z), M windows, K
-attended rows, no host wait.
+"""Windows along a space-filling curve, without waiting for the device.
 
-A sample's voxels are put in the order of their code on the curve (Morton's z-order, or Hilbert's in
-Skilling's form, AIP Conf. Proc. 707, 381, 2004) and cut into ceil(n / window) runs of nearly equal
-length, whose rows are the queries. The keys of a run are `window` consecutive rows around its
-middle, counted around the end: windows overlap, so the keys are an index list in which rows repeat,
-not a permutation (the serialised attention of microsoft/TRELLIS, after Point Transformer V3, arXiv
-2312.10035). A sample of up to `window` voxels is one window.
+N rows (batch, x, y, z), M windows, K attended rows. A sample's voxels are put in the order of their
+code on the curve (Morton's z-order, or Hilbert's in Skilling's form, AIP Conf. Proc. 707, 381,
+2004) and cut into ceil(n / window) runs of nearly equal length, whose rows are the queries. The
+keys of a run are `window` consecutive rows around its middle, counted around the end: windows
+overlap, so the keys are an index list in which rows repeat, not a permutation (the serialised
+attention of microsoft/TRELLIS, after Point Transformer V3, arXiv 2312.10035). A sample of up to
+`window` voxels is one window.
 
 Where a run ends is computed in integers. The published code multiplies by n / windows in floating
 point, which can leave out a sample's last row where that product comes out below an integer.
@@ -29,7 +29,7 @@ MODES = ("z_order", "z_order_transposed", "hilbert", "hilbert_transposed")
 
 @triton.jit
 def _spread(x):
-    """Bit i of a coordinate at bit 3 i."""
+    """Move bit i of a coordinate to bit 3 i."""
     x = (x | (x << 16)) & 0x030000FF
     x = (x | (x << 8)) & 0x0300F00F
     x = (x | (x << 4)) & 0x030C30C3
@@ -71,17 +71,19 @@ def _codes(
             z = tl.where(flip, z, z ^ t)
         y ^= x
         z ^= y
-        t = z >> 1  # to be: in each bit, the parity of the bits of z above it
+        t = z >> 1  # becomes, in each bit, the parity of the bits of z above it
         t ^= t >> 1
         t ^= t >> 2
         t ^= t >> 4
         t ^= t >> 8
-        x, y, z = x ^ t, y ^ t, z ^ t
+        x ^= t
+        y ^= t
+        z ^= t
     tl.store(codes_ptr + row, (_spread(x) << 2) | (_spread(y) << 1) | _spread(z), mask=live)
 
 
 def _codes_torch(c: list[Tensor], hilbert: bool) -> Tensor:
-    """What `_codes` computes, of the coordinates along three axes [N] int32."""
+    """`_codes` in plain torch, from the coordinates along three axes, [N] int32 each."""
     if hilbert:
         for bit in (1 << i for i in range(BITS - 1, 0, -1)):
             for axis in range(3):
@@ -124,11 +126,10 @@ def curve_codes(
     mode: str,  # one of MODES
     shift: int | tuple[int, int, int] = 0,  # voxels per axis, added to the coordinates
 ) -> Tensor:  # [N] int32
-    """The position of each voxel along a space-filling curve through 1024^3 voxels, x most
-    significant: 30 bits.
+    """The position of each voxel along a space-filling curve through 1024^3 voxels: 30 bits.
 
-    Raises ValueError for an unknown mode, a negative shift, and one that takes a coordinate beyond
-    1023.
+    x is the most significant axis. Raises ValueError for an unknown mode, a negative shift, and one
+    that takes a coordinate beyond 1023.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
@@ -152,12 +153,11 @@ def serialized_windows(
     # voxels per axis by which the curve moves, none negative
     shift_window: int | tuple[int, int, int] = 0,
 ) -> Windows:
-    """Group voxels along a space-filling curve into overlapping windows; `Windows.keys` lists the
-    rows of each.
+    """Group voxels along a space-filling curve into overlapping windows.
 
-    Given a cache nothing waits for the device; given coords they are checked in one read. Raises
-    ValueError for a window below 1, a wrong batch size, and where SpatialCache and `curve_codes`
-    do.
+    `Windows.keys` lists the rows that each window attends to. Given a cache nothing waits for the
+    device; given coords they are checked, which waits once. Raises ValueError for a window below 1,
+    a wrong batch size, and where SpatialCache and `curve_codes` do.
     """
     check_whole("window", window)
     cache = SpatialCache(voxels, batch_size) if isinstance(voxels, Tensor) else voxels
@@ -171,8 +171,7 @@ def serialized_windows(
     K = sum(min(n, window) * r for n, r in zip(cache.counts, runs, strict=True))
     arange = {"dtype": torch.int64, "device": line.device}
     starts = cache.starts.long()
-    # of each window: its sample's number of rows and of windows, its sample's first row, its number
-    # in the sample
+    # n: rows of each sample; r: its windows; sample: of each window; i: its number in the sample
     n = starts.diff()
     r = (starts.diff() + window - 1) // window
     sample = torch.arange(batch_size, **arange).repeat_interleave(r, output_size=M)
@@ -207,7 +206,9 @@ def curve_code_reference(x: int, y: int, z: int, hilbert: bool) -> int:
                     c[0] ^= bit - 1
                 else:
                     t = (c[0] ^ c[axis]) & (bit - 1)
-                    c[0], c[axis] = c[0] ^ t, c[axis] ^ t if axis else c[0] ^ t
+                    c[0] ^= t
+                    if axis:
+                        c[axis] ^= t
         c[1] ^= c[0]
         c[2] ^= c[1]
         t = 0
@@ -230,7 +231,8 @@ def serialized_windows_reference(
                 x, y, z = (v + s for v, s in zip(c, shift, strict=True))
                 x, y = (y, x) if mode.endswith("transposed") else (x, y)
                 line.append((curve_code_reference(x, y, z, mode.startswith("hilbert")), row))
-        line, n = [row for _, row in sorted(line)], len(line)
+        n = len(line)
+        line = [row for _, row in sorted(line)]
         runs = -(-n // window)
         for i in range(runs):
             if runs == 1:
@@ -238,10 +240,6 @@ def serialized_windows_reference(
                 continue
             queries = range(i * n // runs + shift_sequence, (i + 1) * n // runs + shift_sequence)
             begin = ((2 * i + 1) * n - window * runs) // (2 * runs) + shift_sequence
-            found.append(
-                (
-                    [line[p % n] for p in queries],
-                    [line[p % n] for p in range(begin, begin + window)],
-                )
-            )
+            keys = [line[p % n] for p in range(begin, begin + window)]
+            found.append(([line[p % n] for p in queries], keys))
     return found

@@ -1,11 +1,11 @@
-"""Integer coordinates -> row: N rows (batch, x, y, z), M queries, K = k^3 taps of a convolution
-kernel.
+"""Tables from voxel coordinates to rows, and the neighbours of every voxel.
 
-Two tables behind one interface, chosen by arithmetic. Where the extent allows, a dense volume holds
-the row of every cell: one load per query, no probing. Otherwise an open-addressing hash table: the
-64-bit packed key, mixed by splitmix64, linear probing, at most half full; inserted with
-compare-and-swap, so slots depend on timing but answers do not. On the torch path the second one is
-a sorted list of the same keys, searched by bisection.
+N rows (batch, x, y, z), M queries, K = k^3 taps of a convolution kernel. Two tables behind one
+interface, chosen by arithmetic. Where the extent allows, a dense volume holds the row of every
+cell: one load per query, no probing. Otherwise an open-addressing hash table: the 64-bit packed
+key, mixed by splitmix64, linear probing, at most half full; inserted with compare-and-swap, so
+slots depend on timing but answers do not. On the torch path the second one is a sorted list of the
+same keys, searched by bisection.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.voxels.children import child_neighbours, parent_size
+from kernels.voxels.children import child_neighbours_op, parent_size
 from kernels.voxels.coords import Extent, check_coords, pack
 
 TILE = 1024  # rows, queries or taps per program; not yet measured on a GPU
@@ -28,7 +28,7 @@ DENSE_SMALL = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Coordinates -> row, made by `build_table`."""
+    """A table from coordinates to rows, made by `build_table`."""
 
     kind: str  # "dense", "hash" or "sorted"
     rows: Tensor  # int32: the row of each cell, slot or sorted key; -1 for none
@@ -57,8 +57,8 @@ def _insert(coords_ptr, keys_ptr, rows_ptr, N, slots, TILE: tl.constexpr):
     z = tl.load(c + 3, mask=live, other=0)
     key = ((b * 1024 + x) * 1024 + y) * 1024 + z
     slot = _slot(key, slots - 1)
-    # compare-and-swap takes no mask: a finished lane swaps its key for itself, a dead one asks for
-    # a key that is never there
+    # compare-and-swap takes no mask: a finished thread swaps its key for itself, one beyond N asks
+    # for a key that is never there
     free = tl.where(live, tl.full([TILE], -1, tl.int64), tl.full([TILE], -2, tl.int64))
     pending = live.to(tl.int32)
     while tl.max(pending, 0) > 0:
@@ -116,11 +116,8 @@ def _lookup(
     x = tl.load(q + 1, mask=live, other=0)
     y = tl.load(q + 2, mask=live, other=0)
     z = tl.load(q + 3, mask=live, other=0)
-    tl.store(
-        out_ptr + m,
-        _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE),
-        mask=live,
-    )
+    found = _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE)
+    tl.store(out_ptr + m, found, mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,7 +136,7 @@ def _neighbours(
     DENSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # one (row, tap) a lane: stores are contiguous
+    # one (row, tap) a thread: stores are contiguous
     entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = entry // (k * k * k)
     tap = (entry % (k * k * k)).to(tl.int32)
@@ -149,37 +146,31 @@ def _neighbours(
     x = tl.load(c + 1, mask=live, other=0) + tap // (k * k) - k // 2
     y = tl.load(c + 2, mask=live, other=0) + tap // k % k - k // 2
     z = tl.load(c + 3, mask=live, other=0) + tap % k - k // 2
-    tl.store(
-        out_ptr + entry,
-        _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE),
-        mask=live,
-    )
+    found = _find(b, x, y, z, live, keys_ptr, rows_ptr, B, X, Y, Z, slots, DENSE, TILE)
+    tl.store(out_ptr + entry, found, mask=live)
 
 
 def _insert_tiles(target: str) -> dict[str, int]:
-    """One key a thread: Triton 3.6 for AMD compiles no wider compare-and-swap. In the interpreter,
-    few large programs.
-    """
+    """One key a thread, as Triton 3.6 for AMD compiles no wider compare-and-swap."""
     if target == "interpreter":
         return {"TILE": TILE, "num_warps": 4}
     return {"TILE": 256, "num_warps": 4 if target.startswith("gfx9") else 8}
 
 
 def _is_dense(N: int, size: Sequence[int]) -> bool:
+    """Decide if N voxels get a dense volume."""
     cells = size[0] * size[1] * size[2] * size[3]
-    return (
-        max(size[1:]) <= DENSE_EXTENT
-        and cells <= DENSE_CELLS
-        and cells <= max(DENSE_SMALL, DENSE_PER_ROW * N)
-    )
+    most = min(DENSE_CELLS, max(DENSE_SMALL, DENSE_PER_ROW * N))
+    return max(size[1:]) <= DENSE_EXTENT and cells <= most
 
 
 def _slots(N: int) -> int:
-    """At most half of them are used."""
+    """The size of a hash table for N keys: at most half of its slots are used."""
     return 1 << max(1, (2 * N - 1).bit_length())
 
 
 def _flat(coords: Tensor, size: Sequence[int]) -> Tensor:
+    """The cell of each coordinate in a dense volume."""
     b, x, y, z = coords.long().unbind(-1)
     return ((b * size[1] + x) * size[2] + y) * size[3] + z
 
@@ -196,30 +187,30 @@ def _build(coords: Tensor, size: Sequence[int], kind: str) -> tuple[Tensor, Tens
         rows = rows.int()
     else:
         slots = _slots(N)
-        keys, rows = keys.new_full((slots,), -1), coords.new_full((slots,), -1)
+        keys = keys.new_full((slots,), -1)
+        rows = coords.new_full((slots,), -1)
         tiles = _insert_tiles(backend.target(coords))
-        backend.launch(
-            _insert, (triton.cdiv(N, tiles["TILE"]),), coords, keys, rows, N, slots, **tiles
-        )
+        grid = (triton.cdiv(N, tiles["TILE"]),)
+        backend.launch(_insert, grid, coords, keys, rows, N, slots, **tiles)
     return rows, keys
 
 
 @_build.register_fake
 def _(coords, size, kind):
-    entries = size[0] * size[1] * size[2] * size[3] if kind == "dense" else coords.shape[0]
-    entries = _slots(entries) if kind == "hash" else entries
-    return coords.new_empty(entries), coords.new_empty(
-        0 if kind == "dense" else entries, dtype=torch.int64
-    )
+    if kind == "dense":
+        cells = size[0] * size[1] * size[2] * size[3]
+        return coords.new_empty(cells), coords.new_empty(0, dtype=torch.int64)
+    entries = _slots(coords.shape[0]) if kind == "hash" else coords.shape[0]
+    return coords.new_empty(entries), coords.new_empty(entries, dtype=torch.int64)
 
 
 def build_table(
     voxels,  # coords [N, 4] int32, or a SpatialCache over them
 ) -> Table:
-    """Build the table that `lookup` and `neighbours` read; memoised by `cache.get(build_table)`.
+    """Build the table that `lookup` and `neighbours` read.
 
-    Given coords, they are checked in one read (`check_coords`); given a cache, nothing waits for
-    the device.
+    Given coords, they are checked, which waits once for the device (`check_coords`); given a cache,
+    nothing waits. `cache.get(build_table)` makes the table once.
     """
     if isinstance(voxels, Tensor):
         coords = voxels
@@ -229,12 +220,15 @@ def build_table(
         extent = Extent(voxels.counts, voxels.extent)
     N = len(coords)
     size = [len(extent.counts), *extent.size]
-    kind = "dense" if _is_dense(N, size) else "sorted" if backend.is_torch(coords) else "hash"
+    if _is_dense(N, size):
+        kind = "dense"
+    else:
+        kind = "sorted" if backend.is_torch(coords) else "hash"
     return Table(kind, *torch.ops.trislat.build_table(coords.contiguous(), size, kind), size)
 
 
 def _search(q: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: str) -> Tensor:
-    """The torch path: rows of q [..., 4]."""
+    """The row of each query [..., 4] on the torch path, -1 where the table has none."""
     limit = torch.tensor(size, dtype=q.dtype, device=q.device)
     inside = ((q >= 0) & (q < limit)).all(-1)
     if len(rows) == 0:
@@ -247,6 +241,7 @@ def _search(q: Tensor, keys: Tensor, rows: Tensor, size: Sequence[int], kind: st
 
 
 def _check_kind(kind: str, where: Tensor) -> None:
+    """Raises ValueError for a hash table on the torch path."""
     if kind == "hash" and backend.is_torch(where):
         raise ValueError(
             "a hash table made by the kernels cannot be read on the torch path: build it there"
@@ -297,8 +292,10 @@ def lookup(
     table: Table,
     coords: Tensor,  # [M, 4] int32: any values
 ) -> Tensor:  # [M] int32
-    """The row of each queried voxel, -1 where the table has none; a coordinate outside every range
-    is simply absent.
+    """Find the row of each queried voxel, -1 where the table has none.
+
+    Coordinates outside the extent are allowed; the table has none of them. Raises ValueError for
+    another shape or dtype.
     """
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"queries must be [M, 4] int32, got {list(coords.shape)} {coords.dtype}")
@@ -311,13 +308,14 @@ def neighbours(
     voxels,  # coords [N, 4] int32, or a SpatialCache over them
     kernel_size: int = 3,
 ) -> Tensor:  # [N, K] int32
-    """The row under each tap of a kernel centred on each voxel, -1 where empty; never a row of
-    another sample.
+    """Find the row under each tap of a kernel centred on each voxel, -1 where there is no voxel.
 
-    Taps (i, j, k) count along x, y, z, x slowest; tap (i, j, k) reads coord + (i - r, j - r, k - r)
-    with r = kernel_size // 2. Raises ValueError for an even or non-positive kernel size;
-    `cache.get(neighbours, 3)` memoises the map and its table. Voxels that `cache.subdivide()` made
-    need no table: their map follows from their parents'.
+    Never a row of another sample. Taps (i, j, k) count along x, y, z, x slowest; tap (i, j, k)
+    reads coord + (i - r, j - r, k - r) with r = kernel_size // 2. `cache.get(neighbours, 3)` makes
+    the map and its table once. Voxels that `cache.subdivide()` made need no table: their map
+    follows from their parents'.
+
+    Raises ValueError for an even or non-positive kernel size.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size {kernel_size} must be odd and at least 1")
@@ -325,9 +323,8 @@ def neighbours(
         coords = voxels.contiguous()
         table = build_table(voxels)
     elif voxels.parent is not None:
-        return child_neighbours(
-            voxels.parent.get(neighbours, parent_size(kernel_size)), kernel_size
-        )
+        of_parents = voxels.parent.get(neighbours, parent_size(kernel_size))
+        return child_neighbours_op(of_parents, kernel_size)
     else:
         coords = voxels.coords
         table = voxels.get(build_table)
@@ -337,17 +334,16 @@ def neighbours(
 
 
 def lookup_reference(coords: Tensor, queries: Tensor) -> Tensor:
-    """A dictionary."""
+    """`lookup` by a dictionary."""
     row = {tuple(c): n for n, c in enumerate(coords.tolist())}
     return torch.tensor([row.get(tuple(q), -1) for q in queries.tolist()], dtype=torch.int32)
 
 
 def neighbours_reference(coords: Tensor, kernel_size: int = 3) -> Tensor:
-    """A dictionary, tap after tap."""
+    """`neighbours` by a dictionary, tap after tap."""
     r = kernel_size // 2
     span = range(-r, r + 1)
     taps = [(i, j, k) for i in span for j in span for k in span]
     queries = [[b, x + i, y + j, z + k] for b, x, y, z in coords.tolist() for i, j, k in taps]
-    return lookup_reference(
-        coords, torch.tensor(queries, dtype=torch.int32).reshape(-1, 4)
-    ).reshape(len(coords), len(taps))
+    queries = torch.tensor(queries, dtype=torch.int32).reshape(-1, 4)
+    return lookup_reference(coords, queries).reshape(len(coords), len(taps))

@@ -1,10 +1,10 @@
-"""Features between two scales: N fine voxels, S coarse ones that each hold some of them, C
-channels.
+"""Pooling and unpooling of features between two scales.
 
-Pooling averages the children of a coarse voxel, unpooling hands every child its parent's row. Each
-one's gradient is the other one's pass with other weights, so two kernels serve both directions: a
-sum over children, walked in row order (no atomics: the same bits every time), and a look-up. The
-mean is the true one; microsoft/TRELLIS divides by one child more.
+N fine voxels, S coarse voxels that each hold some of them, C channels. Pooling averages the
+children of a coarse voxel, unpooling hands every child its parent's row. Each one's gradient is the
+other one's pass with other weights, so two kernels serve both directions: a sum over children,
+walked in row order (no atomics: the same bits every time), and a look-up. The mean is the true one;
+microsoft/TRELLIS divides by one child more.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ TILE_C = 256  # channels per program at most; not yet measured on a GPU
 
 @dataclass(frozen=True, eq=False)
 class Pooling:
-    """Which of N fine rows belong to which of S coarse ones."""
+    """The coarse row of each of N fine rows, and the fine rows of each of S coarse ones."""
 
     index: Tensor  # [N] int32: the coarse row of each fine one
     order: Tensor  # [N] int32: the fine rows, coarse row by coarse row, ascending within each
@@ -34,8 +34,9 @@ class Pooling:
 
 
 def pooling(cache: SpatialCache, factor: int) -> Pooling:
-    """How cache.pool(factor) groups the rows; `cache.get(pooling, factor)` makes it once. Errors as
-    cache.pool.
+    """Group the rows as cache.pool(factor) does; `cache.get(pooling, factor)` makes it once.
+
+    Raises ValueError where cache.pool does.
     """
     coarse, index = cache.pool(factor)
     grouped, order = index.sort(stable=True)
@@ -93,9 +94,8 @@ def _pool_copy(
     s = tl.load(index_ptr + n, mask=n < N, other=0).to(tl.int64)  # [ROWS]
     value = tl.load(x_ptr + s[:, None] * C + c[None, :], mask=live, other=0.0).to(tl.float32)
     if MEAN:
-        count = tl.load(starts_ptr + s + 1, mask=n < N, other=1) - tl.load(
-            starts_ptr + s, mask=n < N, other=0
-        )
+        begin = tl.load(starts_ptr + s, mask=n < N, other=0)
+        count = tl.load(starts_ptr + s + 1, mask=n < N, other=1) - begin
         value = value / count.to(tl.float32)[:, None]
     tl.store(y_ptr + n[:, None] * C + c[None, :], value.to(y_ptr.dtype.element_ty), mask=live)
 
@@ -119,10 +119,11 @@ def _sum_children(x: Tensor, index: Tensor, order: Tensor, starts: Tensor, mean:
     S = len(starts) - 1
     if not backend.is_torch(x):
         return _launch(_pool_sum, x, order, starts, S, mean)
-    total = x.new_zeros(S, x.shape[1], dtype=_accumulator(x)).index_add_(
-        0, index, x.to(_accumulator(x))
-    )
-    return (total / starts.diff().clamp_min(1)[:, None] if mean else total).to(x.dtype)
+    total = x.new_zeros(S, x.shape[1], dtype=_accumulator(x))
+    total.index_add_(0, index, x.to(_accumulator(x)))
+    if mean:
+        total = total / starts.diff().clamp_min(1)[:, None]
+    return total.to(x.dtype)
 
 
 @torch.library.custom_op("trislat::pool_copy", mutates_args=())
@@ -134,12 +135,14 @@ def _copy_parents(x: Tensor, index: Tensor, order: Tensor, starts: Tensor, mean:
     return x[index]
 
 
-_sum_children.register_fake(
-    lambda x, index, order, starts, mean: x.new_empty(starts.shape[0] - 1, x.shape[1])
-)
-_copy_parents.register_fake(
-    lambda x, index, order, starts, mean: x.new_empty(index.shape[0], x.shape[1])
-)
+@_sum_children.register_fake
+def _(x, index, order, starts, mean):
+    return x.new_empty(starts.shape[0] - 1, x.shape[1])
+
+
+@_copy_parents.register_fake
+def _(x, index, order, starts, mean):
+    return x.new_empty(index.shape[0], x.shape[1])
 
 
 def _save(ctx, inputs, output):
@@ -147,26 +150,16 @@ def _save(ctx, inputs, output):
     ctx.mean = inputs[4]
 
 
-_sum_children.register_autograd(
-    lambda ctx, dy: (
-        _copy_parents(dy.contiguous(), *ctx.saved_tensors, ctx.mean),
-        None,
-        None,
-        None,
-        None,
-    ),
-    setup_context=_save,
-)
-_copy_parents.register_autograd(
-    lambda ctx, dy: (
-        _sum_children(dy.contiguous(), *ctx.saved_tensors, ctx.mean),
-        None,
-        None,
-        None,
-        None,
-    ),
-    setup_context=_save,
-)
+def _backward_of_sum(ctx, dy):
+    return _copy_parents(dy.contiguous(), *ctx.saved_tensors, ctx.mean), None, None, None, None
+
+
+def _backward_of_copy(ctx, dy):
+    return _sum_children(dy.contiguous(), *ctx.saved_tensors, ctx.mean), None, None, None, None
+
+
+_sum_children.register_autograd(_backward_of_sum, setup_context=_save)
+_copy_parents.register_autograd(_backward_of_copy, setup_context=_save)
 
 
 def _check(x: Tensor, rows: int, what: str) -> None:
@@ -187,10 +180,10 @@ def pool(
     x: Tensor,  # [N, C] fp16, bf16 or fp32
     pooling: Pooling,
 ) -> Tensor:  # [S, C], as x
-    """The mean of each coarse voxel's children, summed in fp32; zeros for one without. The gradient
-    needs no atomics.
+    """Average each coarse voxel's children, summed in fp32; zeros for a voxel without children.
 
-    Raises ValueError for another rank or dtype and for a row count that is not the pooling's.
+    The gradient needs no atomics. Raises ValueError for another rank or dtype and for a row count
+    that is not the pooling's.
     """
     _check(x, len(pooling.index), "fine voxels")
     return torch.ops.trislat.pool_sum(
@@ -202,10 +195,10 @@ def unpool(
     x: Tensor,  # [S, C] fp16, bf16 or fp32
     pooling: Pooling,
 ) -> Tensor:  # [N, C], as x
-    """Every fine voxel gets the row of the coarse one that holds it. Its gradient sums children in
-    fp32, in row order.
+    """Copy to every fine voxel the row of the coarse one that holds it.
 
-    Raises ValueError for another rank or dtype and for a row count that is not the pooling's.
+    The gradient sums children in fp32, in row order. Raises ValueError for another rank or dtype
+    and for a row count that is not the pooling's.
     """
     _check(x, len(pooling), "coarse voxels")
     return torch.ops.trislat.pool_copy(
@@ -214,11 +207,13 @@ def unpool(
 
 
 def pool_reference(x: Tensor, index: Tensor, S: int) -> Tensor:
-    """Coarse row by coarse row."""
+    """`pool`, coarse row by coarse row."""
     groups = [x[(index == s).to(x.device)] for s in range(S)]
-    return torch.stack([rows.sum(0) / max(len(rows), 1) for rows in groups]) if S else x[:0]
+    if not S:
+        return x[:0]
+    return torch.stack([rows.sum(0) / max(len(rows), 1) for rows in groups])
 
 
 def unpool_reference(x: Tensor, index: Tensor, S: int) -> Tensor:
-    """Fine row by fine row."""
+    """`unpool`, fine row by fine row."""
     return torch.stack([x[s] for s in index.tolist()]) if len(index) else x[:0]

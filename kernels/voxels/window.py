@@ -1,12 +1,15 @@
-"""Coordinates -> windows that attend to themselves: N rows (batch, x, y, z), M windows, without
-sort, atomics or waiting.
+"""Windows of voxels that attend to themselves, without sort, atomics or waiting.
 
-Occupancy is scattered into a dense grid whose cells are numbered window by window; one scan of it
-gives every row its position (rank = occupied cells before its own) and, read once per window, the
-window starts. The order is canonical: it does not depend on the order of the input rows. The window
-of a voxel is floor((c + shift) / w) per axis, counted from the origin, never from the object's
-corner; nothing rolls or wraps, so windows at the border are smaller (Swin without masks). A grid
-too large to scan is replaced by a stable sort of the same cell numbers, with the same result.
+N rows (batch, x, y, z), M windows. Occupancy is scattered into a dense grid whose cells are
+numbered window by window; one scan of it gives every row its position (rank = occupied cells before
+its own) and, read once per window, the window starts. The order is canonical: it does not depend on
+the order of the input rows. The window of a voxel is floor((c + shift) / w) per axis, counted from
+the origin, never from the object's corner; nothing rolls or wraps, so windows at the border are
+smaller (Swin without masks). A grid too large to scan is replaced by a stable sort of the same cell
+numbers, with the same result.
+
+Numbers that travel together through the kernels: wx, wy, wz are a window's size, sx, sy, sz the
+shift, nx, ny, nz the windows along each axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,8 +57,7 @@ class Windows:
 
     order: Tensor  # [N] int32: the row at each window-sorted position
     starts: Tensor  # [M + 1] int32: window m owns the sorted positions starts[m] : starts[m + 1]
-    # no window has more rows than this (its volume, or N for full attention); known without reading
-    # the device
+    # no window has more rows than this (its volume, or N for full attention); known without waiting
     bound: int
     keys: Tensor | None = None  # [K] int32: rows attended to
     # [M + 1] int32: window m attends to keys[key_starts[m] : key_starts[m + 1]]
@@ -77,8 +79,10 @@ class Windows:
 
     @lazy
     def uses(self) -> tuple[Tensor, Tensor]:
-        """Where each row is in `keys`, ascending: positions [K] int32, and the starts of the rows
-        among them [N + 1] int32.
+        """The positions of each row in `keys`, ascending.
+
+        Returns the positions [K] int32, row after row, and where each row's positions begin,
+        [N + 1] int32.
         """
         rows, slots = self.keys.sort(stable=True)
         edges = torch.arange(len(self.order) + 1, dtype=torch.int32, device=rows.device)
@@ -87,8 +91,9 @@ class Windows:
 
 @triton.jit
 def _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz):
-    """The window-major cell number of each row; a row outside the grid gets the number of cells or
-    more, or -1.
+    """The cell of each row, numbered window by window.
+
+    A row outside the grid gets the number of cells or more, or -1.
     """
     c = coords_ptr + row.to(tl.int64) * 4
     b = tl.load(c, mask=live, other=0)  # [TILE]
@@ -103,7 +108,7 @@ def _cell(coords_ptr, row, live, wx, wy, wz, sx, sy, sz, nx, ny, nz):
     return tl.where(inside, window * (wx * wy * wz) + local, -1)
 
 
-# vary with the data: no specialised variants
+# these vary with the data: no specialised variants
 GEOMETRY = ["N", "wx", "wy", "wz", "sx", "sy", "sz", "nx", "ny", "nz", "cells"]
 
 
@@ -144,8 +149,9 @@ def _rank(
 
 
 def _grid(extent: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> list[int]:
-    """Windows per axis. Only shift modulo the window matters: whole windows that it adds below the
-    origin are empty.
+    """Windows along each axis, for a shift below the window.
+
+    A larger shift would add empty windows below the origin.
     """
     return [(e - 1 + s) // w + 1 for e, w, s in zip(extent, window, shift, strict=True)]
 
@@ -153,8 +159,10 @@ def _grid(extent: Sequence[int], window: Sequence[int], shift: Sequence[int]) ->
 def _cells(
     coords: Tensor, samples: int, window: Sequence[int], shift: Sequence[int], grid: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Window and cell number of each row, [N] int64: what `_cell` computes, but the number of
-    windows and of cells for a row outside the grid."""
+    """The window and the cell of each row, [N] int64, as `_cell` numbers them.
+
+    A row outside the grid gets the number of windows and of cells.
+    """
     b = coords[:, 0].long()
     c = [coords[:, a + 1].long() + shift[a] for a in range(3)]
     inside = (coords >= 0).all(1) & (b < samples)
@@ -192,7 +200,7 @@ def _partition(
     M = batch_size * grid[0] * grid[1] * grid[2]
     volume = window[0] * window[1] * window[2]
     cells = M * volume
-    if backend.is_torch(coords):  # where looking is no wait for a GPU
+    if backend.is_torch(coords):  # reading them makes no GPU wait
         _refuse(coords, batch_size, extent)
     if cells > DENSE_CELLS:
         number, cell = _cells(coords, batch_size, window, shift, grid)
@@ -225,9 +233,8 @@ def _partition(
 @_partition.register_fake
 def _(coords, batch_size, extent, window, shift):
     grid = _grid(extent, window, shift)
-    return coords.new_empty(coords.shape[0]), coords.new_empty(
-        batch_size * grid[0] * grid[1] * grid[2] + 1
-    )
+    M = batch_size * grid[0] * grid[1] * grid[2]
+    return coords.new_empty(coords.shape[0]), coords.new_empty(M + 1)
 
 
 def per_axis(value: int | Sequence[int], what: str, least: int | None) -> list[int]:
@@ -247,17 +254,19 @@ def window_partition(
     shift: int | Sequence[int] = 0,  # voxels per axis, any sign
     extent: int | Sequence[int] | None = None,  # every coordinate is below it, per axis
 ) -> Windows:
-    """Group voxels into cubes: windows in the order ((b NX + wx) NY + wy) NZ + wz, inside one by x,
-    y, z.
+    """Group voxels into cubic windows.
 
-    Given a cache nothing waits for the device. Given coords they are checked in one read, as a
-    SpatialCache does; with `extent` they are taken at the caller's word instead, unread. Raises
-    ValueError for a window below 1, for wrong coords and batch sizes, and for a window too small
-    for the extent (more windows than can be listed); for an extent below the cache's, and on the
-    torch path for coords beyond it or given twice. The kernels, where a look would wait for the
-    device, leave such a row out: the last positions of `order` are -1.
+    Windows are in the order ((b NX + wx) NY + wy) NZ + wz, the rows inside one in the order of x,
+    y, z. Given a cache nothing waits for the device. Given coords they are checked, which waits
+    once, as a SpatialCache does; with `extent` they are not checked, and nothing waits.
+
+    Raises ValueError for a window below 1, for wrong coords and batch sizes, for a window too small
+    for the extent (more windows than can be listed), and for an extent below the cache's; on the
+    torch path also for coords beyond the extent or given twice. The kernels, where a check would
+    wait for the device, leave such a row out: the last positions of `order` are -1.
     """
-    window, shift = per_axis(window, "window", 1), per_axis(shift, "shift", None)
+    window = per_axis(window, "window", 1)
+    shift = per_axis(shift, "shift", None)
     if isinstance(voxels, Tensor) and extent is None:
         voxels = SpatialCache(voxels, batch_size)
     coords = voxels if isinstance(voxels, Tensor) else voxels.coords
@@ -265,9 +274,8 @@ def window_partition(
         extent = voxels.extent if extent is None else extent
         if batch_size != voxels.batch_size:
             raise ValueError(f"batch_size {batch_size} of a cache over {voxels.batch_size} samples")
-        if any(
-            e < known for e, known in zip(per_axis(extent, "extent", 1), voxels.extent, strict=True)
-        ):
+        pairs = zip(per_axis(extent, "extent", 1), voxels.extent, strict=True)
+        if any(given < known for given, known in pairs):
             raise ValueError(f"extent {extent} is below {list(voxels.extent)}, that of the voxels")
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"coords must be [N, 4] int32, got {list(coords.shape)} {coords.dtype}")
@@ -289,7 +297,7 @@ def full_windows(
     voxels: Tensor | SpatialCache,
     N: int | None = None,  # rows in all; with starts alone
 ) -> Windows:
-    """One window per sample, rows in their own order: attention among all voxels of an object."""
+    """One window per sample, rows in their own order: attention among all its voxels."""
     if isinstance(voxels, SpatialCache):
         starts = voxels.starts
         N = len(voxels)
@@ -297,14 +305,15 @@ def full_windows(
     elif N is None:
         raise ValueError(f"full_windows of starts {list(voxels.shape)} needs N, the number of rows")
     else:
-        starts, bound = voxels, N
+        starts = voxels
+        bound = N
     return Windows(torch.arange(N, dtype=torch.int32, device=starts.device), starts, bound)
 
 
 def window_partition_reference(
     coords, batch_size, window, shift=0
 ) -> list[tuple[tuple[int, ...], list[int]]]:
-    """[(window id, rows)] of the non-empty windows in order, through a dictionary."""
+    """`window_partition` by a dictionary: (window, rows) of the non-empty windows in order."""
     window = (window,) * 3 if isinstance(window, int) else window
     shift = (shift,) * 3 if isinstance(shift, int) else shift
     found: dict[tuple[int, ...], list[tuple[list[int], int]]] = {}

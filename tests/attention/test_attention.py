@@ -1,6 +1,4 @@
-"""Attention inside windows and segments against a loop over them in float64, outputs and gradients,
-and published numbers.
-"""
+"""Attention in windows and segments against a loop over them in float64 and published numbers."""
 
 from collections import Counter
 
@@ -78,9 +76,7 @@ def test_norm_of_queries_and_keys(device, D, dtype):
 
 
 def test_norm_of_rows_that_are_zero_or_tiny(device):
-    """Below a norm of 1e-12 the norm divides by that constant: an output and a gradient of their
-    own.
-    """
+    """Rows shorter than 1e-12 are divided by that constant, which changes output and gradient."""
     qkv, windows, gammas = make([5, 70], 1, 16, torch.float32, device, norm=True)
     with torch.no_grad():
         qkv[3, :2] = 0
@@ -118,8 +114,9 @@ def test_nothing_and_single_rows(device, N, lengths):
 
 
 def test_batched_equals_looped(device):
-    """A window's result does not depend on which other windows there are, but for rounding: they
-    choose tiles and padding.
+    """A window's result does not depend on the other windows, but for rounding.
+
+    The other windows decide on tiles and padding.
     """
     qkv, windows, _ = make([40, 0, 100, 9], 1, 16, torch.float32, device)
     upstream = torch.randn(qkv.shape[0], 1, 16, device=device)
@@ -231,9 +228,7 @@ def test_listed_tiles(kernel_device):
 
 
 def test_impossible_classes_are_not_launched(kernel_device):
-    """Only the classes that the windows' bound allows, each listed once for all the passes that
-    share its tiles.
-    """
+    """Only size classes within the windows' bound are launched, each listed once for all passes."""
     qkv, windows, _ = make([4, 3], 1, 16, torch.float32, kernel_device)
     windows = Windows(windows.order, windows.starts, 64)
     for target in TARGETS:
@@ -262,9 +257,7 @@ def test_impossible_classes_are_not_launched(kernel_device):
 
 
 def test_plans_follow_the_windows(device):
-    """What is kept from call to call is found through aliases, and not after the windows have
-    changed in place.
-    """
+    """Kept plans are found through aliases, and not after the windows have changed in place."""
     qkv, windows, _ = make([20, 12], 1, 16, torch.float32, device)
     window_attention(qkv, windows)
     kept = len(launches._kept)
@@ -281,7 +274,8 @@ def test_plans_follow_the_windows(device):
 @pytest.mark.parametrize("H, D, dtype", [(1, 16, torch.float32), (2, 24, torch.float16)], ids=str)
 def test_segment_attention(device, H, D, dtype):
     random = torch.Generator().manual_seed(0)
-    queries, keys = [3, 0, 70, 130, 9, 0, 300], [5, 4, 300, 17, 0, 0, 64]
+    queries = [3, 0, 70, 130, 9, 0, 300]
+    keys = [5, 4, 300, 17, 0, 0, 64]
     q_starts, k_starts = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (queries, keys))
     sizes = (sum(queries), sum(keys), sum(keys))
     q, k, v = (
@@ -319,7 +313,8 @@ def test_strides_of_single_rows(device, Nq, Nk):
     starts = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (Nq, Nk)]
     plain = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in wide]
     wide = [t.requires_grad_() for t in wide]
-    a, b = segment_attention(*wide, *starts), segment_attention(*plain, *starts)
+    a = segment_attention(*wide, *starts)
+    b = segment_attention(*plain, *starts)
     assert torch.equal(a, b)
     for x, y in zip(
         torch.autograd.grad(a.sum(), wide), torch.autograd.grad(b.sum(), plain), strict=True
@@ -344,9 +339,7 @@ def test_float64_gradients():
 
 
 def test_long_windows_in_pieces(monkeypatch):
-    """The torch path cuts batches of windows, and the queries of a long one, when a product would
-    be large.
-    """
+    """The torch path cuts batches of windows, and the queries of a long one, into pieces."""
     monkeypatch.setattr(attention_torch, "SCORES", 1000)
     # all probabilities are kept for the backward pass, then none
     for most in (attention_torch.KEPT, 0):

@@ -1,6 +1,4 @@
-"""What attention takes besides plain windows: lists of keys in which rows repeat, rotary phases,
-and both with the norm.
-"""
+"""Attention with lists of keys in which rows repeat, with rotary phases, and both with the norm."""
 
 import pytest
 import torch
@@ -141,12 +139,27 @@ def test_nan_stays_in_the_windows_that_read_it(device):
     row = int(windows.order[0])
     with torch.no_grad():
         qkv[row] = torch.nan
-    starts, key_starts = windows.starts.tolist(), windows.key_starts.tolist()
-    order, keys = windows.order.tolist(), windows.keys.tolist()
+    starts = windows.starts.tolist()
+    key_starts = windows.key_starts.tolist()
+    order = windows.order.tolist()
+    keys = windows.keys.tolist()
     readers = [m for m in range(len(windows)) if row in keys[key_starts[m] : key_starts[m + 1]]]
     expected = sorted(r for m in readers for r in order[starts[m] : starts[m + 1]])
     bad = window_attention(qkv, windows).isnan().flatten(1).any(1)
     assert bad.nonzero()[:, 0].tolist() == expected and len(expected) < 100
+
+
+def test_published_norm_of_queries_and_keys(device):
+    """Attention that norms gives what attention over published normed rows gives."""
+    tensors = golden("ops_sparse")[1]
+    x, gamma, normed = (tensors[f"rms/{k}"].to(device).float() for k in ("in", "gamma", "out"))
+    N = len(x)
+    starts = torch.tensor([0, N], dtype=torch.int32, device=device)
+    windows = Windows(torch.arange(N, dtype=torch.int32, device=device), starts, N)
+    v = torch.randn_like(x)
+    out = window_attention(torch.stack([x, x, v], 1), windows, q_gamma=gamma, k_gamma=gamma)
+    expected = window_attention(torch.stack([normed, normed, v], 1), windows)
+    assert_close(out, expected, 1e-5)
 
 
 @pytest.mark.parametrize("case", range(5))
@@ -176,9 +189,7 @@ def test_tiles_of_gpus(kernel_device, target, dtype):
 
 
 def test_launches(kernel_device):
-    """Every window of a batch in one launch per pass; the gradients of repeated keys are summed in
-    one more.
-    """
+    """Every window of a batch is in one launch a pass; one more sums gradients of repeated keys."""
     windows = listed([40, 30, 64], 16, kernel_device)
     qkv, extra = make(windows, 1, 16, torch.float32, kernel_device, rope=True)
     windows.uses  # noqa: B018 made here, not counted below
@@ -238,9 +249,7 @@ def test_the_reference_rotates_sixteen_bits(device, dtype):
 
 
 def test_published_cross_attention(device):
-    """Queries of every voxel, keys and values of a dense context: the attention of one published
-    layer.
-    """
+    """Queries of every voxel, keys and values of a dense context, as in a published layer."""
     meta, tensors = golden("ops_sparse")
     tensors = {k: v.to(device) for k, v in tensors.items()}
     weights = load_weights(tensors, "cross/sd/")

@@ -345,8 +345,7 @@ def test_a_training_step_is_timed(monkeypatch):
             and row["median_us"] > row["floor_us"] > 0
             and row["agrees"] is True
         )
-    told = [(row["impl"], row["why"][:7]) for row in missing]
-    assert told == [("ours, transformers as CUDA graphs", "absent:")]
+    assert not missing
 
 
 def test_a_transformer_is_timed_on_the_device_and_on_its_host():
@@ -363,15 +362,14 @@ def test_a_transformer_is_timed_on_the_device_and_on_its_host():
         and host["median_us"] > 0
         and host["floor_us"] == 0
     )
-    assert [row["impl"] for _, missing in found for row in missing] == ["ours, as CUDA graphs"] * 2
 
 
 def test_errors_against_float64(capsys):
-    assert bench.main(["rms_norm", "--errors", "--device", "cpu", "--dtype", "fp32"]) == 0
+    assert bench.main(["add_layer_norm", "--errors", "--device", "cpu", "--dtype", "fp32"]) == 0
     rows = [
         line.split(" | ")
         for line in capsys.readouterr().out.splitlines()
-        if line.startswith("| rms_norm")
+        if line.startswith("| add_layer_norm")
     ]
     assert [row[3] for row in rows] == [OURS, *[INTERPRETED] * (not GPU), NAIVE, "torch, eager"]
     assert all(1e-9 < float(value.strip(" |")) < 1e-6 for row in rows for value in row[4:6])

@@ -1,6 +1,4 @@
-"""Submanifold convolution and its collapse after a subdivision, against tap-after-tap sums and
-published numbers.
-"""
+"""Sparse convolution, also after a subdivision, against sums over taps and published numbers."""
 
 import pytest
 import torch
@@ -17,7 +15,8 @@ from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.golden import golden
 from tests.helpers.voxels import voxels
 
-FLOAT, HALF = torch.float32, torch.float16
+FLOAT = torch.float32
+HALF = torch.float16
 
 
 def inputs(counts, CI, CO, k=3, dtype=FLOAT, device=None, extent=(7, 6, 8)):
@@ -185,7 +184,8 @@ def test_sorted_rows_need_few_taps(kernel_device):
     grid = torch.cartesian_prod(*[torch.arange(14)] * 3)
     shell = grid[((grid - 6.5).square().sum(1).sqrt() - 5).abs() < 0.7]
     cache = SpatialCache(torch.nn.functional.pad(shell, (1, 0)).int().to(kernel_device)).subdivide()
-    taps, order = cache.get(neighbours, 3), cache.get(tap_order, 3)
+    taps = cache.get(neighbours, 3)
+    order = cache.get(tap_order, 3)
     assert sorted(order.tolist()) == list(range(len(cache)))
 
     def executed(order):

@@ -16,7 +16,7 @@ from kernels.camera import Camera
 from kernels.conv.op import sparse_conv
 from kernels.gaussian.splat import splat
 from kernels.mesh.antialias import antialias
-from kernels.mesh.interpolate import interpolate
+from kernels.mesh.attributes import interpolate
 from kernels.mesh.rasterize import rasterize
 from kernels.similarity import ssim_reference
 from kernels.voxels.hash import neighbours

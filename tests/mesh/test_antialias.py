@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.mesh.antialias import antialias, antialias_reference
-from kernels.mesh.packing import opposite_vertices
+from kernels.mesh.antialias import antialias, opposite_vertices
 from kernels.mesh.rasterize import rasterize
+from kernels.mesh.reference import antialias_reference
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.meshes import ball, batch, positions, soup
 
@@ -49,9 +49,7 @@ def test_float64_matches_the_reference_to_rounding():
 
 
 def strip(edge: float, device, dtype=torch.float32):
-    """A triangle that fills a picture of 8 x 4 from the left to x = `edge` px, its corners outside:
-    clip positions, faces.
-    """
+    """Clip positions and faces: a triangle fills a picture of 8 x 4 left of x = `edge` px."""
     x = edge / 4 - 1
     clip = torch.tensor([[x, -3, 0, 1], [x, 3, 0, 1], [-5, 0, 0, 1]], dtype=dtype, device=device)
     return clip, torch.tensor([[0, 1, 2]], dtype=torch.int32, device=device)
@@ -67,9 +65,7 @@ def test_a_vertical_edge_covers_by_area(device, edge):
 
 
 def test_pinned_blend(device):
-    """The edge at 0.3 px from the centre of its own pixel: 0.8 of it, 0.2 of the neighbour, which
-    keeps its value.
-    """
+    """An edge at 0.3 px from a pixel's centre gives it 0.2 of the neighbour, which stays."""
     clip, faces = strip(3.8, device)
     rast = rasterize(clip, faces, 4, 8)
     image = torch.rand(1, 4, 8, 2, device=device)
@@ -80,9 +76,7 @@ def test_pinned_blend(device):
 
 
 def test_silhouette_gradients_are_finite_differences():
-    """Coverage grows by the length of the edge that moves: a vertical one, and a tilted triangle's
-    in every corner.
-    """
+    """Coverage grows by the length of the edge that moves: a vertical edge, a tilted triangle."""
     clip, faces = strip(3.8, "cpu", torch.float64)
 
     def coverage(c, f, H, W):

@@ -1,6 +1,4 @@
-"""Outlines moved by pixels: against the book, against the areas of spheres of any fineness, beside
-the published rule.
-"""
+"""Outlines moved by pixels: against a reference, areas of spheres, and the published rule."""
 
 import math
 
@@ -8,8 +6,10 @@ import pytest
 import torch
 
 from kernels.camera import Camera
-from kernels.mesh.outlines import move_outlines, move_outlines_reference
+from kernels.mesh.outlines import move_outlines
+from kernels.mesh.packing import single_table
 from kernels.mesh.rasterize import rasterize
+from kernels.mesh.reference import move_outlines_reference
 from kernels.mesh.render import render_mesh
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.meshes import VIEWS, cameras, gradients, pictures, positions, scenes, soup
@@ -18,12 +18,15 @@ from tests.helpers.meshes import VIEWS, cameras, gradients, pictures, positions,
 @pytest.mark.parametrize(
     "width, height, F", [(17, 12, 20), (1, 9, 9), (9, 1, 9), (1, 1, 3), (8, 8, 0)]
 )
-def test_the_gradient_is_that_of_the_book(device, width, height, F):
+def test_gradients_match_the_reference(device, width, height, F):
     vertices, faces, _ = soup(F)
     clip = positions(vertices, width, height).to(device)
     rast = rasterize(clip, faces.to(device), height, width)
     picture = torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(0)).to(device)
-    run = lambda c: move_outlines(picture.to(c), rast.to(c), c, faces.to(c.device)) + 0 * c.sum()
+    table = single_table(F, len(clip), device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    mesh = (faces.to(device).int(), table, none)
+    run = lambda c: move_outlines(picture.to(c), rast.to(c), c, *mesh) + 0 * c.sum()
     slow = lambda c: move_outlines_reference(picture.to(c), rast.to(c), c, faces) + 0 * c.sum()
     assert_same(run, slow, clip.requires_grad_())
 

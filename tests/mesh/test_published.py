@@ -1,14 +1,13 @@
-"""What the published mesh renderer computes: ids, images, blended pairs and gradients."""
+"""The published mesh renderer: its face ids, images, blended pairs and gradients."""
 
 import pytest
 import torch
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.mesh.antialias import _antialias, antialias
-from kernels.mesh.interpolate import interpolate
-from kernels.mesh.normals import flat_normals
-from kernels.mesh.packing import opposite_vertices, single_table
+from kernels.mesh.antialias import antialias, antialias_op, opposite_vertices
+from kernels.mesh.attributes import flat_normals, interpolate
+from kernels.mesh.packing import single_table
 from kernels.mesh.rasterize import rasterize
 from kernels.mesh.render import face_camera, render_mesh
 from kernels.similarity import ssim
@@ -148,7 +147,7 @@ def check_pairs(t, rast, clip, faces, other):
     opposite = opposite_vertices(faces, table, len(clip))
     image = torch.zeros_like(rast[..., :1])
     none = torch.empty(0, dtype=torch.int64, device=faces.device)
-    _, alpha, code = _antialias(image, rast.detach(), clip.detach(), faces, table, opposite, none)
+    _, alpha, code = antialias_op(image, rast.detach(), clip.detach(), faces, table, opposite, none)
     alpha = alpha.cpu()
     code = code.cpu().long()
     ids = t["rast"][0, ..., 3].long()
@@ -159,7 +158,8 @@ def check_pairs(t, rast, clip, faces, other):
         face = corners[ids[y + (down & second), x + (second & (1 - down))] - 1].tolist()
         return tuple(sorted((face[m - 2], face[m - 1])))
 
-    got, want = {}, {}
+    got = {}
+    want = {}
     for d, _, y, x in code.nonzero().tolist():
         c = int(code[d, 0, y, x]) - 1
         got[x, y, d] = (c // 3, edge(ours, x, y, d, c // 3, c % 3), float(alpha[d, 0, y, x]))
@@ -236,9 +236,7 @@ def test_published_evaluation_picture(device):
     "here", ["torch", pytest.param("kernels", marks=pytest.mark.slow)], indirect=True
 )
 def test_published_training_pictures_and_gradients(here):
-    """The ground truth, whose normals are turned to the camera, the prediction, and the gradient of
-    the published loss.
-    """
+    """Ground truth with turned normals, the prediction, and the gradient of the published loss."""
     note, t = golden("mesh_m_losses_40")
     size = note["resolution"]
     camera = Camera(t["extrinsics"][None], t["intrinsics"][None], size, size).to(here)

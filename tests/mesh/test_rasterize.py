@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from kernels import backend, reduce
-from kernels.mesh import rasterize_gpu as raster
-from kernels.mesh.packing import make_mesh_layout, opposite_vertices, single_table
+from kernels.mesh import zbuffer_gpu
+from kernels.mesh.antialias import opposite_vertices
+from kernels.mesh.packing import make_mesh_layout, single_table
 from kernels.mesh.pixels_gpu import corner_order, corner_rows
 from kernels.mesh.rasterize import rasterize
-from kernels.mesh.rasterize_reference import rasterize_reference
+from kernels.mesh.reference import rasterize_reference
 from kernels.reduce import sum_rows
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.meshes import ball, batch, positions, soup
@@ -38,9 +39,7 @@ def test_faces_that_reach_out_of_the_frustum_match_the_reference(device, radius)
 
 
 def test_edges_through_pixel_centres_match_the_reference(device):
-    """Left edges and those of the smallest row are inside, right ones and those of the largest row
-    are not.
-    """
+    """Left and top edges are inside, right and bottom edges are not."""
     x, y = torch.meshgrid(
         torch.tensor([1.5, 3.5, 5.5]), torch.tensor([0.5, 2.5, 3.5]), indexing="xy"
     )
@@ -82,12 +81,14 @@ def test_the_effective_near_plane(device):
 
 @pytest.mark.parametrize("reach", [1.0, 1.4], ids=["up to the border", "beyond the frustum"])
 def test_shared_edges_cover_every_pixel_once(device, reach, monkeypatch):
-    """Each face of a torn-up plane alone, as scenes of one batch: every pixel is seen by exactly
-    one.
-    """
+    """Exactly one face of a plane covers each pixel, each face drawn as a scene of its own."""
     tiles = {"faces": 32, "few": 0, "pieces": 32, "strides": 1, "pixels": 256}
-    monkeypatch.setattr(raster, "_tiles", lambda target: tiles)  # all as large faces: few programs
-    n, W, H = 4, 15, 11
+    monkeypatch.setattr(
+        zbuffer_gpu, "_tiles", lambda target: tiles
+    )  # all as large faces: few programs
+    n = 4
+    W = 15
+    H = 11
     rng = torch.Generator().manual_seed(2)
     grid = torch.stack(
         torch.meshgrid(*[torch.linspace(-reach, reach, n + 1)] * 2, indexing="xy"), -1
@@ -164,9 +165,7 @@ def test_batched_equals_looped(device):
 
 @pytest.mark.parametrize("target", ["interpreter", "sm_90"])
 def test_views_share_their_launches(kernel_device, few_sums, target):
-    """Large faces have a launch of their own where there are any: none in pictures of as few pixels
-    as a thread fills.
-    """
+    """Large faces have a launch of their own, but not where one thread can fill the picture."""
     triangle = torch.tensor(
         [[-0.9, -0.9, 0, 1], [0.9, -0.9, 0, 1], [0, 0.9, 0, 1]], device=kernel_device
     )
@@ -178,10 +177,9 @@ def test_views_share_their_launches(kernel_device, few_sums, target):
         "_raster_small",
         "_raster_resolve",
         "_raster_backward",
-        "_corner_rows",
     )
     with backend.assume(target):
-        few = raster._tiles(backend.target(clip))["few"]
+        few = zbuffer_gpu._tiles(backend.target(clip))["few"]
         for size in (8, int(few**0.5)):
             counts = []
             for views in (1, 2):
@@ -212,7 +210,7 @@ def test_small_and_large_faces_are_drawn_alike(kernel_device, monkeypatch):
     pictures = []
     for few, pieces, strides, pixels in shapes:
         tiles = {"faces": 64, "few": few, "pieces": pieces, "strides": strides, "pixels": pixels}
-        monkeypatch.setattr(raster, "_tiles", lambda target, tiles=tiles: tiles)
+        monkeypatch.setattr(zbuffer_gpu, "_tiles", lambda target, tiles=tiles: tiles)
         pictures.append(rasterize(clip, faces, 12, 18, layout.clip_table[:1]))
     assert all(torch.equal(p, pictures[0]) for p in pictures) and pictures[0].any()
 
@@ -255,9 +253,7 @@ def test_corners_are_ordered_by_vertex_and_by_clip_row_at_once(kernel_device):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_opposite_vertices_match_a_dictionary(device, seed):
-    """Few vertices, many faces: edges of none to many faces, repeated faces, faces that name a
-    vertex twice; two scenes.
-    """
+    """Two scenes of few vertices and many faces: some repeated, some naming a vertex twice."""
     rng = torch.Generator().manual_seed(seed)
     faces = torch.randint(0, 6, (40, 3), generator=rng, dtype=torch.int32)
     faces[10] = faces[9].roll(1)

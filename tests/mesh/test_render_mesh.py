@@ -23,7 +23,8 @@ def test_batched_equals_looped(device):
     upstream = [torch.randn(t.shape, generator=rng).to(t) for t in pictures(image)]
     looped = [torch.zeros_like(t) for t in (vertices, colors)]
     for v, s in enumerate(VIEWS):
-        mine, own = slice(starts[s], starts[s + 1]), slice(face_starts[s], face_starts[s + 1])
+        mine = slice(starts[s], starts[s + 1])
+        own = slice(face_starts[s], face_starts[s + 1])
         parts = [t[mine].detach().requires_grad_() for t in (vertices, colors)]
         alone = render_mesh(
             parts[0], faces[own], parts[1], [0, len(parts[0])], [0, len(faces[own])], view[v], [0]
@@ -79,7 +80,8 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
     run = lambda: render_mesh(
         vertices, faces, colors, starts, face_starts, cameras(2, 16, 13).to(device), [0, 2]
     )
-    first, second = run(), run()
+    first = run()
+    second = run()
     assert all(torch.equal(a, b) for a, b in zip(pictures(first), pictures(second), strict=True))
     inputs = (vertices, colors)
     once = gradients(first, inputs)
@@ -90,7 +92,8 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
 
 
 def test_kernels_and_torch_agree(kernel_device):
-    got, want = [], []
+    got = []
+    want = []
     for results, here in ((got, kernel_device), (want, torch.device("cpu"))):
         with backend.use("torch") if results is want else nullcontext():
             vertices, faces, colors, starts, face_starts = scenes(here)
@@ -103,9 +106,7 @@ def test_kernels_and_torch_agree(kernel_device):
 
 
 def test_gradients_are_finite_differences_of_a_smooth_loss():
-    """Inside the silhouettes, in float64: depth, normals and colours under every motion of a
-    vertex.
-    """
+    """Depth, normals and colours inside the silhouettes under every motion of a vertex, float64."""
     vertices, faces, colors = (t.double() if t.is_floating_point() else t for t in ball(4))
     vertices.requires_grad_()
     weight = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)).double()
@@ -197,9 +198,7 @@ def test_nothing_to_see_shows_the_background(device, V):
 
 
 def test_normals_turn_to_the_camera(device):
-    """A closed surface whose faces turn inwards, seen from outside: turned, it is the one whose
-    faces turn outwards.
-    """
+    """Normals of faces that turn inwards, seen from outside, become those of the outward faces."""
     vertices, faces, _ = (t.to(device) for t in ball(5))
     view = cameras(2, 20, 20).to(device)
     run = lambda f: render_mesh(vertices, f, None, [0, len(vertices)], [0, len(f)], view, [0, 0])

@@ -1,6 +1,4 @@
-"""The mesh decoder: the published numbers, batched and looped, no surface, one launch, impossible
-configurations.
-"""
+"""The mesh decoder: published numbers, batched and looped, no surface, wrong configurations."""
 
 import json
 import math
@@ -95,8 +93,9 @@ def test_meshes_match_published(device):
 
 
 def training_loss(scenes, tensors):
-    """The stored loss: regularisers, and every vertex and attribute weighed so that their order
-    does not matter.
+    """The stored loss: regularisers, and every vertex and attribute with a weight.
+
+    The weights are such that the order of vertices does not matter.
     """
     loss = 0
     for i, scene in enumerate(scenes):
@@ -157,7 +156,8 @@ def test_an_untrained_decoder_wraps_every_voxel(device):
     coords = torch.tensor([[0, 8, 8, 8]], dtype=torch.int32, device=device)
     scene = decoder(models.SparseTensor(torch.randn(1, 4, device=device), coords))[0]
     # 4^3 cubes, all inside: a closed box whose faces lie a 257th of a cube beyond theirs
-    low, high = scene.vertices.amin(0), scene.vertices.amax(0)
+    low = scene.vertices.amin(0)
+    high = scene.vertices.amax(0)
     assert_close(
         low, torch.full((3,), 8 / 16 - 0.5, device=device) - 1 / 65 / 64, 1e-4, "low corner"
     )

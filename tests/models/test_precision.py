@@ -1,6 +1,4 @@
-"""Sixteen-bit activations with fp32 master weights, through the real models, the renderer and the
-training step.
-"""
+"""Sixteen-bit activations with fp32 weights, through models, renderer and training step."""
 
 import math
 
@@ -26,8 +24,9 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def start(tmp_path):
-    """Makes tiny runs of the Gaussian VAE on the embedded objects, the output layers not zero:
-    gradients reach every weight.
+    """A function that makes tiny runs of the Gaussian VAE on the embedded objects.
+
+    Output layers are not zero, so that gradients reach every weight.
     """
 
     def warm(config, channels):
@@ -48,7 +47,8 @@ def start(tmp_path):
 def test_the_trunk_computes_in_16_bits_and_everything_else_in_fp32(device, dtype):
     if dtype == torch.bfloat16 and backend.name(torch.empty(0, device=device)) == "interpreter":
         pytest.skip("Triton's interpreter gets bf16 wrong")
-    encoder, decoder = randomize(small_encoder()).to(device), randomize(small_decoder()).to(device)
+    encoder = randomize(small_encoder()).to(device)
+    decoder = randomize(small_decoder()).to(device)
     vae = models.GaussianVAE(encoder, decoder)
     x = batch([30, 0, 12], device)
     noise = torch.zeros(42, 4, device=device)
@@ -57,11 +57,11 @@ def test_the_trunk_computes_in_16_bits_and_everything_else_in_fp32(device, dtype
     seen: dict[str, set] = {}
 
     def note(name):
-        return lambda module, args, out: seen.setdefault(name, set()).update(
-            t.dtype
-            for t in (*args, *(out if isinstance(out, tuple) else [out]))
-            if isinstance(t, torch.Tensor) and t.ndim > 1
-        )  # of rows: the biases that the stream lacks stay fp32
+        def hook(module, args, out):
+            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
+            seen.setdefault(name, set()).update(t.dtype for t in tensors)
+
+        return hook
 
     hooks = [
         m.register_forward_hook(note(name))
@@ -72,7 +72,8 @@ def test_the_trunk_computes_in_16_bits_and_everything_else_in_fp32(device, dtype
     for hook in hooks:
         hook.remove()
     inside = {name: found for name, found in seen.items() if ".blocks." in name}
-    assert len(inside) == 16 and all(found == {dtype} for found in inside.values()), inside
+    layers = 4 * 8  # a block, attention and MLP, their four linear layers, and what holds two
+    assert len(inside) == layers and all(found == {dtype} for found in inside.values()), inside
     assert seen["encoder.input_layer"] == seen["decoder.out_layer"] == {torch.float32}
     fields = ("center", "scale", "rotation", "opacity", "color")
     outputs = [
@@ -109,7 +110,8 @@ def gradients(run: loop.Run, log2: float) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_of_a_loss_times_2_to_the_20_are_exactly_that_multiple(start, precision):
     run = start("--precision", precision)
-    once, scaled = gradients(run, 0), gradients(run, 20)
+    once = gradients(run, 0)
+    scaled = gradients(run, 20)
     assert once.abs().max() > 0 and torch.equal(once * 2.0**20, scaled)
 
 
@@ -135,9 +137,7 @@ def finite(row: dict) -> bool:
 
 
 def test_fp16_checkpoint_files_train_in_fp32_for_100_steps(start, tmp_path):
-    """fp16 parameters in AdamW turn into NaN at the first step: its eps is zero there. Ours load as
-    fp32.
-    """
+    """fp16 files load as fp32: in AdamW fp16 parameters turn into NaN, because its eps is zero."""
     source = start().vae
     for part, model in source.named_children():
         models.save_pretrained(model, tmp_path / part)

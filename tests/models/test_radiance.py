@@ -1,6 +1,4 @@
-"""The radiance-field decoder: the published numbers, batched and looped, nothing to see, impossible
-configurations.
-"""
+"""The radiance decoder: published numbers, batched and looped, impossible configurations."""
 
 import math
 
@@ -44,7 +42,8 @@ def test_density_scale_multiplies_densities_alone():
     plain = randomize(small_radiance())
     scaled = randomize(small_radiance(density_scale=50.0))
     x = batch([20], "cpu", channels=4)
-    ours, theirs = scaled(x)[0], plain(x)[0]
+    ours = scaled(x)[0]
+    theirs = plain(x)[0]
     assert torch.equal(ours.density, theirs.density * 50) and torch.equal(
         ours.trivec, theirs.trivec
     )

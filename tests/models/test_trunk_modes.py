@@ -1,5 +1,6 @@
-"""The trunk's other published modes: windows along curves and rotary embedding, which no published
-numbers cover whole.
+"""The trunk's other published modes: windows along curves and rotary embedding.
+
+No published numbers cover them whole.
 """
 
 import pytest
@@ -23,15 +24,14 @@ def encoder(device, **kwargs):
 
 
 def test_published_rotation(device):
-    """As a function alone and through attention, whose scores of rotated and unrotated rows must be
-    the same.
-    """
+    """The rotation alone, and attention that rotates against attention over rotated rows."""
     _, tensors = golden("ops_sparse")
     tensors = {k: v.to(device) for k, v in tensors.items()}
     coords = torch.nn.functional.pad(tensors["ape/pos"], (1, 0)).int()
     coords[:, 0] = torch.arange(len(coords))  # one voxel a sample: positions may repeat
     phases = rotary_phases(SpatialCache(coords, None), 48)
-    q, k = tensors["rope/q"][:, None], tensors["rope/k"][:, None]
+    q = tensors["rope/q"][:, None]
+    k = tensors["rope/k"][:, None]
     rotated = tensors["rope/q_out"][:, None], tensors["rope/k_out"][:, None]
     assert_close(rotate_reference(q, phases), rotated[0], 1e-5, "q")
     assert_close(rotate_reference(k, phases), rotated[1], 1e-5, "k")
@@ -43,8 +43,9 @@ def test_published_rotation(device):
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 32, 64])
 def test_phases_of_every_head_size(channels):
-    """10000 ** (-k / n) per step along an axis, n = channels // 3 // 2 of them for x, y, z; the
-    rest do not turn.
+    """Angles are 10000 ** (-k / n) per step along an axis, n = channels // 3 // 2 for each axis.
+
+    Channels that are left over do not turn.
     """
     cache = SpatialCache(torch.tensor([[0, 3, 0, 7]], dtype=torch.int32))
     n = channels // 3 // 2
@@ -94,43 +95,35 @@ def test_attention_layer_equals_its_parts(device, mode, i):
     out = window_attention_reference(
         qkv, windows, None, *gammas, phases=rotary_phases(x.cache, 16)
     ).flatten(1)
-    stream = torch.randn_like(x.feats)
-    expected = stream + torch.nn.functional.linear(out, layer.to_out.weight)
-    assert_close(layer(stream.clone(), x.feats, x.cache), expected, 2e-5)
+    expected = torch.nn.functional.linear(out, layer.to_out.weight, layer.to_out.bias)
+    assert_close(layer(x.feats, x.cache), expected, 2e-5)
 
 
-def test_a_stream_that_autograd_protects_is_not_changed(device):
-    """A leaf, a view, and what a backward hook of a module makes of its inputs: the same numbers
-    out of place.
-    """
-    model = encoder(device)
+def test_hooks_of_every_layer_run_and_inputs_stay(device):
+    """Forward and backward hooks of a block's layers, and the same numbers with them as without."""
+    block = encoder(device).blocks[0]
     x = batch([25, 0, 9], device, channels=32)
-    block = model.blocks[0]
     upstream = torch.randn(len(x), 32, device=device)
-    seen = []
 
-    def gradients(stream, given):
-        out, bias = block(given, None, x.cache)
-        found = torch.autograd.grad((out + bias).mul(upstream).sum(), [stream, *block.parameters()])
-        return [out.detach(), *found]
+    def gradients() -> list[torch.Tensor]:
+        feats = x.feats.detach().requires_grad_()
+        out = block(feats, x.cache)
+        return [out, *torch.autograd.grad(out, [feats, *block.parameters()], upstream)]
 
-    fresh = lambda: x.feats.detach().requires_grad_()
-    stream = fresh()
-    plain = gradients(stream, stream * 1)
-    kept = fresh()
-    pairs = {"leaf": (kept, kept), "view": (stream, (stream * 1).view(1, -1, 32)[0])}
-    for name, (leaf, given) in pairs.items():
-        before = given.detach().clone()
-        for a, b in zip(gradients(leaf, given), plain, strict=True):
-            assert_close(a, b, 2e-6, name)
-        assert torch.equal(given.detach(), before)
-    for module in (block, block.attn, block.mlp):
-        module.register_full_backward_hook(
-            lambda module, inputs, outputs: seen.append(type(module).__name__)
-        )
-    for a, b in zip(gradients(stream, stream * 1), plain, strict=True):
-        assert_close(a, b, 2e-6, "hooks")
-    assert sorted(seen) == ["Block", "MLP", "WindowAttention"]
+    plain = gradients()
+    before = x.feats.clone()
+    layers = dict(block.named_modules())
+    forward = []
+    backward = []
+    for name, layer in layers.items():
+        note = lambda module, args, out, name=name: forward.append(name)
+        layer.register_forward_hook(note)
+        note = lambda module, grads, ups, name=name: backward.append(name)
+        layer.register_full_backward_hook(note)
+    for ours, expected in zip(gradients(), plain, strict=True):
+        assert torch.equal(ours, expected)
+    assert sorted(forward) == sorted(backward) == sorted(layers)
+    assert torch.equal(x.feats, before)
 
 
 @pytest.mark.parametrize("mode, position", [("shift_sequence", "rope"), ("swin", "rope")])
@@ -147,9 +140,7 @@ def test_batched_equals_looped_with_empty_samples(device, mode, position):
 
 
 def test_rotary_embedding_is_relative(device):
-    """Moving the whole object changes nothing: no absolute position is added, and rotations meet
-    only as differences.
-    """
+    """Moving the whole object changes nothing: scores depend on differences of rotations."""
     model = encoder(device, attn_mode="full", pe_mode="rope")
     x = batch([30], device)
     moved = models.SparseTensor(

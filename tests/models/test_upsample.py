@@ -1,6 +1,4 @@
-"""The layers of the mesh decoder's upsampling: published numbers, and the block against its plain
-form.
-"""
+"""The mesh decoder's upsampling: published numbers, and the block against its plain form."""
 
 import pytest
 import torch
@@ -26,7 +24,8 @@ def test_published_convolutions(device):
             {key: tensors[f"{name}/{key}"].float() for key in ("weight", "bias")}
         )
         assert_close(layer(x, cache), tensors[f"{name}/out"], 1e-5)
-    weight, bias = layer.conv.weight, layer.conv.bias
+    weight = layer.conv.weight
+    bias = layer.conv.bias
     layer.skip_weight = "linear"
     assert_close(layer(x, cache), F.linear(x, weight[:, 0, 0, 0], bias), 1e-6)
     assert layer(x.half(), cache).dtype == torch.float16

@@ -1,6 +1,4 @@
-"""Layer norm, the residual sum before it, and RMS norm over heads against their formulas and
-published numbers.
-"""
+"""Layer norm, alone and of a residual sum, against its formula."""
 
 import pytest
 import torch
@@ -12,12 +10,8 @@ from kernels.norm.layer import (
     add_layer_norm_reference,
     layer_norm,
     layer_norm_reference,
-    rms_norm,
-    rms_norm_reference,
-    stream_norm,
 )
 from tests.helpers.compare import assert_close, assert_same
-from tests.helpers.golden import golden
 from tests.helpers.tensors import normal
 
 SIZES = [(0, 8), (1, 1), (5, 33), (300, 48), (2, 4096)]  # several tiles, one row a tile, none
@@ -38,34 +32,6 @@ def test_add_layer_norm(device, N, C, dtype):
     assert_same(add_layer_norm, add_layer_norm_reference, x, h, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "N, H, D, dtype",
-    [
-        (0, 2, 8, torch.float32),
-        (1, 1, 1, torch.float32),
-        (65, 2, 24, torch.float32),
-        (300, 2, 64, torch.float32),
-        (3, 2, 4096, torch.float32),
-        (65, 2, 24, torch.float16),
-    ],
-    ids=str,
-)
-def test_rms_norm(device, N, H, D, dtype):
-    x = normal(N, H, D, dtype=dtype, device=device)
-    gamma = normal(H, D, device=device, seed=1)
-    assert_same(rms_norm, rms_norm_reference, x, gamma)
-
-
-def test_the_programs_of_rms_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
-    monkeypatch.setattr("kernels.norm.layer.PARTIALS", 2)
-    assert_same(
-        rms_norm,
-        rms_norm_reference,
-        normal(330, 2, 64, device=device),
-        normal(2, 64, device=device, seed=1),
-    )
-
-
 @pytest.mark.parametrize("N, C, dtype", SIZED, ids=str)
 def test_layer_norm_of_a_sum_with_a_bias(device, N, C, dtype):
     x = normal(N, C, dtype=dtype, device=device)
@@ -73,26 +39,6 @@ def test_layer_norm_of_a_sum_with_a_bias(device, N, C, dtype):
     assert_same(
         lambda x, b: layer_norm(x, bias=b), lambda x, b: layer_norm_reference(x, bias=b), x, bias
     )
-
-
-@pytest.mark.parametrize("biases", [0, 1])
-@pytest.mark.parametrize("N, C", SIZES)
-def test_the_stream_is_added_to_in_place(device, N, C, biases):
-    x, h = (normal(N, C, device=device, seed=s) for s in (0, 1))
-    tensors = [x, h, *[normal(C, device=device, seed=2)] * biases]
-
-    def ours(x, h, *bias):
-        before = x.clone()
-        stream, y = stream_norm(before, 1e-6, *bias)
-        assert stream.data_ptr() == before.data_ptr()
-        stream += h  # which the norm's gradient must not see
-        stream, z = stream_norm(stream, 1e-6, *bias)
-        return stream.mul_(2), y, z
-
-    def plain(x, h, *bias):
-        return 2 * (x + h), *(layer_norm_reference(total, 1e-6, *bias) for total in (x, x + h))
-
-    assert_same(ours, plain, *tensors)
 
 
 def test_the_programs_of_layer_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
@@ -123,28 +69,11 @@ def test_rows_of_equal_values_are_exactly_zero(device, C):
         assert not layer_norm(x, bias=torch.full((C,), 0.7, device=device)).any()
 
 
-@pytest.mark.parametrize("length", [0.0, 3e-13, 1e-11])
-def test_a_head_of_zeros_or_nearly_follows_normalize(device, length):
-    x = (
-        F.normalize(normal(2, 2, 24, device=device, seed=1).detach(), dim=-1)
-        .mul(length)
-        .requires_grad_()
-    )
-    gamma = normal(2, 24, device=device)
-    up = normal(2, 2, 24, device=device, seed=2).detach() * 1e-12
-    expected = F.normalize(x, dim=-1) * gamma * 24**0.5
-    y = rms_norm(x, gamma)
-    assert_close(y, expected, 1e-6)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(out, [x, gamma], up) for out in (y, expected)), strict=True
-    ):
-        assert_close(ours * 1e3, theirs * 1e3, 1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
-    """Equal, but for the last rounding, to fp32 arithmetic on the same sixteen-bit inputs; the norm
-    is of the stored sum.
+    """fp32 arithmetic on the same sixteen-bit inputs gives the same but for the last rounding.
+
+    The norm is that of the stored sum.
     """
     x, h = (normal(9, 48, dtype=dtype, device=device, seed=s) for s in (0, 1))
     if dtype == torch.bfloat16 and backend.name(x) == "interpreter":
@@ -176,12 +105,6 @@ def test_the_eps_of_blocks_and_of_the_output(device):
     assert torch.equal(layer_norm(x), layer_norm(x, 1e-6))
 
 
-def test_published_rms_norm(device):
-    tensors = golden("ops_sparse")[1]
-    x, gamma, out = (tensors[f"rms/{k}"].to(device) for k in ("in", "gamma", "out"))
-    assert_close(rms_norm(x.float(), gamma.float()), out, 1e-5)
-
-
 def test_only_one_output_used(device):
     for used in (0, 1):
         x = normal(5, 48, device=device)
@@ -202,9 +125,9 @@ def test_strided_inputs_and_gradients(device):
 
 
 def test_the_same_bits_twice(kernel_device):
-    x = normal(700, 2, 64, device=kernel_device)
-    gamma = normal(2, 64, device=kernel_device, seed=1)
-    runs = [torch.autograd.grad(rms_norm(x, gamma).square().sum(), [x, gamma]) for _ in range(2)]
+    x = normal(700, 64, device=kernel_device)
+    bias = normal(64, device=kernel_device, seed=1)
+    runs = [torch.autograd.grad(layer_norm(x, bias=bias).pow(3).sum(), [x, bias]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -220,26 +143,25 @@ def test_one_launch_a_direction(kernel_device):
 def test_gradients_in_double_precision():
     x = normal(3, 7, dtype=torch.float64)
     h = normal(3, 7, dtype=torch.float64, seed=1)
-    gamma = normal(1, 7, dtype=torch.float64, seed=2)
+    bias = normal(7, dtype=torch.float64, seed=2)
     assert torch.autograd.gradcheck(add_layer_norm, (x, h))
     assert torch.autograd.gradcheck(layer_norm, (x,))
-    assert torch.autograd.gradcheck(lambda x, b: stream_norm(x * 1, 1e-6, b[0]), (x, gamma))
-    assert torch.autograd.gradcheck(lambda x, g: rms_norm(x[:, None], g), (x, gamma))
+    assert torch.autograd.gradcheck(lambda x, b: layer_norm(x, bias=b), (x, bias))
 
 
 def test_compiles_without_breaking_the_graph(device):
-    def block(x, h, gamma):
+    def block(x, h, bias):
         total, y = add_layer_norm(x, h)
-        return total + layer_norm(y) + rms_norm(y.view(-1, 2, 24), gamma).flatten(1)
+        return total + layer_norm(y, bias=bias)
 
     x = normal(5, 48, device=device)
     h = normal(5, 48, device=device, seed=1)
-    gamma = normal(2, 24, device=device)
-    y = block(x, h, gamma)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, h, gamma)
+    bias = normal(48, device=device, seed=2)
+    y = block(x, h, bias)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, h, bias)
     assert torch.equal(y, compiled)
     grads, compiled_grads = (
-        torch.autograd.grad(out.square().sum(), [x, h, gamma]) for out in (y, compiled)
+        torch.autograd.grad(out.square().sum(), [x, h, bias]) for out in (y, compiled)
     )
     assert all(torch.equal(a, b) for a, b in zip(grads, compiled_grads, strict=True))
 
@@ -247,13 +169,12 @@ def test_compiles_without_breaking_the_graph(device):
 def test_registered_as_torch_asks(device):
     x = normal(3, 48, device=device)
     h = normal(3, 48, device=device, seed=1)
-    gamma = normal(2, 24, device=device)
+    bias = normal(48, device=device, seed=2)
     ops = torch.ops.trislat
     for op, args in [
         (ops.layer_norm, (x, None, 1e-6)),
-        (ops.layer_norm, (x, gamma.detach().view(48).requires_grad_(), 1e-6)),
+        (ops.layer_norm, (x, bias, 1e-6)),
         (ops.add_layer_norm, (x, h, 1e-6)),
-        (ops.rms_norm, (x.detach().view(3, 2, 24).requires_grad_(), gamma)),
     ]:
         torch.library.opcheck(op, args)
 
@@ -265,19 +186,14 @@ def test_wrong_input_is_refused(device):
         layer_norm(torch.zeros(2, 4097, device=device))
     with pytest.raises(ValueError, match=r"x \[2, 3\] and h \[2, 4\]"):
         add_layer_norm(torch.zeros(2, 3, device=device), torch.zeros(2, 4, device=device))
-    with pytest.raises(ValueError, match=r"gamma \[2, 4\] must be \[2, 8\]"):
-        rms_norm(torch.zeros(5, 2, 8, device=device), torch.zeros(2, 4, device=device))
     with pytest.raises(ValueError, match="torch.int32"):
         layer_norm(torch.zeros(2, 3, dtype=torch.int32, device=device))
-    for op in (layer_norm, stream_norm):
-        with pytest.raises(
-            ValueError, match=r"bias \[4\] must be \[C\] with the channels of x \[2, 3\]"
-        ):
-            op(torch.zeros(2, 3, device=device), bias=torch.zeros(4, device=device))
-        with pytest.raises(TypeError, match="bias must be a tensor, not float"):
-            op(torch.zeros(2, 3, device=device), bias=1.0)
-    with pytest.raises(ValueError, match=r"must be contiguous: x \[3, 2\] has strides \(1, 3\)"):
-        stream_norm(torch.zeros(2, 3, device=device).t())
+    x = torch.zeros(2, 3, device=device)
+    fits = r"bias \[4\] must be \[C\] with the channels of x \[2, 3\]"
+    with pytest.raises(ValueError, match=fits):
+        layer_norm(x, bias=torch.zeros(4, device=device))
+    with pytest.raises(TypeError, match="bias must be a tensor, not float"):
+        layer_norm(x, bias=1.0)
 
 
 def test_the_kernels_refuse_double_precision(kernel_device):

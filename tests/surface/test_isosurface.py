@@ -1,6 +1,4 @@
-"""Surfaces against the dense grid and geometry: closed, oriented, differentiable, scene by scene.
-What the op promises.
-"""
+"""Surfaces against the dense grid and geometry: closed, oriented, differentiable, batched."""
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ from tests.helpers.voxels import voxels
 
 
 def level_set(coords, R, distance, channels=101, seed=0):
-    """Fields [N, channels] whose signed distance is `distance` of the corners, the rest small and
-    random.
-    """
+    """Fields [N, channels] of the signed distance `distance`, the rest small and random."""
     fields = 0.2 * torch.randn(len(coords), channels, generator=torch.Generator().manual_seed(seed))
     fields[:, :8] = distance((coords[:, None, 1:] + OFFSET) / R - 0.5) + 1 / R
     return fields
@@ -80,8 +76,9 @@ def test_equals_the_dense_grid(device, counts, R, channels, training):
 
 
 def euler_characteristic(vertices, faces):
-    """Of a closed surface whose faces agree in orientation: every edge is there once in each
-    direction.
+    """The Euler characteristic of a closed, oriented surface.
+
+    Fails where an edge is not there exactly once in each direction.
     """
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).long()
     forth = edges[:, 0] * len(vertices) + edges[:, 1]
@@ -99,7 +96,8 @@ def test_a_closed_surface_with_normals_outward(device, distance, holes, training
     R = 18
     coords = near(R, distance)
     out = isosurface(coords.to(device), level_set(coords, R, distance).to(device), R, training)
-    vertices, faces = out.vertices.cpu(), out.faces.cpu()
+    vertices = out.vertices.cpu()
+    faces = out.faces.cpu()
     assert euler_characteristic(vertices, faces) == holes
     assert distance(vertices).abs().max() < 0.7 / R  # displacements are below 0.1 / R on average
     a, b, c = vertices[faces.long()].unbind(1)
@@ -129,9 +127,7 @@ def test_distances_of_exactly_zero_are_outside(device):
 
 
 def test_an_untrained_decoder_shows_the_boundary_of_its_voxels(device):
-    """All raw values zero: the signed distance is -1 / R at every corner, and the surface lies
-    wholly outside the voxels.
-    """
+    """All raw values are 0, so the signed distance is -1 / R and the surface outside the voxels."""
     R = 8
     coords = torch.tensor([[0, 3, 3, 3], [1, 0, 3, 3]], dtype=torch.int32)
     out = isosurface(coords.to(device), torch.zeros(2, 101, device=device), R, False)
@@ -208,7 +204,7 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
         .to(device)
         .requires_grad_()
     )
-    first, second = isosurface(coords, fields, 7, True), isosurface(coords, fields, 7, True)
+    first, second = (isosurface(coords, fields, 7, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     once = grads(first, fields)
     again = grads(second, fields)
@@ -223,9 +219,7 @@ def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("counts", [[30, 12], [0, 20, 0], [0], []], ids=str)
 def test_no_surface(device, counts, training):
-    """Everything outside, or nothing at all: no vertices, a regularizer that is defined, and no
-    gradient through the mesh.
-    """
+    """No vertices, a regularizer that is defined, and no gradient through the mesh."""
     coords = voxels(counts, (5, 5, 5)).to(device)
     fields = (
         torch.rand(len(coords), 101, generator=torch.Generator().manual_seed(4)).to(device) + 0.5
@@ -284,7 +278,7 @@ def test_nan_stays_where_it_is(device, channels):
 
 
 class Largest(TorchDispatchMode):
-    """How large the largest tensor of floats is."""
+    """The size of the largest tensor of floats that an operation returns."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,4 @@
-"""Surfaces against numbers of the published implementation: dense grids with their gradients,
-sparse voxels, numbering.
-"""
+"""Surfaces against numbers of the published implementation: dense grids and sparse voxels."""
 
 import pytest
 import torch
@@ -19,7 +17,9 @@ FLEXI = [
     "flexi_sphere12_train",
     "flexi_sphere16",
 ]
-T1, T2 = 1e-5, 2e-5  # of the golden tensor's maximum: outputs, gradients
+# tolerances as shares of the golden tensor's maximum
+T1 = 1e-5  # outputs
+T2 = 2e-5  # gradients
 
 
 def golden_case(case):
@@ -31,7 +31,8 @@ def golden_case(case):
 @pytest.mark.parametrize("case", FLEXI)
 def test_published_numbers_of_a_dense_grid(device, case):
     about, g = golden_case(case)
-    R, training = about["resolution"], about["training"]
+    R = about["resolution"]
+    training = about["training"]
     coords = full_grid(R)
     vertex = corners(coords, R)
     parts = [
@@ -123,5 +124,7 @@ def test_published_numbers_of_sparse_voxels(device, mode):
 def test_vertices_and_corners_are_numbered_as_published():
     _, g = golden("ops_sparse")
     cubes = find_cubes(full_grid(5), torch.zeros(125, 53), 1, 5)
-    assert torch.equal(cubes.rows, g["dense_grid5/cubes"])
-    assert torch.equal(torch.stack(unravel(cubes.vertex, 6)[1:], 1).int(), g["dense_grid5/verts"])
+    assert torch.equal(cubes.voxel_corners, g["dense_grid5/cubes"])
+    assert torch.equal(
+        torch.stack(unravel(cubes.vertex_index, 6)[1:], 1).int(), g["dense_grid5/verts"]
+    )

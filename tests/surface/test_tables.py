@@ -1,6 +1,4 @@
-"""The tables of dual contouring against what they must be, and against pinned counts of the
-published ones.
-"""
+"""The tables of dual contouring against their rules and against counts of the published ones."""
 
 from collections import Counter
 
@@ -14,9 +12,7 @@ FACES = [[c for c in range(8) if (c >> axis & 1) == side] for axis in range(3) f
 
 @pytest.mark.parametrize("case", range(256))
 def test_dual_vertices_are_loops_around_the_cube(case):
-    """Each crossing edge belongs to one; inside it, every edge continues across both its faces, to
-    corners of its own side.
-    """
+    """Each crossing edge belongs to one dual vertex, and continues across both of its faces."""
     parts = dual_parts(case)
     assert sorted(e for part in parts for e in part) == crossing(case)
     assert len(parts) <= 4 and all(3 <= len(part) <= 7 for part in parts)

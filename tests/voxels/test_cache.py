@@ -1,4 +1,4 @@
-"""SpatialCache: what it knows, what it refuses and by which row, what it remembers."""
+"""SpatialCache: its numbers, its errors and the row that they name, its memory."""
 
 import gc
 import weakref

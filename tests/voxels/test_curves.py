@@ -1,6 +1,4 @@
-"""Windows along space-filling curves: codes and key lists against loops over voxels and against the
-published ones.
-"""
+"""Windows along space-filling curves: codes and key lists against loops and published numbers."""
 
 import math
 
@@ -53,7 +51,7 @@ def test_windows_equal_the_loop(device, counts, window, mode, shift_sequence, sh
     assert windows.bound >= max((len(q) for q, _ in expected), default=0)
     for queries, keys in expected:
         assert set(queries) <= set(keys) and len(set(keys)) == len(keys)
-    slots, starts = windows.uses[0].tolist(), windows.uses[1].tolist()
+    slots, starts = (t.tolist() for t in windows.uses)
     keys = windows.keys.tolist()
     for row, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
         assert slots[a:b] == [slot for slot, key in enumerate(keys) if key == row]
@@ -73,9 +71,7 @@ def test_codes_equal_the_loop_and_the_published(device, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_curves_fill_a_cube(device, mode):
-    """Every voxel once; the Hilbert curve moves to a neighbour at every step, z-order goes through
-    octants in turn.
-    """
+    """Each voxel once: the Hilbert curve steps to neighbours, z-order goes octant by octant."""
     grid = torch.arange(8, dtype=torch.int32)
     coords = torch.nn.functional.pad(torch.cartesian_prod(grid, grid, grid), (1, 0))
     codes = curve_codes(SpatialCache(coords.to(device)), mode).cpu()

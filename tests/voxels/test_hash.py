@@ -1,6 +1,4 @@
-"""Tables from coordinates to rows against a dictionary: dense volumes, hash tables, sorted lists;
-neighbour maps.
-"""
+"""Dense, hashed and sorted tables from coordinates to rows, and neighbour maps, by dictionaries."""
 
 import pytest
 import torch

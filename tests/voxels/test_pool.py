@@ -105,8 +105,9 @@ def test_subdivided_features_are_repeated(device):
 
 
 def test_down_up_and_down_again_share_what_was_made(device):
-    """Two nested levels, whose cached maps the published code confuses (8 voxels -> 4 -> 1 come
-    back as 4).
+    """Two nested levels, whose cached maps the published code confuses.
+
+    There 8 voxels -> 4 -> 1 come back as 4.
     """
     x = SparseTensor(normal(110, 5, device=device), voxels([70, 0, 40], (9, 12, 7), 3).to(device))
     half = x.pool(2)
@@ -123,7 +124,8 @@ def test_down_up_and_down_again_share_what_was_made(device):
     leaves = torch.zeros(len(quarter), device=device).index_add_(
         0, half.cache.pool(2)[1], children[1].float()
     )
-    parent, grand = x.cache.pool(2)[1].long(), half.cache.pool(2)[1].long()
+    parent = x.cache.pool(2)[1].long()
+    grand = half.cache.pool(2)[1].long()
     expected = leaves[grand][parent] / children[0][grand][parent] / children[1][parent]
     assert_close(through[:, 0], expected, 1e-5)
 
@@ -141,7 +143,8 @@ def test_the_same_bits_twice(device):
 
 
 def test_sums_of_16_bit_rows_are_taken_in_fp32(device):
-    index, order = torch.zeros(8, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
+    index = torch.zeros(8, dtype=torch.int32)
+    order = torch.arange(8, dtype=torch.int32)
     groups = Pooling(
         *(t.to(device) for t in (index, order, torch.tensor([0, 8], dtype=torch.int32)))
     )

@@ -1,6 +1,4 @@
-"""Windows: the partition against a dictionary and against the published one; what windows promise
-to attention.
-"""
+"""Windows: the partition against a dictionary and the published one, and what attention needs."""
 
 import re
 
@@ -61,7 +59,8 @@ def test_wide_extents_are_sorted(device):
     windows = window_partition(coords.to(device), 3, 64, 32, extent=(900, 3, 1000))
     grid = window._grid((900, 3, 1000), [64] * 3, [32] * 3)
     assert 3 * grid[0] * grid[1] * grid[2] * 64**3 > window.DENSE_CELLS
-    starts, order = windows.starts.tolist(), windows.order.tolist()
+    starts = windows.starts.tolist()
+    order = windows.order.tolist()
     assert (starts[0], starts[-1], len(windows)) == (0, 100, 3 * grid[0] * grid[1] * grid[2])
     for (b, x, y, z), rows in window_partition_reference(coords, 3, 64, 32):
         m = ((b * grid[0] + x) * grid[1] + y) * grid[2] + z

@@ -33,7 +33,7 @@ def _first_bad(value: object) -> Tensor | None:
 def _watched(model: nn.Module) -> Iterator[list[str]]:
     """Inside the block, the list gets a clause about the first layer whose output is not finite."""
     found: list[str] = []
-    # by layer, whether its input was finite: looked at before it runs, for layers alter theirs
+    # by layer, whether its input was finite: looked at before it runs, as a layer may alter it
     received: dict[str, bool] = {}
 
     def before(name: str) -> Callable:
@@ -82,7 +82,6 @@ def diagnose(
     is exchanged between ranks. The gradient that is named is the first of the backward pass, which
     goes from the output to the input. "" where all is finite.
     """
-    vae.use_graphs(0)  # inside a graph no layer can be watched
     parameters = dict(reversed(list(vae.named_parameters())))
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for args in inputs:

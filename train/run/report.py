@@ -54,14 +54,13 @@ def header(
     schedule = f"{config.lr:g} constant"
     if config.final_lr < 1:
         schedule = f"{config.lr:g}, cosine to {config.lr * config.final_lr:g}"
-    graphs = f", CUDA graphs up to {config.cuda_graphs:,} voxels" if config.cuda_graphs else ""
     lines = {
         "run": f"{script}, preset {config.preset}, seed {config.seed}"
         + (", deterministic" if config.deterministic else ""),
         "device": f"{name} x {here.world}" if here.world > 1 else name,
         "threads": str(here.threads or torch.get_num_threads()),
         "backend": f"{backend.name(torch.empty(0, device=device))} kernels, {config.precision} "
-        f"activations, fp32 weights{graphs}",
+        f"activations, fp32 weights",
         "versions": f"torch {torch.__version__}, triton {triton}, python "
         f"{platform.python_version()}",
         "parameters": ", ".join(f"{part} {count:,}" for part, count in parts.items()),

@@ -8,14 +8,20 @@ from torch import Tensor
 from kernels import backend
 from kernels.gaussian.reference import splat_reference
 from kernels.gaussian.splat import splat
-from kernels.mesh.antialias import antialias, antialias_reference
-from kernels.mesh.clip import projection, to_clip, to_clip_reference
-from kernels.mesh.interpolate import interpolate, interpolate_reference
-from kernels.mesh.normals import flat_normals, flat_normals_reference
+from kernels.mesh.antialias import antialias
+from kernels.mesh.attributes import flat_normals, interpolate
+from kernels.mesh.clip import projection, to_clip
 from kernels.mesh.packing import make_mesh_layout
 from kernels.mesh.rasterize import rasterize
-from kernels.mesh.rasterize_reference import rasterize_reference
-from kernels.mesh.render import render_mesh, render_mesh_reference
+from kernels.mesh.reference import (
+    antialias_reference,
+    flat_normals_reference,
+    interpolate_reference,
+    rasterize_reference,
+    render_mesh_reference,
+    to_clip_reference,
+)
+from kernels.mesh.render import render_mesh
 from kernels.radiance.raymarch import raymarch
 from kernels.radiance.reference import raymarch_reference
 from kernels.similarity import ssim, ssim_reference

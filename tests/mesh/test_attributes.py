@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.mesh.interpolate import interpolate, interpolate_reference
-from kernels.mesh.normals import flat_normals, flat_normals_reference
+from kernels.mesh.attributes import flat_normals, interpolate
 from kernels.mesh.rasterize import rasterize
+from kernels.mesh.reference import flat_normals_reference, interpolate_reference
 from tests.helpers.compare import assert_same
 from tests.helpers.meshes import batch, positions, soup
 
