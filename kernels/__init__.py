@@ -1,16 +1,17 @@
-"""The public ops: Triton kernels on a GPU, vectorised torch on a CPU, the same functions and
-gradients on both.
+"""Public ops: Triton kernels on a GPU, vectorised torch on a CPU, the same gradients on both.
 
 Shapes are written in one alphabet: B scenes, N voxels (rows of coords [N, 4] int32: batch, x, y,
 z), M windows, H heads, D head channels, C channels, K taps, G Gaussians, F faces, V views; height
 and width of pictures are H, W where there are no heads.
 
-An op shadows the module it lives in: `kernels.gaussian.splat` is the function, `from
-kernels.gaussian.splat import splat_reference` still reaches the module.
+An op has its own module in a wing of its subject: `kernels.splat` is the function, and
+`kernels.gaussian.splat` the module that it comes from.
 """
 
 from kernels.attention.op import segment_attention as segment_attention
 from kernels.attention.op import window_attention as window_attention
+from kernels.backend import make_index as make_index
+from kernels.backend import to_device as to_device
 from kernels.camera import Camera as Camera
 from kernels.camera import Image as Image
 from kernels.conv.op import sparse_conv as sparse_conv
@@ -25,6 +26,7 @@ from kernels.mesh.attributes import interpolate as interpolate
 from kernels.mesh.packing import MeshLayout as MeshLayout
 from kernels.mesh.packing import make_mesh_layout as make_mesh_layout
 from kernels.mesh.rasterize import rasterize as rasterize
+from kernels.mesh.render import SILHOUETTES as SILHOUETTES
 from kernels.mesh.render import face_camera as face_camera
 from kernels.mesh.render import render_mesh as render_mesh
 from kernels.norm.gelu import gelu as gelu
@@ -35,7 +37,10 @@ from kernels.radiance.raymarch import raymarch as raymarch
 from kernels.similarity import ssim as ssim
 from kernels.surface.isosurface import Surfaces as Surfaces
 from kernels.surface.isosurface import isosurface as isosurface
+from kernels.views import SH0 as SH0
 from kernels.voxels.cache import SpatialCache as SpatialCache
+from kernels.voxels.curves import MODES as CURVES  # noqa: F401
+from kernels.voxels.curves import serialized_windows as serialized_windows
 from kernels.voxels.hash import build_table as build_table
 from kernels.voxels.hash import lookup as lookup
 from kernels.voxels.hash import neighbours as neighbours

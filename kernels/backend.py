@@ -1,4 +1,4 @@
-"""Choice of the implementation of an op, and the launch of every Triton kernel.
+"""Choice of the implementation of an op, launch of every Triton kernel, copies to a device.
 
 A GPU tensor (NVIDIA or AMD) takes the Triton kernels. A CPU tensor takes the vectorised torch path,
 unless `with backend.use("interpreter")` sends it through the same kernels in Triton's interpreter,
@@ -38,12 +38,12 @@ except ImportError:
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
-# of every thread: on a GPU, backward passes run in threads of autograd's
+# shared by all threads: on a GPU, autograd runs backward passes in threads of its own
 _observers: list[Callable] = []
 
 
 def name(tensor: Tensor) -> str:
-    """The implementation that an op on `tensor` uses: "triton", "torch" or "interpreter".
+    """Return the implementation that an op on `tensor` uses: "triton", "torch" or "interpreter".
 
     Raises ImportError where that needs Triton and it is not installed.
     """
@@ -57,12 +57,13 @@ def name(tensor: Tensor) -> str:
 
 
 def is_torch(tensor: Tensor) -> bool:
+    """Tell whether an op on `tensor` takes the torch path."""
     return name(tensor) == "torch"
 
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Choose what CPU tensors run on inside the block: "torch" (the default) or "interpreter".
+    """Run CPU tensors on `choice` inside the block: "torch" (the default) or "interpreter".
 
     Raises ValueError for another name, and where the interpreter was asked for but Triton was
     imported without it.
@@ -82,8 +83,9 @@ def use(choice: str) -> Iterator[None]:
 
 
 def target(tensor: Tensor) -> str:
-    """What tile sizes are chosen for: the GPU of `tensor` ("sm_90", "gfx942", ...); for a CPU
-    tensor what `assume` says.
+    """Return the GPU that tile sizes are chosen for: "sm_90", "gfx942", ...
+
+    It is the GPU of `tensor`; for a CPU tensor it is what `assume` says.
     """
     if tensor.device.type == "cpu":
         return _assumed.get()
@@ -95,8 +97,9 @@ def target(tensor: Tensor) -> str:
 
 @contextmanager
 def assume(name: str) -> Iterator[None]:
-    """Inside the block, CPU tensors get the tile sizes of the GPU `name`; outside, those that suit
-    the interpreter.
+    """Give CPU tensors the tile sizes of the GPU `name` inside the block.
+
+    Outside, they get those that suit the interpreter.
     """
     token = _assumed.set(name)
     try:
@@ -106,11 +109,11 @@ def assume(name: str) -> Iterator[None]:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
-    """Launch a Triton kernel: `kernel[grid](*args, **constants)`. An empty grid launches nothing.
+    """Launch a Triton kernel: `kernel[grid](*args, **constants)`.
 
-    `constants` are the kernel's constexpr arguments and launch options (num_warps, num_stages).
-    Floating-point fusion is chosen here, in one place, because Triton's default for it depends on
-    the version.
+    An empty grid launches nothing. `constants` are the kernel's constexpr arguments and launch
+    options (num_warps, num_stages). Floating-point fusion is chosen here, in one place, because
+    Triton's default for it depends on the version.
     """
     if 0 in grid:
         return
@@ -129,8 +132,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
 
 @contextmanager
 def observe(observer: Callable) -> Iterator[None]:
-    """Call `observer(kernel, grid, args, constants)` before every launch while the block runs, from
-    any thread; the innermost block's alone.
+    """Call `observer(kernel, grid, args, constants)` before every launch inside the block.
+
+    Launches of all threads count. Of nested blocks only the innermost is called.
     """
     _observers.append(observer)
     try:
@@ -145,3 +149,38 @@ def count_launches() -> Iterator[Counter]:
     counts: Counter = Counter()
     with observe(lambda kernel, grid, args, constants: counts.update([kernel.fn.__name__])):
         yield counts
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device without waiting for it."""
+    if device.type != "cpu":
+        table = table.pin_memory()  # from pageable memory the copy would wait
+    return table.to(device, non_blocking=True)
+
+
+@torch.library.custom_op("trislat::table", mutates_args=())
+def _table(numbers: list[int], columns: int, device: torch.device) -> Tensor:
+    table = torch.tensor(numbers, dtype=torch.int64)
+    return to_device(table.view(-1, columns), device)
+
+
+@_table.register_fake
+def _(numbers, columns, device):
+    return torch.empty(len(numbers) // columns, columns, dtype=torch.int64, device=device)
+
+
+def make_table(numbers: list[int], columns: int, device: torch.device) -> Tensor:
+    """Return numbers of the host as int64 [n / columns, columns] on a device.
+
+    Does not wait for the device. An op of its own, because pinned memory cannot be traced by
+    torch.compile.
+    """
+    return torch.ops.trislat.table(numbers, columns, device)
+
+
+def make_index(rows: list[int], device: torch.device) -> Tensor:
+    """Return numbers of the host as int64 [n] on a device, to index with.
+
+    Does not wait for the device; indexing with the list itself would.
+    """
+    return make_table(rows, 1, device).view(-1)

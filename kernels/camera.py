@@ -1,9 +1,9 @@
-"""Cameras and pictures: V views that share one size, world -> camera in OpenCV axes (x right, y
-down, z forward).
+"""Cameras and pictures of V views that share one size.
 
-Pixel (i, j) samples the continuous point (i + 0.5, j + 0.5); row 0 is the top. Intrinsics are
-divided by the image size: uv = (K p)_xy / p_z lies in [0, 1]^2 inside the picture. The conventions
-are those of TRELLIS (Xiang et al., 2024).
+Extrinsics map the world to camera axes of OpenCV (x right, y down, z forward). Pixel (i, j)
+samples the continuous point (i + 0.5, j + 0.5); row 0 is the top. Intrinsics are divided by the
+image size: uv = (K p)_xy / p_z lies in [0, 1]^2 inside the picture. TRELLIS (Xiang et al., 2024)
+has the same conventions.
 """
 
 import math
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.backend import make_index
 from kernels.checks import check_tensors, check_whole
-from kernels.transfer import make_index
 
 FOV = math.radians(40)  # of the published training views
 POLE = math.pi / 2 + 1e-6  # pi / 2 in fp32 is a little more than pi / 2
@@ -21,26 +21,23 @@ POLE = math.pi / 2 + 1e-6  # pi / 2 in fp32 is a little more than pi / 2
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """What a renderer returns: V pictures, fp32, row 0 at the top; None where the renderer does not
-    define a field.
-    """
+    """V pictures from a renderer: fp32, row 0 at the top, None for what it does not draw."""
 
     color: Tensor  # [V, 3, H, W], composited on the background, not clamped
     alpha: Tensor  # [V, 1, H, W], 1 - transmittance
     depth: Tensor | None = None  # [V, 1, H, W], world units
     normal: Tensor | None = None  # [V, 3, H, W]
-    # [V, 3, H, W], what a mesh's vertices carry beyond their colour
-    normal_map: Tensor | None = None
+    normal_map: Tensor | None = None  # [V, 3, H, W], attributes of vertices beside their colour
 
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """V pinhole cameras of one picture size. No renderer differentiates a camera: its tensors get
-    no gradient.
+    """V pinhole cameras of one picture size.
 
-    The upper left 3 x 3 of an extrinsic matrix is a rotation (no scale). Values are not read, so
-    nothing waits for a GPU. Raises ValueError for a wrong shape, a dtype that is not floating
-    point, or a size below 1; TypeError for what is no tensor.
+    No renderer differentiates a camera: its tensors get no gradient. The upper left 3 x 3 of an
+    extrinsic matrix is a rotation (no scale). Values are not read, so nothing waits for a GPU.
+    Raises ValueError for a wrong shape, a dtype that is not floating point, or a size below 1;
+    TypeError for what is no tensor.
     """
 
     extrinsics: Tensor  # [V, 4, 4] world to camera
@@ -60,14 +57,16 @@ class Camera:
             raise ValueError(
                 f"{len(self.extrinsics)} extrinsics but {len(self.intrinsics)} intrinsics"
             )
-        check_whole("width", self.width), check_whole("height", self.height)
+        check_whole("width", self.width)
+        check_whole("height", self.height)
 
     def __len__(self) -> int:
         return len(self.extrinsics)
 
     def __getitem__(self, views) -> "Camera":
-        """The views chosen by an int (kept as one view), a slice, a list or a tensor of indices.
-        Nothing waits for a GPU.
+        """Return some of the views: by an int (one view), a slice, a list or a tensor of indices.
+
+        Does not wait for a GPU.
         """
         if isinstance(views, int):
             if not -len(self) <= views < len(self):
@@ -82,7 +81,7 @@ class Camera:
         return self.extrinsics.device
 
     def to(self, *args, **kwargs) -> "Camera":
-        """A copy whose tensors went through `Tensor.to` (device, dtype, non_blocking=True ...)."""
+        """Return a copy with `Tensor.to` applied (device, dtype, non_blocking=True ...)."""
         return replace(
             self,
             extrinsics=self.extrinsics.to(*args, **kwargs),
@@ -91,24 +90,25 @@ class Camera:
 
     @property
     def center(self) -> Tensor:
-        """Where the cameras stand, in world units: [V, 3]."""
+        """Positions of the cameras in world units: [V, 3]."""
         rotation = self.extrinsics[:, :3, :3]
         translation = self.extrinsics[:, :3, 3]
         return -(rotation.mT @ translation[..., None])[..., 0]
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """World points [N, 3] or [V, N, 3] -> uv [V, N, 2], in [0, 1]^2 inside the picture, and
-        camera depth [V, N].
+        """Project points [N, 3] or [V, N, 3]: return uv [V, N, 2] and camera depth [V, N].
 
-        Differentiable in the points. A depth <= 0 is behind the camera; its uv mean nothing.
+        uv lies in [0, 1]^2 inside the picture. Differentiable in the points. A point of depth <= 0
+        is behind the camera; its uv mean nothing.
         """
         local = points @ self.extrinsics[:, :3, :3].mT + self.extrinsics[:, None, :3, 3]
         image = local @ self.intrinsics.mT
         return image[..., :2] / image[..., 2:], local[..., 2]
 
     def rays(self) -> tuple[Tensor, Tensor]:
-        """Origins [V, 3] and directions [V, H, W, 3] through the pixel centres, in world axes.
+        """Return origins [V, 3] and directions [V, H, W, 3] through the pixel centres.
 
+        Both are in world axes.
         A direction advances one unit of camera depth, so origin + depth * direction is the point at
         that depth.
         """
@@ -124,7 +124,7 @@ class Camera:
 
     @classmethod
     def cat(cls, cameras: list["Camera"]) -> "Camera":
-        """The views of several cameras of the same size, one after another."""
+        """Join the views of several cameras of one size."""
         sizes = {(c.width, c.height) for c in cameras}
         if len(sizes) != 1:
             raise ValueError(f"cameras of one size can be joined, not of sizes {sorted(sizes)}")
@@ -140,9 +140,11 @@ class Camera:
     def from_blender(
         cls, transform_matrix: Tensor, fov_x: Tensor | float, width: int, height: int
     ) -> "Camera":
-        """Cameras of a transforms.json: `transform_matrix` [V, 4, 4] camera to world in OpenGL axes
-        (looking along -z, y up), `fov_x` the horizontal angle in radians (one number or [V]).
-        Pixels are square.
+        """Return the cameras of a transforms.json.
+
+        `transform_matrix` [V, 4, 4] maps the camera to the world, in OpenGL axes (looking
+        along -z, y up). `fov_x` is the horizontal angle in radians (one number or [V]). Pixels are
+        square.
 
         Reads the matrices (on a GPU this waits). Raises ValueError where one cannot be inverted and
         for an angle that is not between 0 and pi (unread on a GPU).
@@ -171,10 +173,10 @@ class Camera:
         height: int | None = None,  # None: as the width
         device: torch.device | str | None = None,
     ) -> "Camera":
-        """Cameras around the origin, z up, at radius * (sin yaw cos pitch, cos yaw cos pitch, sin
-        pitch), looking at it.
+        """Return cameras that look at the origin, z up.
 
-        Valid at the poles too. Pixels are square. Raises ValueError for arguments of unequal
+        They stand at radius * (sin yaw cos pitch, cos yaw cos pitch, sin pitch), the poles
+        included. Pixels are square. Raises ValueError for arguments of unequal
         lengths, and for numbers that are not finite, a pitch beyond the poles, a radius that is not
         above 0 or a fov not between 0 and pi (unread on a GPU). Numbers of the host are copied to a
         GPU one argument after the other, and each copy waits.
@@ -207,11 +209,12 @@ class Camera:
 def _numbers(
     name: str, values: Tensor | float, low: float, high: float, unit: str, device
 ) -> Tensor:
-    """The numbers in float64 on the device. ValueError for one that is not between low and high; on
-    a GPU they are not read.
+    """Return the numbers in float64 on the device.
+
+    Raises ValueError for one that is not between low and high; numbers on a GPU are not read.
     """
     numbers = torch.as_tensor(values, dtype=torch.float64)
-    # a graph does not branch on values
+    # torch.compile cannot branch on values
     if numbers.device.type == "cpu" and not torch.compiler.is_compiling():
         good = (numbers > low) & (numbers < high)
         if not good.all():
@@ -223,10 +226,12 @@ def _numbers(
 
 
 def _intrinsics(fov: Tensor, views: int, width: int, height: int) -> Tensor:
-    """[V, 3, 3] of a horizontal field of view (radians), square pixels, the principal point in the
-    middle.
+    """Return intrinsics [V, 3, 3] of a horizontal field of view in radians.
+
+    Pixels are square and the principal point is in the middle.
     """
-    check_whole("width", width), check_whole("height", height)
+    check_whole("width", width)
+    check_whole("height", height)
     if fov.ndim > 1 or (fov.ndim == 1 and len(fov) not in (1, views)):
         raise ValueError(f"fov_x must be one number or [{views}], not {list(fov.shape)}")
     focal = (0.5 / torch.tan(fov / 2)).expand(views)
@@ -236,3 +241,16 @@ def _intrinsics(fov: Tensor, views: int, width: int, height: int) -> Tensor:
     matrix[:, :2, 2] = 0.5
     matrix[:, 2, 2] = 1
     return matrix.float()
+
+
+def pack_cameras(camera: Camera, origin: Tensor) -> Tensor:
+    """Return what the kernels read of a camera [V, 16], without gradient.
+
+    Rotation 9, `origin` [V, 3] (the translation or the centre), focal lengths 2 and principal point
+    2 in pixels.
+    """
+    across = camera.intrinsics[:, 0] * camera.width
+    down = camera.intrinsics[:, 1] * camera.height
+    pixels = torch.stack([across[:, 0], down[:, 1], across[:, 2], down[:, 2]], 1)
+    rotation = camera.extrinsics[:, :3, :3].flatten(1)
+    return torch.cat([rotation, origin, pixels], 1).detach()

@@ -1,5 +1,6 @@
-"""What the doors of ops and commands check alike. None of it reads a tensor: nothing waits for a
-GPU, host lists apart.
+"""Checks of arguments that ops and commands share.
+
+None reads a tensor, so none waits for a GPU; `host_list` is the exception.
 """
 
 import argparse
@@ -10,32 +11,49 @@ from pathlib import Path
 
 from torch import Tensor
 
-# numbers that the host needs: a list or, read at once, a tensor (on a GPU the host waits for it)
+# numbers that the host needs: a list, or a tensor, which is read (on a GPU the host waits for it)
 Host = list[int] | Tensor
 
 
 def check_tensors(**values: object) -> None:
-    """Raises TypeError that names the first value which is no tensor."""
+    """Raise TypeError with the name of the first value that is not a tensor."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
 
 
+def check_floating(*tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are floating point and on the device of the first."""
+    for value in tensors:
+        check_devices(tensors[0], value)
+        if not value.is_floating_point():
+            raise ValueError(f"all tensors must be floating point, not {value.dtype}")
+
+
+def check_devices(*tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on the device of the first."""
+    here = tensors[0].device
+    for value in tensors:
+        if value.device != here:
+            raise ValueError(f"all tensors must be on one device, not on {here} and {value.device}")
+
+
 def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises ValueError for what is no whole number, and below `least`."""
+    """Raise ValueError unless `value` is a whole number, `least` or more."""
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
 
 
 def check_eps(eps: float) -> None:
-    """Raises ValueError for an epsilon whose root is not finite."""
+    """Raise ValueError unless `eps` is finite and at least 0."""
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least 0, not {eps}")
 
 
 def host_list(name: str, values: Host) -> list[int]:
-    """The values as a list. A tensor is read; TypeError for what has no values, ValueError for one
-    that is not whole.
+    """Return the values as a list of int; a tensor is read.
+
+    Raises TypeError for what has no values, ValueError for a value that is not whole.
     """
     values = values.tolist() if isinstance(values, Tensor) else values
     if not isinstance(values, Iterable):
@@ -48,8 +66,9 @@ def host_list(name: str, values: Host) -> list[int]:
 
 
 def new_file(text: str) -> Path:
-    """A command's argument that names a file to write, or a folder; the argparse error names the
-    folder that is not there.
+    """Return the path of a file or folder to write, given as an argument of a command.
+
+    Raises argparse's error with the name of the folder if that is not there.
     """
     path = Path(text)
     if not path.parent.is_dir():

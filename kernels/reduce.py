@@ -1,12 +1,11 @@
-"""Sums in a fixed order, without atomics: of the rows that share a key, and of segments of
-neighbouring rows.
+"""Sums of rows in a fixed order, without atomics: by key, and of runs of neighbouring rows.
 
-`sum_rows`, the gradient of a gather: M rows, C channels, N sums. The rows are read in an order that
-puts equal keys side by side (a stable sort, so each sum has one fixed order). A program adds up the
-runs among its B rows, all at once: the [B, B] matrix of equal keys times the rows. A run that lies
-inside the program is finished; one that reaches across its ends leaves a partial sum, and the 2
-partial sums of every program are the rows of the next launch, B / 2 times fewer each time, until
-one program holds them all.
+`sum_rows` is the gradient of a gather: M rows, C channels, N sums. The rows are read in an order
+that puts equal keys side by side (a stable sort, so each sum has one fixed order). A program adds
+up the runs among its B rows, all at once: the [B, B] matrix of equal keys times the rows. A run
+that lies inside the program is finished; one that reaches across its ends leaves a partial sum, and
+the 2 partial sums of every program are the rows of the next launch, B / 2 times fewer each time,
+until one program holds them all.
 
 `sum_segments`: a million numbers added one after the other in fp32 are off by percents, so programs
 add up pieces of a segment, and the next launch the pieces. Pieces are counted from the segment's
@@ -17,21 +16,25 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.backend import tl, triton
-from kernels.transfer import to_device
+from kernels.backend import tl, to_device, triton
 
 
 def _tiles(target: str) -> dict:
-    """Rows per program (not yet measured on a GPU): B additions per row and channel, few of them
-    beside the traffic. On AMD the matrix of equal keys lies in scalar registers, which are few.
+    """Return the rows of a program (not yet measured on a GPU).
+
+    It makes B additions per row and channel, few beside the traffic. On AMD the matrix of equal
+    keys lies in scalar registers, which are few.
     """
     if target == "interpreter":
         return {"B": 512, "num_warps": 2}
-    return {"B": 32, "num_warps": 4} if target.startswith("gfx") else {"B": 64, "num_warps": 2}
+    if target.startswith("gfx"):
+        return {"B": 32, "num_warps": 4}
+    return {"B": 64, "num_warps": 2}
 
 
 @triton.jit
 def _key(key_ptr, order_ptr, i, live, SORTED: tl.constexpr):
+    """Return row i of the order and its key; -1 where not live."""
     n = i.to(tl.int64)
     if not SORTED:
         n = tl.load(order_ptr + i, live, 0).to(tl.int64)
@@ -40,10 +43,12 @@ def _key(key_ptr, order_ptr, i, live, SORTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "C"])
 def _sum_runs(
+    # see sum_rows
     rows_ptr,
     weight_ptr,
     order_ptr,
     key_ptr,
+    # results: finished sums; partial sums and their keys, two a program
     out_ptr,
     part_ptr,
     part_key_ptr,
@@ -62,7 +67,8 @@ def _sum_runs(
     _, right = _key(key_ptr, order_ptr, (b + 1) * B, (b + 1) * B < M, SORTED)
     used = key >= 0
     last = used & ((lane == B - 1) | (following != key))  # one lane of each run writes for it
-    head, tail = last & (key == left), last & (key == right)
+    head = last & (key == left)
+    tail = last & (key == right)
     starts = tl.max(head.to(tl.int32), 0) > 0
     continues = tl.max(tail.to(tl.int32), 0) > 0
     same = key[:, None] == key[None, :]
@@ -92,9 +98,7 @@ def sum_rows(
     weight: Tensor | None = None,  # [M] fp32: row m counts weight[m] times
     share: int = 1,  # row m is rows[m // share]
 ) -> Tensor:  # [N, C]
-    """The sum of the rows of each key 0 .. N - 1, 0 for a key without rows. The same bits each
-    time.
-    """
+    """Sum the rows of each key 0 .. N - 1; 0 for a key without rows. The same bits each time."""
     M = len(key)
     C = rows.shape[1]
     out = rows.new_zeros(N, C)
@@ -134,7 +138,7 @@ def sum_rows(
 
 
 def _piece(target: str, K: int) -> dict[str, int]:
-    """Rows and padded columns of a program; not yet measured on a GPU."""
+    """Return the rows and the padded columns of a program; not yet measured on a GPU."""
     TILE_K = triton.next_power_of_2(K)
     elements = 1 << 16 if target == "interpreter" else 4096
     return {"ROWS": max(1, elements // TILE_K), "TILE_K": TILE_K}
@@ -142,16 +146,17 @@ def _piece(target: str, K: int) -> dict[str, int]:
 
 @triton.jit
 def _sum_pieces(
-    values_ptr,
-    starts_ptr,
-    out_ptr,
+    values_ptr,  # [M, K], a row every `stride` numbers
+    starts_ptr,  # [B + 1]
+    out_ptr,  # [B, pieces]
     stride,
     K: tl.constexpr,
     MAGNITUDES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    piece = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1).to(tl.int64)
     begin = tl.load(starts_ptr + segment)
     end = tl.load(starts_ptr + segment + 1)
     n = begin + piece * ROWS + tl.arange(0, ROWS)
@@ -168,7 +173,7 @@ def sum_segments(
     starts: list[int],  # [B + 1]: segment b owns the rows starts[b] : starts[b + 1]
     magnitudes: bool = False,  # sum the absolute values
 ) -> Tensor:  # [B]
-    """The sum of all values of each segment, 0 for an empty one. Does not wait for the device.
+    """Sum all values of each segment; 0 for an empty one. Does not wait for the device.
 
     The same bits each time, and for a segment alone as for the same segment in a batch.
     """
@@ -196,7 +201,7 @@ def sum_segments(
 
 
 def _pairwise(values: Tensor) -> Tensor:
-    """The sum of all values, neighbours added to each other until one is left."""
+    """Sum all values: add neighbours to each other until one is left."""
     values = values.flatten()
     while len(values) > 1:
         odd = values[len(values) - len(values) % 2 :]

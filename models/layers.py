@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
+    CURVES,
     SpatialCache,
     Windows,
     add_layer_norm,
     full_windows,
     gelu,
     layer_norm,
+    serialized_windows,
     window_attention,
     window_partition,
 )
-from kernels.voxels.curves import MODES as CURVES
-from kernels.voxels.curves import serialized_windows
 
 BLOCK_EPS = 1e-6  # of the norms inside a block; the norm before an output layer has 1e-5
 CURVE_SHIFT = 16  # voxels by which "shift_window" moves every other block's curve

@@ -16,9 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import Camera, Image, isosurface, render_mesh
+from kernels import SILHOUETTES, Camera, Image, isosurface, render_mesh
 from kernels.checks import check_tensors
-from kernels.mesh.render import SILHOUETTES
 from models.sparse import SparseTensor
 from models.upsample import SubdivideBlock
 from models.vae import VAE, Decoder

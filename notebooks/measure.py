@@ -1,10 +1,10 @@
-"""What a GPU is to show, in as many minutes as there are.
+"""Measure everything on a GPU, in as many minutes as there are.
 
     python notebooks/measure.py OUT DATA [--minutes 8]   DATA of train.prepare: 64^3, `rgb` features
     python notebooks/measure.py OUT --rehearse           the same in small, a minute on any machine
 
 The most valuable first: tests in parallel; errors of fp32, fp16 and bf16 against float64; training
-steps at `base` with every kernel's time; ops against their floors and every peer that can be
+steps at `base` with every kernel's time; ops beside their floors and every baseline that can be
 imported; a step beside the published composition; short trainings at `small` with pictures; the
 same bits twice; compute-sanitizer, where it is.
 
@@ -39,10 +39,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # it runs where nothing was
 
 import steps  # noqa: E402
 import torch  # noqa: E402
+from jobs import Jobs, Step, allotted  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from kernels.bench import command as bench  # noqa: E402
-from kernels.bench.jobs import Jobs, Step, allotted  # noqa: E402
+from kernels.bench.environment import environment, file_name  # noqa: E402
 
 PLAN = {  # the most valuable first: the least seconds of each, and its share of what is left
     "tests": (60, 40),
@@ -60,7 +60,7 @@ PACK = 20.0  # seconds between two packings
 
 
 def sources() -> str:
-    """Twelve digits that change with any source."""
+    """Hash the content of all sources, to twelve digits."""
     digest = hashlib.sha256()
     for folder in ("kernels", "models", "train", "tests", "notebooks"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -79,7 +79,7 @@ def fitted(source: Path, target: Path, most: int = PICTURE) -> None:
 
 
 class Record:
-    """What all calls on one device found so far, and OUT, where it is shown."""
+    """Results of all calls on one device so far, and OUT, where they are shown."""
 
     def __init__(self, out: Path, state: Path, facts: dict):
         self.out = out
@@ -122,7 +122,7 @@ class Record:
         partial.replace(self.out / "logs.tar.gz")
         whole = self.facts | times | {"steps": {n: self.steps[n] for n in PLAN if n in self.steps}}
         partial.write_text(json.dumps(whole, indent=1) + "\n")
-        partial.replace(self.out / bench.file_name(self.facts["device"]))
+        partial.replace(self.out / file_name(self.facts["device"]))
         self.packed = time.monotonic()
 
 
@@ -149,7 +149,7 @@ def carry_out(names: list[str], here: steps.Here, record: Record, end: float) ->
 
 
 def side_by_side(lanes: list[list[str]], here: steps.Here, record: Record, end: float) -> None:
-    """Carry out lists of steps; what ends one of them, or this, ends all their commands."""
+    """Carry out lists of steps at once; what ends one list, or this, ends all their commands."""
     with ThreadPoolExecutor(len(lanes)) as pool:
         try:
             begun = [pool.submit(carry_out, lane, replace(here), record, end) for lane in lanes]
@@ -160,12 +160,12 @@ def side_by_side(lanes: list[list[str]], here: steps.Here, record: Record, end: 
 
 
 def passed(record: Record, name: str) -> bool:
-    """Whether nothing of a step is left to do."""
+    """Return true where nothing of a step is left to do."""
     return record.steps.get(name, {}).get("status") in ("passed", "absent")
 
 
 def brief(result: dict) -> str:
-    """A line of a step's result."""
+    """Shorten a step's result to one line."""
     text = ", ".join(f"{key} {value}" for key, value in result.items() if value not in ([], {}))
     return text if len(text) <= 300 else text[:300] + " ..."
 
@@ -215,17 +215,17 @@ def _environment(work: Path) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parse(argv)
     end = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with what cleans up
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = bench.facts(device) | ({"commit": args.commit} if args.commit else {})
+    facts = environment(device) | ({"commit": args.commit} if args.commit else {})
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as rehearsal:
         work = args.work or Path(rehearsal)
-        name = bench.file_name(facts["device"]).removesuffix(".json")
+        name = file_name(facts["device"]).removesuffix(".json")
         known = [name, facts["torch"], facts["triton"], sources()]
         state = work / "-".join(known if args.data else [*known, "rehearsal"])
         record = Record(args.out, state, facts)

@@ -1,4 +1,4 @@
-"""The steps of notebooks/measure.py: each runs commands and returns what they showed, for JSON.
+"""Steps of notebooks/measure.py: each runs commands and returns a result for JSON.
 
 A step goes on from what lies in its state folder. Without data it is a rehearsal, which runs the
 same commands in small.
@@ -11,11 +11,16 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
-from kernels.bench import command as bench
+from jobs import Ended, Jobs
+
+from kernels.bench import ops as kernel_ops
+from kernels.bench import sweeps
 from kernels.bench.case import OURS
-from kernels.bench.jobs import Ended, Jobs
+from kernels.bench.command import ERROR_TABLE
+from train import bench as model_ops
 
 DECODERS = ("gaussian", "radiance", "mesh")
 OPS = (  # the most valuable first; train_step is a step of its own
@@ -25,6 +30,9 @@ OPS = (  # the most valuable first; train_step is a step of its own
     " attention_occupancy attention_rows attention_window neighbours_extent partition_window"
     " partition_extent"
 ).split()
+# op -> the command that measures it
+COMMANDS = dict.fromkeys(kernel_ops.OPS, "kernels.bench")
+COMMANDS |= dict.fromkeys(model_ops.OPS, "train.bench")
 # two coordinate sets are enough; what takes a minute to compile or compute is left to kernels.bench
 BRIEF = ["--without-sizes", r"^(noisy sphere|rough sphere|blobs), N = \d+$"]
 BRIEF += ["--without-impls", "naive|FlexAttention|padded"]
@@ -50,7 +58,7 @@ REHEARSED = {"training": "gaussian", "pictures": "radiance", "determinism": "gau
 
 @dataclass
 class Here:
-    """Where and how long a step runs."""
+    """Folder, data, commands and time limit of a step."""
 
     state: Path  # results, logs and run folders of these sources on this device
     data: Path | None  # None: a rehearsal
@@ -65,48 +73,49 @@ class Here:
         return self.jobs.run(commands, until, at_once)
 
     def decoders(self, step: str) -> list[str]:
-        """Those that a step is about."""
+        """Name the decoders that a step trains."""
         return list(DECODERS) if self.data else [REHEARSED[step]]
 
     def ops(self) -> list[str]:
-        """What is measured."""
+        """Name the ops that are measured."""
         return OPS if self.data else ["pool"]
 
     def size(self, preset: str, decoder: str) -> list[str]:
-        """Flags of a training: a preset on DATA, or the demo in small."""
+        """Make the flags of a training: a preset on DATA, or the demo in small."""
         if self.data:
             return ["--preset", preset, "--features", "rgb", "--data", str(self.data)]
         return SMALL[decoder].split()
 
     def folder(self, name: str) -> Path:
-        """Where a run goes, with nothing in it."""
+        """Empty the folder of a run and return its path."""
         folder = self.state / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
 
 def verdict(ended: dict[str, Ended], **found) -> dict:
-    """The result of a step: passed where all its commands ended well."""
+    """Summarise how the commands of a step ended: passed where all ended well."""
     failed = {name: how.status for name, how in ended.items() if how.status}
     stopped = [name for name, how in ended.items() if how.status is None]
     status = "failed" if failed else "stopped" if stopped else "passed"
-    told = {"status": status, "exits": failed, "stopped": stopped}
-    return {key: value for key, value in told.items() if value} | found
+    counted = {"status": status, "exits": failed, "stopped": stopped}
+    return {key: value for key, value in counted.items() if value} | found
 
 
 def read(file: Path, default):
-    """What a JSON file holds; the default where there is none."""
+    """Read a JSON file; return the default where there is none."""
     return json.loads(file.read_text()) if file.is_file() else default
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a file; none where there is no file."""
+    """Read the lines of a file; none where there is no file."""
     return file.read_text().splitlines() if file.is_file() else []
 
 
 def tests(here: Here) -> dict:
-    """The suite in parallel processes, but for the notebooks; what passed before is left out."""
-    reports, passed = here.state / "tests.jsonl", here.state / "passed.jsonl"
+    """Run the tests in parallel processes, notebooks apart; leave out those that passed before."""
+    reports = here.state / "tests.jsonl"
+    passed = here.state / "passed.jsonl"
     passed.write_text("".join(f"{line}\n" for line in lines(reports)))  # it stays as it is
     command = [*PYTEST, "--reports", str(reports), "--passed", str(passed)]
     if find_spec("xdist"):
@@ -126,22 +135,23 @@ def tests(here: Here) -> dict:
 
 
 def errors(here: Here) -> dict:
-    """Every op in a process of its own."""
-    ops = [op for op in here.ops() if bench.OPS[op] != "kernels.bench.sweeps"]
+    """Compare every op with float64, each in a process of its own; sweeps are left out."""
+    cases = kernel_ops.OPS | model_ops.OPS
+    ops = [op for op in here.ops() if cases[op].__module__ != sweeps.__name__]
     done = read(here.state / "errors.json", [])
     flags = ["--errors", "--size", "small", "--without-impls", "FlexAttention"]
-    commands = {f"errors-{op}": ["-m", "kernels.bench", op, *flags] for op in ops if op not in done}
+    commands = {f"errors-{op}": ["-m", COMMANDS[op], op, *flags] for op in ops if op not in done}
     ended = here.run(commands, here.cores)
     done += [op for op in ops if f"errors-{op}" in ended and ended[f"errors-{op}"].status == 0]
     (here.state / "errors.json").write_text(json.dumps(done))
     logs = [line for op in ops for line in lines(here.state / "logs" / f"errors-{op}.log")]
-    rows = [line for line in logs if line.startswith("| ") and line not in bench.ERROR_TABLE]
-    (here.state / "errors.md").write_text("\n".join([bench.ERROR_TABLE, *rows]) + "\n")
+    rows = [line for line in logs if line.startswith("| ") and line not in ERROR_TABLE]
+    (here.state / "errors.md").write_text("\n".join([ERROR_TABLE, *rows]) + "\n")
     return verdict(ended, rows=len(rows), failures=[line for line in rows if "| failed" in line])
 
 
 def training(here: Here) -> dict:
-    """Compiled side by side where there are several, then timed alone."""
+    """Time training steps: compiled side by side where there are several, then timed alone."""
     file = lambda decoder: here.state / f"training-{decoder}.json"
     decoders = here.decoders("training")
     left = [decoder for decoder in decoders if "kernels" not in read(file(decoder), {})]
@@ -165,25 +175,26 @@ def training(here: Here) -> dict:
 
 
 def ops(here: Here) -> dict:
-    """Compiled side by side where there are several, then timed alone."""
+    """Time ops: compiled side by side where there are several, then timed alone."""
     flags = ["--dtype", "fp16", "--seconds", "0.03"] if here.data else ["--seconds", "0"]
     left = [op for op in here.ops() if op not in read(here.state / "ops.json", {})]
-    command = lambda op: ["-m", "kernels.bench", op, *flags, *BRIEF, "--warm"]
+    command = lambda op: ["-m", COMMANDS[op], op, *flags, *BRIEF, "--warm"]
     if len(left) > 1:
         here.run({f"ops-{op}-warm": command(op) for op in left}, here.cores, share=0.5)
     return timed(here, "ops", here.ops(), [*flags, *BRIEF])
 
 
 def train_step(here: Here) -> dict:
-    """Beside the step as the published code composes it."""
+    """Time a training step beside the step as the published code composes it."""
     flags = ["--dtype", "fp16", "--seconds", "0.5"] if here.data else ["--seconds", "0"]
     return timed(here, "train_step", ["train_step"], flags)
 
 
 def timed(here: Here, name: str, chosen: list[str], flags: list[str]) -> dict:
-    """Times of ops into bench.json, one after another; an op that ends the process costs itself.
+    """Time ops one after another into bench.json; an op that ends the process loses no other.
 
-    NAME.json remembers with which status each op ended the process, 0 where it did not.
+    NAME.json remembers with which status each op ended the process, 0 where it did not. Ops that
+    follow each other in one command share a process.
     """
     file = here.state / "bench.json"
     known = here.state / f"{name}.json"
@@ -193,19 +204,23 @@ def timed(here: Here, name: str, chosen: list[str], flags: list[str]) -> dict:
     left = [op for op in chosen if op not in done]
     while left and time.monotonic() < here.until:
         turn += 1
-        command = ["-m", "kernels.bench", *left, *flags, "--json", str(file)]
+        module = COMMANDS[left[0]]
+        together = list(takewhile(lambda op, module=module: COMMANDS[op] == module, left))
+        command = ["-m", module, *together, *flags, "--json", str(file)]
         ended |= here.run({f"{name}-{turn}": command})
         begun = {row["op"] for row in read(file, {"cases": []})["cases"]}
-        last = max((i for i, op in enumerate(left) if op in begun), default=0)
-        done |= dict.fromkeys(left[:last], 0)
+        last = max((i for i, op in enumerate(together) if op in begun), default=0)
+        done |= dict.fromkeys(together[:last], 0)
         status = ended[f"{name}-{turn}"].status
         if status is not None:  # that op is the last of all or ended it; stopped, it is run again
-            done[left[last]] = 0 if last + 1 == len(left) and status in (0, 1) else status
+            whole = last + 1 == len(together) and status in (0, 1)
+            done[together[last]] = 0 if whole else status
         known.write_text(json.dumps(done))
         left = [op for op in left if op not in done]
     found = read(file, {"cases": [], "missing": []})
     of_these = lambda key: [row for row in found[key] if row["op"] in chosen]
-    rows, missing = of_these("cases"), of_these("missing")
+    rows = of_these("cases")
+    missing = of_these("missing")
     named = lambda row: f"{row['op']}, {row['size']}: {row['impl']}"
     wrong = {
         "broke": {op: status for op, status in done.items() if status},
@@ -217,7 +232,11 @@ def timed(here: Here, name: str, chosen: list[str], flags: list[str]) -> dict:
 
 
 def pictures(here: Here) -> dict:
-    """Side by side; a training that is stopped draws a picture of where it is, which is enough."""
+    """Train every decoder for a while and keep a picture of each.
+
+    They run side by side. A training that is stopped draws a picture of where it is, which is
+    enough.
+    """
     flags = ["--steps", "2", "--eval-objects", "1"]
     if here.data:
         flags = "--steps 300 --sample-every 100 --warmup 20 --eval-objects 4 --workers 2".split()
@@ -242,7 +261,7 @@ def pictures(here: Here) -> dict:
 
 
 def determinism(here: Here) -> dict:
-    """Two demos of every decoder from one seed: weights and pictures are the same bits."""
+    """Train every decoder twice from one seed: weights and pictures must be the same bits."""
     flags = ["--deterministic", "--eval-objects", "1", "--steps", "20" if here.data else "2"]
     decoders = here.decoders("determinism")
     twice = {name: here.folder(name) for d in decoders for name in (f"{d}-a", f"{d}-b")}
@@ -259,7 +278,7 @@ def determinism(here: Here) -> dict:
 
 
 def same_bits(first: Path, second: Path) -> bool:
-    """Whether two run folders hold the same last checkpoint and pictures."""
+    """Compare the checkpoints and pictures of two run folders."""
     patterns = "checkpoints/*.safetensors", "samples/*.png"
     found = lambda folder: [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     content = lambda folder: {file.relative_to(folder): file.read_bytes() for file in found(folder)}
@@ -267,7 +286,7 @@ def same_bits(first: Path, second: Path) -> bool:
 
 
 def sanitizer(here: Here) -> dict:
-    """Random cases of every op under memcheck and racecheck."""
+    """Run random cases of every op under memcheck and racecheck."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return {"status": "absent", "why": "there is no compute-sanitizer here"}

@@ -7,7 +7,7 @@ from kernels import backend
 from kernels.attention.op import window_attention
 from kernels.radiance.raymarch import _pack, raymarch
 from kernels.radiance.segments import find_segments
-from kernels.views import make_layout
+from kernels.views import make_view_table
 from kernels.voxels.window import Windows
 from tests.helpers.radiance import camera, colors, grads, outputs, voxels
 
@@ -60,7 +60,7 @@ def test_a_pass_that_finds_other_hits_than_were_counted_keeps_to_its_slots(
     position, tensors, starts = voxels([5], 16, 2, 4, kernel_device)
     view = camera(1, 24, 18, 16, kernel_device)
     offset = torch.full((1, 18, 24), 0.5, device=kernel_device)
-    args = position, _pack(view).float(), offset, make_layout(starts, [0], kernel_device), 16, 4
+    args = position, _pack(view).float(), offset, make_view_table(starts, [0], kernel_device), 16, 4
     fine, _ = find_segments(*args, torch.zeros(2, dtype=torch.int64, device=kernel_device))
     launch = backend.launch
     change = torch.tensor([0, -2, 0, 3, 0], device=kernel_device)

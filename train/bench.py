@@ -1,10 +1,10 @@
-"""What `python -m kernels.bench` measures beyond single ops: a transformer block, a transformer, a
-Gaussian training step.
+"""python -m train.bench [OP ...]: times a transformer block, a transformer and a training step.
 
-They need models and the training loop, which kernels may not import: the registry of kernels.bench
-names this module, and it is looked up only when one of its ops is asked for.
+The flags, tables and results are those of `python -m kernels.bench`, which measures single ops; see
+kernels.bench.command.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -17,29 +17,29 @@ from kernels import Camera, SpatialCache, window_partition
 from kernels.bench.attention import (
     WINDOW,
     Attend,
-    Layout,
+    WindowLayout,
     attention_work,
     flash,
     one_by_one,
     sizes,
     voxels,
 )
-from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.gaussian import gsplat
-from kernels.bench.peers import compiled, optional
-from kernels.bench.shapes import batch, shell
-from models import VAE, Encoder, GaussianScene, SparseTensor
+from kernels.bench.baselines import compiled, optional
+from kernels.bench.case import DTYPES, Case, Cases, Impl, Work
+from kernels.bench.command import main
+from kernels.bench.shells import batch, shell
+from models import VAE, Encoder, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
 from train.data.batch import Batch
 from train.losses.objective import Objective
 from train.losses.pictures import PictureLoss
 from train.optimizer import GradClipper, LossScale, Optimizer
-from train.published import Rasterize, one_view, published_block, published_loss
+from train.published import Rasterize, gsplat_view, one_view, published_block, published_loss
 
 
 def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[Work], list[Work]]:
-    """The stages of a fully fused block, forward and backward, one after another.
+    """List the stages of a fully fused block, forward and backward, one after another.
 
     Forward: norm (2 passes over N C), qkv, attention, out, norm with residual (2), MLP. Products
     count as flops alone (their operands stay in flight); 24 N C^2 flops forward in all, twice that
@@ -62,20 +62,18 @@ def block_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[list[W
 
 
 def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """x [N, C] -> x [N, C], gradients of x and of every weight, which is fp32."""
+    """Measure x [N, C] -> x [N, C], with gradients of x and of every weight, which is fp32."""
     H, D = sizes(size)
     for name, coords in voxels(size).items():
         cache = SpatialCache(coords.to(device))
         windows = cache.get(shifted_windows, WINDOW, 0)
-        layout = Layout(windows.order, windows.lengths)
+        layout = WindowLayout(windows.order, windows.lengths)
         N = len(cache)
         torch.manual_seed(0)
         block = Trunk(8, H * D, num_blocks=1, num_heads=H, window_size=WINDOW).blocks[0].to(device)
         attend = layout.padded().run if device.type == "cpu" else layout.published(flash).run
         published = published_block(block, attend)
-        what = "published path on torch ops, " + (
-            "padded attention" if device.type == "cpu" else "varlen_attn"
-        )
+        kernel = "padded attention" if device.type == "cpu" else "varlen_attn"
         fused = compiled(published, device)
         naive = published_block(block, layout.published(one_by_one).run)
 
@@ -95,8 +93,8 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
                 ours=partial(block, cache=cache),
                 forward=forward,
                 backward=backward,
-                peers={
-                    what: Impl(published),
+                baselines={
+                    f"published path on torch ops, {kernel}": Impl(published),
                     "torch.compile of it": fused if isinstance(fused, str) else Impl(fused),
                 },
                 reference=naive,
@@ -106,7 +104,7 @@ def block_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
 
 def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A transformer, forward and backward, on so few voxels that a GPU may wait for its host.
+    """Measure a transformer on so few voxels that a GPU may wait for its host.
 
     The device's time, then that of the host, which issues the work and does not wait for it.
     Windows are made in every call, as for every batch of a training.
@@ -148,8 +146,9 @@ def trunk_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
 
 
 def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Batch:
-    """Objects with random features and pictures, one view each: what a step computes on does not
-    change its time.
+    """Make objects with random features and pictures, one view each.
+
+    The values a step computes with do not change its time.
     """
     generator = torch.Generator().manual_seed(0)
     B = int(coords[-1, 0]) + 1
@@ -164,8 +163,9 @@ def _batch(coords: Tensor, channels: int, edge: int, device: torch.device) -> Ba
 def _trainer(
     vae: VAE, precision: str, max_norm: float, loss: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A step over weights of its own: loss(vae, *args), its gradients and the optimiser. Returns
-    the loss.
+    """Make a training step over weights of its own; it returns the loss.
+
+    A step is loss(vae, *args), its gradients and the optimiser.
     """
     vae = deepcopy(vae)
     scale = LossScale() if precision == "fp16" else LossScale(0, 0, 0)
@@ -190,16 +190,8 @@ def _published(
     return loss
 
 
-def _gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
-    peer = gsplat(camera, background)
-    return peer.restore(
-        peer.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
-    )[0]
-
-
 def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One micro-batch of two objects, forward, backward and optimiser, with the demo's or the
-    published sizes.
+    """Measure a training step: a micro-batch of two objects, with the demo's or published sizes.
 
     Each implementation trains a model of its own from the same weights; the first losses are
     compared. The floor is that of the transformer blocks alone, which is most of the work: 3 passes
@@ -226,11 +218,8 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         background = torch.ones(batch.batch_size, 3, device=device)
 
         def inputs(seed: int, coords=coords, latent=config.model.latent) -> tuple[Tensor]:
-            return (
-                torch.randn(len(coords), latent, generator=torch.Generator().manual_seed(seed)).to(
-                    device
-                ),
-            )
+            generator = torch.Generator().manual_seed(seed)
+            return (torch.randn(len(coords), latent, generator=generator).to(device),)
 
         def ours(
             vae: VAE,
@@ -248,16 +237,16 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             vae, config.precision, config.max_norm, loss
         )
         common = batch, background, weights
-        absent = optional("gsplat")
         name = f"published composition, {where}, "
-        peers = {
-            name + "our splat a view at a time": Impl(train(_published(attend, one_view, *common)))
+        ours_by_view = Impl(train(_published(attend, one_view, *common)))
+        gsplat_by_view = optional("gsplat")
+        if not isinstance(gsplat_by_view, str):
+            loss = _published(attend, gsplat_view, *common)
+            gsplat_by_view = Impl(train(loss), tolerance=5e-2)
+        baselines = {
+            name + "our splat a view at a time": ours_by_view,
+            name + "gsplat a view at a time": gsplat_by_view,
         }
-        peers[name + "gsplat a view at a time"] = (
-            absent
-            if isinstance(absent, str)
-            else Impl(train(_published(attend, _gsplat_view, *common)), tolerance=5e-2)
-        )
         H = config.model.heads
         D = config.model.channels // config.model.heads
         windows = SpatialCache(coords).get(shifted_windows, config.model.window, 0)
@@ -270,6 +259,16 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
             inputs=inputs,
             ours=train(ours),
             forward=2 * config.model.blocks * (forward + backward),
-            peers=peers,
+            baselines=baselines,
             forward_name="step",
         )
+
+
+OPS: dict[str, Cases] = {
+    "block": block_cases,
+    "trunk": trunk_cases,
+    "train_step": train_step_cases,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(OPS, "python -m train.bench"))

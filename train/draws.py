@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.transfer import to_device
+from kernels import to_device
 from models import SparseTensor
 from train.config import Config
 from train.run.machine import Machine, seed_of

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, reduce
 
 import models
-from kernels import Image
+from kernels import SH0, Image
 from models import GaussianScene, Scene
 from models.files import write_whole
 from train.data.batch import Batch
@@ -30,7 +30,6 @@ PROTOCOL = (
 )
 # standard deviations in voxels that the baseline of one Gaussian a voxel chooses from
 SIZES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.1)
-C0 = 0.28209479177387814  # the constant spherical harmonic
 
 # the views of one object on black, row for row with batch.image
 Renderer = Callable[[Batch], Image]
@@ -102,7 +101,7 @@ def voxel_gaussians(resolution: int, size: float) -> Renderer:
     def decode(batch: Batch) -> list[GaussianScene]:  # of one object
         center = (batch.coords[:, 1:].float() + 0.5) / resolution - 0.5
         one = torch.ones_like(center[:, :1])
-        color = (batch.features[:, None, :3] - 0.5) / C0
+        color = (batch.features[:, None, :3] - 0.5) / SH0
         scale = one.expand(-1, 3) * (size / resolution)
         rotation = one * one.new_tensor([1, 0, 0, 0])
         return [GaussianScene(center, scale, rotation, 0.99 * one, color)]

@@ -1,11 +1,10 @@
-"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours:
-what ours is set beside.
+"""A Gaussian training step as microsoft/TRELLIS composes it, over the weights of a model of ours.
 
 Norms in fp32 between two casts, rows gathered before attention and scattered after it, windows by
 argsort and bincount, residual sums and GELU of their own, one call of the rasteriser a view, SSIM
 by five convolutions. Where the published code does more than that (a copy of segment bounds from
 the host at every attention, a loop over objects in the decoder's activations), ours is used, in the
-peer's favour.
+baseline's favour.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels import Camera, SpatialCache
-from kernels.bench.attention import Attend, Layout
-from kernels.bench.norm import eager_gelu, eager_layer_norm
+from kernels.bench.attention import Attend, WindowLayout
+from kernels.bench.gaussian import gsplat
+from kernels.bench.norm import eager_gelu, eager_layer_norm, ssim_reference
 from kernels.bench.voxels import published_partition
-from kernels.similarity import ssim_reference
 from models import VAE, GaussianScene, Posterior, SparseTensor, penalties
 from models.layers import Block, Trunk, linear, position_embedding
 from models.vae import OUTPUT_EPS
@@ -30,7 +29,10 @@ Rasterize = Callable[[GaussianScene, Camera, Tensor], Tensor]
 
 
 def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The published forward pass over the same weights: `attend` takes qkv [N, 3, H, D]."""
+    """Make the published forward pass over a block's weights: [N, C] -> [N, C].
+
+    `attend` takes qkv [N, 3, H, D].
+    """
     to_qkv = block.attn.to_qkv
     to_out = block.attn.to_out
     up, down = block.mlp.mlp
@@ -44,13 +46,14 @@ def published_block(block: Block, attend: Callable[[Tensor], Tensor]) -> Callabl
     return run
 
 
-def _layout(cache: SpatialCache, window: int, shift: int) -> Layout:
-    return Layout(*published_partition(cache.coords, window, shift))
+def _layout(cache: SpatialCache, window: int, shift: int) -> WindowLayout:
+    return WindowLayout(*published_partition(cache.coords, window, shift))
 
 
 def published_trunk(model: Trunk, x: SparseTensor, attend: Attend | None) -> Tensor:
-    """The features before the output layer's norm, of a model with shifted windows; `attend` None:
-    padded windows.
+    """Compute the features [N, C] before the output layer's norm, with shifted windows.
+
+    `attend` None: padded windows.
     """
     h = model.input_layer(x.feats) + x.cache.get(position_embedding, model.model_channels)
     h = h.to(model.compute_dtype(x.feats))
@@ -75,7 +78,7 @@ def published_loss(
     batch: Batch,
     background: Tensor,
 ) -> Tensor:
-    """What train.losses.objective.Objective computes."""
+    """Compute the loss of train.losses.objective.Objective."""
     mean, logvar = _output(vae.encoder, x, attend).chunk(2, dim=1)
     z = Posterior(mean, logvar, x).sample(noise=noise)
     scenes = vae.decoder.scenes(z.replace(_output(vae.decoder, z, attend)))
@@ -94,5 +97,13 @@ def published_loss(
 
 
 def one_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
-    """Our own rasteriser, a view at a time."""
+    """Render one view with our own rasteriser: [1, 3, H, W]."""
     return scene.render(camera, background).color
+
+
+def gsplat_view(scene: GaussianScene, camera: Camera, background: Tensor) -> Tensor:
+    """Render one view with gsplat, where it is installed: [1, 3, H, W]."""
+    baseline = gsplat(camera, background)
+    return baseline.restore(
+        baseline.run(scene.center, scene.scale, scene.rotation, scene.opacity, scene.color)
+    )[0]

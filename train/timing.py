@@ -41,7 +41,7 @@ Interval = tuple[str, float, float]  # name, start and end in microseconds
 
 
 def busy(intervals: Iterable[Interval]) -> float:
-    """Microseconds in which at least one of the intervals runs."""
+    """Sum the microseconds in which at least one of the intervals runs."""
     total = 0.0
     end = float("-inf")
     for _, start, stop in sorted(intervals, key=lambda interval: interval[1:]):
@@ -51,7 +51,7 @@ def busy(intervals: Iterable[Interval]) -> float:
 
 
 def by_name(intervals: Iterable[Interval], steps: int) -> list[dict]:
-    """Calls and milliseconds of each kernel in one of `steps` steps, the longest first."""
+    """List calls and milliseconds of each kernel in one of `steps` steps, the longest first."""
     found: dict[str, list[float]] = {}
     for name, start, end in intervals:
         found.setdefault(name, []).append(end - start)
@@ -74,7 +74,7 @@ class Timed:
             torch.cuda.synchronize(self.run.here.device)
 
     def ms(self, step: list[Batch]) -> float:
-        """Milliseconds of one step."""
+        """Time one step in milliseconds."""
         self._wait()
         began = time.perf_counter()
         self.run.step(step)
@@ -82,7 +82,7 @@ class Timed:
         return 1e3 * (time.perf_counter() - began)
 
     def measured(self, steps: list[list[Batch]]) -> dict:
-        """Times of the steps, and the most memory that they held."""
+        """Time the steps, and measure the most memory that they held."""
         device = self.run.here.device
         if self.gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -99,7 +99,7 @@ class Timed:
         }
 
     def profiled(self, steps: list[list[Batch]]) -> dict:
-        """Wall time, busy time and every kernel, of one step on average."""
+        """Profile the steps: wall time, busy time and every kernel, of one step on average."""
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.gpu else [])]
         with profile(activities=activities) as found:
             wall = [self.ms(step) for step in steps]
@@ -118,7 +118,7 @@ class Timed:
 
 
 def measure(run: Run, warm_up: int, steps: int, profiled: int) -> Iterator[dict]:
-    """The results so far: after the first steps, the timed ones, and the profiled ones."""
+    """Yield the results so far: after the first steps, the timed ones, and the profiled ones."""
     batches = iter(run.objects.steps())
     timed = Timed(run)
     config = run.config
@@ -155,7 +155,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     args, flags = _parse(argv)
     module, compare = DECODERS[args.decoder]
     config = from_cli(args.decoder, module.PRESETS, flags)
@@ -165,9 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args.decoder, config, module.build, here, compare)
         for result in measure(run, args.warm_up, args.steps, min(3, args.steps)):
             write_whole(args.json, json.dumps(result, indent=1) + "\n")
-            told = {key: value for key, value in result.items() if key != "kernels"}
+            shown = {key: value for key, value in result.items() if key != "kernels"}
             text = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
-            print(", ".join(f"{key} {text(value)}" for key, value in told.items()), flush=True)
+            print(", ".join(f"{key} {text(value)}" for key, value in shown.items()), flush=True)
         for row in result.get("kernels", [])[:20]:
             print(f"{row['ms']:9.3f} ms  {row['calls']:7.1f} x  {row['kernel'][:100]}", flush=True)
 

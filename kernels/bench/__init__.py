@@ -1,1 +1,1 @@
-"""Times, errors, lower bounds and other implementations of every op."""
+"""Benchmarks: times, errors, lower bounds and other implementations of every op."""

@@ -11,13 +11,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention.op import segment_attention, window_attention
+from kernels import (
+    Windows,
+    segment_attention,
+    serialized_windows,
+    window_attention,
+    window_partition,
+)
 from kernels.attention.reference import segment_attention_reference, window_attention_reference
+from kernels.bench.baselines import compiled, optional
 from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.peers import compiled, optional
-from kernels.bench.shapes import batch, shell
-from kernels.voxels.curves import serialized_windows
-from kernels.voxels.window import Windows, window_partition
+from kernels.bench.shells import batch, shell
 
 WINDOW = 8
 # q, k, v [rows, H, D], starts [M + 1] int32, longest
@@ -26,7 +30,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 @cache
 def voxels(size: str) -> dict[str, Tensor]:
-    """The coordinate sets that block, attention and norms are measured on: [N, 4] by name."""
+    """Make the coordinate sets of attention, norms and blocks: [N, 4] by name."""
     if size == "small":
         return {"sphere 32^3": batch(shell("sphere", 32)), "blobs 16^3": batch(shell("blobs", 16))}
     uneven = batch(*map(shell, ("noisy sphere", "rough sphere", "rotated box", "small sphere")))
@@ -35,12 +39,15 @@ def voxels(size: str) -> dict[str, Tensor]:
 
 
 def sizes(size: str) -> tuple[int, int]:
-    """Heads and channels per head: of the published models, or few for a CPU."""
+    """Give heads and channels per head: of the published models, or few for a CPU."""
     return (2, 32) if size == "small" else (12, 64)
 
 
 def attention_work(N: int, squares: int, H: int, D: int, width: int) -> tuple[Work, Work]:
-    """Forward and backward; `squares` = sum n^2 over the windows, `width` bytes an element."""
+    """Count the work of both passes.
+
+    `squares` is the sum of n^2 over the windows, `width` the bytes of an element.
+    """
     C = H * D
     lse = 4 * N * H
     return Work(4 * N * C * width + lse, 4 * C * squares), Work(
@@ -53,8 +60,9 @@ def _squares(windows: Windows) -> int:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """torch's own kernel for segments of uneven length (FlashAttention-2); on a CPU it raises
-    NotImplementedError.
+    """Run torch's own kernel for segments of uneven length, FlashAttention-2.
+
+    Raises NotImplementedError on a CPU.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -62,17 +70,17 @@ def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tens
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """The naive reference: one window after the other."""
+    """Run the naive reference: one window after the other."""
     return segment_attention_reference(q, k, v, starts, starts)
 
 
 def _varlen(device: torch.device) -> Attend | str:
-    """torch's own, where it runs."""
+    """Choose torch's own kernel where it runs, or say why not."""
     return "absent: torch's varlen_attn needs a GPU" if device.type == "cpu" else flash
 
 
 def _flash_attn() -> Attend | str:
-    """The flash_attn package, if it is there."""
+    """Choose the flash_attn package where it is installed, or say why not."""
     module = optional("flash_attn")
     if isinstance(module, str):
         return module
@@ -81,9 +89,10 @@ def _flash_attn() -> Attend | str:
     )
 
 
-class Layout:
-    """What peers need to know of the windows, made before anything is timed, empty windows left
-    out.
+class WindowLayout:
+    """Windows in the forms that other packages take, made before anything is timed.
+
+    Empty windows are left out.
     """
 
     # rows [N] in window order, rows of each window [M]; int32
@@ -105,8 +114,9 @@ class Layout:
         )
 
     def gathered(self, attend: Attend | str) -> Impl | str:
-        """The attention alone: its rows are gathered before and scattered after the clock. A string
-        says why it is absent.
+        """Time the attention alone: rows are gathered before and scattered after.
+
+        A string says why it is absent.
         """
         if isinstance(attend, str):
             return attend
@@ -117,8 +127,9 @@ class Layout:
         )
 
     def published(self, attend: Attend | str) -> Impl | str:
-        """What the published model runs: gather, attention, scatter. A string says why it is
-        absent.
+        """Time what the published model runs: gather, attention, scatter.
+
+        A string says why it is absent.
         """
         if isinstance(attend, str):
             return attend
@@ -127,7 +138,7 @@ class Layout:
         )
 
     def padded(self) -> Impl:
-        """Every window padded to the longest, one scaled_dot_product_attention with a mask."""
+        """Pad every window to the longest and run scaled_dot_product_attention with a mask."""
         M = len(self.starts) - 1
         mask = torch.zeros(M * self.longest, dtype=torch.bool, device=self.order.device)
         mask[self.place] = True
@@ -145,8 +156,9 @@ class Layout:
         return Impl(run)
 
     def block_mask(self, block: int = 128):
-        """FlexAttention's list of key blocks for each query block, from the window bounds: no N^2
-        evaluation.
+        """List the key blocks of each query block for FlexAttention, from the window bounds.
+
+        The N^2 evaluation of the mask is avoided.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -169,8 +181,9 @@ class Layout:
         )
 
     def flex(self, compile: Callable) -> Impl | str:
-        """FlexAttention over gathered rows; `compile` turns the eager function into the fused one,
-        or says why not.
+        """Time FlexAttention over gathered rows.
+
+        `compile` turns the eager function into the fused one, or says why not.
         """
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -202,10 +215,10 @@ def attention_case(
     device: torch.device,
     window: int = WINDOW,
 ) -> Case:
-    """One coordinate set, one type, with every peer."""
+    """Make the case of one coordinate set and type, with every baseline."""
     coords = coords.to(device)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, window, 0)
-    layout = Layout(windows.order, windows.lengths)
+    layout = WindowLayout(windows.order, windows.lengths)
     N = len(coords)
     forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
     common = dict(
@@ -215,17 +228,17 @@ def attention_case(
     if op == "segment_attention":  # q, k, v as three tensors in window order
         starts = windows.starts
         run = lambda q, k, v: varlen(q, k, v, layout.starts, layout.longest)
-        peers = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
+        baselines = {"torch varlen_attn": varlen if isinstance(varlen, str) else Impl(run)}
         return Case(
             inputs=lambda seed: tuple(
                 _random((N, H, D), dtype, device, 3 * seed + i) for i in range(3)
             ),
             ours=lambda q, k, v: segment_attention(q, k, v, starts, starts),
-            peers=peers,
+            baselines=baselines,
             reference=lambda q, k, v: segment_attention_reference(q, k, v, starts, starts),
             **common,
         )
-    peers = {
+    baselines = {
         "torch varlen_attn, rows gathered before": layout.gathered(varlen),
         "published path: gather + varlen_attn + scatter": layout.published(varlen),
         "flash_attn, rows gathered before": layout.gathered(_flash_attn()),
@@ -237,21 +250,21 @@ def attention_case(
     return Case(
         inputs=lambda seed: (_random((N, 3, H, D), dtype, device, seed),),
         ours=lambda qkv: window_attention(qkv, windows),
-        peers=peers,
+        baselines=baselines,
         reference=layout.published(one_by_one).run,
         **common,
     )
 
 
 def window_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Every coordinate set."""
+    """Measure windows on every coordinate set."""
     for name, coords in voxels(size).items():
         for dtype in dtypes:
             yield attention_case("window_attention", name, dtype, coords, *sizes(size), device)
 
 
 def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The first coordinate set: what differs is that no row order is read."""
+    """Measure segments on the first coordinate set: no row order is read."""
     name, coords = next(iter(voxels(size).items()))
     for dtype in dtypes:
         yield attention_case("segment_attention", name, dtype, coords, *sizes(size), device)
@@ -260,8 +273,9 @@ def segment_attention_cases(size: str, dtypes: list[str], device: torch.device) 
 def serialized_attention_cases(
     size: str, dtypes: list[str], device: torch.device
 ) -> Iterator[Case]:
-    """Overlapping runs of 512 voxels (a few on a CPU) along a space-filling curve: keys are an
-    index list, rows repeat.
+    """Measure overlapping runs of 512 voxels (64 on a CPU) along a space-filling curve.
+
+    Keys are an index list, in which rows repeat.
     """
     name, coords = next(iter(voxels(size).items()))
     coords = coords.to(device)
@@ -285,45 +299,46 @@ def serialized_attention_cases(
 
 
 def rotary_attention_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Windows with queries and keys rotated and RMS-normed in the loads; phases and gammas are too
-    small to count.
+    """Measure windows whose queries and keys are rotated and RMS-normed as they are loaded.
+
+    Phases and gammas are too small to count.
     """
     name, coords = next(iter(voxels(size).items()))
     coords = coords.to(device)
     H, D = sizes(size)
     windows = window_partition(coords, int(coords[-1, 0]) + 1, WINDOW, 0)
     N = len(coords)
-    angle = (
-        coords[:, 1:].float()
-        @ torch.ones(3, D // 2, device=device)
-        * 10.0 ** -torch.arange(D // 2, device=device)
-    )
+    frequency = 10.0 ** -torch.arange(D // 2, device=device)
+    angle = coords[:, 1:].float() @ torch.ones(3, D // 2, device=device) * frequency
     phases = torch.polar(torch.ones_like(angle), angle)
+
+    def gamma(seed: int) -> Tensor:
+        noise = torch.randn(H, D, generator=torch.Generator().manual_seed(seed))
+        return (1 + 0.1 * noise).to(device).requires_grad_()
+
+    def normed_and_rotated(attend: Callable) -> Callable:
+        def run(qkv: Tensor, q_gamma: Tensor, k_gamma: Tensor) -> Tensor:
+            if qkv.dtype == torch.float64:
+                q_gamma = q_gamma.to(qkv)
+                k_gamma = k_gamma.to(qkv)
+            return attend(qkv, windows, q_gamma=q_gamma, k_gamma=k_gamma, phases=phases)
+
+        return run
+
     for dtype in dtypes:
         forward, backward = attention_work(N, _squares(windows), H, D, DTYPES[dtype].itemsize)
-        treated = lambda attend: (
-            lambda qkv, q, k: attend(
-                qkv,
-                windows,
-                q_gamma=q.to(qkv) if qkv.dtype == torch.float64 else q,
-                k_gamma=k.to(qkv) if qkv.dtype == torch.float64 else k,
-                phases=phases,
-            )
-        )
-        gamma = lambda seed: (
-            1 + 0.1 * torch.randn(H, D, generator=torch.Generator().manual_seed(seed))
-        ).to(device)
+
+        def inputs(seed: int, dtype=dtype) -> tuple[Tensor, Tensor, Tensor]:
+            qkv = _random((N, 3, H, D), dtype, device, seed)
+            return qkv, gamma(seed), gamma(seed + 1)
+
         yield Case(
             op="rotary_attention",
             size=f"{name}, N = {N}",
             dtype=dtype,
             forward=[forward],
             backward=[backward],
-            inputs=lambda seed, d=dtype, g=gamma: (
-                _random((N, 3, H, D), d, device, seed),
-                g(seed).requires_grad_(),
-                g(seed + 1).requires_grad_(),
-            ),
-            ours=treated(window_attention),
-            reference=treated(window_attention_reference),
+            inputs=inputs,
+            ours=normed_and_rotated(window_attention),
+            reference=normed_and_rotated(window_attention_reference),
         )

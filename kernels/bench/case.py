@@ -1,6 +1,6 @@
-"""What a benchmark case consists of: implementations, inputs, and the work that bounds them."""
+"""Benchmark cases: the implementations of an op, their inputs, and the work that bounds them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,19 +8,15 @@ from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-
+# Names of implementations in the results
 OURS = "trislat"
-
-
 NAIVE = "naive reference"
-
-
 INTERPRETED = "trislat, kernels interpreted"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage cannot avoid."""
+    """Bytes and flops that a stage cannot avoid."""
 
     bytes: float = 0  # every input once, every output once
     flops: float = 0  # of matrix products
@@ -28,15 +24,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation. What `prepare` does is not timed; `restore` brings its output into ours'
-    form.
+    """One implementation of a case.
+
+    `prepare` converts the inputs and is not timed; `restore` brings the output into the form of
+    ours.
     """
 
     run: Callable  # (*prepared) -> tensor or tensors
     prepare: Callable = lambda *args: args  # (*inputs) -> prepared; differentiable
     restore: Callable = lambda out: out
     tolerance: float | None = None  # None: by type
-    compared: Callable = lambda inputs, grads: grads  # what of the gradients, ours too, is compared
+    # (inputs, gradients) -> the part of the gradients that is compared, of ours too
+    compared: Callable = lambda inputs, grads: grads
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,15 @@ class Case:
     ours: Callable
     forward: Sequence[Work]
     backward: Sequence[Work] = ()  # empty: no backward pass
-    peers: dict[str, Impl | str] = field(default_factory=dict)  # a string says why a peer is absent
+    # other implementations by name; a string says why one is absent
+    baselines: dict[str, Impl | str] = field(default_factory=dict)
     reference: Callable | None = None  # the naive one
     naive: bool = True  # whether the reference is also run at this size
     parameters: Sequence[Tensor] = ()  # differentiated beside the inputs
     on_host: bool = False  # measures the host's time of a call that leaves the device alone
     forward_name: str = "forward"
     restore: Callable = lambda out: out  # of ours, where outputs are not compared as they are
+
+
+# (size, types, device) -> the cases of one op; size is "small" or "base"
+Cases = Callable[[str, list[str], torch.device], Iterator[Case]]

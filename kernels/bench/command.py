@@ -1,76 +1,34 @@
-"""python -m kernels.bench [OP ...] [--size small|base] [--dtype fp16,bf16] [--json PATH] [--errors]
+"""Command line of `python -m kernels.bench` and `python -m train.bench`.
 
-Times every op forward and backward against its floor on this device and against every other
-implementation that can be imported, in the same run, after checking that they agree
-(kernels.bench.measure says how). On a CPU, what is measured is the torch path against the naive
-reference: that says nothing about the kernels.
+Times every op forward and backward beside its floor on this device and every other implementation
+that can be imported, in the same run, after checking that they agree (kernels.bench.measure says
+how). On a CPU, what is measured is the torch path against the naive reference: that says nothing
+about the kernels.
 
 --errors prints instead, as they come, how far each implementation is from the reference in float64,
 by type; on a CPU with TRITON_INTERPRET=1 the kernels too, interpreted. --warm compiles everything
 and times nothing. --json writes {device, driver, torch, triton, python, commit, date, ceilings,
 cases, missing}; PATH may be a folder, in which the file is named after the device. Exit status 1:
 ours failed or two implementations disagree.
-
-A new op is one line in OPS and a function `OP_cases(size, dtypes, device)` that yields
-kernels.bench.case.Case.
 """
 
 import argparse
-import datetime
-import importlib
 import json
 import math
-import platform
 import re
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import triton
 
-from kernels.bench.case import DTYPES, NAIVE, OURS, Case
-from kernels.bench.measure import Ceilings, Clock, errors, measure, measure_ceilings, verdicts
-from kernels.bench.peers import KNOWN, optional
+from kernels.bench.baselines import KNOWN, optional
+from kernels.bench.case import DTYPES, NAIVE, OURS, Case, Cases
+from kernels.bench.environment import device_name, environment, file_name
+from kernels.bench.measure import Roofline, Timer, agreement, errors, measure, measure_roofline
 from kernels.checks import new_file
 
-# Op -> the module with its cases. Looked up by name, and only when asked for: kernels imports
-# nothing that stands on it
-OPS = {
-    "window_attention": "kernels.bench.attention",
-    "segment_attention": "kernels.bench.attention",
-    "serialized_attention": "kernels.bench.attention",
-    "rotary_attention": "kernels.bench.attention",
-    "attention_rows": "kernels.bench.sweeps",
-    "attention_window": "kernels.bench.sweeps",
-    "attention_occupancy": "kernels.bench.sweeps",
-    "layer_norm": "kernels.bench.norm",
-    "add_layer_norm": "kernels.bench.norm",
-    "gelu": "kernels.bench.norm",
-    "ssim": "kernels.bench.norm",
-    "build_table": "kernels.bench.voxels",
-    "lookup": "kernels.bench.voxels",
-    "neighbours": "kernels.bench.voxels",
-    "window_partition": "kernels.bench.voxels",
-    "partition_window": "kernels.bench.sweeps",
-    "partition_extent": "kernels.bench.sweeps",
-    "neighbours_extent": "kernels.bench.sweeps",
-    "cache_hit": "kernels.bench.voxels",
-    "splat": "kernels.bench.gaussian",
-    "raymarch": "kernels.bench.radiance",
-    "sparse_conv": "kernels.bench.mesh",
-    "subdivide_conv": "kernels.bench.mesh",
-    "group_norm": "kernels.bench.mesh",
-    "pool": "kernels.bench.mesh",
-    "isosurface": "kernels.bench.mesh",
-    "render_mesh": "kernels.bench.mesh",
-    "block": "train.bench",
-    "trunk": "train.bench",
-    "train_step": "train.bench",
-}
 COLUMNS = [
     "op",
     "pass",
@@ -85,170 +43,136 @@ COLUMNS = [
     "fraction",
     "agrees",
 ]
+ERROR_TABLE = "| op | size | type | implementation | output | gradient |\n|---|---|---|---|---|---|"
+# Results of different ops share a file only where these are equal
+SAME_RUN = ("device", "driver", "torch", "triton", "commit")
+
+Filter = Callable[[Case], Case | None]  # the part of a case that is measured; None: nothing
 
 
-def cases(op: str, size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The cases of one op of OPS; KeyError for another name."""
-    return getattr(importlib.import_module(OPS[op]), f"{op}_cases")(size, dtypes, device)
-
-
-def device_name(device: torch.device) -> str:
-    """As the vendor calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return (
-        f"{found[1] if found else platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads"
-    )
-
-
-def file_name(name: str) -> str:
-    """The device in lower case: nvidia-h100-80gb-hbm3.json."""
-    return "-".join(re.findall(r"[a-z0-9.]+", name.lower())) + ".json"
-
-
-def _ask(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return "unknown"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return (
-        done.stdout.strip().splitlines()[0]
-        if done.returncode == 0 and done.stdout.strip()
-        else "unknown"
-    )
-
-
-def facts(device: torch.device) -> dict:
-    """What the numbers depend on beside the code."""
-    driver = "none"
-    if device.type == "cuda":
-        driver = torch.version.hip or _ask(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
-    commit = _ask("git", "rev-parse", "--short=12", "HEAD")
-    changed = _ask("git", "status", "--porcelain", "--untracked-files=no") not in ("unknown", "")
-    return {
-        "device": device_name(device),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit + ("+changes" if changed else ""),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-
-
-def lines(rows: list[dict]) -> Iterator[str]:
-    """One case and pass as text: the floor, then every implementation."""
+def format_rows(rows: list[dict]) -> Iterator[str]:
+    """Write the rows of one case as text: the floor of each pass, then every implementation."""
     head = None
     for row in rows:
         key = row["op"], row["pass"], row["size"], row["dtype"]
         if key != head:
             head = key
-            yield (
-                f"{row['op']} {row['pass']}  {row['size']}  {row['dtype']}   floor "
-                f"{row['floor_us']:.1f} us"
-            )
-        time = "DISAGREES, not timed" if row["agrees"] is False else "failed, see below"
-        if row["median_us"] is not None:
-            time = f"{row['median_us']:>12.1f} us +- {row['spread_us']:.1f}"
-            time += f"   {100 * row['fraction']:.1f} % of the floor" if row["fraction"] else ""
-        yield f"    {row['impl']:<50} {time}"
+            floor = f"floor {row['floor_us']:.1f} us"
+            yield f"{row['op']} {row['pass']}  {row['size']}  {row['dtype']}   {floor}"
+        if row["agrees"] is False:
+            result = "DISAGREES, not timed"
+        elif row["median_us"] is None:
+            result = "failed, see below"
+        else:
+            result = f"{row['median_us']:>12.1f} us +- {row['spread_us']:.1f}"
+            if row["fraction"]:
+                result += f"   {100 * row['fraction']:.1f} % of the floor"
+        yield f"    {row['impl']:<50} {result}"
 
 
-ERROR_TABLE = "| op | size | type | implementation | output | gradient |\n|---|---|---|---|---|---|"
+def _reason(row: dict) -> str:
+    return f"    {row['impl']:<50} {row['why']}"
 
 
 def error_line(row: dict) -> str:
-    """Markdown: largest difference over largest value, of the output and of the worst gradient."""
+    """Write a Markdown row: largest difference over largest value, of output and worst gradient."""
     number = lambda x: "-" if x is None else f"{x:.1e}"
-    found = [row["why"], "-"] if "why" in row else [number(row["output"]), number(row["gradient"])]
+    if "why" in row:
+        found = [row["why"], "-"]
+    else:
+        found = [number(row["output"]), number(row["gradient"])]
     return "| " + " | ".join([row["op"], row["size"], row["dtype"], row["impl"], *found]) + " |"
 
 
 def defaults(device: torch.device) -> tuple[str, list[str]]:
-    """Size and types that a device is measured with."""
+    """Choose the size and the types that a device is measured with."""
     return ("base", ["fp16", "bf16"]) if device.type == "cuda" else ("small", ["fp32"])
 
 
-def start(device: torch.device, seconds: float = 0.25) -> tuple[Clock, Ceilings]:
-    """The clock, `seconds` a measurement, and this device's ceilings now.
+def start(device: torch.device, seconds: float = 0.25) -> tuple[Timer, Roofline]:
+    """Make the timer, with `seconds` for a measurement, and measure this device's roofline.
 
-    0 seconds on a CPU: one call and small ceilings, to see that it runs.
+    0 seconds on a CPU: one call each and small arrays, to see that it runs.
     """
-    clock = Clock(device, seconds, least=5 if seconds else 1)
-    small = (128, 1024) if seconds else (8, 256)
-    return clock, measure_ceilings(clock, *((1024, 8192) if device.type == "cuda" else small))
+    timer = Timer(device, seconds, least=5 if seconds else 1)
+    if device.type == "cuda":
+        return timer, measure_roofline(timer, megabytes=1024, edge=8192)
+    if seconds:
+        return timer, measure_roofline(timer, megabytes=128, edge=1024)
+    return timer, measure_roofline(timer, megabytes=8, edge=256)
 
 
 def run(
-    ops: Sequence[str],
+    ops: Mapping[str, Cases],
     size: str,
     dtypes: list[str],
     device: torch.device,
     seconds: float = 0.25,
     report: Callable[[str], object] = print,
     after: Callable[[dict], object] = lambda result: None,
-    keep: Callable[[Case], Case | None] = lambda case: case,
+    keep: Filter = lambda case: case,
 ) -> dict:
-    """Measure ops of OPS on one device: what --json writes, as a dict.
+    """Measure ops on one device and return the dict that --json writes.
 
-    `report` takes each line of text; `after` the result so far after every case, so that a crash
-    loses one case, not the run; `keep` what of a case is measured, see `without`.
+    `report` takes each line of text. `after` gets the result so far after every case, so that a
+    crash loses one case and not the run. `keep` chooses what is measured of a case, see
+    `exclude`.
     """
-    clock, ceilings = start(device, seconds)
-    products = ", ".join(
-        f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings.product.items()
-    )
-    report(f"ceilings measured now: copy {ceilings.copy / 1e9:.3g} GB/s, {products}\n")
-    limits = {"copy_bytes_per_s": ceilings.copy, "product_flops_per_s": ceilings.product}
-    result = facts(device) | {"ceilings": limits, "cases": [], "missing": []}
-    for op in ops:
-        for case in filter(None, map(keep, cases(op, size, dtypes, device))):
-            rows, missing = measure(case, clock, ceilings)
-            for line in [*lines(rows), *(f"    {row['impl']:<50} {row['why']}" for row in missing)]:
-                report(line)
-            result["cases"] += rows
-            result["missing"] += missing
-            after(result)
+    timer, roofline = start(device, seconds)
+    rates = [f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in roofline.product.items()]
+    copy = f"copy {roofline.copy / 1e9:.3g} GB/s"
+    report(f"ceilings measured now: {', '.join([copy, *rates])}\n")
+    limits = {"copy_bytes_per_s": roofline.copy, "product_flops_per_s": roofline.product}
+    result = environment(device) | {"ceilings": limits, "cases": [], "missing": []}
+    for case in _selected(ops, size, dtypes, device, keep):
+        rows, missing = measure(case, timer, roofline)
+        for line in [*format_rows(rows), *map(_reason, missing)]:
+            report(line)
+        result["cases"] += rows
+        result["missing"] += missing
+        after(result)
     return result
 
 
-def without(sizes: str | None, impls: str | None) -> Callable[[Case], Case | None]:
-    """What leaves out cases whose size, and of the others what implementations' names match."""
+def _selected(
+    ops: Mapping[str, Cases], size: str, dtypes: list[str], device: torch.device, keep: Filter
+) -> Iterator[Case]:
+    for cases in ops.values():
+        yield from filter(None, map(keep, cases(size, dtypes, device)))
+
+
+def exclude(sizes: str | None, impls: str | None) -> Filter:
+    """Make a filter from two regular expressions.
+
+    It drops cases whose size matches `sizes`, and baselines (the naive reference among them) whose
+    name matches `impls`.
+    """
 
     def keep(case: Case) -> Case | None:
         if sizes and re.search(sizes, case.size):
             return None
         out = lambda name: bool(impls and re.search(impls, name))
-        peers = {name: impl for name, impl in case.peers.items() if not out(name)}
-        return replace(case, peers=peers, naive=case.naive and not out(NAIVE))
+        baselines = {name: impl for name, impl in case.baselines.items() if not out(name)}
+        return replace(case, baselines=baselines, naive=case.naive and not out(NAIVE))
 
     return keep
 
 
-def kept(result: dict, path: Path, ops: Sequence[str]) -> dict:
-    """The result beside what the file already has of other ops, if that is of the same device,
-    versions and commit.
+def merge(result: dict, path: Path, ops: Iterable[str]) -> dict:
+    """Add the other ops that a file has to a result of `ops`.
+
+    A file of another device, version or commit adds nothing.
     """
     before = json.loads(path.read_text()) if path.exists() else {}
-    if any(
-        before.get(key) != result[key] for key in ("device", "driver", "torch", "triton", "commit")
-    ):
+    if any(before.get(key) != result[key] for key in SAME_RUN):
         return result
-    return result | {
-        key: [r for r in before[key] if r["op"] not in ops] + result[key]
-        for key in ("cases", "missing")
-    }
+    others = lambda key: [row for row in before[key] if row["op"] not in ops]
+    return result | {key: others(key) + result[key] for key in ("cases", "missing")}
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__.split("\n\n")[1]
-    )
-    parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
+def _parse(ops: Mapping[str, Cases], prog: str, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[1])
+    parser.add_argument("op", nargs="*", help=f"of {', '.join(ops)} (default: all)")
     parser.add_argument(
         "--size", choices=("small", "base"), help="default: base on a GPU, small on a CPU"
     )
@@ -267,37 +191,39 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="write the results here, in a folder to a file named after the device; "
         "what that has of other ops on the same device, versions and commit stays",
     )
-    for flag, what in (
-        ("--without-sizes", "leave out cases whose size matches"),
-        ("--without-impls", "leave out peers, and the naive reference, whose name matches"),
-    ):
-        parser.add_argument(flag, metavar="REGEX", help=what)
+    parser.add_argument(
+        "--without-sizes", metavar="REGEX", help="leave out cases whose size matches"
+    )
+    parser.add_argument(
+        "--without-impls",
+        metavar="REGEX",
+        help="leave out baselines, and the naive reference, whose name matches",
+    )
     instead = parser.add_mutually_exclusive_group()
-    for flag, what in (
-        ("--errors", "print errors against float64 instead of times"),
-        ("--warm", "run everything once, for what compiles; several commands may do it at once"),
-    ):
-        instead.add_argument(flag, action="store_true", help=what)
+    instead.add_argument(
+        "--errors", action="store_true", help="print errors against float64 instead of times"
+    )
+    instead.add_argument(
+        "--warm",
+        action="store_true",
+        help="run everything once, for what compiles; several commands may do it at once",
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.seconds < math.inf:
         parser.error(f"--seconds {args.seconds} must be finite and at least 0")
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size, dtypes = ("small", list(DTYPES)) if args.errors else defaults(args.device)
-    args.size, args.op = args.size or size, args.op or list(OPS)
+    args.size = args.size or size
+    args.op = args.op or list(ops)
     args.dtype = args.dtype.split(",") if args.dtype else dtypes
-    for given, known in ((args.op, OPS), (args.dtype, DTYPES)):
+    for given, known in ((args.op, ops), (args.dtype, DTYPES)):
         if unknown := [x for x in given if x not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
     return args
 
 
-def _chosen(args: argparse.Namespace) -> Iterator[Case]:
-    keep = without(args.without_sizes, args.without_impls)
-    for op in args.op:
-        yield from filter(None, map(keep, cases(op, args.size, args.dtype, args.device)))
-
-
-def _errors(args: argparse.Namespace) -> int:
+def _print_errors(cases: Iterable[Case]) -> int:
+    """Print the table of errors against float64; return the exit status."""
     print(
         "\nLargest difference from float64 over the largest value, of the output and of the "
         "worst gradient.\n"
@@ -305,7 +231,7 @@ def _errors(args: argparse.Namespace) -> int:
     print(ERROR_TABLE, flush=True)
     reasons = {}
     failed = False
-    for case in _chosen(args):
+    for case in cases:
         if case.reference is None:
             continue
         for row in errors(case):
@@ -318,44 +244,48 @@ def _errors(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _warm(args: argparse.Namespace) -> int:
+def _warm_up(cases: Iterable[Case]) -> int:
+    """Run every implementation once; return the exit status."""
     failed = False
-    for case in _chosen(args):
+    for case in cases:
         began = time.perf_counter()
-        _, missing = verdicts(case, case.inputs(0))
+        _, missing = agreement(case, case.inputs(0))
         seconds = time.perf_counter() - began
         print(f"{case.op}  {case.size}  {case.dtype}  {seconds:.1f} s", flush=True)
         for row in missing:
-            print(f"    {row['impl']:<50} {row['why']}", flush=True)
+            print(_reason(row), flush=True)
             failed = failed or row["impl"] == OURS
     return int(failed)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    args = _parse(argv)
-    print(", ".join(f"{key} {value}" for key, value in facts(args.device).items()))
+def _installed() -> str:
+    present = lambda name: "absent" if isinstance(optional(name), str) else "present"
+    return "; ".join(f"{name} {present(name)}" for name in KNOWN)
+
+
+def main(ops: Mapping[str, Cases], prog: str, argv: list[str] | None = None) -> int:
+    """Run the command `prog`, which measures `ops`; return its exit status."""
+    args = _parse(ops, prog, argv)
+    chosen = {op: ops[op] for op in args.op}
+    keep = exclude(args.without_sizes, args.without_impls)
+    print(", ".join(f"{key} {value}" for key, value in environment(args.device).items()))
     if args.device.type == "cpu" and not args.errors and not args.warm:
         print(
             "A CPU: the torch path is measured against the naive reference, not the Triton kernels."
         )
-    print(
-        "peers: "
-        + "; ".join(
-            f"{name} {'absent' if isinstance(optional(name), str) else 'present'}" for name in KNOWN
-        )
-    )
+    print(f"baselines: {_installed()}")
     if args.errors or args.warm:
-        return _errors(args) if args.errors else _warm(args)
+        cases = _selected(chosen, args.size, args.dtype, args.device, keep)
+        return _print_errors(cases) if args.errors else _warm_up(cases)
     if args.json and args.json.is_dir():
         args.json /= file_name(device_name(args.device))
 
     def save(result: dict) -> None:
         if args.json:
-            args.json.write_text(json.dumps(kept(result, args.json, args.op), indent=1) + "\n")
+            whole = merge(result, args.json, args.op)
+            args.json.write_text(json.dumps(whole, indent=1) + "\n")
 
-    keep = without(args.without_sizes, args.without_impls)
     say = lambda line: print(line, flush=True)
-    result = run(args.op, args.size, args.dtype, args.device, args.seconds, say, save, keep)
+    result = run(chosen, args.size, args.dtype, args.device, args.seconds, say, save, keep)
     failed = any(row["impl"] == OURS for row in result["missing"])
     return int(failed or any(row["agrees"] is False for row in result["cases"]))

@@ -12,24 +12,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels import Camera, splat
+from kernels.bench.baselines import optional
 from kernels.bench.case import Case, Impl, Work
-from kernels.bench.peers import optional
-from kernels.bench.shapes import shell
-from kernels.camera import Camera
+from kernels.bench.shells import shell
 from kernels.gaussian.records import GAUSSIAN
 from kernels.gaussian.reference import splat_reference
-from kernels.gaussian.splat import splat
 
-KERNEL_SIZE, SH = 0.1, 0.28209479177387814
+KERNEL_SIZE = 0.1
+SH = 0.28209479177387814
 
 
 def gaussians(size: str, seed: int) -> list[Tensor]:
-    """Those of an object in training: 32 in each voxel of a shell, small, half transparent, turned
-    at random.
+    """Draw the Gaussians of an object in training.
+
+    They are 32 in each voxel of a shell, small, half transparent, turned at random.
     """
-    xyz, per_voxel, resolution = (
-        (shell("sphere", 12), 2, 12) if size == "small" else (shell("noisy sphere"), 32, 64)
+    field, per_voxel, resolution = (
+        ("sphere", 2, 12) if size == "small" else ("noisy sphere", 32, 64)
     )
+    xyz = shell(field, resolution)
     G = len(xyz) * per_voxel
     generator = torch.Generator().manual_seed(seed)
     uniform = lambda *shape: torch.rand(G, *shape, generator=generator)
@@ -46,7 +48,7 @@ def gaussians(size: str, seed: int) -> list[Tensor]:
 
 
 def across_rotation(inputs: tuple, grads: list[Tensor]) -> list[Tensor]:
-    """The gradients without the part along the quaternion, which is 0 where that is normalised.
+    """Remove the part of the gradients along the quaternion, 0 where that is normalised.
 
     `inputs` and `grads` are center, scale, rotation, opacity and colour.
     """
@@ -57,7 +59,7 @@ def across_rotation(inputs: tuple, grads: list[Tensor]) -> list[Tensor]:
 
 
 def gsplat(camera: Camera, background: Tensor) -> Impl | str:
-    """gsplat with the low-pass filter and the opacity compensation of Mip-Splatting.
+    """Render with gsplat: the low-pass filter and opacity compensation of Mip-Splatting.
 
     It clamps opacities at 0.999 where ours clamps at 0.99, and cuts Gaussians off elsewhere:
     compared to a few percent. It normalises quaternions, ours does not.
@@ -91,7 +93,7 @@ def gsplat(camera: Camera, background: Tensor) -> Impl | str:
 
 
 def splat_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One view, as a training step renders of each object; fp32 whatever the network's dtype."""
+    """Measure one view, as a training step renders of each object; fp32 in any case."""
     edge = 64 if size == "small" else 512
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), edge).to(device)
     background = torch.ones(1, 3, device=device)
@@ -119,5 +121,5 @@ def splat_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[
         ours=lambda *tensors: pictures(splat, *tensors),
         naive=size == "small",
         reference=lambda *tensors: pictures(splat_reference, *tensors),
-        peers={"gsplat": gsplat(camera, background)},
+        baselines={"gsplat": gsplat(camera, background)},
     )

@@ -1,17 +1,18 @@
-"""How one case is measured: inputs, implementations that must agree, the floor, the clock.
+"""Measure one case: compare its implementations, then time those that agree.
 
-The floor of a pass is what its compulsory traffic and its matrix products would take at this
-device's own ceilings, measured in the same run: per stage the larger of bytes / copy bandwidth and
-flops / product rate, summed over stages that follow each other. `bytes` are every input read once
-and every output written once, nothing an implementation chooses to keep; `flops` are those of
-matrix products alone. So a fraction of 1 cannot be passed, except where inputs stay in a cache.
+The floor of a pass is its lower bound by the roofline model, with the copy bandwidth and product
+rates of this device, measured in the same run: per stage the larger of bytes / bandwidth and flops
+/ rate, summed over stages that follow each other. `bytes` are every input read once and every
+output written once, nothing an implementation chooses to keep; `flops` are those of matrix products
+alone. So a fraction of 1 cannot be passed, except where inputs stay in a cache.
 
-On a GPU the clock is that of events on the stream. A wait is queued first, so the host is ahead of
+On a GPU, times are those of events on the stream. A wait is queued first, so the host is ahead of
 the device and the gaps between calls are the device's own; an op that waits for the device itself
 shows that in its time, as its user sees it. Input sets are rotated until their bytes are several
 times the L2 cache.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -46,22 +47,20 @@ FAILURES = (
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What the device reaches: bytes per second of a copy (read + write), flops per second of a
-    product by type.
-    """
+class Roofline:
+    """Rates that a device reaches."""
 
-    copy: float
-    product: dict[str, float]
+    copy: float  # bytes per second, read + write
+    product: dict[str, float]  # flops per second of a matrix product, by type
 
     def floor_us(self, stages: Sequence[Work], dtype: str) -> float:
-        """The least time of the stages, one after another, in microseconds."""
+        """Bound the time of stages that follow each other from below, in microseconds."""
         rate = self.product.get(dtype, self.product["fp32"])
         return 1e6 * sum(max(w.bytes / self.copy, w.flops / rate) for w in stages)
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
+    """Compute the median and the interquartile range."""
     if len(samples) == 1:
         return samples[0], 0.0
     low, _, high = quantiles(samples, n=4, method="inclusive")
@@ -69,8 +68,8 @@ def spread(samples: Sequence[float]) -> tuple[float, float]:
 
 
 @dataclass
-class Clock:
-    """Times calls on one device, each long enough for a median."""
+class Timer:
+    """Times calls on one device, as many as a median needs."""
 
     device: torch.device
     seconds: float = 0.25  # spent on one measurement, warm-up aside
@@ -121,24 +120,26 @@ class Clock:
         return self._events(call, host_seconds)
 
 
-def measure_ceilings(clock: Clock, megabytes: int, edge: int) -> Ceilings:
-    """Copy `megabytes` and multiply `edge` x `edge` matrices on the clock's device."""
+def measure_roofline(timer: Timer, megabytes: int, edge: int) -> Roofline:
+    """Time a copy of `megabytes` and products of `edge` x `edge` matrices on the timer's device."""
     torch.manual_seed(0)
-    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=clock.device).random_()
+    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=timer.device).random_()
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / (1e-6 * spread(clock.time(lambda i: target.copy_(source)))[0])
+    copy = 2 * source.numel() / (1e-6 * spread(timer.time(lambda i: target.copy_(source)))[0])
     product = {}
     for name, dtype in DTYPES.items():
-        if clock.device.type == "cpu" and name != "fp32":
+        if timer.device.type == "cpu" and name != "fp32":
             continue  # 16-bit layers on a CPU multiply in fp32
-        a, b = (torch.randn(edge, edge, device=clock.device).to(dtype) for _ in range(2))
-        product[name] = 2 * edge**3 / (1e-6 * spread(clock.time(lambda i, a=a, b=b: a @ b))[0])
-    return Ceilings(copy, product)
+        a, b = (torch.randn(edge, edge, device=timer.device).to(dtype) for _ in range(2))
+        product[name] = 2 * edge**3 / (1e-6 * spread(timer.time(lambda i, a=a, b=b: a @ b))[0])
+    return Roofline(copy, product)
 
 
 def tensors(result) -> list[Tensor]:
-    """The tensors of an output."""
-    return [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
+    """List the tensors of an output."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [item for item in result if isinstance(item, Tensor)]
 
 
 def _wrt(case: Case, args: tuple) -> list[Tensor]:
@@ -146,8 +147,9 @@ def _wrt(case: Case, args: tuple) -> list[Tensor]:
 
 
 def evaluate(case: Case, impl: Impl, args: tuple) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of inputs and parameters for a fixed upstream gradient; in ours'
-    form.
+    """Run both passes; return the outputs and the gradients of inputs and parameters.
+
+    Outputs are in the form of ours; the upstream gradient is fixed.
     """
     out = tensors(impl.restore(impl.run(*impl.prepare(*args))))
     if not case.backward:
@@ -160,16 +162,15 @@ def evaluate(case: Case, impl: Impl, args: tuple) -> tuple[list[Tensor], list[Te
 
 
 def upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Random gradients of the outputs, the same for every implementation and type."""
+    """Draw gradients of the outputs, the same for every implementation and type."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference over the largest expected value, worst of all tensors; inf for shapes
-    or NaN that differ.
+    """Divide the largest difference by the largest expected value; return the worst tensor's.
 
-    Integers either equal (0) or do not (inf).
+    inf for shapes or NaN that differ. Integers either equal (0) or do not (inf).
     """
     if len(actual) != len(expected):
         return float("inf")
@@ -180,15 +181,14 @@ def difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         if not b.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(a.cpu().long(), b.cpu().long()) else float("inf"))
         elif b.numel():
-            off = (a.double().cpu() - b.double().cpu()).abs().max().item() / max(
-                b.double().abs().max().item(), 1e-30
-            )
-            worst = max(worst, off if off == off else float("inf"))
+            scale = max(b.double().abs().max().item(), 1e-30)
+            off = (a.double().cpu() - b.double().cpu()).abs().max().item() / scale
+            worst = max(worst, float("inf") if math.isnan(off) else off)
     return worst
 
 
 def _sets(first: tuple, device: torch.device) -> int:
-    """How many input sets to rotate through: on a GPU several times the L2 cache."""
+    """Count the input sets to rotate through: on a GPU several times the L2 cache."""
     if device.type != "cuda" or not tensors(first):
         return 2
     size = sum(t.numel() * t.element_size() for t in tensors(first))
@@ -219,9 +219,11 @@ def _backward_call(case: Case, impl: Impl, sets: list[tuple]) -> Callable[[int],
 
 
 def implementations(case: Case) -> dict[str, Impl | str]:
-    """Ours, the naive reference where it is run, the peers."""
-    naive = {NAIVE: Impl(case.reference)} if case.reference and case.naive else {}
-    return {OURS: Impl(case.ours, restore=case.restore)} | naive | case.peers
+    """List ours, the naive reference where it is run, and the baselines, by name."""
+    found = {OURS: Impl(case.ours, restore=case.restore)}
+    if case.reference and case.naive:
+        found[NAIVE] = Impl(case.reference)
+    return found | case.baselines
 
 
 def _why(error: BaseException) -> str:
@@ -230,7 +232,7 @@ def _why(error: BaseException) -> str:
 
 @dataclass
 class _Missing:
-    """What was not measured, with the reason: the second half of the results."""
+    """Rows of what was not measured, each with the reason: the second half of the results."""
 
     case: Case
     rows: list[dict] = field(default_factory=list)
@@ -242,10 +244,11 @@ class _Missing:
         )
 
 
-def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dict]]:
-    """Whether each implementation that runs agrees with ours on `first`, and ours with any other.
+def agreement(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dict]]:
+    """Compare every implementation with ours on the inputs `first`.
 
-    None where nothing is compared. Then what did not run or disagrees, with the reason.
+    Returns for each that ran whether it agrees (ours: with any other; None: nothing to compare),
+    and rows of those that did not run or disagree, with the reason.
     """
     ours = None
     agrees = {}
@@ -278,8 +281,8 @@ def verdicts(case: Case, first: tuple) -> tuple[dict[str, bool | None], list[dic
     return agrees, missing.rows
 
 
-def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], list[dict]]:
-    """Rows of the results, and what was not measured with the reason.
+def measure(case: Case, timer: Timer, roofline: Roofline) -> tuple[list[dict], list[dict]]:
+    """Measure a case; return its rows of the results, and rows of what was not measured and why.
 
     Implementations are compared before they are timed; one that disagrees is a row without a time.
     Only FAILURES are caught, and reported by name.
@@ -288,14 +291,14 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
     torch.compiler.reset()
     rows = []
     first = case.inputs(0)
-    agrees, known = verdicts(case, first)
+    agrees, known = agreement(case, first)
     missing = _Missing(case, known)
-    sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, clock.device)))]
-    passes = {case.forward_name: case.forward} | (
-        {"backward": case.backward} if case.backward else {}
-    )
+    sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, timer.device)))]
+    passes = {case.forward_name: case.forward}
+    if case.backward:
+        passes["backward"] = case.backward
     for which, stages in passes.items():
-        floor = ceilings.floor_us(stages, case.dtype)
+        floor = roofline.floor_us(stages, case.dtype)
         for name, verdict in agrees.items():
             impl = implementations(case)[name]
             row = {
@@ -304,10 +307,10 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
                 "size": case.size,
                 "dtype": case.dtype,
                 "impl": name,
-            }
-            row |= {"median_us": None, "spread_us": None, "bytes": sum(w.bytes for w in stages)}
-            row |= {
-                "flops": sum(w.flops for w in stages),
+                "median_us": None,
+                "spread_us": None,
+                "bytes": sum(work.bytes for work in stages),
+                "flops": sum(work.flops for work in stages),
                 "floor_us": floor,
                 "fraction": None,
                 "agrees": verdict,
@@ -316,12 +319,11 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
             if verdict is False:
                 continue
             try:
-                call = (
-                    _backward_call(case, impl, sets)
-                    if which == "backward"
-                    else _forward_call(impl, sets)
-                )
-                row["median_us"], row["spread_us"] = spread(clock.time(call, case.on_host))
+                if which == "backward":
+                    call = _backward_call(case, impl, sets)
+                else:
+                    call = _forward_call(impl, sets)
+                row["median_us"], row["spread_us"] = spread(timer.time(call, case.on_host))
             except FAILURES as error:
                 missing.note(name, f"{which} failed: {_why(error)}")
                 continue
@@ -329,20 +331,20 @@ def measure(case: Case, clock: Clock, ceilings: Ceilings) -> tuple[list[dict], l
     return rows, missing.rows
 
 
-def errors(case: Case) -> list[dict]:
-    """How far each implementation is from the reference in float64: largest difference over largest
-    value.
+def _in_double(value):
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
 
-    On a CPU whose Triton interprets (TRITON_INTERPRET=1), ours is there twice: the torch path and
-    the kernels.
+
+def errors(case: Case) -> list[dict]:
+    """Compare every implementation with the reference in float64.
+
+    Returns rows with the largest difference over the largest value. On a CPU whose Triton
+    interprets (TRITON_INTERPRET=1), ours is there twice: the torch path and the kernels.
     """
     args = case.inputs(0)
-    double = lambda x: (
-        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-    )
-    exact = evaluate(
-        case, Impl(case.reference), tuple(double(a) if isinstance(a, Tensor) else a for a in args)
-    )
+    exact = evaluate(case, Impl(case.reference), tuple(map(_in_double, args)))
     rows = []
     impls = implementations(case)
     # the interpreter's bf16 arithmetic is wrong

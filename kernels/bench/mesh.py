@@ -1,9 +1,6 @@
-"""What the mesh decoder adds: sparse convolutions, group norm, pooling, the surface and its
-pictures. N voxels, C channels.
+"""Surfaces of the mesh decoder and their pictures: extraction and rendering.
 
-Flops of a convolution are those of the neighbours that exist, 2 Ci Co each; the form that reads
-parents after a subdivision needs about a quarter of them and is held against its own, smaller
-number. Compulsory bytes: rows and weights once.
+Compulsory bytes: every input once, every output once; no matrix products.
 """
 
 import math
@@ -12,240 +9,35 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.peers import optional
-from kernels.bench.shapes import batch, shell
-from kernels.camera import Camera
-from kernels.conv.op import sparse_conv, subdivide_conv
-from kernels.conv.order import octant_order, tap_order
-from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
-from kernels.mesh.clip import projection, to_clip
+from kernels import Camera, SpatialCache, isosurface, render_mesh
+from kernels.bench.baselines import optional
+from kernels.bench.case import Case, Impl, Work
+from kernels.bench.shells import batch, shell
 from kernels.mesh.reference import render_mesh_reference
-from kernels.mesh.render import render_mesh
-from kernels.norm.group import group_norm, group_norm_reference
-from kernels.surface.isosurface import isosurface
+from kernels.mesh.render import projection, to_clip
 from kernels.surface.reference import isosurface_reference
-from kernels.views import make_layout
-from kernels.voxels.cache import SpatialCache
-from kernels.voxels.hash import neighbours
-from kernels.voxels.pool import pool, pool_reference, pooling
-
-GROUPS, EPS = 32, 1e-5
+from kernels.views import make_view_table
 
 
-def _levels(size: str) -> tuple[str, SpatialCache, list[tuple[int, int]]]:
-    """Name and voxels of the decoder's latents, and the channels of its two upsampling blocks."""
-    if size == "small":
-        return "sphere 8^3", SpatialCache(batch(shell("sphere", 8))), [(64, 32), (32, 32)]
-    return "noisy sphere", SpatialCache(batch(shell("noisy sphere"))), [(768, 192), (192, 96)]
-
-
-def _random(
-    shape: tuple, dtype: str, device: torch.device, seed: int, scale: float = 1.0
-) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return values.to(device, DTYPES[dtype]).requires_grad_()
-
-
-def conv_work(rows: tuple[int, int], pairs: int, Ci: int, Co: int, width: int) -> tuple[Work, Work]:
-    """Forward and backward from rows[0] input to rows[1] output rows, over `pairs` of an output row
-    and a neighbour.
-    """
-    x = rows[0] * Ci
-    y = rows[1] * Co
-    weight = 27 * Ci * Co
-    flops = 2 * pairs * Ci * Co
-    return Work(width * (x + y + weight), flops), Work(width * (2 * x + y + 2 * weight), 2 * flops)
-
-
-def _spconv(
-    package: str, cache: SpatialCache, Ci: int, Co: int, dtype: str, device: torch.device
-) -> Impl | str:
-    """The submanifold convolution of spconv, or of spconv_triton, which has the same names; its
-    neighbours are made once.
-    """
-    module = optional(f"{package}.pytorch")
-    if isinstance(module, str):
-        return module
-    conv = module.SubMConv3d(Ci, Co, 3, indice_key="bench").to(device, DTYPES[dtype])
-    shape = [max(cache.extent)] * 3
-    known = {}
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        voxels = module.SparseConvTensor(
-            x, cache.coords, shape, cache.batch_size, indice_dict=known
-        )
-        out = torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (voxels,))
-        known.update(out.indice_dict)  # a layer adds to a copy of its input's
-        return out.features
-
-    return Impl(run)
-
-
-def _flex_gemm(cache: SpatialCache) -> Impl | str:
-    """FlexGEMM's, its neighbours made once too; the order of its arguments differs between
-    versions, their names do not.
-    """
-    module = optional("flex_gemm.ops.spconv")
-    if isinstance(module, str):
-        return module
-    shape = torch.Size([cache.batch_size, 1, *[max(cache.extent)] * 3])
-    known = [None]
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out, known[0] = module.sparse_submanifold_conv3d(
-            x, cache.coords, shape, weight=weight, bias=bias, neighbor_cache=known[0]
-        )
-        return out
-
-    return Impl(run)
-
-
-def _inputs(N: int, Ci: int, Co: int, dtype: str, device: torch.device) -> Callable[[int], tuple]:
-    def make(seed: int) -> tuple:
-        weight = _random((Co, 3, 3, 3, Ci), dtype, device, seed + 1, (27 * Ci) ** -0.5)
-        return (
-            _random((N, Ci), dtype, device, seed),
-            weight,
-            _random((Co,), dtype, device, seed + 2),
-        )
-
-    return make
-
-
-def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The second convolution of each upsampling block, on the children."""
-    name, cache, channels = _levels(size)
-    cache = SpatialCache(cache.coords.to(device))
-    for _, C in channels:
-        cache = cache.subdivide()
-        near, order = cache.get(neighbours, 3), cache.get(tap_order, 3)
-        pairs = int((near >= 0).sum())
-        N = len(cache)
-        for dtype in dtypes:
-            forward, backward = conv_work((N, N), pairs, C, C, DTYPES[dtype].itemsize)
-            yield Case(
-                op="sparse_conv",
-                size=f"{name}, {N} x {C} -> {C}",
-                dtype=dtype,
-                forward=[forward],
-                backward=[backward],
-                inputs=_inputs(N, C, C, dtype, device),
-                ours=lambda x, w, b, n=near, o=order: sparse_conv(x, w, b, n, order=o),
-                reference=lambda x, w, b, n=near: sparse_conv_reference(x, w, b, n),
-                peers={
-                    name: _spconv(name, cache, C, C, dtype, device)
-                    for name in ("spconv", "spconv_triton")
-                }
-                | {"flex_gemm": _flex_gemm(cache)},
-            )
-
-
-def parents_read(below: Tensor) -> int:
-    """Pairs of a child and a parent that it reads, of the children's neighbours [8N, 27]: each
-    counts once, whatever its taps.
-    """
-    total = 0
-    for part in torch.where(below >= 0, below // 8, -1).split(1 << 16):
-        distinct = (part.sort(1).values.diff(dim=1) != 0).sum() + len(part)
-        total += int(distinct - (part < 0).any(1).sum())
-    return total
-
-
-def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Each upsampling block's first convolution, from the parents; the peer makes the copies."""
-    name, cache, channels = _levels(size)
-    cache = SpatialCache(cache.coords.to(device))
-    for Ci, Co in channels:
-        children = cache.subdivide()
-        near = cache.get(neighbours, 3)
-        below = children.get(neighbours, 3)
-        order = cache.get(octant_order)
-        pairs = parents_read(below)
-        for dtype in dtypes:
-            forward, backward = conv_work(
-                (len(cache), len(children)), pairs, Ci, Co, DTYPES[dtype].itemsize
-            )
-            yield Case(
-                op="subdivide_conv",
-                size=f"{name}, {len(cache)} x {Ci} -> {len(children)} x {Co}",
-                dtype=dtype,
-                forward=[forward],
-                backward=[backward],
-                inputs=_inputs(len(cache), Ci, Co, dtype, device),
-                ours=lambda x, w, b, n=near, o=order: subdivide_conv(x, w, b, n, order=o),
-                reference=lambda x, w, b, n=below: subdivide_conv_reference(x, w, b, n),
-                peers={
-                    "subdivide, then sparse_conv": Impl(
-                        lambda x, w, b, n=below: sparse_conv(x.repeat_interleave(8, 0), w, b, n)
-                    )
-                },
-            )
-        cache = children
-
-
-def group_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """With SiLU, before the second convolution of the first block. Forward reads x twice; backward
-    x and dy twice.
-    """
-    name, cache, channels = _levels(size)
-    children = SpatialCache(cache.coords.to(device)).subdivide()
-    C = channels[0][1]
-    N = len(children)
-    starts = children.starts
-    affine = lambda seed: tuple(_random((C,), "fp32", device, seed + i) for i in (1, 2))
-    for dtype in dtypes:
-        row = N * C * DTYPES[dtype].itemsize
-        yield Case(
-            op="group_norm",
-            size=f"{name}, {N} x {C}",
-            dtype=dtype,
-            forward=[Work(3 * row)],
-            backward=[Work(5 * row)],
-            inputs=lambda seed, d=dtype: (_random((N, C), d, device, seed), *affine(seed)),
-            ours=lambda x, w, b: group_norm(x, w, b, starts, GROUPS, EPS, silu=True),
-            reference=lambda x, w, b: group_norm_reference(
-                x, w.to(x), b.to(x), starts, GROUPS, EPS, True
-            ),
-        )
-
-
-def pool_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The mean of 2^3 voxels. Forward x -> y; backward dy -> dx."""
-    name, cache, channels = _levels(size)
-    cache = SpatialCache(cache.coords.to(device))
-    C = channels[0][0]
-    coarse, index = cache.pool(2)
-    made = pooling(cache, 2)
-    for dtype in dtypes:
-        moved = (len(cache) + len(coarse)) * C * DTYPES[dtype].itemsize
-        yield Case(
-            op="pool",
-            size=f"{name}, {len(cache)} -> {len(coarse)} x {C}",
-            dtype=dtype,
-            forward=[Work(moved)],
-            backward=[Work(moved)],
-            inputs=lambda seed, d=dtype: (_random((len(cache), C), d, device, seed),),
-            ours=lambda x: pool(x, made),
-            reference=lambda x: pool_reference(x, index, len(coarse)),
-            naive=size == "small",
-        )
+def _normal(shape: tuple, seed: int, scale: float) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def _surface(size: str, device: torch.device) -> tuple[SpatialCache, Tensor, int]:
-    """Cubes around a ball, their fields, and the resolution of the grid."""
+    """Make cubes around a ball, their fields, and the resolution of the grid."""
     xyz, resolution = (shell("sphere", 4), 16) if size == "small" else (shell("noisy sphere"), 256)
     cache = SpatialCache(batch(xyz).to(device)).subdivide().subdivide()
     corner = torch.tensor([[i & 1, i >> 1 & 1, i >> 2 & 1] for i in range(8)], device=device)
     at = (cache.coords[:, None, 1:] + corner) / resolution - 0.5
-    fields = _random((len(cache), 101), "fp32", device, 0, 0.1).detach()
+    fields = _normal((len(cache), 101), 0, 0.1).to(device)
     fields[:, :8] = at.norm(dim=2) - 0.4
     return cache, fields, resolution
 
 
 def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """A training surface with colours. Forward reads the fields and writes the surface; backward
-    the other way round.
+    """Measure a training surface with colours.
+
+    Forward reads the fields and writes the surface; backward the other way round.
     """
     cache, fields, resolution = _surface(size, device)
     out = isosurface(cache, fields, resolution, True)
@@ -255,11 +47,8 @@ def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
     moved = 4 * fields.numel() + surface
 
     def inputs(seed: int) -> tuple:
-        return (
-            (
-                fields + _random(tuple(fields.shape), "fp32", device, seed, 1e-3).detach()
-            ).requires_grad_(),
-        )
+        noise = _normal(tuple(fields.shape), seed, 1e-3).to(device)
+        return ((fields + noise).requires_grad_(),)
 
     pick = lambda s: (s.vertices, s.attributes, s.regularizer)
     yield Case(
@@ -276,7 +65,7 @@ def isosurface_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 
 
 def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
-    """The same picture of a number of vertices by nvdiffrast: rasterize, interpolate, antialias.
+    """Draw the same picture with nvdiffrast: rasterize, interpolate, antialias.
 
     Clip positions are made by our kernel, whose tables and matrix are not timed, in its favour.
     """
@@ -284,7 +73,7 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
     if isinstance(module, str):
         return module
     context = module.RasterizeCudaContext(device=faces.device)
-    layout = make_layout([0, vertices], [0], faces.device)
+    layout = make_view_table([0, vertices], [0], faces.device)
     matrix = projection(camera, 1.0, 3.0)
     faces = faces.int().contiguous()
 
@@ -300,8 +89,10 @@ def nvdiffrast(vertices: int, faces: Tensor, camera: Camera) -> Impl | str:
 
 
 def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One view of a training surface. Compulsory: vertices, colours, faces, 11 floats a pixel;
-    backward again, with gradients.
+    """Measure one view of a training surface.
+
+    Compulsory are vertices, colours, faces and 11 floats a pixel; backward both again, with
+    gradients.
     """
     cache, fields, resolution = _surface(size, device)
     out = isosurface(cache, fields, resolution, True)
@@ -329,5 +120,5 @@ def render_mesh_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
         ours=lambda *x: pictures(render_mesh, *x),
         reference=lambda *x: pictures(render_mesh_reference, *x),
         naive=size == "small",
-        peers={"nvdiffrast": nvdiffrast(P, faces, camera)},
+        baselines={"nvdiffrast": nvdiffrast(P, faces, camera)},
     )

@@ -1,4 +1,4 @@
-"""The memory-bound passes of a block and SSIM: N rows, C channels, `width` bytes an element.
+"""Memory-bound passes of a block, and SSIM: N rows, C channels, `width` bytes an element.
 
 Compulsory bytes: every input read once, every output written once. No matrix products, so no flops
 are counted.
@@ -10,36 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import add_layer_norm, gelu, layer_norm, ssim
 from kernels.bench.attention import sizes, voxels
+from kernels.bench.baselines import compiled, optional
 from kernels.bench.case import DTYPES, Case, Impl, Work
-from kernels.bench.peers import compiled, optional
-from kernels.norm.gelu import gelu, gelu_reference
-from kernels.norm.layer import (
-    add_layer_norm,
-    add_layer_norm_reference,
-    layer_norm,
-    layer_norm_reference,
-)
-from kernels.similarity import ssim, ssim_reference
+from kernels.norm.gelu import gelu_reference
+from kernels.norm.layer import add_layer_norm_reference, layer_norm_reference
+from kernels.similarity import ssim_reference
 
 EPS = 1e-6
 
 
 def eager_layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
-    """As published: to fp32 (fp64 stays), norm, back."""
+    """Norm as published: to fp32 (fp64 stays), norm, back."""
     return F.layer_norm(
         x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=eps
     ).to(x.dtype)
 
 
 def eager_add_layer_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual sum, then the norm."""
+    """Add the residual, then norm."""
     total = x + h
     return total, eager_layer_norm(total)
 
 
 def eager_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The tanh form."""
+    """Compute GELU in its tanh form."""
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
@@ -73,7 +69,10 @@ def _pass(
     dtypes: list[str],
     device: torch.device,
 ) -> Iterator[Case]:
-    """`moved`: tensors of the first shape that cross the memory bus, forward and backward."""
+    """Make the cases of one pass.
+
+    `moved` counts tensors of the first shape that cross the memory bus, forward and backward.
+    """
     elements = torch.Size(shapes[0]).numel()
     for dtype in dtypes:
         work = [Work(count * elements * DTYPES[dtype].itemsize) for count in moved]
@@ -86,18 +85,18 @@ def _pass(
             inputs=_rows(*shapes, dtype=dtype, device=device),
             ours=ours,
             reference=reference,
-            peers=_peers(eager, device),
+            baselines=_peers(eager, device),
         )
 
 
 def _row_count(size: str) -> tuple[str, int, int, int]:
-    """Name, N, H, D of the first coordinate set."""
+    """Give name, N, H and D of the first coordinate set."""
     name, coords = next(iter(voxels(size).items()))
     return name, len(coords), *sizes(size)
 
 
 def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """With a bias. Forward x -> y; backward y, dy -> dx."""
+    """Measure the norm with a bias. Forward x -> y; backward y, dy -> dx."""
     name, N, H, D = _row_count(size)
     ours = lambda x, bias: layer_norm(x, EPS, bias)
     reference = lambda x, bias: layer_norm_reference(x, EPS, bias)
@@ -108,7 +107,7 @@ def layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
 
 
 def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Forward x, h -> sum, y; backward y, dsum, dy -> dx, which is dh too."""
+    """Measure sum and norm. Forward x, h -> sum, y; backward y, dsum, dy -> dx, which is dh too."""
     name, N, H, D = _row_count(size)
     ours = lambda x, h: add_layer_norm(x, h, EPS)
     reference = lambda x, h: add_layer_norm_reference(x, h, EPS)
@@ -126,11 +125,10 @@ def add_layer_norm_cases(size: str, dtypes: list[str], device: torch.device) -> 
 
 
 def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The hidden layer of the MLP, four times the channels, with its bias. Forward x -> y; backward
-    x, dy -> dx.
+    """Measure the hidden layer of the MLP, four times the channels, with its bias.
 
-    The eager peer adds the bias in a pass of its own; in a block the product before it does, see op
-    `block`.
+    Forward x -> y; backward x, dy -> dx. The eager baseline adds the bias in a pass of its own; in
+    a block the product before it does, see op `block`.
     """
     name, N, H, D = _row_count(size)
     shapes = [(N, 4 * H * D), (4 * H * D,)]
@@ -138,8 +136,9 @@ def gelu_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
 
 
 def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The mean of a micro-batch of two pictures; fp32, as the loss computes. Forward a, b -> 1;
-    backward a, b -> da.
+    """Measure the mean of a micro-batch of two pictures; fp32, as the loss computes.
+
+    Forward a, b -> 1; backward a, b -> da.
     """
     V = 2
     edge = 128 if size == "small" else 512
@@ -152,10 +151,10 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
 
     picture = 4 * V * 3 * edge * edge
     fused = optional("fused_ssim")
-    peers = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
+    baselines = {"fused_ssim": fused if isinstance(fused, str) else Impl(fused.fused_ssim)}
     mean = lambda a, b: ssim_reference(a, b).mean()
     form = compiled(mean, device)
-    peers["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
+    baselines["torch.compile of the conv2d form"] = form if isinstance(form, str) else Impl(form)
     yield Case(
         op="ssim",
         size=f"{V} x 3 x {edge}^2",
@@ -165,5 +164,5 @@ def ssim_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[C
         inputs=inputs,
         ours=lambda a, b: ssim(a, b).mean(),
         reference=mean,
-        peers=peers,
+        baselines=baselines,
     )

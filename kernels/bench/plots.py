@@ -1,9 +1,8 @@
-"""Figures of what kernels.bench measured, for notebooks: results of the schema, by device or
-moment.
+"""Figures of benchmark results, for notebooks.
 
-A result whose `cases` hold no time, such as a record of tests alone, is described and drawn
-nowhere. `read` takes files, `kernels.bench.command.run` gives the same dict from the device that is
-here; a figure has a row of axes for every result. Nothing draws by itself: figures are returned.
+`read` takes files, `kernels.bench.command.run` gives the same dict from the device that is here; a
+figure has a row of axes for every result. A result whose `cases` hold no time, such as a record of
+tests alone, is described and drawn nowhere. Nothing draws by itself: figures are returned.
 """
 
 import json
@@ -23,7 +22,10 @@ Results = dict[str, dict]
 
 
 def read(folder: Path | str) -> Results:
-    """Read every *.json of a folder, by name. ValueError names a file that lacks a part."""
+    """Read every *.json of a folder, by name.
+
+    Raises ValueError, which names the file and its missing parts, for what is no result.
+    """
     results = {}
     for file in sorted(Path(folder).glob("*.json")):
         result = json.loads(file.read_text())
@@ -36,12 +38,12 @@ def read(folder: Path | str) -> Results:
 
 
 def describe(results: Results) -> str:
-    """What was measured where, and whether any of it is a GPU's."""
-    told = ("device", "date", "commit", "torch", "triton", "driver")
+    """Write what was measured where, and whether any of it is a GPU's."""
+    named = ("device", "date", "commit", "torch", "triton", "driver")
     lines = []
     measured = {name: any(row["median_us"] for row in r["cases"]) for name, r in results.items()}
     for name, result in results.items():
-        facts = ", ".join(f"{key} {result[key]}" for key in told)
+        facts = ", ".join(f"{key} {result[key]}" for key in named)
         lines.append(f"{name}: {facts}" + ("" if measured[name] else " (no op was timed)"))
     if all(result["driver"] == "none" for name, result in results.items() if measured[name]):
         lines.append(
@@ -52,7 +54,7 @@ def describe(results: Results) -> str:
 
 
 def missing(results: Results) -> str:
-    """What was not measured and why, each reason once."""
+    """List what was not measured and why, each reason once."""
     reasons = [
         f"{name}: {row['impl']}: {row['why']}"
         for name, result in results.items()
@@ -62,7 +64,7 @@ def missing(results: Results) -> str:
 
 
 def value(row: dict, name: str) -> int:
-    """The number after `name = ` in a case's size. ValueError where there is none."""
+    """Find the number after `name = ` in a case's size; ValueError where there is none."""
     found = re.search(rf"\b{name} = (\d+)", row["size"])
     if found is None:
         raise ValueError(f"the size {row['size']!r} of {row['op']} has no '{name} = '")
@@ -70,7 +72,7 @@ def value(row: dict, name: str) -> int:
 
 
 def rows(result: dict, op: str, without: str | None = None) -> list[dict]:
-    """The cases of one op that have a time, but those whose size contains `without`."""
+    """Select the rows of one op that have a time, but those whose size contains `without`."""
     wanted = lambda row: (
         row["op"] == op and row["median_us"] and (without is None or without not in row["size"])
     )
@@ -78,7 +80,7 @@ def rows(result: dict, op: str, without: str | None = None) -> list[dict]:
 
 
 def _lines(found: Iterable[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """Rows by implementation, ours first, and by type."""
+    """Group rows by implementation, ours first, and by type."""
     key = lambda row: (row["impl"] != OURS, row["impl"], row["dtype"])
     for (_, impl, dtype), group in groupby(sorted(found, key=key), key):
         yield f"{impl}, {dtype}", list(group)
@@ -87,7 +89,7 @@ def _lines(found: Iterable[dict]) -> Iterator[tuple[str, list[dict]]]:
 def _grid(
     results: dict, columns: int, width: float, heights: list[float]
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A row of axes for each result. ValueError where none holds what is to be drawn."""
+    """Make a row of axes for each result; ValueError where there is nothing to draw."""
     if not results or not columns:
         raise ValueError("none of the results has a time to draw")
     figure = Figure(figsize=(width * columns + LEGEND, sum(heights)), layout="constrained")
@@ -96,19 +98,16 @@ def _grid(
 
 
 def _style(impl: str) -> dict:
-    return (
-        dict(color="black", linewidth=2.5, zorder=3)
-        if impl.startswith(f"{OURS},")
-        else dict(linewidth=1.2)
-    )
+    if impl.startswith(f"{OURS},"):
+        return dict(color="black", linewidth=2.5, zorder=3)
+    return dict(linewidth=1.2)
 
 
 def throughput(results: Results, op: str, along: str = "N", without: str | None = None) -> Figure:
-    """Million rows a second of every implementation against `along`, a column for each pass; higher
-    is better.
+    """Plot million rows a second of every implementation against `along`; higher is better.
 
-    Cases whose size contains `without` are left out. The dashed line is the floor: what compulsory
-    bytes and products allow at the ceilings measured in the same run.
+    There is a column for each pass. Cases whose size contains `without` are left out. The dashed
+    line is the floor, the bound by the roofline measured in the same run.
     """
     tables = {
         name: found for name, result in results.items() if (found := rows(result, op, without))
@@ -136,11 +135,8 @@ def throughput(results: Results, op: str, along: str = "N", without: str | None 
                         label=f"floor, {group[0]['dtype']}",
                     )
             ax.set(xscale="log", yscale="log", xlabel=along, title=f"{op} {which}\n{name}")
-            ax.set_xticks(
-                ticks := sorted({value(row, along) for row in found}),
-                [str(tick) for tick in ticks],
-                minor=False,
-            )
+            ticks = sorted({value(row, along) for row in found})
+            ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
             ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             ax.grid(alpha=0.3)
         line[0].set_ylabel("million rows a second")
@@ -149,8 +145,9 @@ def throughput(results: Results, op: str, along: str = "N", without: str | None 
 
 
 def fractions(results: Results, ops: Iterable[str]) -> Figure:
-    """How much of the floor's speed each implementation reaches, a line for each case; 100 % cannot
-    be passed from memory.
+    """Plot the share of the floor's speed that each implementation reaches, a line for each case.
+
+    100 % cannot be passed from memory.
     """
     ops = list(ops)
     tables = {
@@ -190,8 +187,9 @@ def fractions(results: Results, ops: Iterable[str]) -> Figure:
 
 
 def hits_and_misses(results: Results, ops: Iterable[str], without: str | None = None) -> Figure:
-    """Microseconds to make what the spatial cache holds, against N, beside the host's time for
-    finding it there.
+    """Plot the time to make what the spatial cache holds, against N.
+
+    Beside it stands the host's time to find it there.
     """
     ops = list(ops)
     results = {

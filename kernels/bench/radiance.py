@@ -1,5 +1,4 @@
-"""Ray marching of a decoded radiance field: N voxels of rank R and n taps, one view of H x W
-pixels.
+"""Ray marching of a decoded radiance field: N voxels of rank R and n taps, a view of H x W pixels.
 
 Compulsory bytes: the 3 R n + 4 R floats of every voxel and the 5 floats (colour, alpha, depth) of
 every pixel; backward both again, with the gradients of the picture and of the voxels. Its
@@ -13,10 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels import Camera, raymarch
 from kernels.bench.case import Case, Work
-from kernels.bench.shapes import shell
-from kernels.camera import Camera
-from kernels.radiance.raymarch import raymarch
+from kernels.bench.shells import shell
 from kernels.radiance.reference import raymarch_reference
 
 # of training: mean density of a rank; half transparent, and opaque within two samples
@@ -24,12 +22,12 @@ STAGES = {"early": 0.0, "late": 10.0}
 
 
 def fields(size: str, stage: str, seed: int) -> tuple[Tensor, list[Tensor], int]:
-    """Positions, (trivec, density, colours) and the resolution of an object early or late in
-    training.
+    """Draw an object early or late in training.
+
+    Returns positions, (trivec, density, colours) and the resolution.
     """
-    (xyz, resolution), rank, taps = (
-        ((shell("sphere", 8), 8), 2, 4) if size == "small" else ((shell("sphere"), 64), 16, 8)
-    )
+    resolution, rank, taps = (8, 2, 4) if size == "small" else (64, 16, 8)
+    xyz = shell("sphere", resolution)
     N = len(xyz)
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(N, rank, *shape, generator=generator)
@@ -38,15 +36,16 @@ def fields(size: str, stage: str, seed: int) -> tuple[Tensor, list[Tensor], int]
 
 
 def raymarch_work(N: int, floats: int, pixels: int) -> tuple[Work, Work]:
-    """Forward and backward of N voxels of `floats` numbers."""
+    """Count the work of both passes for N voxels of `floats` numbers."""
     scene = 4 * N * floats
     picture = 4 * 5 * pixels
     return Work(scene + picture), Work(2 * scene + 2 * picture)
 
 
 def raymarch_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """One view early and one late in training; fp32 whatever the network computes in. No peer can
-    be imported.
+    """Measure one view early and one late in training; fp32 whatever the network computes in.
+
+    No other implementation can be imported.
     """
     edge = 24 if size == "small" else 512
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), edge).to(device)
@@ -87,5 +86,5 @@ def raymarch_cases(size: str, dtypes: list[str], device: torch.device) -> Iterat
             ours=lambda *v, p=pictures: p(raymarch, *v),
             reference=lambda *v, p=pictures: p(raymarch_reference, *v),
             naive=size == "small",
-            peers={"diffoctreerast": "not importable as a library"},
+            baselines={"diffoctreerast": "not importable as a library"},
         )

@@ -1,9 +1,8 @@
-"""One variable at a time: attention, windows and neighbours against rows, window size and
-occupancy; notebooks plot these.
+"""Sweeps over one variable: attention, windows and neighbours by rows, window size and occupancy.
 
-The variable is written `name = value` in a case's size, beside `N = rows`. Work and peers are those
-of bench_attention and bench_coords, without the naive references and without FlexAttention, which
-would be compiled again for every point.
+Notebooks plot these. The variable is written `name = value` in a case's size, beside `N = rows`.
+Work and baselines are those of kernels.bench.attention and kernels.bench.voxels, without the naive
+references and without FlexAttention, which would be compiled again for every point.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kernels.bench.attention import WINDOW, attention_case, sizes, voxels
 from kernels.bench.case import Case
-from kernels.bench.shapes import batch, occupied, shell
+from kernels.bench.shells import batch, occupied, shell
 from kernels.bench.voxels import SHIFT, neighbours_case, partition_case
 from kernels.voxels.coords import LIMIT
 
@@ -32,24 +31,28 @@ def _sweep(
     dtypes: list[str],
     device: torch.device,
 ) -> Iterator[Case]:
-    """Points: name -> coordinates and window."""
+    """Measure attention at points: name -> coordinates and window."""
     for name, (coords, window) in points.items():
         for dtype in dtypes:
             case = attention_case(
                 "window_attention", name, dtype, coords, *sizes(size), device, window
             )
-            peers = {peer: impl for peer, impl in case.peers.items() if "FlexAttention" not in peer}
-            yield replace(case, op=op, peers=peers, naive=False)
+            baselines = {
+                baseline: impl
+                for baseline, impl in case.baselines.items()
+                if "FlexAttention" not in baseline
+            }
+            yield replace(case, op=op, baselines=baselines, naive=False)
 
 
 def attention_rows_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Spheres of growing resolution: N rows, windows about equally full."""
+    """Measure spheres of growing resolution: N rows, windows about equally full."""
     points = {f"grid = {grid}": (batch(shell("sphere", grid)), WINDOW) for grid in GRIDS[size]}
     return _sweep("attention_rows", points, size, dtypes, device)
 
 
 def attention_window_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The first coordinate set in windows of growing size."""
+    """Measure the first coordinate set in windows of growing size."""
     coords = next(iter(voxels(size).values()))
     return _sweep(
         "attention_window",
@@ -61,8 +64,9 @@ def attention_window_cases(size: str, dtypes: list[str], device: torch.device) -
 
 
 def attention_occupancy_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """As many rows in all, in fewer and fuller windows of 8^3; surfaces have 50 to 120 rows a
-    window.
+    """Measure as many rows in fewer and fuller windows of 8^3.
+
+    Surfaces have 50 to 120 rows a window.
     """
     points = {
         f"rows = {n}": (batch(occupied(TOTAL[size] // n, n, WINDOW)), WINDOW) for n in ROWS[size]
@@ -71,13 +75,13 @@ def attention_occupancy_cases(size: str, dtypes: list[str], device: torch.device
 
 
 def _sphere(size: str) -> tuple[Tensor, int]:
-    """Voxels of one sample, and the grid they fill."""
+    """Make voxels of one sample, and the size of the grid they fill."""
     grid = 16 if size == "small" else 64
     return batch(shell("sphere", grid)), grid
 
 
 def partition_window_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The same voxels in windows of growing size."""
+    """Measure the partition of the same voxels into windows of growing size."""
     coords, _ = _sphere(size)
     for window in SIDES[size]:
         yield partition_case(
@@ -90,8 +94,9 @@ def partition_window_cases(size: str, dtypes: list[str], device: torch.device) -
 
 
 def _spread(size: str) -> Iterator[tuple[str, Tensor, int]]:
-    """The same voxels ever further apart: the share of cells that hold one falls with the cube of
-    the extent.
+    """Move the same voxels further and further apart.
+
+    The share of cells that hold one falls with the cube of the extent.
     """
     coords, grid = _sphere(size)
     for factor in (1, 2, 4, 8, 16, 64):
@@ -102,12 +107,18 @@ def _spread(size: str) -> Iterator[tuple[str, Tensor, int]]:
 
 
 def partition_extent_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The partition scans a grid of the whole extent, until sorting N keys is cheaper."""
+    """Measure the partition of voxels ever further apart.
+
+    It scans a grid of the whole extent, until sorting N keys is cheaper.
+    """
     for name, coords, _ in _spread(size):
         yield partition_case("partition_extent", name, coords.to(device), WINDOW, SHIFT)
 
 
 def neighbours_extent_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The table is a volume of the whole extent, until a hash table is smaller."""
+    """Measure the neighbours of voxels ever further apart.
+
+    The table is a volume of the whole extent, until a hash table is smaller.
+    """
     for name, coords, extent in _spread(size):
         yield neighbours_case("neighbours_extent", name, coords.to(device), extent, naive=False)

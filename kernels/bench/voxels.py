@@ -1,5 +1,4 @@
-"""Coordinates: tables, lookups, the 27-neighbour map, windows, and what a hit of the spatial cache
-costs the host.
+"""Coordinates: tables, lookups, the 27-neighbour map, windows, and hits of the spatial cache.
 
 N voxels of one object. Compulsory bytes: coordinates 16 N, an int32 answer 4 bytes each; table
 entries are counted once per row that is found, whatever holds them. Without a backward pass,
@@ -11,15 +10,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels import SpatialCache, Windows, build_table, lookup, window_partition
+from kernels.bench.baselines import optional
 from kernels.bench.case import Case, Impl, Work
-from kernels.bench.peers import optional
-from kernels.bench.shapes import batch, shell
-from kernels.voxels.cache import SpatialCache
+from kernels.bench.shells import batch, shell
 from kernels.voxels.coords import pack
-from kernels.voxels.hash import build_table, lookup, lookup_reference, neighbours_reference
-from kernels.voxels.window import Windows, window_partition
+from kernels.voxels.hash import lookup_reference, neighbours_reference
 
-WINDOW, SHIFT = 8, 4
+WINDOW = 8
+SHIFT = 4
 # from here on the references, dictionaries in Python, would take longer than everything else
 NAIVE_ROWS = 5000
 
@@ -29,7 +28,10 @@ def _ball(radius: float) -> Callable:
 
 
 def coordinate_sets(size: str) -> dict[str, tuple[Tensor, int]]:
-    """[N, 4] and the resolution, by name; the last one in an extent that no dense volume spans."""
+    """Make coordinates [N, 4] and their resolution, by name.
+
+    The last set has an extent that no dense volume spans.
+    """
     if size == "small":
         sets = {"2k in 24^3": (shell("sphere", 24), 24), "9k in 48^3": (shell("sphere", 48), 48)}
         wide = sets["9k in 48^3"]
@@ -55,34 +57,36 @@ def _copies(coords: Tensor) -> Callable[[int], tuple]:
     return lambda seed: (coords.clone(),)
 
 
-class Sorted:
-    """The table without a table: sorted 64-bit keys, searched by bisection (torch.searchsorted)."""
+class SortedTable:
+    """Sorted 64-bit keys, searched by bisection (torch.searchsorted): no table at all."""
 
     def __init__(self, coords: Tensor):
         self.keys, self.rows = pack(coords).sort()
 
     def find(self, queries: Tensor) -> Tensor:
-        """Rows of [..., 4], -1 where absent."""
+        """Find the rows of queries [..., 4], -1 where absent."""
         keys = torch.where((queries >= 0).all(-1), pack(queries), -1)
         at = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
         return torch.where(self.keys[at] == keys, self.rows[at], -1).int()
 
     def neighbours(self, coords: Tensor) -> Tensor:
-        """[N, 27]."""
+        """Find the rows of the 27 neighbours: [N, 27]."""
         axis = torch.arange(-1, 2, dtype=torch.int32, device=coords.device)
         taps = torch.cartesian_prod(axis.new_zeros(1), axis, axis, axis)
         return self.find(coords[:, None] + taps)
 
 
 def build_table_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Coordinates -> table; compared by what is found in it."""
+    """Measure the table of coordinates; tables are compared by what is found in them."""
 
     def make(coords: Tensor, cache: SpatialCache, resolution: int, naive: bool) -> dict:
         return dict(
             inputs=_copies(coords),
             ours=lambda coords: build_table(cache),
             forward=[Work(20 * len(coords))],
-            peers={"torch.sort of keys": Impl(Sorted, restore=lambda table: table.find(coords))},
+            baselines={
+                "torch.sort of keys": Impl(SortedTable, restore=lambda table: table.find(coords))
+            },
             restore=lambda table: lookup(table, coords),
         )
 
@@ -90,17 +94,19 @@ def build_table_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
 
 
 def lookup_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """N queries next to the voxels, about half of them active."""
+    """Measure N queries next to the voxels, about half of them active."""
 
     def make(coords: Tensor, cache: SpatialCache, resolution: int, naive: bool) -> dict:
-        table, keys, N = build_table(cache), Sorted(coords), len(coords)
+        table = build_table(cache)
+        keys = SortedTable(coords)
+        N = len(coords)
         offset = torch.tensor([0, 0, 1, 0], dtype=torch.int32, device=device)
         found = int((keys.find(coords + offset) >= 0).sum())
         return dict(
             inputs=lambda seed: (coords + offset,),
             ours=lambda q: lookup(table, q),
             forward=[Work(20 * N + 4 * found)],
-            peers={"torch.searchsorted": Impl(keys.find)},
+            baselines={"torch.searchsorted": Impl(keys.find)},
             naive=naive,
             reference=lambda q: lookup_reference(coords, q).to(device),
         )
@@ -109,10 +115,12 @@ def lookup_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator
 
 
 def _spconv_map(package: str, resolution: int) -> Impl | str:
-    """Pairs of a 3^3 submanifold convolution by spconv, or by spconv_triton, which has the same
-    names.
+    """List the pairs of a 3^3 submanifold convolution with spconv.
+
+    spconv_triton has the same names.
     """
-    module, core = optional(f"{package}.pytorch"), optional(f"{package}.core")
+    module = optional(f"{package}.pytorch")
+    core = optional(f"{package}.core")
     if isinstance(module, str) or isinstance(core, str):
         return module if isinstance(module, str) else core
     one = [1, 1, 1]
@@ -122,7 +130,10 @@ def _spconv_map(package: str, resolution: int) -> Impl | str:
 
 
 def _flex_gemm_map(resolution: int) -> Impl | str:
-    """FlexGEMM's neighbour cache of the same convolution; versions differ in where it is made."""
+    """Make FlexGEMM's neighbour cache of the same convolution.
+
+    Versions differ in where it is made.
+    """
     module = optional("flex_gemm.ops.spconv.submanifold_conv3d")
     if isinstance(module, str):
         newer = optional("flex_gemm.ops.spconv.submanifold_conv")
@@ -137,8 +148,9 @@ def _flex_gemm_map(resolution: int) -> Impl | str:
 
 
 def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: bool) -> Case:
-    """The map of a 3^3 kernel, its table included; compared as sets, because packages number the
-    taps differently.
+    """Measure the map of a 3^3 kernel, its table included.
+
+    Maps are compared as sets, because packages number the taps differently.
     """
     ordered = lambda found: found.sort(1).values
     cache = SpatialCache(coords)
@@ -152,9 +164,9 @@ def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: 
         restore=ordered,
         naive=naive,
         reference=lambda coords: ordered(neighbours_reference(coords).to(coords.device)),
-        peers={
+        baselines={
             "torch.sort + torch.searchsorted": Impl(
-                lambda coords: Sorted(coords).neighbours(coords), restore=ordered
+                lambda coords: SortedTable(coords).neighbours(coords), restore=ordered
             ),
             "spconv": _spconv_map("spconv", resolution),
             "spconv_triton": _spconv_map("spconv_triton", resolution),
@@ -164,7 +176,7 @@ def neighbours_case(op: str, size: str, coords: Tensor, resolution: int, naive: 
 
 
 def neighbours_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Every coordinate set."""
+    """Measure the map on every coordinate set."""
     for name, (coords, resolution) in coordinate_sets(size).items():
         naive = len(coords) < NAIVE_ROWS
         yield neighbours_case(
@@ -180,8 +192,9 @@ def _build(cache: SpatialCache) -> tuple:
 def published_partition(
     coords: Tensor, window: int = WINDOW, shift: int = SHIFT
 ) -> tuple[Tensor, Tensor]:
-    """Rows sorted by window, and the lengths of the windows that are not empty: argsort and
-    bincount, with their waits.
+    """Sort rows by window as published, with argsort and bincount and their waits.
+
+    Returns the rows, and the lengths of the windows that are not empty.
     """
     moved = coords.clone().long()
     moved[:, 1:] = (moved[:, 1:] + shift) // window
@@ -193,7 +206,10 @@ def published_partition(
 
 
 def partition_case(op: str, size: str, coords: Tensor, window: int, shift: int) -> Case:
-    """Coordinates of one sample; `starts` is written for every window, empty ones included."""
+    """Measure the windows of one sample.
+
+    `starts` is written for every window, empty ones included.
+    """
     cache = SpatialCache(coords)
     partition = lambda coords: window_partition(cache, 1, window, shift)
     windows = len(partition(coords))
@@ -205,7 +221,7 @@ def partition_case(op: str, size: str, coords: Tensor, window: int, shift: int) 
         ours=partition,
         restore=lambda w: (w.order, w.lengths[w.lengths > 0]),
         forward=[Work(20 * len(coords) + 4 * windows)],
-        peers={
+        baselines={
             "published path: argsort + bincount": Impl(
                 lambda coords: published_partition(coords, window, shift)
             )
@@ -214,7 +230,7 @@ def partition_case(op: str, size: str, coords: Tensor, window: int, shift: int) 
 
 
 def window_partition_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """Windows of 8^3, shifted by 4."""
+    """Measure windows of 8^3, shifted by 4."""
     for name, (coords, _) in coordinate_sets(size).items():
         yield partition_case(
             "window_partition", f"{name}, N = {len(coords)}", coords.to(device), WINDOW, SHIFT
@@ -226,8 +242,9 @@ def _windows(cache: SpatialCache, window: int, shift: int) -> Windows:
 
 
 def cache_hit_cases(size: str, dtypes: list[str], device: torch.device) -> Iterator[Case]:
-    """The host's time for windows that the cache already holds: what every block of a model pays
-    after the first.
+    """Measure the host's time for windows that the cache already holds.
+
+    Every block of a model after the first pays that.
     """
     coords, _ = next(iter(coordinate_sets(size).values()))
     cache = SpatialCache(coords.to(device))

@@ -1,1 +1,1 @@
-"""Builds of every kernel for GPUs that are not here."""
+"""Builds of every kernel for absent GPUs."""

@@ -1,4 +1,4 @@
-"""python -m kernels.compile"""
+"""python -m kernels.compile: builds every kernel for absent GPUs, see kernels.compile.command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Building one launch for an absent GPU, and what its machine code says."""
+"""Compile one launch for an absent GPU and read its machine code."""
 
 import importlib
 import re
@@ -30,7 +30,7 @@ POINTEES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a block may use on one GPU architecture, from the vendors' occupancy tables."""
+    """Limits of a block on one GPU architecture, from the vendors' occupancy tables."""
 
     backend: str
     arch: int | str
@@ -74,22 +74,28 @@ class Build:
 
     @property
     def hot(self) -> bool:
-        """Whether a spill in it is a defect."""
+        """True where a spill is a defect."""
         return bool(HOT.search(self.kernel))
 
     @property
     def dtype(self) -> str:
-        """The narrowest floating-point type among the arguments: what the op was called with."""
+        """Narrowest floating-point type among the arguments, with which the op was called."""
         present = {kind.removeprefix("*") for _, kind in self.types}
         return next((name for name in DTYPES if name in present), "int")
 
 
+def _scalar_type(value: float) -> str:
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
 def launched(kernel, args: tuple, constants: dict) -> Build:
-    """What Triton specialises an interpreted kernel for when it is launched with these arguments
-    and constants.
-    """
+    """Describe a launch of an interpreted kernel as Triton would specialise it."""
     generic = kernel.kwargs["do_not_specialize"] or ()
-    types, aligned, ones = [], [], []
+    types = []
+    aligned = []
+    ones = []
     for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, Tensor):
             types.append((name, "*" + POINTEES[value.dtype]))
@@ -98,19 +104,18 @@ def launched(kernel, args: tuple, constants: dict) -> Build:
             types.append((name, "constexpr"))
             divisible = False
         else:
-            types.append(
-                (
-                    name,
-                    "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64",
-                )
-            )
+            types.append((name, _scalar_type(value)))
             divisible = isinstance(value, int) and value % 16 == 0
             ones += [name] if isinstance(value, int) and value == 1 and name not in generic else []
         if divisible and name not in generic:
             aligned.append(position)
-    where = kernel.fn.__module__, kernel.fn.__name__
     return Build(
-        *where, tuple(types), tuple(aligned), tuple(ones), tuple(sorted(constants.items()))
+        module=kernel.fn.__module__,
+        kernel=kernel.fn.__name__,
+        types=tuple(types),
+        aligned=tuple(aligned),
+        ones=tuple(ones),
+        constants=tuple(sorted(constants.items())),
     )
 
 
@@ -164,7 +169,7 @@ def _read_amd(compiled) -> dict:
 
 
 def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
-    """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
+    """Count the blocks a multiprocessor holds, by registers, shared memory and warps."""
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
     # NVIDIA keeps this much of every block's for itself
     reserved = 1024 if target.backend == "cuda" else 0
@@ -173,7 +178,7 @@ def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) ->
 
 
 def _verdict(row: dict, target: Target, target_name: str) -> str | None:
-    """Why a finished build is unacceptable, if it is."""
+    """Say why a finished build is unacceptable, if it is."""
     if row["shared"] > target.shared_block:
         return (
             f"shared memory {row['shared']} B exceeds the {target.shared_block} B of {target_name}"
@@ -184,7 +189,7 @@ def _verdict(row: dict, target: Target, target_name: str) -> str | None:
 
 
 def source(build: Build, target: Target) -> tuple:
-    """What Triton compiles one launch from: an ASTSource, a GPUTarget and options."""
+    """Make what Triton compiles one launch from: an ASTSource, a GPUTarget and options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -206,7 +211,7 @@ def source(build: Build, target: Target) -> tuple:
 
 
 def build_one(build: Build, target_name: str) -> dict:
-    """Compile one launch for one target; returns its row of the table."""
+    """Compile one launch for one target and return its row of the table."""
     from triton.compiler import CompilationError, compile
     from triton.compiler.errors import CompileTimeAssertionFailure
     from triton.runtime.errors import PTXASError

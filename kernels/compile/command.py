@@ -1,5 +1,7 @@
-"""python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--hot] [--json FILE]
-       python -m kernels.compile --markdown FILE --also OTHER_VENV/bin/python
+"""Command line of `python -m kernels.compile`.
+
+    python -m kernels.compile [--target sm_90,gfx942] [--dtype fp16] [--hot] [--json FILE]
+    python -m kernels.compile --markdown FILE --also OTHER_VENV/bin/python
 
 Builds every kernel for GPUs that need not be there and reports registers, spills and shared memory.
 
@@ -12,8 +14,8 @@ compiles:
 2. build: each distinct launch is compiled for its targets, disassembled and counted.
 
 What comes out depends on the version of Triton. `--also PYTHON` builds the same launches, recorded
-once, with another interpreter's Triton too, and `--markdown` writes one table of both, from fresh
-builds: its seconds are of compilations.
+once, with another interpreter's Triton too. The command prints a line for every launch and target;
+`--markdown` writes a short table, with one line a kernel: the worst of all its builds.
 
 Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a
 kernel marked hot.
@@ -36,9 +38,10 @@ from pathlib import Path
 import torch
 
 from kernels import backend
+from kernels.bench.environment import commit, today
 from kernels.checks import new_file
 from kernels.compile.build import DTYPES, TARGETS, Build, build_one, launched
-from kernels.compile.report import describe, document, merged
+from kernels.compile.report import describe, full_table, meaning, summary
 
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 # The names in kernels.compile.workloads, whose import would load Triton
@@ -49,8 +52,9 @@ OPS = (
 
 
 def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build, list[str]]:
-    """Run the ops of kernels.compile.workloads in the interpreter; every distinct launch and the
-    targets that make it.
+    """Run ops of kernels.compile.workloads in the interpreter and note what they launch.
+
+    Returns every distinct launch with the targets that make it.
     """
     from kernels.compile.workloads import WORKLOADS
 
@@ -70,7 +74,7 @@ def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build
 
 
 def _recorded(args: argparse.Namespace) -> str:
-    """The launches as JSON text, made by another process whose Triton interprets."""
+    """Record the launches in another process, whose Triton interprets; return JSON text."""
     command = [sys.executable, "-m", "kernels.compile", "--record"]
     command += ["--op", args.op, "--dtype", args.dtype, "--target", args.target]
     done = subprocess.run(
@@ -82,7 +86,7 @@ def _recorded(args: argparse.Namespace) -> str:
 
 
 def _read(text: str) -> dict[Build, list[str]]:
-    """Launches and their targets, from what `_recorded` returned."""
+    """Read launches and their targets from what `_recorded` returned."""
     builds = {}
     for fields in json.loads(text):
         targets = fields.pop("targets")
@@ -99,7 +103,7 @@ def _wanted(build: Build, args: argparse.Namespace) -> bool:
 
 
 def _build_all(builds: dict[Build, list[str]], workers: int) -> list[dict]:
-    """The rows of all builds; failures are printed as they come."""
+    """Build every launch; return the rows, and print failures as they come."""
     rows = []
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(workers) as pool:
@@ -119,36 +123,28 @@ def _build_all(builds: dict[Build, list[str]], workers: int) -> list[dict]:
 
 
 def _build_with(python: str, launches: str, args: argparse.Namespace, folder: Path) -> dict:
-    """The report of another interpreter's Triton on the same launches."""
-    (folder / "launches.json").write_text(launches)
-    command = [
-        python,
-        "-m",
-        "kernels.compile",
-        "--launches",
-        str(folder / "launches.json"),
-        "--kernel",
-        args.kernel,
-    ]
-    command += ["--json", str(folder / "rows.json"), "--workers", str(args.workers)] + [
-        "--hot"
-    ] * args.hot
-    command += ["--without", args.without] if args.without else []
+    """Build the same launches with another interpreter's Triton; return its report."""
+    file = folder / "launches.json"
+    report = folder / "rows.json"
+    file.write_text(launches)
+    command = [python, "-m", "kernels.compile", "--launches", str(file), "--kernel", args.kernel]
+    command += ["--json", str(report), "--workers", str(args.workers)]
+    if args.hot:
+        command.append("--hot")
+    if args.without:
+        command += ["--without", args.without]
     done = subprocess.run(command, capture_output=True, text=True)
-    if not (folder / "rows.json").exists():
+    if not report.exists():
         raise SystemExit(f"{done.stdout}{done.stderr}\n{python} built nothing")
-    print(
-        "\n".join(
-            line for line in done.stdout.splitlines() if line.startswith(("triton", "FAILED"))
-        ),
-        flush=True,
-    )
-    return json.loads((folder / "rows.json").read_text())
+    for line in done.stdout.splitlines():
+        if line.startswith(("triton", "FAILED")):
+            print(line, flush=True)
+    return json.loads(report.read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.compile", description=__doc__.split("\n\n")[1]
+        prog="python -m kernels.compile", description=__doc__.split("\n\n")[2]
     )
     parser.add_argument(
         "--target", default=DEFAULT_TARGETS, help=f"comma-separated; of {', '.join(TARGETS)}"
@@ -173,7 +169,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=new_file, help="also write the rows here")
     parser.add_argument(
-        "--markdown", type=new_file, help="also write the table here, from fresh builds"
+        "--markdown", type=new_file, help="also write one line a kernel here, from fresh builds"
     )
     parser.add_argument("--also", help="a Python with another Triton that builds the same launches")
     parser.add_argument(
@@ -200,7 +196,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = _parse(argv)
     if args.record:
         found = _record(args.op.split(","), args.dtype.split(","), args.target.split(","))
@@ -232,13 +228,14 @@ def main(argv: list[str] | None = None) -> int:
         rows = _build_all(chosen, args.workers)
         # as another version's rows come: lists where there were tuples
         rows = json.loads(json.dumps(rows))
-        reports = [{"triton": triton.__version__, "torch": torch.__version__, "rows": rows}]
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        reports = [versions | {"commit": commit(), "date": today(), "rows": rows}]
         if args.also:
-            reports = sorted(
-                [*reports, _build_with(args.also, launches, args, Path(folder))],
-                key=lambda r: r["triton"],
-            )
-    print(merged(reports))
+            reports.append(_build_with(args.also, launches, args, Path(folder)))
+            reports.sort(key=lambda report: report["triton"])
+    limits = {name: target.shared_block for name, target in TARGETS.items()}
+    print(meaning(limits))
+    print(f"\n{full_table(reports)}")
     failures = sum("failure" in row for report in reports for row in report["rows"])
     kernels = len({(row["module"], row["kernel"]) for row in rows})
     builds = sum(len(report["rows"]) for report in reports)
@@ -249,7 +246,5 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1))
     if args.markdown:
-        args.markdown.write_text(
-            document(reports, {name: target.shared_block for name, target in TARGETS.items()})
-        )
+        args.markdown.write_text(summary(reports, limits))
     return int(failures > 0)

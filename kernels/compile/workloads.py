@@ -1,5 +1,4 @@
-"""The ops as the full-size models call them, forward and backward, on few rows: what
-`kernels.compile` builds.
+"""Calls of the public ops at the full models' sizes, on few rows, for `kernels.compile` to record.
 
 Channel counts, head sizes and window sizes are those of the published models, so every constant of
 a launch is the one that training uses; only the number of rows is small enough for Triton's
@@ -11,28 +10,39 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention.op import segment_attention, window_attention
-from kernels.camera import Camera
-from kernels.conv.op import sparse_conv, subdivide_conv
-from kernels.gaussian.splat import splat
-from kernels.mesh.render import render_mesh
-from kernels.norm.gelu import gelu
-from kernels.norm.group import group_norm
-from kernels.norm.layer import add_layer_norm, layer_norm
-from kernels.radiance.raymarch import raymarch
-from kernels.similarity import ssim
-from kernels.surface.isosurface import isosurface
-from kernels.voxels.cache import SpatialCache
+from kernels import (
+    Camera,
+    SpatialCache,
+    Windows,
+    add_layer_norm,
+    build_table,
+    gelu,
+    group_norm,
+    isosurface,
+    layer_norm,
+    lookup,
+    neighbours,
+    pool,
+    pooling,
+    raymarch,
+    render_mesh,
+    segment_attention,
+    serialized_windows,
+    sparse_conv,
+    splat,
+    ssim,
+    subdivide_conv,
+    unpool,
+    window_attention,
+    window_partition,
+)
 from kernels.voxels.children import child_neighbours
-from kernels.voxels.curves import serialized_windows
-from kernels.voxels.hash import build_table, lookup, neighbours
-from kernels.voxels.pool import pool, pooling, unpool
-from kernels.voxels.window import Windows, window_partition
 
 CHANNELS = 768
 HEADS = 12
 WINDOW = 8
-DEMO_CHANNELS, DEMO_HEADS = 64, 2
+DEMO_CHANNELS = 64
+DEMO_HEADS = 2
 
 
 def _coords(N: int, extent: int) -> Tensor:
@@ -46,11 +56,10 @@ def _backward(*outputs: Tensor) -> None:
 
 
 def attention(dtype: torch.dtype) -> None:
-    """Windows of 8^3 voxels at the published and the demo's head sizes, with and without the q/k
-    norm; every size class.
+    """Run attention in windows of 8^3 voxels, with and without the q/k norm, in every size class.
 
-    The windows are all empty: enough rows for each class to be launched, and nothing for the
-    interpreter to compute.
+    Head sizes are the published ones and the demo's. The windows are all empty: enough rows for
+    each class to be launched, and nothing for the interpreter to compute.
     """
     N = WINDOW**3 + 1
     windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
@@ -64,7 +73,7 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def rotary(dtype: torch.dtype) -> None:
-    """Attention with rotary phases, with and without q/k norm, in the windows of `attention`."""
+    """Run attention with rotary phases, with and without q/k norm, as in `attention`."""
     N = WINDOW**3 + 1
     windows = Windows(torch.arange(N, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), N)
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
@@ -77,11 +86,12 @@ def rotary(dtype: torch.dtype) -> None:
 
 
 def serialized(dtype: torch.dtype) -> None:
-    """Windows along both curves; attention to listed keys alone, normed, rotated, and both."""
+    """Make windows along both curves; attend to listed keys alone, normed, rotated, and both."""
     coords = _coords(16, 16)
     for mode in ("z_order", "hilbert_transposed"):
         serialized_windows(coords, 1, WINDOW, mode, shift_window=WINDOW // 2)
-    rows, none = torch.arange(16, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    rows = torch.arange(16, dtype=torch.int32)
+    none = torch.zeros(9, dtype=torch.int32)
     windows = Windows(rows, none, 16, keys=rows, key_starts=none)
     for channels, heads in ((CHANNELS, HEADS), (DEMO_CHANNELS, DEMO_HEADS)):
         D = channels // heads
@@ -95,7 +105,7 @@ def serialized(dtype: torch.dtype) -> None:
 
 
 def norms(dtype: torch.dtype) -> None:
-    """The memory-bound passes of a block."""
+    """Run the memory-bound passes of a block."""
     for channels in (CHANNELS, DEMO_CHANNELS):
         x, h = (torch.randn(8, channels).to(dtype).requires_grad_() for _ in range(2))
         bias = torch.zeros(channels, requires_grad=True)
@@ -107,7 +117,10 @@ def norms(dtype: torch.dtype) -> None:
 
 
 def coordinates(dtype: torch.dtype) -> None:
-    """Tables of both kinds (few rows in a wide extent take the hash), neighbours and windows."""
+    """Make tables of both kinds, neighbours and windows.
+
+    Few rows in a wide extent take the hash.
+    """
     for extent in (16, 1000):
         coords = _coords(40, 16)
         coords[-1, 1:] = extent - 1
@@ -117,7 +130,10 @@ def coordinates(dtype: torch.dtype) -> None:
 
 
 def gaussians(dtype: torch.dtype) -> None:
-    """A rendered view of a few Gaussians; the renderer computes in fp32 whatever it is given."""
+    """Render a view of a few Gaussians.
+
+    The renderer computes in fp32 whatever it is given, as the ones below.
+    """
     G = 8
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
     center = torch.rand(G, 3) * 0.2
@@ -131,7 +147,7 @@ def gaussians(dtype: torch.dtype) -> None:
 
 
 def convolution(dtype: torch.dtype) -> None:
-    """The mesh decoder's four 3x3x3 convolutions, and the norm before each.
+    """Run the mesh decoder's four 3x3x3 convolutions, and the norm before each.
 
     Nobody has neighbours, so that there is nothing for the interpreter to compute.
     """
@@ -162,7 +178,7 @@ def similarity(dtype: torch.dtype) -> None:
 
 
 def surfaces(dtype: torch.dtype) -> None:
-    """A surface with and without color; extraction computes in fp32 whatever it is given."""
+    """Extract a surface with and without color."""
     for channels in (53, 101):
         fields = torch.randn(40, channels, requires_grad=True)
         out = isosurface(_coords(40, 5), fields, 5, True)
@@ -170,9 +186,7 @@ def surfaces(dtype: torch.dtype) -> None:
 
 
 def meshes(dtype: torch.dtype) -> None:
-    """A rendered view of a large triangle and a small one; the renderer computes in fp32 whatever
-    it is given.
-    """
+    """Render a view of a large triangle and a small one."""
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 16, 16)
     corners = torch.tensor(
         [[-0.4, 0.0, -0.4], [0.4, 0.0, -0.4], [0.0, 0.0, 0.4], [0.0, 0.1, 0.02], [0.02, 0.1, 0.0]]
@@ -185,9 +199,7 @@ def meshes(dtype: torch.dtype) -> None:
 
 
 def radiance(dtype: torch.dtype) -> None:
-    """A view of two voxels at the published rank and number of taps, and at the demo's; fp32
-    whatever it is given.
-    """
+    """Render a view of two voxels at the published rank and number of taps, and at the demo's."""
     for resolution, rank, dim in ((64, 16, 8), (16, 8, 4)):
         camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
         position = (torch.tensor([[8, 8, 8], [8, 8, 9]]) * (resolution // 16) + 0.5) / resolution
@@ -200,7 +212,7 @@ def radiance(dtype: torch.dtype) -> None:
 
 
 def scales(dtype: torch.dtype) -> None:
-    """Features to a coarser scale and back."""
+    """Pool features to a coarser scale and unpool them."""
     for channels in (CHANNELS, DEMO_CHANNELS):
         cache = SpatialCache(_coords(40, 16))
         groups = cache.get(pooling, 2)

@@ -1,1 +1,1 @@
-"""Gaussians -> pictures."""
+"""Splatting: Gaussians to pictures."""

@@ -1,5 +1,6 @@
-"""Tile rectangles -> each tile's Gaussians, near to far. P pairs, I instances (a pair in one tile),
-T tiles of all views.
+"""Lists of the Gaussians in each tile, near to far.
+
+P pairs, I instances (a pair in one tile), T tiles of all views.
 
 Pairs are sorted by depth first (P keys of 32 bits), emit their instances in that order, and a
 second stable sort by tile (I keys of 32 bits) keeps it: ties in depth stay in the order of the
@@ -8,39 +9,29 @@ move about four times the bytes of the second. An instance's slot is its positio
 sort, where a pair's instances are neighbours: the backward pass writes there and reads once.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.records import TILE, Projected
-
-
-@dataclass(frozen=True, eq=False)
-class Bins:
-    """The instances, tile after tile."""
-
-    pair: Tensor  # [I] int32
-    slot: Tensor  # [I] int64: position before the sort by tile
-    bounds: Tensor  # [T + 1] int32: tile t owns the instances bounds[t] : bounds[t + 1]
-    first: Tensor  # [P] int64: the slot of a pair's first instance
+from kernels.gaussian.records import TILE, Bins, Projected
 
 
 def _tiles() -> dict:
-    """One pair per thread (not yet measured on a GPU): a program loops as often as its largest
-    rectangle has tiles.
+    """Return the pairs of a program, one per thread (not yet measured on a GPU).
+
+    A program loops as often as its largest rectangle has tiles.
     """
     return {"BLOCK": 128, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["P", "TX", "TY"])
 def _emit(
+    # of the pairs: order by depth, end of the instances in that order; see Projected
     order_ptr,
     end_ptr,
     rect_ptr,
     view_ptr,
+    # results: first instance of a pair, tile and pair of an instance
     first_ptr,
     tile_ptr,
     pair_ptr,
@@ -55,7 +46,8 @@ def _emit(
     rect = rect_ptr + p * 4
     x0 = tl.load(rect, live, 0)
     y0 = tl.load(rect + 1, live, 0)
-    across, down = tl.load(rect + 2, live, 0) - x0, tl.load(rect + 3, live, 0) - y0
+    across = tl.load(rect + 2, live, 0) - x0
+    down = tl.load(rect + 3, live, 0) - y0
     count = across * down
     at = tl.load(end_ptr + n, live, 0) - count
     tl.store(first_ptr + p, at, live)
@@ -68,12 +60,13 @@ def _emit(
 
 
 def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins:
-    """Reads one number from the device, the number of instances, and waits for it: the only wait of
-    `splat`.
+    """Return the instances of all tiles.
 
-    Raises ValueError where that is more than an int32 counts.
+    Reads one number from the device, the number of instances, and waits for it: the only wait of
+    `splat`. Raises ValueError where that is more than an int32 counts.
     """
-    rect, depth = projected.rect, projected.depth
+    rect = projected.rect
+    depth = projected.depth
     TX = triton.cdiv(width, TILE)
     TY = triton.cdiv(height, TILE)
     P = len(depth)
@@ -85,7 +78,8 @@ def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins
             f"{total} instances (a Gaussian in a tile) are more than {2**31 - 1}: render fewer "
             "views at once"
         )
-    tile, pair = (torch.empty(total, dtype=torch.int32, device=rect.device) for _ in range(2))
+    tile = torch.empty(total, dtype=torch.int32, device=rect.device)
+    pair = torch.empty_like(tile)
     first = torch.empty_like(order)
     tiles = _tiles()
     backend.launch(

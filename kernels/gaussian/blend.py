@@ -1,6 +1,6 @@
-"""Front-to-back compositing, one program per tile of 16 x 16 pixels, and its backward. I instances,
-see kernels.gaussian.binning.
+"""Front-to-back compositing and its backward, one program per tile of 16 x 16 pixels.
 
+I instances, see kernels.gaussian.binning. For each pixel and Gaussian:
     e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy
     alpha = min(0.99, opacity exp(e)), skipped where e > 0 or alpha < 1/255
     stop (exclusive) where the transmittance T would fall below 1e-4
@@ -24,8 +24,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.binning import Bins
-from kernels.gaussian.records import TILE
+from kernels.gaussian.records import TILE, Bins
 
 OPAQUE = tl.constexpr(0.99)
 LEAST = tl.constexpr(1.0 / 255.0)
@@ -34,18 +33,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _tiles(target: str) -> dict:
-    """Gaussians per chunk (not yet measured on a GPU): 4 pixels per thread, so that few threads
-    load the same record; with K = 8 the instructions per Gaussian are the same, but the registers
-    of the backward are used up.
+    """Return the Gaussians per chunk (not yet measured on a GPU).
+
+    Two warps give a thread 4 pixels, so that few threads load the same record. With K = 8 the
+    instructions per Gaussian are the same, but the backward has no registers left.
     """
     return {"K": 32 if target == "interpreter" else 4, "num_warps": 2}
 
 
 @triton.jit
-def _pixels(tile, W, H, TX, TY):
-    """Of this tile: its view, its pixels x, y [256], where they lie in a plane, and which are
-    inside the picture.
-    """
+def _pixels(tile, W, H):
+    """Return a tile's view, its pixels x, y [256], their place in a plane, and which are inside."""
+    TX = tl.cdiv(W, 16)
+    TY = tl.cdiv(H, 16)
     lane = tl.arange(0, 256)
     x = tile % TX * 16 + lane % 16
     y = tile // TX % TY * 16 + lane // 16
@@ -54,7 +54,7 @@ def _pixels(tile, W, H, TX, TY):
 
 @triton.jit
 def _records(record_ptr, pair_ptr, n, live):
-    """Nine numbers of K Gaussians; opacity 0 for those past the end."""
+    """Load the nine numbers of K Gaussians; those past the end have opacity 0."""
     r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 9
     return (
         tl.load(r, live, 0.0),
@@ -71,8 +71,9 @@ def _records(record_ptr, pair_ptr, n, live):
 
 @triton.jit
 def _alpha(mx, my, c11, c12, c22, opacity, x, y):
-    """[K, 256]: offsets, opacity exp(e), and the alpha that is blended (0 where skipped)."""
-    dx, dy = mx[:, None] - x.to(tl.float32)[None, :], my[:, None] - y.to(tl.float32)[None, :]
+    """Return offsets, opacity exp(e) and the alpha that is blended, 0 where skipped: [K, 256]."""
+    dx = mx[:, None] - x.to(tl.float32)[None, :]
+    dy = my[:, None] - y.to(tl.float32)[None, :]
     # [K]: cheaper here than per pixel
     h11 = c11 * (-0.5 * LOG2E)
     h12 = c12 * LOG2E
@@ -83,23 +84,23 @@ def _alpha(mx, my, c11, c12, c22, opacity, x, y):
     return dx, dy, raw, tl.where((e <= 0) & (alpha >= LEAST), alpha, 0.0)
 
 
-@triton.jit(do_not_specialize=["H", "TX", "TY"])
+@triton.jit(do_not_specialize=["H"])
 def _blend(
-    record_ptr,
+    record_ptr,  # [P, 9]
+    # see Bins
     pair_ptr,
     bounds_ptr,
-    background_ptr,
+    background_ptr,  # [V, 3]
+    # results, see `blend`
     image_ptr,
     final_ptr,
     reach_ptr,
     W,
     H,
-    TX,
-    TY,
     K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
+    v, x, y, at, inside = _pixels(tile, W, H)
     begin = tl.load(bounds_ptr + tile)
     end = tl.load(bounds_ptr + tile + 1)
     # (256,) transmittance; below STOP for good once the pixel has stopped
@@ -135,39 +136,39 @@ def _blend(
     tl.store(reach_ptr + v * size + at, reach, inside)
 
 
-@triton.jit(do_not_specialize=["H", "TX", "TY"])
+@triton.jit(do_not_specialize=["H"])
 def _blend_backward(
-    record_ptr,
+    record_ptr,  # [P, 9]
+    # see Bins
     pair_ptr,
     slot_ptr,
     bounds_ptr,
+    # results of the forward pass, and gradients of the first two
     image_ptr,
     final_ptr,
     reach_ptr,
     grad_image_ptr,
     grad_final_ptr,
-    moments_ptr,
+    moments_ptr,  # result [I, 9]
     W,
     H,
-    TX,
-    TY,
     K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    v, x, y, at, inside = _pixels(tile, W, H, TX, TY)
+    v, x, y, at, inside = _pixels(tile, W, H)
     begin = tl.load(bounds_ptr + tile)
     end = tl.load(bounds_ptr + tile + 1)
     size = H * W
-    image, grad = image_ptr + v * 3 * size, grad_image_ptr + v * 3 * size
+    image = image_ptr + v * 3 * size
+    grad = grad_image_ptr + v * 3 * size
     gr = tl.load(grad + at, inside, 0.0)
     gg = tl.load(grad + size + at, inside, 0.0)
     gb = tl.load(grad + 2 * size + at, inside, 0.0)
-    # (256,)
+    # (256,) what arrives from behind, of the whole pixel at first
     behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(image + size + at, inside, 0.0)
     behind += gb * tl.load(image + 2 * size + at, inside, 0.0)
-    behind += tl.load(grad_final_ptr + v * size + at, inside, 0.0) * tl.load(
-        final_ptr + v * size + at, inside, 0.0
-    )
+    grad_final = tl.load(grad_final_ptr + v * size + at, inside, 0.0)
+    behind += grad_final * tl.load(final_ptr + v * size + at, inside, 0.0)
     reach = begin + tl.load(reach_ptr + v * size + at, inside, 0)
     light = tl.full([256], 1.0, tl.float32)
     seen = tl.max(reach, 0)
@@ -188,7 +189,8 @@ def _blend_backward(
         behind -= tl.sum(arriving, 0)
         ge = tl.where(alpha > 0, raw * (before * a - rest * inverse), 0.0)
         light = tl.min(through, 0)
-        gx, gy = ge * dx, ge * dy
+        gx = ge * dx
+        gy = ge * dy
         m = moments_ptr + tl.load(slot_ptr + n, live, 0) * 9
         tl.store(m, tl.sum(ge, 1), live)
         tl.store(m + 1, tl.sum(gx, 1), live)
@@ -207,21 +209,25 @@ def _blend_backward(
             tl.store(m + j, zero, n < end)
 
 
+def _tiles_of(width: int, height: int) -> int:
+    return triton.cdiv(width, TILE) * triton.cdiv(height, TILE)
+
+
 def blend(
     record: Tensor, bins: Bins, background: Tensor, width: int, height: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image [V, 3, H, W], final transmittance [V, H, W] and, for the backward, how far each pixel
-    came [V, H, W] int32.
+    """Return the image [V, 3, H, W], the final transmittance [V, H, W] and the reach.
+
+    The reach [V, H, W] int32 is the number of a tile's instances that a pixel takes before it
+    stops, which the backward needs.
     """
     V = len(background)
-    TX = triton.cdiv(width, TILE)
-    TY = triton.cdiv(height, TILE)
     image = background.new_empty(V, 3, height, width)
     final = background.new_empty(V, height, width)
     reach = torch.empty_like(final, dtype=torch.int32)
     backend.launch(
         _blend,
-        (V * TX * TY,),
+        (V * _tiles_of(width, height),),
         record,
         bins.pair,
         bins.bounds,
@@ -231,8 +237,6 @@ def blend(
         reach,
         width,
         height,
-        TX,
-        TY,
         **_tiles(backend.target(record)),
     )
     return image, final, reach
@@ -247,13 +251,12 @@ def blend_backward(
     grad_image: Tensor,  # [V, 3, H, W]
     grad_final: Tensor,  # [V, H, W]
 ) -> Tensor:
-    """The nine sums of every instance [I, 9], at its slot."""
+    """Return the nine sums of every instance [I, 9], at its slot."""
     V, _, height, width = image.shape
-    TX, TY = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
     moments = record.new_empty(len(bins.pair), 9)
     backend.launch(
         _blend_backward,
-        (V * TX * TY,),
+        (V * _tiles_of(width, height),),
         record,
         bins.pair,
         bins.slot,
@@ -266,8 +269,6 @@ def blend_backward(
         moments,
         width,
         height,
-        TX,
-        TY,
         **_tiles(backend.target(record)),
     )
     return moments

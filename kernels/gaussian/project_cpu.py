@@ -1,46 +1,46 @@
-"""The projection of kernels.gaussian.project for a CPU: the same forms over all P pairs at once,
-any float dtype, and its backward.
+"""Projection of Gaussians on a CPU, and its backward, for any float dtype.
 
-Pairs are the last dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of
-planes. Batches of P small matrices, or sums over a last dimension of 3, take five times as long.
+The formulas are as in kernels.gaussian.project, over all P pairs at once. Pairs are the last
+dimension throughout: [3, P] planes, and products of 3 x 3 matrices as sums of planes. Batches of P
+small matrices, or sums over a last dimension of 3, take five times as long.
 """
 
 import torch
 from torch import Tensor
 
 from kernels.gaussian.records import TILE, Projected
-from kernels.views import Layout
+from kernels.views import SH0, ViewTable
 
 NEAR = 0.2
-SH0 = 0.28209479177387814
 EPS = 1e-6
 VISIBLE = 1 / 255
 
 
 class _Pairs:
-    """What forward and backward share: every quantity of the docstring of kernels.gaussian.project,
-    per pair.
+    """Every quantity of the formulas in kernels.gaussian.project, for all pairs.
+
+    Forward and backward share it.
     """
 
     def __init__(
         self,
         gaussians: Tensor,
         cameras: Tensor,
-        layout: Layout,
+        table: ViewTable,
         width: int,
         height: int,
         kernel_size: float,
     ) -> None:
         size = cameras.new_tensor([[width], [height]])
         self.view = torch.arange(len(cameras)).repeat_interleave(
-            layout.views[:, 1], output_size=layout.pair_start[-1]
+            table.views[:, 1], output_size=table.pair_start[-1]
         )
         camera = cameras.t().contiguous().index_select(1, self.view)
         planes = gaussians.t().contiguous()
         planes = torch.cat(
             [
                 planes[:, :0],
-                *(planes[:, layout.starts[s] : layout.starts[s + 1]] for s in layout.view_scene),
+                *(planes[:, table.starts[s] : table.starts[s + 1]] for s in table.view_scene),
             ],
             1,
         )
@@ -84,7 +84,7 @@ class _Pairs:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix products [m, k, P] x [k, n, P] -> [m, n, P]."""
+    """Multiply matrices [m, k, P] x [k, n, P] -> [m, n, P]."""
     total = a[:, 0, None] * b[0]
     for k in range(1, len(b)):
         total.addcmul_(a[:, k, None], b[k])
@@ -92,14 +92,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
-    """[3, P] x [3, P]"""
+    """Return the cross product [3, P] of planes [3, P]."""
     a0, a1, a2 = a
     b0, b1, b2 = b
     return torch.stack([a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, a0 * b1 - a1 * b0])
 
 
 def _rotation(q: Tensor) -> Tensor:
-    """[4, P] (w, x, y, z), not normalised -> [3, 3, P]."""
+    """Return the matrix [3, 3, P] of quaternions [4, P] (w, x, y, z), not normalised."""
     w, x, y, z = q
     entries = [
         1 - 2 * (y * y + z * z),
@@ -116,11 +116,15 @@ def _rotation(q: Tensor) -> Tensor:
 
 
 def _rotation_backward(q: Tensor, h: Tensor) -> Tensor:
-    """The gradient of the quaternion, of the gradient h [3, 3, P] of its matrix."""
+    """Return the gradient of a quaternion, of the gradient h [3, 3, P] of its matrix."""
     w, x, y, z = q
     (xx, h01, h02), (h10, yy, h12), (h20, h21, zz) = h
-    xy, xz, yz = h01 + h10, h02 + h20, h12 + h21
-    dx, dy, dz = h21 - h12, h02 - h20, h10 - h01
+    xy = h01 + h10
+    xz = h02 + h20
+    yz = h12 + h21
+    dx = h21 - h12
+    dy = h02 - h20
+    dz = h10 - h01
     entries = [
         x * dx + y * dy + z * dz,
         y * xy + z * xz + w * dx - 2 * x * (yy + zz),
@@ -131,10 +135,15 @@ def _rotation_backward(q: Tensor, h: Tensor) -> Tensor:
 
 
 def project_torch(
-    gaussians: Tensor, cameras: Tensor, layout: Layout, width: int, height: int, kernel_size: float
+    gaussians: Tensor,
+    cameras: Tensor,
+    table: ViewTable,
+    width: int,
+    height: int,
+    kernel_size: float,
 ) -> Projected:
-    """As kernels.gaussian.project.project."""
-    pairs = _Pairs(gaussians, cameras, layout, width, height, kernel_size)
+    """Project all pairs, as kernels.gaussian.project.project does."""
+    pairs = _Pairs(gaussians, cameras, table, width, height, kernel_size)
     opacity = pairs.opacity * pairs.rho
     half = 0.5 * (pairs.A - pairs.C)
     largest = 0.5 * (pairs.A + pairs.C) + torch.sqrt(
@@ -162,7 +171,7 @@ def project_torch(
 def project_torch_backward(
     gaussians: Tensor,
     cameras: Tensor,
-    layout: Layout,
+    table: ViewTable,
     width: int,
     height: int,
     kernel_size: float,
@@ -172,8 +181,8 @@ def project_torch_backward(
     g_opacity: Tensor,  # [P], of the blended one
     g_color: Tensor,  # [P, 3]
 ) -> Tensor:
-    """The gradient of the Gaussians [G, 14]."""
-    t = _Pairs(gaussians, cameras, layout, width, height, kernel_size)
+    """Return the gradient of the Gaussians [G, 14]."""
+    t = _Pairs(gaussians, cameras, table, width, height, kernel_size)
     g_mean, g_conic, g_color = (g.t().contiguous() for g in (g_mean, g_conic, g_color))
     g_rho2 = g_opacity * t.opacity * 0.5 / torch.where(t.rho > 0, t.rho, 1)
     g_after = -(g_conic * t.conic).sum(0) / t.after - g_rho2 * t.before / (t.after + EPS) ** 2
@@ -202,8 +211,8 @@ def project_torch_backward(
     per_pair = torch.cat([g_center, g_scale, g_quaternion, (g_opacity * t.rho)[None], g_sh])
     per_pair = torch.where(rect[:, 2] > rect[:, 0], per_pair, 0)
     grad = gaussians.new_zeros(gaussians.shape[::-1])
-    for v, s in enumerate(layout.view_scene):
-        grad[:, layout.starts[s] : layout.starts[s + 1]] += per_pair[
-            :, layout.pair_start[v] : layout.pair_start[v + 1]
+    for v, s in enumerate(table.view_scene):
+        grad[:, table.starts[s] : table.starts[s + 1]] += per_pair[
+            :, table.pair_start[v] : table.pair_start[v + 1]
         ]
     return grad.t().contiguous()

@@ -1,21 +1,20 @@
-"""The splat by the book: one view after another in plain torch, every Gaussian at every pixel."""
+"""Reference of `splat` in plain torch: textbook formulas and autograd."""
 
 import torch
 
 from kernels.camera import Image
-from kernels.checks import host_list
+from kernels.views import SH0, check_scenes
 
 
 def splat_reference(
     center, scale, rotation, opacity, sh, starts, camera, view_scene, background, kernel_size=0.1
 ) -> Image:
-    """`splat` by the book: one view after another, every pixel with every Gaussian, textbook
-    formulas, autograd.
-    """
-    starts = host_list("starts", starts)
+    """Compute `splat` one view after another, every pixel with every Gaussian."""
+    views = len(camera)
+    starts, view_scene = check_scenes(starts, len(center), "Gaussians", view_scene, views)
     color = []
     alpha = []
-    for v, s in enumerate(host_list("view_scene", view_scene)):
+    for v, s in enumerate(view_scene):
         mine = slice(starts[s], starts[s + 1])
         image, final = _view_reference(
             *(t[mine] for t in (center, scale, rotation, opacity[:, 0], sh[:, 0])),
@@ -30,8 +29,9 @@ def splat_reference(
 
 
 def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
-    """Colour [3, H * W] and final transmittance [H * W] of one view; the two published rules are
-    marked.
+    """Return colour [3, H * W] and final transmittance [H * W] of one view.
+
+    The two published rules are marked.
     """
     E = camera.extrinsics[0].to(m.dtype)
     K = camera.intrinsics[0].to(m.dtype)
@@ -74,9 +74,13 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
     ).view(-1, 3, 3)
     U = torch.stack([jx, jy], 1) @ E[:3, :3]
     cov = U @ Q @ torch.diag_embed(s * s) @ Q.mT @ U.mT
-    a, b, c = cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]
-    A, C = a + kernel_size, c + kernel_size
-    D0, D1 = a * c - b * b, A * C - b * b
+    a = cov[:, 0, 0]
+    b = cov[:, 0, 1]
+    c = cov[:, 1, 1]
+    A = a + kernel_size
+    C = c + kernel_size
+    D0 = a * c - b * b
+    D1 = A * C - b * b
     rho = torch.where(
         (D0 > 1e-6) & (D1 > 1e-6),
         (D0.clamp(min=1e-6) / (D1.clamp(min=1e-6) + 1e-6) + 1e-6).sqrt(),
@@ -86,13 +90,15 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
     my = (fy * y + (cy - H / 2) * z) / (z + 1e-7) + (H - 1) / 2
     mid = ((A + C) / 2).detach()
     radius = torch.ceil(3 * (mid + (mid * mid - D1.detach()).clamp(min=0.1).sqrt()).sqrt()).float()
-    left, top = mx.detach().float() - radius, my.detach().float() - radius
+    left = mx.detach().float() - radius
+    top = my.detach().float() - radius
 
     order = torch.sort(z.detach(), stable=True).indices
     column, row = (
         t.flatten() for t in torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy")
     )
-    px, py = column.to(m.dtype)[:, None], row.to(m.dtype)[:, None]
+    px = column.to(m.dtype)[:, None]
+    py = row.to(m.dtype)[:, None]
 
     # whether the pixel's tile is in the rectangle: C truncation, clamped to the grid
     def touched(low, pixel, size):
@@ -102,7 +108,8 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
 
     inside = (touched(left, column, W) & touched(top, row, H))[:, order]
     A, b, C, D1, mx, my, strength, sh = (t[order] for t in (A, b, C, D1, mx, my, o * rho, sh))
-    dx, dy = mx - px, my - py
+    dx = mx - px
+    dy = my - py
     e = -0.5 * (C * dx * dx + A * dy * dy) / D1 + b * dx * dy / D1
     alpha = strength * e.exp()
     # published rule 2: the clamp passes the gradient
@@ -111,6 +118,6 @@ def _view_reference(m, s, q, o, sh, camera, background, kernel_size):
     through = torch.cumprod(1 - alpha, 1)
     kept = through >= 1e-4
     before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1)
-    color = ((alpha * before * kept) @ (0.28209479177387814 * sh + 0.5).clamp(min=0)).T
+    color = ((alpha * before * kept) @ (SH0 * sh + 0.5).clamp(min=0)).T
     final = torch.where(kept, 1 - alpha, 1).prod(1)
     return color + background.to(m.dtype)[:, None] * final, final

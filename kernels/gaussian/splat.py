@@ -1,11 +1,13 @@
-"""Differentiable Gaussian splatting: B scenes of G Gaussians in all, V views, P pairs of a view and
-a Gaussian of its scene.
+"""Differentiable Gaussian splatting of B scenes with V views.
 
-Stages, each one launch for all scenes and views: project (P) -> binning (P, I instances) -> blend
-(tiles of 16 x 16 pixels); backward: blend (tiles) -> project (G). What is computed is what TRELLIS
-trains with, the rasteriser of Mip-Splatting (Yu et al. 2024, after Kerbl et al. 2023); the formulas
-stand in kernels.gaussian.project and kernels.gaussian.blend. One deliberate difference: a view of a
-scene without Gaussians shows the background.
+G Gaussians of all scenes, P pairs of a view and a Gaussian of its scene, I instances (a pair in a
+tile of 16 x 16 pixels).
+
+Each stage is one launch for all scenes and views: project (P) -> binning (P, I) -> blend (tiles);
+backward: blend (tiles) -> project (G). The result is that of the rasteriser which TRELLIS trains
+with, Mip-Splatting (Yu et al. 2024, after Kerbl et al. 2023). The formulas are in
+kernels.gaussian.project and kernels.gaussian.blend. One difference is deliberate: a view of a scene
+without Gaussians shows the background.
 """
 
 import math
@@ -14,15 +16,21 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.camera import Camera, Image
-from kernels.checks import Host, check_tensors, host_list
-from kernels.gaussian.binning import Bins, bin_tiles
+from kernels.camera import Camera, Image, pack_cameras
+from kernels.checks import Host, check_floating, check_tensors
+from kernels.gaussian.binning import bin_tiles
 from kernels.gaussian.blend import blend, blend_backward
 from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
 from kernels.gaussian.project import project, project_backward
 from kernels.gaussian.project_cpu import project_torch, project_torch_backward
-from kernels.gaussian.records import GAUSSIAN, RECORD, TILE
-from kernels.views import make_layout
+from kernels.gaussian.records import GAUSSIAN, RECORD, TILE, Bins
+from kernels.views import (
+    check_colors,
+    check_scenes,
+    count_pairs,
+    make_view_table,
+    working_dtype,
+)
 
 
 @torch.library.custom_op("trislat::splat", mutates_args=())
@@ -38,11 +46,11 @@ def _splat(
     kernel_size: float,
     keep: bool,  # whether a backward pass follows: the torch path keeps more for it
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Image [V, 3, H, W], final transmittance [V, H, W], and what the backward needs."""
-    layout = make_layout(starts, view_scene, gaussians.device)
+    """Return the image [V, 3, H, W], final transmittance [V, H, W], and what backward needs."""
+    table = make_view_table(starts, view_scene, gaussians.device)
     if backend.is_torch(gaussians):
         with torch.autocast(gaussians.device.type, enabled=False):
-            p = project_torch(gaussians, cameras, layout, width, height, kernel_size)
+            p = project_torch(gaussians, cameras, table, width, height, kernel_size)
             image, final, saved = composite_torch(
                 *_fields(p.record),
                 p.depth,
@@ -55,14 +63,14 @@ def _splat(
                 keep,
             )
         return image, final, [p.record, p.depth.clone(), p.rect, *saved]
-    p = project(gaussians, cameras, layout, width, height, kernel_size)
+    p = project(gaussians, cameras, table, width, height, kernel_size)
     bins = bin_tiles(p, len(cameras), width, height)
     image, final, reach = blend(p.record, bins, background, width, height)
     return image, final, [p.record, p.rect, bins.pair, bins.slot, bins.bounds, bins.first, reach]
 
 
 def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean [P, 2], conic [P, 3], blended opacity [P], colour [P, 3]."""
+    """Split records into mean [P, 2], conic [P, 3], blended opacity [P], colour [P, 3]."""
     mean, conic, opacity, color = record.split_with_sizes([2, 3, 1, 3], 1)
     return mean, conic, opacity[:, 0], color
 
@@ -70,11 +78,11 @@ def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @_splat.register_fake
 def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_size, keep):
     V = len(view_scene)
-    first = [*starts, 0]
-    P = sum(first[s + 1] - first[s] for s in view_scene)
+    P = count_pairs(starts, view_scene)
     dynamic = torch.library.get_ctx().new_dynamic_size
     empty = lambda *size, dtype=gaussians.dtype: gaussians.new_empty(size, dtype=dtype)
-    i32, i64 = torch.int32, torch.int64
+    i32 = torch.int32
+    i64 = torch.int64
     record = empty(P, RECORD)
     rect = empty(P, 4, dtype=i32)
     if backend.is_torch(gaussians):
@@ -121,15 +129,16 @@ def _splat_backward(
     view_scene: list[int],
     kernel_size: float,
 ) -> Tensor:
-    """The gradient of the Gaussians [G, 14]."""
-    layout = make_layout(starts, view_scene, gaussians.device)
+    """Return the gradient of the Gaussians [G, 14]."""
+    table = make_view_table(starts, view_scene, gaussians.device)
     V, _, height, width = image.shape
-    scene = (gaussians, cameras, layout, width, height, kernel_size)
-    grad_image, grad_final = grad_image.contiguous(), grad_final.contiguous()
+    scene = (gaussians, cameras, table, width, height, kernel_size)
+    grad_image = grad_image.contiguous()
+    grad_final = grad_final.contiguous()
     if backend.is_torch(gaussians):
         record, depth, rect, *lists = saved
         view = torch.arange(V, device=rect.device).repeat_interleave(
-            layout.views[:, 1], output_size=len(depth)
+            table.views[:, 1], output_size=len(depth)
         )
         with torch.autocast(gaussians.device.type, enabled=False):
             grads = composite_torch_backward(
@@ -183,7 +192,7 @@ def _backward(ctx, grad_image, grad_final, grad_saved):
         view_scene,
         kernel_size,
     )
-    # torch wants an empty list's structure
+    # torch expects an empty list as the gradient of an empty list
     return grad, None, None, None, None if view_scene else [], None, None, None, None
 
 
@@ -202,8 +211,7 @@ def splat(
     background: Tensor,  # [V, 3]
     kernel_size: float = 0.1,  # variance of the screen-space low-pass filter, px^2
 ) -> Image:
-    """Render every view of its scene in one launch per stage; the Image has colour and alpha (1 -
-    final transmittance).
+    """Render the Gaussians of each view's scene: colour and alpha (1 - final transmittance).
 
     Differentiable, to first order, in the five tensors of the Gaussians; the camera and the
     background get no gradient. Computes in fp32 (16-bit inputs are converted; float64 only on the
@@ -216,55 +224,22 @@ def splat(
     degree 0; a kernel_size that is negative or not finite; 2^31 instances or more. TypeError: no
     tensor where one belongs.
     """
-    check_tensors(
-        center=center, scale=scale, rotation=rotation, opacity=opacity, sh=sh, background=background
-    )
-    starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
-    parts = {
-        "center": (center, 3),
-        "scale": (scale, 3),
-        "rotation": (rotation, 4),
-        "opacity": (opacity, 1),
-    }
-    G, V = len(center), len(camera)
-    for name, (value, size) in parts.items():
+    parts = {"center": center, "scale": scale, "rotation": rotation, "opacity": opacity}
+    check_tensors(**parts, sh=sh, background=background)
+    G = len(center)
+    V = len(camera)
+    for (name, value), size in zip(parts.items(), (3, 3, 4, 1), strict=True):
         if tuple(value.shape) != (G, size):
             raise ValueError(f"{name} must be [{G}, {size}], not {list(value.shape)}")
     if sh.ndim != 3 or len(sh) != G or sh.shape[2] != 3:
         raise ValueError(f"sh must be [{G}, 1, 3], not {list(sh.shape)}")
-    if sh.shape[1] != 1:
-        raise ValueError(
-            f"sh has {sh.shape[1]} coefficients per channel: only degree 0, 1 coefficient, is "
-            "implemented"
-        )
-    if tuple(background.shape) != (V, 3):
-        raise ValueError(f"background must be [{V}, 3], not {list(background.shape)}")
-    if (
-        not starts
-        or starts[0] != 0
-        or starts[-1] != G
-        or any(b < a for a, b in zip(starts, starts[1:], strict=False))
-    ):
-        raise ValueError(f"starts must rise from 0 to the {G} Gaussians, not be {starts}")
-    if len(view_scene) != V:
-        raise ValueError(f"view_scene names {len(view_scene)} scenes for {V} views")
-    for s in view_scene:
-        if not 0 <= s < len(starts) - 1:
-            raise ValueError(f"view_scene names scene {s} of {len(starts) - 1}")
+    check_colors(sh, background, V)
+    starts, view_scene = check_scenes(starts, G, "Gaussians", view_scene, V)
     if not (math.isfinite(kernel_size) and kernel_size >= 0):
         raise ValueError(f"kernel_size must be finite and at least 0, not {kernel_size}")
     tensors = (center, scale, rotation, opacity, sh)
-    for value in (*tensors, background, camera.extrinsics, camera.intrinsics):
-        if value.device != center.device:
-            raise ValueError(
-                f"all tensors must be on one device, not on {center.device} and {value.device}"
-            )
-        if not value.is_floating_point():
-            raise ValueError(f"all tensors must be floating point, not {value.dtype}")
-    exact = center.dtype == torch.float64
-    if exact and not backend.is_torch(center):
-        raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
-    dtype = torch.float64 if exact else torch.float32
+    check_floating(*tensors, background, camera.extrinsics, camera.intrinsics)
+    dtype = working_dtype(center)
     gaussians = torch.cat([t.to(dtype).flatten(1) for t in tensors], 1)
     assert gaussians.shape == (G, GAUSSIAN)
     keep = torch.is_grad_enabled() and gaussians.requires_grad
@@ -283,8 +258,5 @@ def splat(
 
 
 def _pack(camera: Camera, dtype: torch.dtype) -> Tensor:
-    """[V, 16], see `_splat`."""
-    e, k = camera.extrinsics.detach().to(dtype), camera.intrinsics.detach().to(dtype)
-    across, down = k[:, 0] * camera.width, k[:, 1] * camera.height
-    pixels = torch.stack([across[:, 0], down[:, 1], across[:, 2], down[:, 2]], 1)
-    return torch.cat([e[:, :3, :3].flatten(1), e[:, :3, 3], pixels], 1)
+    camera = camera.to(dtype)
+    return pack_cameras(camera, camera.extrinsics[:, :3, 3])

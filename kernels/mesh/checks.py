@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.checks import check_whole
+from kernels.checks import check_devices, check_whole
 from kernels.mesh.packing import TABLE, single_table
 
 PIXELS_MAX = 1 << 23  # edge functions stay below 2^31
@@ -50,15 +50,6 @@ def check_clip(clip: Tensor) -> None:
     """Raises ValueError for clip positions that are not [P, 4]."""
     if clip.ndim != 2 or clip.shape[1] != 4:
         raise ValueError(f"clip must be [P, 4], not {list(clip.shape)}")
-
-
-def check_devices(first: Tensor, *others: Tensor) -> None:
-    """Raises ValueError where a tensor is on another device than the first."""
-    for other in others:
-        if other.device != first.device:
-            raise ValueError(
-                f"all tensors must be on one device, not on {first.device} and {other.device}"
-            )
 
 
 def check_table(table: Tensor | None, faces: Tensor, rows: int) -> Tensor:

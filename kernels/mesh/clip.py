@@ -16,7 +16,7 @@ from kernels import backend
 from kernels.backend import tl, triton
 from kernels.camera import Camera
 from kernels.mesh.pixels_gpu import pixel_block
-from kernels.views import Layout
+from kernels.views import ViewTable
 
 
 def projection(
@@ -174,7 +174,7 @@ _to_clip_op.register_autograd(_backward, setup_context=_setup_context)
 def to_clip(
     vertices: Tensor,  # [N, 3] fp32 (float64 only on the torch path)
     matrix: Tensor,  # [V, 4, 4] of `projection`, in the same dtype
-    layout: Layout,  # the vertices that each view sees
+    layout: ViewTable,  # the vertices that each view sees
 ) -> Tensor:  # [P, 4]
     """Project every view's vertices; internal, without checks.
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.transfer import make_table
-from kernels.views import Layout, make_layout
+from kernels.backend import make_table
+from kernels.views import ViewTable, make_view_table
 
 TABLE = 4  # numbers of a view: first face, number of faces, first row, number of rows
 
@@ -23,7 +23,7 @@ TABLE = 4  # numbers of a view: first face, number of faces, first row, number o
 class MeshLayout:
     """A batch of meshes and their views: lists on the host, and tables on the vertices' device."""
 
-    vertices: Layout  # the vertices that each view sees; its pairs are the clip rows
+    vertices: ViewTable  # the vertices that each view sees; its pairs are the clip rows
     face_starts: list[int]  # [B + 1]
     # [V, 4] int64: first face, number of faces, first vertex, number of vertices
     vertex_table: Tensor
@@ -66,7 +66,7 @@ def make_mesh_layout(
     for s in view_scene:
         if not 0 <= s < len(vertex_starts) - 1:
             raise ValueError(f"view_scene names scene {s} of {len(vertex_starts) - 1}")
-    layout = make_layout(vertex_starts, view_scene, device)
+    layout = make_view_table(vertex_starts, view_scene, device)
     owned = []  # rows of the scene table
     for s, (first, end) in enumerate(pairwise(vertex_starts)):
         face_count = face_starts[s + 1] - face_starts[s]

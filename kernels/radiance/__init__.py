@@ -1,1 +1,1 @@
-"""Radiance field -> pictures."""
+"""Ray marching: radiance fields to pictures."""

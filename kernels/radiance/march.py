@@ -1,8 +1,7 @@
-"""March and composite, one program per tile of pixels, and its backward, one program per voxel. See
-kernels.radiance.segments.
+"""Compositing along rays, one program per tile of pixels; its backward, one program per voxel.
 
-With taps V [rank, axis, n] of a voxel, q = (x - low) * resolution * n - 1/2 at a sample, i =
-clip(trunc(q), 0, n - 2), w = q - i:
+Segments of rays come from kernels.radiance.segments. With taps V [rank, axis, n] of a voxel, q =
+(x - low) * resolution * n - 1/2 at a sample, i = clip(trunc(q), 0, n - 2), w = q - i:
     f_a = (1 - w) V_a[i] + w V_a[i + 1]  (w reaches -1/2 and 3/2 in the outer half-cells: a linear
                                          extrapolation),
     e = f_x f_y f_z  [rank]
@@ -35,16 +34,26 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.radiance.field import STOP, along_ray, load_taps, opacity, sigmoid, softplus
-from kernels.radiance.rays import Segments
-from kernels.views import Layout
+from kernels.radiance.field import (
+    STOP,
+    along_ray,
+    contract,
+    load_taps,
+    opacity,
+    sigmoid,
+    softplus,
+    tap_weights,
+)
+from kernels.radiance.rays import RaySegments
+from kernels.views import ViewTable
 
 
 def _tiles(target: str) -> dict:
-    """Forward: tiles of SIDE^2 pixels, K samples of each at a time (not yet measured on a GPU). The
-    rays of a tile have lists of unequal length: of its lanes 81 % are at work (SIDE 8: 70 %) on a
-    transparent sphere at resolution 64 and 512 x 512 pixels, 77 % on an opaque one; K 4 would leave
-    73 and 58 %. Lists per tile of 8 x 8 pixels would leave 10 %.
+    """Return SIDE of a tile of SIDE^2 pixels and K, the samples of a pixel at a time.
+
+    Not yet measured on a GPU. The rays of a tile have lists of unequal length: of its lanes 81 %
+    are at work (SIDE 8: 70 %) on a transparent sphere at resolution 64 and 512 x 512 pixels, 77 %
+    on an opaque one; K 4 would leave 73 and 58 %. Lists per tile of 8 x 8 pixels would leave 10 %.
     """
     if target == "interpreter":
         return {"SIDE": 32, "K": 32}
@@ -52,24 +61,27 @@ def _tiles(target: str) -> dict:
 
 
 def _backward_tiles(target: str) -> dict:
-    """Backward: L segments of a voxel, K samples of each at a time (not yet measured on a GPU). 47
-    % of the lanes are at work on that sphere, 36 % if opaque; more samples at a time would spill,
-    as a thread holds all that it contracts.
+    """Return L, the segments of a voxel, and K, the samples of each, that are taken at a time.
+
+    Not yet measured on a GPU. On the sphere of `_tiles` 47 % of the lanes are at work, 36 % if it
+    is opaque. More samples at a time would spill, as a thread holds all that it contracts.
     """
     if target == "interpreter":
         return {"L": 64, "K": 32}
     return {"L": 16, "K": 2, "num_warps": 4, "num_stages": 1}
 
 
-@triton.jit(do_not_specialize=["W", "H", "TX", "TY"])
+@triton.jit(do_not_specialize=["W", "H"])
 def _march(
-    voxels_ptr,
-    background_ptr,
+    voxels_ptr,  # [N, (3 DIM + 4) R]
+    background_ptr,  # [V, 3]
+    # see RaySegments
     samples_ptr,
     voxel_ptr,
     path_ptr,
     order_ptr,
     bounds_ptr,
+    # results, see `march`
     image_ptr,
     final_ptr,
     depth_ptr,
@@ -77,8 +89,6 @@ def _march(
     state_ptr,
     W,
     H,
-    TX,
-    TY,
     step,
     R,
     DIM: tl.constexpr,
@@ -87,6 +97,8 @@ def _march(
     K: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    TX = tl.cdiv(W, SIDE)
+    TY = tl.cdiv(H, SIDE)
     lane = tl.arange(0, SIDE * SIDE)
     v = (tile // TX // TY).to(tl.int64)
     x = tile % TX * SIDE + lane % SIDE
@@ -162,36 +174,24 @@ def _march(
     tl.store(depth_ptr + ray, distance, inside)
 
 
-@triton.jit
-def _weights(i, w, DIM_P: tl.constexpr):
-    """[L, K] -> [L, K, DIM_P]: 1 - w at tap i, w at i + 1, else 0."""
-    tap = tl.arange(0, DIM_P)[None, None, :]
-    i, w = i[:, :, None], w[:, :, None]
-    return tl.where(tap == i, 1 - w, tl.where(tap == i + 1, w, 0.0))
-
-
-@triton.jit
-def _contract(a, b, total, L: tl.constexpr, K: tl.constexpr, M: tl.constexpr, RANKS: tl.constexpr):
-    """total + the sum over the samples of a [L, K, M] times b [L, K, RANKS], in fp32."""
-    a, b = tl.reshape(a, [L * K, M]), tl.reshape(b, [L * K, RANKS])
-    return tl.dot(tl.trans(a), b, total, input_precision="ieee")
-
-
 @triton.jit(do_not_specialize=["plane"])
 def _march_backward(
-    voxels_ptr,
+    voxels_ptr,  # [N, (3 DIM + 4) R]
+    # see ViewTable
     views_ptr,
     scenes_ptr,
     by_scene_ptr,
+    # see RaySegments; `used` and `state` are results of `march`
     ray_ptr,
     used_ptr,
     path_ptr,
     start_ptr,
     state_ptr,
+    # of the pixels
     grad_image_ptr,
     grad_depth_ptr,
     arriving_ptr,
-    grad_ptr,
+    grad_ptr,  # result [N, (3 DIM + 4) R]
     plane,
     step,
     R,
@@ -217,7 +217,8 @@ def _march_backward(
     k_red = tl.load(base + taps + R + rank, some, 0.0)
     k_green = tl.load(base + taps + 2 * R + rank, some, 0.0)
     k_blue = tl.load(base + taps + 3 * R + rank, some, 0.0)
-    total_x, total_y = tl.zeros([DIM_P, RANKS], tl.float32), tl.zeros([DIM_P, RANKS], tl.float32)
+    total_x = tl.zeros([DIM_P, RANKS], tl.float32)
+    total_y = tl.zeros([DIM_P, RANKS], tl.float32)
     total_z = tl.zeros([DIM_P, RANKS], tl.float32)
     total_w = tl.zeros([4, RANKS], tl.float32)
     for j in range(0, views):
@@ -236,7 +237,8 @@ def _march_backward(
             gg = tl.load(grad + plane, live, 0.0)
             gb = tl.load(grad + 2 * plane, live, 0.0)
             gd = tl.load(grad_depth_ptr + ray, live, 0.0)
-            entry, path = state_ptr + slot * 5, path_ptr + slot * 8
+            entry = state_ptr + slot * 5
+            path = path_ptr + slot * 8
             light = tl.load(entry, live, 0.0)
             behind = tl.load(arriving_ptr + ray, live, 0.0) - gr * tl.load(entry + 1, live, 0.0)
             behind -= gg * tl.load(entry + 2, live, 0.0) + gb * tl.load(entry + 3, live, 0.0)
@@ -269,8 +271,9 @@ def _march_backward(
                 behind -= tl.sum(part, 1)
                 light = tl.min(through, 1)
                 gs = tl.where(taken, step * (through * a - rest) * slope, 0.0)
-                # of the logits from here on
-                r, g = weight * gr[:, None] * r * (1 - r), weight * gg[:, None] * g * (1 - g)
+                # gradients of the logits
+                r = weight * gr[:, None] * r * (1 - r)
+                g = weight * gg[:, None] * g * (1 - g)
                 b = weight * gb[:, None] * b * (1 - b)
                 which = tl.arange(0, 4)[None, None, :]
                 heads = tl.where(
@@ -278,13 +281,13 @@ def _march_backward(
                     tl.where(which == 0, gs[:, :, None], r[:, :, None]),
                     tl.where(which == 2, g[:, :, None], b[:, :, None]),
                 )
-                total_w = _contract(heads, e, total_w, L, K, 4, RANKS)
+                total_w = contract(heads, e, total_w, L, K, 4, RANKS)
                 ge = gs[:, :, None] * density[None, None, :] + r[:, :, None] * k_red[None, None, :]
                 ge += g[:, :, None] * k_green[None, None, :] + b[:, :, None] * k_blue[None, None, :]
-                total_z = _contract(_weights(iz, wz, DIM_P), ge * xy, total_z, L, K, DIM_P, RANKS)
+                total_z = contract(tap_weights(iz, wz, DIM_P), ge * xy, total_z, L, K, DIM_P, RANKS)
                 ge *= fz
-                total_x = _contract(_weights(ix, wx, DIM_P), ge * fy, total_x, L, K, DIM_P, RANKS)
-                total_y = _contract(_weights(iy, wy, DIM_P), ge * fx, total_y, L, K, DIM_P, RANKS)
+                total_x = contract(tap_weights(ix, wx, DIM_P), ge * fy, total_x, L, K, DIM_P, RANKS)
+                total_y = contract(tap_weights(iy, wy, DIM_P), ge * fx, total_y, L, K, DIM_P, RANKS)
     out = grad_ptr + row * (taps + 4 * R)
     tap = tl.arange(0, DIM_P)[:, None]
     at = tap * R + rank[None, :]
@@ -297,7 +300,7 @@ def _march_backward(
 
 def march(
     voxels: Tensor,  # [N, (3 n + 4) R]: taps [3, n, R], density [R], colour [3, R]
-    segments: Segments,
+    segments: RaySegments,
     background: Tensor,  # [V, 3]
     height: int,
     width: int,
@@ -305,9 +308,10 @@ def march(
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Image [V, 3, H, W], final transmittance and depth [V, H, W]; per segment, for the backward,
-    the samples used [S] and (transmittance, colour, depth) at its entry [S, 5], written where some
-    are used.
+    """Return the image [V, 3, H, W], final transmittance and depth [V, H, W].
+
+    Two more are for the backward: how many samples of a segment were used [S], and transmittance,
+    colour and depth at its entry [S, 5], written where some are used.
     """
     V = len(background)
     image = background.new_empty(V, 3, height, width)
@@ -316,10 +320,11 @@ def march(
     used = torch.zeros_like(segments.samples)
     state = background.new_empty(len(segments.ray), 5)
     tiles = _tiles(backend.target(voxels))
-    TX, TY = triton.cdiv(width, tiles["SIDE"]), triton.cdiv(height, tiles["SIDE"])
+    across = triton.cdiv(width, tiles["SIDE"])
+    down = triton.cdiv(height, tiles["SIDE"])
     backend.launch(
         _march,
-        (V * TX * TY,),
+        (V * across * down,),
         voxels,
         background,
         segments.samples,
@@ -334,8 +339,6 @@ def march(
         state,
         width,
         height,
-        TX,
-        TY,
         step,
         rank,
         DIM=dim,
@@ -348,7 +351,7 @@ def march(
 
 def march_backward(
     voxels: Tensor,
-    layout: Layout,
+    table: ViewTable,
     ray: Tensor,  # [S] int32
     path: Tensor,  # [S, 8]
     start: Tensor,  # [P + 1] int64
@@ -361,17 +364,17 @@ def march_backward(
     rank: int,
     dim: int,
 ) -> Tensor:
-    """The gradient of the voxels, each written once: the same bits every time."""
+    """Return the gradient of the voxels, each written once: the same bits every time."""
     grad = torch.empty_like(voxels)
     pad = triton.next_power_of_2
     _, height, width = grad_depth.shape
     backend.launch(
         _march_backward,
-        (layout.most, len(layout.scenes)),
+        (table.most, len(table.scenes)),
         voxels,
-        layout.views,
-        layout.scenes,
-        layout.by_scene,
+        table.views,
+        table.scenes,
+        table.by_scene,
         ray,
         used,
         path,

@@ -1,13 +1,14 @@
-"""The radiance field on a CPU, any float dtype: the formulas of kernels.radiance.march in matrix
-products, and their backward.
+"""Compositing along rays on a CPU and its backward, for any float dtype.
+
+The formulas are as in kernels.radiance.march, in matrix products.
 
 Samples are evaluated voxel by voxel: at the samples of one voxel the interpolation is a product of
 the weights [samples, n] with its taps [n, rank], and the backward is the transposed product.
-Segments are taken in groups of one voxel, and groups with about as many samples form a part, a
-batch of matrices of one size that stays in the cache (glibc gives large temporaries back to the
-system and faults them in again). Voxels come in round after round: round j is the j-th segment of
-every ray that is still alive, so what is hidden is never evaluated. Sums along a segment are
-differences of float64 running sums.
+Segments are taken in groups of one
+voxel, and groups with about as many samples form a part, a batch of matrices of one size that stays
+in the cache (glibc gives large temporaries back to the system and faults them in again). Voxels
+come in round after round: round j is the j-th segment of every ray that is still alive, so what is
+hidden is never evaluated. Sums along a segment are differences of float64 running sums.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.radiance.rays import Segments
+from kernels.radiance.rays import RaySegments
 
 STOP = 1e-3
 # optical depth of alpha = 0.999 in fp32, behind which a transmittance of 1 is below STOP
@@ -26,7 +27,7 @@ PIECE = 64  # at most this many segments of a voxel in one group
 
 
 class _Field(NamedTuple):
-    """What every evaluation reads."""
+    """The field that is evaluated: voxels, step and sizes."""
 
     voxels: Tensor  # [N, (3 n + 4) R]
     step: float
@@ -35,16 +36,18 @@ class _Field(NamedTuple):
 
 
 def _weights(q: Tensor, dim: int) -> Tensor:
-    """The weight of every tap at places q [..., 1, L] -> [..., n, L]: hats around each tap, but the
-    first two and the last two go on outwards in straight lines, which extrapolates.
+    """Return the weight of every tap [..., n, L] at places q [..., 1, L].
+
+    The weights are hats around each tap, but the first two and the last two go on outwards in
+    straight lines, which extrapolates.
     """
     tap = torch.arange(dim, dtype=q.dtype)[:, None]
-    infinite = torch.inf
-    least_rise, least_fall = torch.zeros_like(tap), torch.zeros_like(tap)
-    least_rise[0] = infinite
-    least_rise[1] = -infinite
-    least_fall[-1] = infinite
-    least_fall[-2] = -infinite
+    least_rise = torch.zeros_like(tap)
+    least_fall = torch.zeros_like(tap)
+    least_rise[0] = torch.inf
+    least_rise[1] = -torch.inf
+    least_fall[-1] = torch.inf
+    least_fall[-2] = -torch.inf
     rise = torch.sub(q, tap - 1)
     torch.maximum(rise, least_rise, out=rise)
     fall = torch.sub(tap + 1, q)
@@ -53,14 +56,16 @@ def _weights(q: Tensor, dim: int) -> Tensor:
 
 
 class _Part:
-    """G groups of L samples each, from T segments; m = G L samples, those that fill up a group are
-    not `live`.
+    """G groups of L samples each, from T segments.
+
+    Of the m = G L samples those that fill up a group are not `live`.
     """
 
     def __init__(
         self, field: _Field, voxel: Tensor, path: Tensor, samples: Tensor, length: Tensor, G: int
     ):
-        R, dim = field.rank, field.dim
+        R = field.rank
+        dim = field.dim
         m = int(length.sum())
         self.field = field
         self.voxel = voxel
@@ -91,19 +96,18 @@ class _Part:
         self.depth = rho.mul_(field.step).clamp_(max=CLAMP).mul_(self.live)  # optical
 
     def of(self, values: Tensor) -> Tensor:
-        """Values per segment [..., T] at the samples [..., m]."""
+        """Return values per segment [..., T] at the samples [..., m]."""
         return values.index_select(-1, self.owner)
 
     def along(self, values: Tensor) -> Tensor:
-        """Sums over the samples of the same segment up to each one, itself included: [..., m] ->
-        [..., m] float64.
-        """
+        """Sum [..., m] along each segment up to each sample, itself included, in float64."""
         total = values.double().cumsum(-1)
         return total - self.of(torch.nn.functional.pad(total, (1, 0)).index_select(-1, self.start))
 
     def light(self, entering: Tensor) -> tuple[Tensor, Tensor]:
-        """Transmittance in front of and behind every sample [m], of that at the segments' entry
-        [T]; float64.
+        """Return the transmittance in front of and behind every sample [m], in float64.
+
+        `entering` [T] is the transmittance at the entry of each segment.
         """
         passed = self.along(self.depth)
         behind = passed.neg().exp_()
@@ -111,15 +115,16 @@ class _Part:
         return torch.exp_(self.depth - passed).mul_(entering), behind.mul_(entering)
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over the samples of every segment: [..., m] -> [..., T] float64."""
+        """Sum [..., m] over the samples of every segment: [..., T] float64."""
         total = torch.nn.functional.pad(values.double().cumsum(-1), (1, 0))
         return total.index_select(-1, self.start + self.samples) - total.index_select(
             -1, self.start
         )
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The gradient of the groups' voxels [G, (3 n + 4) R], of that of s and the colour logits
-        [4, m].
+        """Return the gradient of the voxels of the groups [G, (3 n + 4) R].
+
+        `grad` [4, m] is the gradient of s and of the colour logits.
         """
         G = self.G
         L = self.L
@@ -141,7 +146,7 @@ class _Part:
 def _parts(
     field: _Field, voxel: Tensor, path: Tensor, samples: Tensor
 ) -> Iterator[tuple[_Part, Tensor]]:
-    """Every part of some segments, and which of them it holds [T]."""
+    """Divide segments into parts; yield each part and the indices [T] of its segments."""
     if not len(voxel):
         return
     order = voxel.sort(stable=True).indices
@@ -182,7 +187,7 @@ def _parts(
 
 def march_torch(
     voxels: Tensor,  # [N, (3 n + 4) R]
-    segments: Segments,
+    segments: RaySegments,
     background: Tensor,  # [V, 3]
     height: int,
     width: int,
@@ -190,7 +195,7 @@ def march_torch(
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As kernels.radiance.march.march."""
+    """Composite all rays, as kernels.radiance.march.march does."""
     field = _Field(voxels, step, rank, dim)
     bounds = segments.bounds.long()
     used = torch.zeros_like(segments.samples)
@@ -241,7 +246,7 @@ def march_torch_backward(
     rank: int,
     dim: int,
 ) -> Tensor:
-    """As kernels.radiance.march.march_backward."""
+    """Return the gradient of the voxels, as kernels.radiance.march.march_backward does."""
     visited = used.nonzero()[:, 0]
     ray, voxel, path, used, state = (
         t.index_select(0, visited) for t in (ray, voxel, path, used, state)

@@ -1,28 +1,36 @@
-"""A radiance field in sparse voxels, ray-marched and differentiable: B scenes of N voxels in all, V
-views, S segments.
+"""Differentiable ray marching of radiance fields in sparse voxels.
+
+B scenes of N voxels in all, V views, S segments (a ray in a voxel).
 
 Each voxel holds R products of three vectors of n taps (a trivec), which weight R densities and R
-colours; a ray samples it at fixed steps of half a tap, counted from the camera and shifted by an
-offset per pixel. Stages, each one launch for all scenes and views: segments (which rays cross which
-voxels, S), march (tiles of pixels); backward: march (N). What is computed is what TRELLIS (Xiang et
-al. 2024) trains its radiance field with; formulas stand in kernels.radiance.march, membership of
-samples in kernels.radiance.segments. Deliberate differences: a view without voxels shows the
-background; depth has its true gradient.
+colours. A ray samples it at fixed steps of half a tap, counted from the camera and shifted by an
+offset per pixel. Each stage is one launch for all scenes and views: segments (which rays cross
+which voxels), march (tiles of pixels); backward: march (voxels).
+
+The result is that of the renderer which TRELLIS (Xiang et al. 2024) trains its radiance field with.
+The formulas are in kernels.radiance.march; kernels.radiance.segments says which samples belong to
+which voxel. Two differences are deliberate: a view without voxels shows the background, and depth
+has its true gradient.
 """
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.camera import Camera, Image
-from kernels.checks import Host, check_tensors, check_whole, host_list
+from kernels.camera import Camera, Image, pack_cameras
+from kernels.checks import Host, check_floating, check_tensors, check_whole
 from kernels.radiance.march import march, march_backward
 from kernels.radiance.march_cpu import march_torch, march_torch_backward
 from kernels.radiance.segments import find_segments
 from kernels.radiance.segments_cpu import find_segments_torch
-from kernels.views import make_layout
-
-SH0 = 0.28209479177387814  # of the spherical harmonic of degree 0
+from kernels.views import (
+    SH0,
+    check_colors,
+    check_scenes,
+    count_pairs,
+    make_view_table,
+    working_dtype,
+)
 
 
 @torch.library.custom_op("trislat::raymarch", mutates_args=())
@@ -38,12 +46,13 @@ def _raymarch(
     rank: int,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Image [V, 3, H, W], final transmittance and depth [V, H, W], and what the backward needs of
-    every segment.
+    """Return the image [V, 3, H, W], final transmittance and depth [V, H, W].
+
+    The list holds what the backward needs of every segment.
     """
-    layout = make_layout(starts, view_scene, voxels.device)
+    table = make_view_table(starts, view_scene, voxels.device)
     _, height, width = offset.shape
-    scene = position, cameras, offset, layout, resolution, dim
+    scene = position, cameras, offset, table, resolution, dim
     mistakes = _mistakes(position, offset, resolution)
     rest = background, height, width, 0.5 / (dim * resolution), rank, dim
     if backend.is_torch(voxels):
@@ -59,18 +68,20 @@ def _raymarch(
 
 
 def _mistakes(position: Tensor, offset: Tensor, resolution: int) -> Tensor:
-    """How many positions are not the centre of a voxel and how many offsets are out of range: [2]
-    int64, on the device.
-    """
-    return torch.stack(
-        [_misplaced(position, resolution).sum(), (~((offset >= 0) & (offset < 1))).sum()]
-    )
+    """Count the wrong positions and the wrong offsets: [2] int64, on the device."""
+    return torch.stack([_misplaced(position, resolution).sum(), _outside(offset).sum()])
 
 
 def _misplaced(position: Tensor, resolution: int) -> Tensor:
+    """Mark the positions that are not the centre of a voxel: [N]."""
     at = position * resolution
     right = ((at - at.floor() - 0.5).abs() <= 0.01) & (at >= 0) & (at <= resolution)
     return ~right.all(1)
+
+
+def _outside(offset: Tensor) -> Tensor:
+    """Mark the offsets that are not in [0, 1), NaN included."""
+    return ~((offset >= 0) & (offset < 1))
 
 
 def _refuse(mistakes: list[int], position: Tensor, offset: Tensor, resolution: int) -> None:
@@ -84,7 +95,7 @@ def _refuse(mistakes: list[int], position: Tensor, offset: Tensor, resolution: i
             f"resolution {resolution}"
         )
     if mistakes[1]:
-        view, y, x = (~((offset >= 0) & (offset < 1))).nonzero()[0].tolist()
+        view, y, x = _outside(offset).nonzero()[0].tolist()
         raise ValueError(
             f"offset must lie in [0, 1), not be {offset[view, y, x].item()} at view {view}, row "
             f"{y}, column {x}"
@@ -95,8 +106,7 @@ def _refuse(mistakes: list[int], position: Tensor, offset: Tensor, resolution: i
 def _(voxels, position, cameras, offset, background, starts, view_scene, resolution, rank, dim):
     V, H, W = offset.shape
     S = torch.library.get_ctx().new_dynamic_size()
-    first = [*starts, 0]
-    P = sum(first[s + 1] - first[s] for s in view_scene)
+    P = count_pairs(starts, view_scene)
     ray, voxel, used = (voxels.new_empty(S, dtype=torch.int32) for _ in range(3))
     start = voxels.new_empty(P + 1, dtype=torch.int64)
     saved = [ray, voxel, voxels.new_empty(S, 8), start, used, voxels.new_empty(S, 5)]
@@ -119,17 +129,17 @@ def _raymarch_backward(
     rank: int,
     dim: int,
 ) -> Tensor:
-    """The gradient of the voxels [N, (3 n + 4) R]."""
+    """Return the gradient of the voxels [N, (3 n + 4) R]."""
     ray, voxel, path, start, used, state = saved
-    grad_image, grad_depth = grad_image.contiguous(), grad_depth.contiguous()
+    grad_image = grad_image.contiguous()
+    grad_depth = grad_depth.contiguous()
     arriving = (image * grad_image).sum(1).addcmul_(depth, grad_depth).addcmul_(final, grad_final)
     rest = used, state, grad_image, grad_depth, arriving, 0.5 / (dim * resolution), rank, dim
     if backend.is_torch(voxels):
         with torch.autocast(voxels.device.type, enabled=False):
             return march_torch_backward(voxels, ray, voxel, path, *rest)
-    return march_backward(
-        voxels, make_layout(starts, view_scene, voxels.device), ray, path, start, *rest
-    )
+    table = make_view_table(starts, view_scene, voxels.device)
+    return march_backward(voxels, table, ray, path, start, *rest)
 
 
 @_raymarch_backward.register_fake
@@ -148,7 +158,8 @@ def _backward(ctx, grad_image, grad_final, grad_depth, grad_saved):
     grad = torch.ops.trislat.raymarch_backward(
         grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest
     )
-    views = None if ctx.rest[1] else []  # torch wants an empty list's structure
+    # torch expects an empty list as the gradient of an empty list
+    views = None if ctx.rest[1] else []
     return grad, None, None, None, None, None, views, None, None, None
 
 
@@ -168,8 +179,7 @@ def raymarch(
     # [V, H, W] in [0, 1), of the first sample in steps; None: drawn anew
     offset: Tensor | None = None,
 ) -> Image:
-    """Render every view of its scene in one launch per stage: colour, alpha (1 - final
-    transmittance), and depth.
+    """Render the voxels of each view's scene: colour, alpha (1 - final transmittance), depth.
 
     The step is 0.5 / (n resolution) world units along the ray; the march ends behind the sample at
     which the transmittance falls below 1e-3. Depth is the sum of the samples' camera depths with
@@ -186,13 +196,13 @@ def raymarch(
     offset outside [0, 1); 2^31 pixels or segments or more. TypeError: no tensor where one belongs.
     """
     check_tensors(position=position, trivec=trivec, density=density, sh=sh, background=background)
-    starts, view_scene = host_list("starts", starts), host_list("view_scene", view_scene)
-    N, V = len(position), len(camera)
+    N = len(position)
+    V = len(camera)
     if tuple(position.shape) != (N, 3):
         raise ValueError(f"position must be [N, 3], not {list(position.shape)}")
     if trivec.ndim != 4 or len(trivec) != N or trivec.shape[2] != 3:
         raise ValueError(f"trivec must be [{N}, R, 3, n], not {list(trivec.shape)}")
-    rank, dim = trivec.shape[1], trivec.shape[3]
+    _, rank, _, dim = trivec.shape
     if rank < 1 or dim < 2:
         raise ValueError(
             f"trivec needs a rank of at least 1 and at least 2 taps, not {rank} and {dim}"
@@ -201,25 +211,8 @@ def raymarch(
         raise ValueError(f"density must be [{N}, {rank}], not {list(density.shape)}")
     if sh.ndim != 4 or tuple(sh.shape[:2]) != (N, rank) or sh.shape[3] != 3:
         raise ValueError(f"sh must be [{N}, {rank}, 1, 3], not {list(sh.shape)}")
-    if sh.shape[2] != 1:
-        raise ValueError(
-            f"sh has {sh.shape[2]} coefficients per channel: only degree 0, 1 coefficient, is "
-            "implemented"
-        )
-    if tuple(background.shape) != (V, 3):
-        raise ValueError(f"background must be [{V}, 3], not {list(background.shape)}")
-    if (
-        not starts
-        or starts[0] != 0
-        or starts[-1] != N
-        or any(b < a for a, b in zip(starts, starts[1:], strict=False))
-    ):
-        raise ValueError(f"starts must rise from 0 to the {N} voxels, not be {starts}")
-    if len(view_scene) != V:
-        raise ValueError(f"view_scene names {len(view_scene)} scenes for {V} views")
-    for s in view_scene:
-        if not 0 <= s < len(starts) - 1:
-            raise ValueError(f"view_scene names scene {s} of {len(starts) - 1}")
+    check_colors(sh, background, V)
+    starts, view_scene = check_scenes(starts, N, "voxels", view_scene, V)
     check_whole("resolution", resolution)
     size = (V, camera.height, camera.width)
     if V * camera.height * camera.width >= 2**31:
@@ -229,20 +222,13 @@ def raymarch(
         )
     if offset is None:
         offset = torch.rand(size, device=position.device)
+    check_tensors(offset=offset)
     if tuple(offset.shape) != size:
         raise ValueError(f"offset must be {list(size)}, not {list(offset.shape)}")
     tensors = (trivec, density, sh)
-    for value in (*tensors, position, background, offset, camera.extrinsics, camera.intrinsics):
-        if value.device != position.device:
-            raise ValueError(
-                f"all tensors must be on one device, not on {position.device} and {value.device}"
-            )
-        if not value.is_floating_point():
-            raise ValueError(f"all tensors must be floating point, not {value.dtype}")
-    exact = trivec.dtype == torch.float64
-    if exact and not backend.is_torch(trivec):
-        raise ValueError("the kernels compute in fp32: float64 is for the torch path only")
-    dtype = torch.float64 if exact else torch.float32
+    rest = (background, offset, camera.extrinsics, camera.intrinsics)
+    check_floating(position, *tensors, *rest)
+    dtype = working_dtype(trivec)
     trivec, density, sh = (t.to(dtype) for t in tensors)
     colour = SH0 * sh[:, :, 0].transpose(1, 2)
     voxels = torch.cat([trivec.permute(0, 2, 3, 1).flatten(1), density, colour.flatten(1)], 1)
@@ -256,9 +242,6 @@ def raymarch(
 
 
 def _pack(camera: Camera) -> Tensor:
-    """[V, 16], see `_raymarch`; in float64, as everything else starts from it."""
+    """Pack the cameras in float64: the places of all samples start from them."""
     camera = camera.to(torch.float64)
-    k = camera.intrinsics
-    across, down = k[:, 0] * camera.width, k[:, 1] * camera.height
-    pixels = torch.stack([across[:, 0], down[:, 1], across[:, 2], down[:, 2]], 1)
-    return torch.cat([camera.extrinsics[:, :3, :3].flatten(1), camera.center, pixels], 1)
+    return pack_cameras(camera, camera.center)

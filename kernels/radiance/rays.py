@@ -1,4 +1,4 @@
-"""The segments of rays inside voxels: what the marches on a GPU and on a CPU read."""
+"""Segments of rays inside voxels, which the marches on a GPU and on a CPU read."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
-    """S segments in the order of the pairs, and every ray's list of them."""
+class RaySegments:
+    """S segments in the order of the pairs, and the list of each ray."""
 
     ray: Tensor  # [S] int32: pixel (view * H + y) * W + x
     samples: Tensor  # [S] int32: how many
@@ -21,11 +21,10 @@ class Segments:
 
 
 def by_ray(key: Tensor, rays: int) -> tuple[Tensor, Tensor]:
-    """The order of the segments by ray, then by first sample (key: ray * 2^32 + sample), and each
-    ray's bounds in it.
+    """Return the order of the segments by ray, then by first sample, and the bounds of each ray.
 
-    A first sample is negative only for a voxel behind the eye but not near it, which takes a
-    resolution below 8.
+    The key is ray * 2^32 + sample. A first sample is negative only for a voxel behind the eye but
+    not near it, which takes a resolution below 8.
     """
     key, order = torch.sort(key, stable=True)
     edges = (torch.arange(rays + 1, device=key.device) << 32) - 2**31

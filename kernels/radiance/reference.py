@@ -1,21 +1,19 @@
-"""The radiance field by the book: one view after another, every sample of every ray."""
+"""Reference of `raymarch` in plain torch: textbook formulas and autograd."""
 
 import torch
 
 from kernels.camera import Image
-from kernels.checks import host_list
-from kernels.radiance.raymarch import SH0
+from kernels.views import SH0, check_scenes
 
 
 def raymarch_reference(
     position, trivec, density, sh, starts, camera, view_scene, background, resolution, offset
 ) -> Image:
-    """`raymarch` by the book: one view after another, every ray with every voxel, textbook
-    formulas, autograd.
-    """
-    starts = host_list("starts", starts)
+    """Compute `raymarch` one view after another, every ray with every voxel."""
+    views = len(camera)
+    starts, view_scene = check_scenes(starts, len(position), "voxels", view_scene, views)
     images = []
-    for v, s in enumerate(host_list("view_scene", view_scene)):
+    for v, s in enumerate(view_scene):
         mine = slice(starts[s], starts[s + 1])
         parts = (t[mine] for t in (position, trivec, density, sh[:, :, 0]))
         images.append(_view_reference(*parts, camera[v], background[v], resolution, offset[v]))
@@ -25,7 +23,10 @@ def raymarch_reference(
 
 
 def _view_reference(position, trivec, density, sh, camera, background, resolution, offset):
-    """Colour [3, rays], alpha [rays] and depth [rays] of one view; the published rule is marked."""
+    """Return colour [3, rays], alpha [rays] and depth [rays] of one view.
+
+    The published rule is marked.
+    """
     exact = trivec.dtype
     n = trivec.shape[3]
     step = 0.5 / n / resolution
@@ -41,11 +42,13 @@ def _view_reference(position, trivec, density, sh, camera, background, resolutio
     inverse = torch.where(d == 0, 1e10, 1 / d)
     # [rays, N, 3]
     a, b = ((low[None] + side - o) * inverse[:, None] for side in (0, 1 / resolution))
-    t_in, t_out = torch.minimum(a, b).amax(2), torch.maximum(a, b).amin(2)
+    t_in = torch.minimum(a, b).amax(2)
+    t_out = torch.maximum(a, b).amin(2)
     first = torch.ceil(t_in / step - offset[:, None])
     last = torch.floor(t_out / step - offset[:, None])
     ray, voxel = ((t_in < t_out) & (first <= last) & keep).nonzero(as_tuple=True)
-    first, count = first[ray, voxel], (last - first + 1)[ray, voxel].long()
+    count = (last - first + 1)[ray, voxel].long()
+    first = first[ray, voxel]
     ray, voxel, first = (t.repeat_interleave(count) for t in (ray, voxel, first))
     t = first + torch.arange(len(ray)) - (count.cumsum(0) - count).repeat_interleave(count)
     t, order = t.sort(stable=True)

@@ -1,13 +1,14 @@
-"""Voxels -> the pieces of rays inside them. V views, B scenes, N voxels, P pairs of a view and a
-voxel, S segments.
+"""Segments of rays inside voxels.
 
-A segment is one pixel's ray inside one voxel, with the samples that fall there: sample t of a ray
-lies at the distance (t + offset) * step from the camera, and belongs to the voxel if ceil(t_in /
-step - offset) <= t <= floor(t_out / step - offset) for the ray's entry and exit of the box.
-Membership is decided here, once, by these integers; faces are computed from the voxel's cell, so
-neighbours agree on them to the bit. 1/d of a direction that is exactly 0 is 1e10: a ray inside a
-face belongs to the voxel on its + side. A voxel whose centre is nearer than 0.2 is not seen. (As
-diffoctreerast does it.)
+V views, B scenes, N voxels, P pairs of a view and a voxel of its scene, S segments.
+
+A segment is the ray of one pixel inside one voxel, with the samples that fall there. Sample t of a
+ray lies at the distance (t + offset) * step from the camera. It belongs to the voxel if
+    ceil(t_in / step - offset) <= t <= floor(t_out / step - offset)
+for the distances at which the ray enters and leaves the box. This is decided here, once, by these
+integers. Faces are computed from the voxel's cell, so neighbours agree on them to the bit. 1/d of a
+direction that is exactly 0 is 1e10: a ray inside a face belongs to the voxel on its + side. A voxel
+whose centre is nearer than 0.2 is not seen. (As diffoctreerast does it.)
 
 A program takes a few pairs and walks the pixels of their projected boxes, once to count and once to
 write. So segments are in the order of the pairs, a voxel's segments of one view side by side, which
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.radiance.rays import Segments, by_ray
-from kernels.views import Layout
+from kernels.radiance.rays import RaySegments, by_ray
+from kernels.views import ViewTable
 
 NEAR = tl.constexpr(0.2)
 MARGIN = tl.constexpr(0.05)  # pixels added around a projected box: far more than rounding
@@ -36,9 +37,10 @@ CLIP = tl.constexpr(1e-3)  # a corner nearer than this: every pixel is tried
 
 
 def _tiles(target: str) -> dict:
-    """Pairs and pixels per step (not yet measured on a GPU): most boxes of the published views fit
-    in 64 pixels or two steps; four pairs a program, because a program takes as many steps as its
-    largest box.
+    """Return the pairs of a program and the pixels of a step (not yet measured on a GPU).
+
+    Most boxes of the published views fit in 64 pixels or two steps. Four pairs a program, because a
+    program takes as many steps as its largest box.
     """
     if target == "interpreter":
         return {"PAIRS": 128, "PIXELS": 256}
@@ -47,7 +49,7 @@ def _tiles(target: str) -> dict:
 
 @triton.jit
 def _camera(cameras_ptr, v):
-    """One view's rotation rows, centre, focal lengths and principal point (px): scalars."""
+    """Load a view's rotation, centre, focal lengths and principal point (px): scalars."""
     c = cameras_ptr + v * 16
     r0 = tl.load(c), tl.load(c + 1), tl.load(c + 2)
     r1 = tl.load(c + 3), tl.load(c + 4), tl.load(c + 5)
@@ -63,8 +65,9 @@ def _camera(cameras_ptr, v):
 
 @triton.jit
 def _direction(rotation, focal, middle, x, y):
-    """World direction of unit length through the centre of pixel (x, y), and the camera depth of
-    one unit along it.
+    """Return the unit direction in the world through the centre of pixel (x, y), and its depth.
+
+    The depth is that of one unit along the direction, in camera axes.
     """
     u = (x.to(tl.float32) + 0.5 - middle[0]) / focal[0]
     v = (y.to(tl.float32) + 0.5 - middle[1]) / focal[1]
@@ -77,14 +80,22 @@ def _direction(rotation, focal, middle, x, y):
 
 
 @triton.jit
+def _inside(x, size):
+    return tl.minimum(tl.maximum(x, 0.0), size)
+
+
+@triton.jit
 def _rectangle(rotation, center, focal, middle, low, high, W, H):
-    """Pixels x0, y0, x1, y1 (end exclusive) whose rays may meet the box, and the depth of its
-    centre.
+    """Return the pixels x0, y0, x1, y1 whose rays may meet a box, and the depth of its centre.
+
+    x1 and y1 are exclusive.
     """
     r0, r1, r2 = rotation
     left = low[0] * 0 + 1e9
     right = low[0] * 0 - 1e9
-    top, bottom, nearest = left, right, left
+    top = left
+    bottom = right
+    nearest = left
     for i in tl.static_range(8):
         a = (high[0] if i % 2 == 1 else low[0]) - center[0]
         b = (high[1] if i // 2 % 2 == 1 else low[1]) - center[1]
@@ -94,21 +105,15 @@ def _rectangle(rotation, center, focal, middle, low, high, W, H):
         z = tl.maximum(z, CLIP)
         u = (r0[0] * a + r0[1] * b + r0[2] * c) / z * focal[0] + middle[0]
         v = (r1[0] * a + r1[1] * b + r1[2] * c) / z * focal[1] + middle[1]
-        left, right = tl.minimum(left, u), tl.maximum(right, u)
-        top, bottom = tl.minimum(top, v), tl.maximum(bottom, v)
+        left = tl.minimum(left, u)
+        right = tl.maximum(right, u)
+        top = tl.minimum(top, v)
+        bottom = tl.maximum(bottom, v)
     whole = nearest <= CLIP
-    x0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(left - 0.5 - MARGIN), 0.0), W)).to(
-        tl.int32
-    )
-    y0 = tl.where(whole, 0.0, tl.minimum(tl.maximum(tl.ceil(top - 0.5 - MARGIN), 0.0), H)).to(
-        tl.int32
-    )
-    x1 = tl.where(whole, W, tl.minimum(tl.maximum(tl.floor(right + 0.5 + MARGIN), 0.0), W)).to(
-        tl.int32
-    )
-    y1 = tl.where(whole, H, tl.minimum(tl.maximum(tl.floor(bottom + 0.5 + MARGIN), 0.0), H)).to(
-        tl.int32
-    )
+    x0 = tl.where(whole, 0.0, _inside(tl.ceil(left - 0.5 - MARGIN), W)).to(tl.int32)
+    y0 = tl.where(whole, 0.0, _inside(tl.ceil(top - 0.5 - MARGIN), H)).to(tl.int32)
+    x1 = tl.where(whole, W, _inside(tl.floor(right + 0.5 + MARGIN), W)).to(tl.int32)
+    y1 = tl.where(whole, H, _inside(tl.floor(bottom + 0.5 + MARGIN), H)).to(tl.int32)
     a = (low[0] + high[0]) * 0.5 - center[0]
     b = (low[1] + high[1]) * 0.5 - center[1]
     c = (low[2] + high[2]) * 0.5 - center[2]
@@ -117,20 +122,22 @@ def _rectangle(rotation, center, focal, middle, low, high, W, H):
 
 @triton.jit
 def _slab(low, high, o, d):
-    """Distances at which a ray passes the two faces of an axis, the nearer first."""
+    """Return the distances at which a ray passes the two faces of an axis, the nearer first."""
     inverse = tl.where(d == 0, 1e10, 1 / tl.where(d == 0, 1.0, d))
-    a, b = (low[:, None] - o) * inverse, (high[:, None] - o) * inverse
+    a = (low[:, None] - o) * inverse
+    b = (high[:, None] - o) * inverse
     return tl.minimum(a, b), tl.maximum(a, b)
 
 
 @triton.jit(do_not_specialize=["W", "H", "resolution"])
 def _segments(
-    position_ptr,
-    cameras_ptr,
-    views_ptr,
-    offset_ptr,
-    count_ptr,
-    start_ptr,
+    position_ptr,  # [N, 3]
+    cameras_ptr,  # [V, 16]
+    views_ptr,  # [V, 3], see ViewTable
+    offset_ptr,  # [V, H, W]
+    count_ptr,  # [P]: result of the counting pass
+    start_ptr,  # [P + 1]: read by the writing pass
+    # results of the writing pass, see RaySegments and by_ray
     key_ptr,
     samples_ptr,
     voxel_ptr,
@@ -138,9 +145,9 @@ def _segments(
     W,
     H,
     resolution,
-    size,
-    per_unit,
-    scale,
+    size,  # of a voxel
+    per_unit,  # samples per unit of length
+    scale,  # taps per unit of length
     WRITE: tl.constexpr,
     PAIRS: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -178,12 +185,14 @@ def _segments(
         t_in = tl.maximum(tl.maximum(in0, in1), in2)
         t_out = tl.minimum(tl.minimum(out0, out1), out2)
         offset = tl.load(offset_ptr + ray, inside, 0.0)
-        first, last = tl.ceil(t_in * per_unit - offset), tl.floor(t_out * per_unit - offset)
+        first = tl.ceil(t_in * per_unit - offset)
+        last = tl.floor(t_out * per_unit - offset)
         hit = inside & (t_in < t_out) & (first <= last)
         if WRITE:
             slot = found[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1
             hit = hit & (slot < end[:, None])
-            first, last = tl.where(hit, first, 0.0), tl.where(hit, last, 0.0)
+            first = tl.where(hit, first, 0.0)
+            last = tl.where(hit, last, 0.0)
             tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
             tl.store(samples_ptr + slot, (last - first + 1).to(tl.int32), hit)
             tl.store(voxel_ptr + slot, (begin + n)[:, None].to(tl.int32) + tl.zeros_like(x), hit)
@@ -199,7 +208,7 @@ def _segments(
             tl.store(path + 7, shrink / per_unit, hit)
         found += tl.sum(hit.to(tl.int32), 1)
     if WRITE:
-        beyond = tl.num_programs(1).to(tl.int64) * H * W  # a ray that is none
+        beyond = tl.num_programs(1).to(tl.int64) * H * W  # behind the last ray
         for i in range(0, tl.max(end - found, 0)):
             tl.store(key_ptr + found + i, (beyond << 32) + tl.zeros_like(found), found + i < end)
             tl.store(samples_ptr + found + i, tl.zeros([PAIRS], tl.int32), found + i < end)
@@ -212,22 +221,22 @@ def find_segments(
     # [V, 16] fp32: rotation 9, centre 3, focal lengths 2 (px), principal point 2 (px)
     cameras: Tensor,
     offset: Tensor,  # [V, H, W] fp32
-    layout: Layout,
+    table: ViewTable,
     resolution: int,
     dim: int,
     mistakes: Tensor,  # [2] int64, read together with the number of segments
-) -> tuple[Segments, list[int]]:
-    """The segments of all views in two launches, and the two numbers of `mistakes`.
+) -> tuple[RaySegments, list[int]]:
+    """Return the segments of all views, found in two launches, and the numbers of `mistakes`.
 
     Reads three numbers from the device in one copy, and waits for them: the only wait of
     `raymarch`. Raises ValueError where the segments are more than an int32 counts.
     """
     V, height, width = offset.shape
     device = position.device
-    count = torch.empty(layout.pair_start[-1], dtype=torch.int64, device=device)
+    count = torch.empty(table.pair_start[-1], dtype=torch.int64, device=device)
     tiles = _tiles(backend.target(position))
-    grid = triton.cdiv(layout.most, tiles["PAIRS"]), V
-    fixed = position, cameras, layout.views, offset
+    grid = triton.cdiv(table.most, tiles["PAIRS"]), V
+    fixed = position, cameras, table.views, offset
     sizes = (
         width,
         height,
@@ -248,11 +257,12 @@ def find_segments(
         )
     key = torch.empty(S, dtype=torch.int64, device=device)
     path = torch.empty(S, 8, device=device)
-    samples, voxel = (torch.empty(S, dtype=torch.int32, device=device) for _ in range(2))
+    samples = torch.empty(S, dtype=torch.int32, device=device)
+    voxel = torch.empty_like(samples)
     arrays = count, start, key, samples, voxel, path
     backend.launch(
         _segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False
     )
-    return Segments(
-        ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * height * width)
-    ), wrong
+    ray = ((key + 2**31) >> 32).int()
+    lists = by_ray(key, V * height * width)
+    return RaySegments(ray, samples, voxel, path, start, *lists), wrong

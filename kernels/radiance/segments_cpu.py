@@ -1,12 +1,14 @@
-"""kernels.radiance.segments for a CPU: the same segments in the same order, any float dtype, a
-cacheful of box tests at a time.
+"""Segments of rays inside voxels on a CPU, for any float dtype.
+
+The segments and their order are as in kernels.radiance.segments. Boxes are tested in parts that fit
+in the cache.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.radiance.rays import Segments, by_ray
-from kernels.views import Layout
+from kernels.radiance.rays import RaySegments, by_ray
+from kernels.views import ViewTable
 
 NEAR = 0.2
 MARGIN = 0.05
@@ -15,10 +17,12 @@ TESTS = 16384  # pixels of boxes tested at once
 
 
 def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Unit world directions of all rays [3, V H W] and the camera depth of one unit along them [V H
-    W].
+    """Return unit directions of all rays [3, V H W] and the depth of one unit along them [V H W].
+
+    Directions are in world axes, depths in camera axes.
     """
-    focal, middle = cameras[:, 12:14, None], cameras[:, 14:16, None]
+    focal = cameras[:, 12:14, None]
+    middle = cameras[:, 14:16, None]
     u = (torch.arange(width).to(cameras) + 0.5 - middle[:, 0]) / focal[:, 0]  # [V, W]
     v = (torch.arange(height).to(cameras) + 0.5 - middle[:, 1]) / focal[:, 1]
     u = u[:, None, :]
@@ -31,8 +35,9 @@ def _directions(cameras: Tensor, height: int, width: int) -> tuple[Tensor, Tenso
 
 
 def _corners(position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
-    """The least and the greatest corner of every voxel [3, N]; neighbours agree on their faces to
-    the bit.
+    """Return the least and the greatest corner of every voxel [3, N].
+
+    Neighbours agree on their faces to the bit.
     """
     cell = torch.floor(position.t() * resolution)
     return cell / resolution - 0.5, (cell + 1) / resolution - 0.5
@@ -41,8 +46,9 @@ def _corners(position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
 def _rectangles(
     camera: Tensor, low: Tensor, high: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Pixels [4, N] (x0, y0, x1, y1; end exclusive) that one view [16] tries for each voxel, and
-    their number [N].
+    """Return the pixels [4, N] that one view [16] tries for each voxel, and their number [N].
+
+    The pixels are x0, y0, x1, y1 with an exclusive end.
     """
     rotation = camera[:9].view(3, 3)
     center = camera[9:12, None]
@@ -68,11 +74,11 @@ def find_segments_torch(
     position: Tensor,  # [N, 3] in [0, 1]
     cameras: Tensor,  # [V, 16]
     offset: Tensor,  # [V, H, W]
-    layout: Layout,
+    table: ViewTable,
     resolution: int,
     dim: int,
-) -> Segments:
-    """As kernels.radiance.segments.find_segments."""
+) -> RaySegments:
+    """Return the segments of all views, as kernels.radiance.segments.find_segments does."""
     V, H, W = offset.shape
     per_unit = 2 * dim * resolution
     scale = dim * resolution
@@ -82,9 +88,9 @@ def find_segments_torch(
     offset = offset.view(-1)
     found: list[tuple[Tensor, ...]] = []
     counts = []
-    for v, s in enumerate(layout.view_scene):
-        begin = layout.starts[s]
-        end = layout.starts[s + 1]
+    for v, s in enumerate(table.view_scene):
+        begin = table.starts[s]
+        end = table.starts[s + 1]
         # distances in samples: (plane - centre) * per_unit / d
         near = low[:, begin:end] - cameras[v, 9:12, None]
         far = high[:, begin:end] - cameras[v, 9:12, None]
@@ -103,19 +109,19 @@ def find_segments_torch(
             across = (x1 - x0)[n]
             row = torch.div(k, across, rounding_mode="floor")
             ray = (y0[n] + row + v * H) * W + x0[n] + k - row * across
-            t_in, t_out = None, None
+            entries = []
+            exits = []
             for axis in range(3):
                 step = inverse[axis].index_select(0, ray)
                 p = near[axis, a:b].index_select(0, n).mul_(step)
                 q = far[axis, a:b].index_select(0, n).mul_(step)
-                lo, hi = torch.minimum(p, q), torch.maximum(p, q)
-                t_in, t_out = (
-                    (lo, hi)
-                    if t_in is None
-                    else (torch.maximum(t_in, lo), torch.minimum(t_out, hi))
-                )
+                entries.append(torch.minimum(p, q))
+                exits.append(torch.maximum(p, q))
+            t_in = torch.maximum(torch.maximum(entries[0], entries[1]), entries[2])
+            t_out = torch.minimum(torch.minimum(exits[0], exits[1]), exits[2])
             xi = offset.index_select(0, ray)
-            first, last = (t_in * per_unit).sub_(xi).ceil_(), (t_out * per_unit).sub_(xi).floor_()
+            first = (t_in * per_unit).sub_(xi).ceil_()
+            last = (t_out * per_unit).sub_(xi).floor_()
             hit = ((t_in < t_out) & (first <= last)).nonzero()[:, 0]
             n = n[hit]
             ray = ray[hit]
@@ -129,14 +135,8 @@ def find_segments_torch(
             path = torch.cat(
                 [q, (z * shorter)[None], d.mul_(0.5), shorter.div_(per_unit)[None]]
             ).t()
-            hits.append(
-                (
-                    (ray << 32) + first.long(),
-                    (last - first + 1).int(),
-                    (n + (a + begin)).int(),
-                    path,
-                )
-            )
+            key = (ray << 32) + first.long()
+            hits.append((key, (last - first + 1).int(), (n + (a + begin)).int(), path))
             a = b
             done = int(ends[b - 1])
         found += hits
@@ -146,6 +146,5 @@ def find_segments_torch(
     found.append((none, none.int(), none.int(), offset.new_zeros(0, 8)))
     key, samples, voxel, path = (torch.cat(parts) for parts in zip(*found, strict=True))
     start = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
-    return Segments(
-        ((key + 2**31) >> 32).int(), samples, voxel, path, start, *by_ray(key, V * H * W)
-    )
+    ray = ((key + 2**31) >> 32).int()
+    return RaySegments(ray, samples, voxel, path, start, *by_ray(key, V * H * W))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.backend import to_device
 from kernels.reduce import sum_segments
 from kernels.surface.corners import PENALISED, WEIGHTS, average, fields_backward
 from kernels.surface.cubes import Cubes, Geometry, find_cubes, unravel
@@ -28,7 +29,6 @@ from kernels.surface.dual_cpu import dual_torch, dual_torch_backward
 from kernels.surface.dual_gpu import dual_triton, dual_triton_backward
 from kernels.surface.quads import centres, centres_backward, quad_duals, split_quads
 from kernels.surface.tables import cube_tables
-from kernels.transfer import to_device
 from kernels.voxels.cache import SpatialCache
 
 CHANNELS = (53, 101)  # without and with color

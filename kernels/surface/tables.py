@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.transfer import to_device
+from kernels.backend import to_device
 
 # pairs of corners; along x and z from low to high, along y from high to low, which decides the
 # winding and the order of quads

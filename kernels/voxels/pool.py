@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.backend import tl, triton
 from kernels.checks import check_tensors
+from kernels.dtypes import wide_dtype
 from kernels.voxels.cache import SpatialCache
 
 TILE = 2048  # elements per program; not yet measured on a GPU (both passes are memory-bound)
@@ -110,17 +111,13 @@ def _launch(kernel, x: Tensor, place: Tensor, starts: Tensor, rows: int, mean: b
     return y
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("trislat::pool_sum", mutates_args=())
 def _sum_children(x: Tensor, index: Tensor, order: Tensor, starts: Tensor, mean: bool) -> Tensor:
     S = len(starts) - 1
     if not backend.is_torch(x):
         return _launch(_pool_sum, x, order, starts, S, mean)
-    total = x.new_zeros(S, x.shape[1], dtype=_accumulator(x))
-    total.index_add_(0, index, x.to(_accumulator(x)))
+    total = x.new_zeros(S, x.shape[1], dtype=wide_dtype(x))
+    total.index_add_(0, index, x.to(wide_dtype(x)))
     if mean:
         total = total / starts.diff().clamp_min(1)[:, None]
     return total.to(x.dtype)
@@ -131,7 +128,7 @@ def _copy_parents(x: Tensor, index: Tensor, order: Tensor, starts: Tensor, mean:
     if not backend.is_torch(x):
         return _launch(_pool_copy, x, index, starts, len(index), mean)
     if mean:
-        x = (x.to(_accumulator(x)) / starts.diff().clamp_min(1)[:, None]).to(x.dtype)
+        x = (x.to(wide_dtype(x)) / starts.diff().clamp_min(1)[:, None]).to(x.dtype)
     return x[index]
 
 

@@ -1,4 +1,4 @@
-"""Time and processes of a plan: who gets how much, and nothing runs on after its limit."""
+"""notebooks/jobs.py: time is shared among steps, and nothing runs on after its limit."""
 
 import os
 import sys
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kernels.bench.jobs import Jobs, Step, allotted
+from tests.helpers.scripts import notebook_script
 
+script = notebook_script("jobs")
+Step = script.Step
 PLAN = [Step("first", 60, 40), Step("second", 20, 10), Step("third", 20, 0)]
 
 
@@ -26,11 +28,11 @@ PLAN = [Step("first", 60, 40), Step("second", 20, 10), Step("third", 20, 0)]
     ids=str,
 )
 def test_time_is_shared_and_the_last_go_first(left, steps, seconds):
-    assert allotted(left, steps) == (None if seconds is None else pytest.approx(seconds))
+    assert script.allotted(left, steps) == (None if seconds is None else pytest.approx(seconds))
 
 
-def jobs(folder: Path, **changes) -> Jobs:
-    return Jobs(folder, folder, dict(os.environ), **changes)
+def jobs(folder: Path, **changes) -> script.Jobs:
+    return script.Jobs(folder, folder, dict(os.environ), **changes)
 
 
 def python(code: str) -> list[str]:
@@ -70,7 +72,7 @@ except KeyboardInterrupt:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody waited for counts."""
+    """Wait for a process to end; one that nobody waited for counts as ended."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(100):
         try:

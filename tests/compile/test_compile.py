@@ -1,4 +1,4 @@
-"""The build report: a fast subset really built, its completeness, its arithmetic and its table."""
+"""Builds for absent GPUs: a few are made, every kernel is recorded, and the tables are right."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ import pytest
 import kernels
 from kernels.compile.build import TARGETS, Build, _blocks_per_unit, _verdict
 from kernels.compile.command import OPS, _parse, _read, _wanted, main
-from kernels.compile.report import document, merged
+from kernels.compile.report import full_table, summary
 from kernels.compile.workloads import WORKLOADS
 
 
@@ -26,32 +26,20 @@ def run(*arguments, interpret=False):
 
 def test_kernels_are_built_for_absent_gpus(tmp_path):
     report = tmp_path / "report.json"
-    what = [
-        "--op",
-        "similarity",
-        "--dtype",
-        "fp16",
-        "--target",
-        "sm_90,gfx942",
-        "--workers",
-        "2",
-        "--hot",
-    ]
+    what = "--op similarity --dtype fp16 --target sm_90,gfx942 --workers 2 --hot".split()
     done = run(*what, "--json", str(report), "--markdown", str(tmp_path / "report.md"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(report.read_text())["rows"]
     assert {row["target"] for row in rows} == {"sm_90", "gfx942"}
     assert {row["kernel"] for row in rows} == {"_ssim_fwd", "_ssim_bwd"}
+    assert "| _ssim_fwd fp16 (" in done.stdout and done.stdout.count("| hot |") == 4
+    assert "most a block may have: gfx1100 65536, gfx942 65536" in done.stdout
     table = (tmp_path / "report.md").read_text()
-    assert "## kernels.similarity" in table and table.count("| hot |") == 4
-    assert "most a block may have: gfx942 65536, sm_90 232448" in table
+    assert table.count("\n| similarity `_ssim_") == 2
+    assert "have: gfx942 65536, sm_90 232448." in " ".join(table.split())
     for row in rows:
-        assert (
-            row["registers"] > 16
-            and row["blocks_per_unit"] >= 1
-            and row["spills"] == 0
-            and row["hot"]
-        )
+        assert row["hot"] and row["spills"] == 0
+        assert row["registers"] > 16 and row["blocks_per_unit"] >= 1
         assert row["shared"] <= TARGETS[row["target"]].shared_block
     assert "0 failures" in done.stdout
 
@@ -80,7 +68,7 @@ def test_amd_reserves_no_shared_memory():
 
 
 def entry_points() -> set[str]:
-    """Every Triton function that no other one calls: what can only be launched."""
+    """Find every Triton function that no other one calls: those that can only be launched."""
     functions = [
         node
         for file in Path(kernels.__file__).parent.rglob("*.py")
@@ -135,28 +123,61 @@ def test_launches_are_chosen(arguments, wanted):
     assert not _wanted(replace(norm, kernel="_lookup"), _parse(["--hot"]))
 
 
-def report(version: str, registers: int, **changes) -> dict:
-    row = {"module": "kernels.x", "kernel": "_k", "types": [["x_ptr", "*fp16"]], "ones": []}
-    row |= {"constants": [["C", 8], ["num_warps", 4]]}
-    row |= {
+def report(version: str, *registers: int, **changes) -> dict:
+    """One kernel's report, with a build for each number of registers."""
+    row = {
+        "module": "kernels.x",
+        "kernel": "_k",
+        "types": [["x_ptr", "*fp16"]],
+        "ones": [],
+        "constants": [["C", 8], ["num_warps", 4]],
         "dtype": "fp16",
         "target": "sm_90",
         "hot": False,
-        "registers": registers,
         "stack": 0,
+        "spills": 0,
         "shared": 0,
-    } | changes
-    return {"triton": version, "rows": [row]}
+    }
+    targets = ("sm_90", "gfx942")
+    rows = [
+        row | {"registers": count, "target": target} | changes
+        for count, target in zip(registers, targets, strict=False)
+    ]
+    return {"triton": version, "commit": "abc", "date": "2026-11-30", "rows": rows}
 
 
-def test_two_versions_share_a_line_of_the_table():
+def test_two_versions_share_a_line_of_the_full_table():
     reports = [report("3.6.0", 32), report("3.9.0", 40, failure="3 spills in a hot kernel")]
-    (line,) = merged(reports).splitlines()[2:]
-    assert line.startswith("| _k fp16 (C=8) | sm_90 | 32 / 40 | 0 | - | 0 |")
+    (line,) = full_table(reports).splitlines()[2:]
+    assert line.startswith("| _k fp16 (C=8) | sm_90 | 32 / 40 | 0 | 0 | 0 |")
     assert line.endswith("| triton 3.9.0: 3 spills in a hot kernel |")
-    text = document(reports, {"sm_90": 232448})
+
+
+def test_the_short_table_has_the_worst_of_a_kernel_in_one_line():
+    old = report("3.6.0", 32, 60)
+    old["rows"].append(old["rows"][0] | {"registers": 50, "target": "sm_80", "shared": 64})
+    new = report("3.9.0", 40, 60, spills=3, failure="3 spills in a hot kernel")
+    text = summary([old, new], {"sm_80": 1, "sm_90": 232448, "gfx942": 65536})
     assert text.startswith("# Kernels built for absent GPUs, Triton 3.6.0 and 3.9.0\n")
-    assert "Triton 3.9.0: 1 kernels, 1 builds, 1 failures" in text
+    words = " ".join(text.split())
+    assert "Triton 3.6.0, commit abc, 2026-11-30: 1 kernels, 3 builds, 0 failures." in words
+    assert "Triton 3.9.0, commit abc, 2026-11-30: 1 kernels, 2 builds, 2 failures." in words
+    cells = text.splitlines()[-1].strip("| ").split(" | ")
+    assert cells == [
+        "x `_k`",
+        "3 / 2",
+        "50 sm_80 / 40 sm_90",
+        "60 gfx942",
+        "0 / 3 sm_90",
+        "64 sm_80 / 0",
+        "0",
+        "0 / 2: gfx942, sm_90",
+    ]
+
+
+def test_a_kernel_that_one_version_lacks_has_a_line():
+    text = summary([report("3.6.0"), report("3.9.0", 40)], {"sm_90": 232448})
+    assert text.splitlines()[-1] == "| x `_k` | 0 / 1 | 40 sm_90 | - | 0 | 0 | - | 0 |"
 
 
 def test_every_op_of_the_list_exists():

@@ -10,7 +10,7 @@ from kernels.gaussian.project import project
 from kernels.gaussian.project_cpu import project_torch
 from kernels.gaussian.reference import splat_reference
 from kernels.gaussian.splat import _pack, splat
-from kernels.views import make_layout
+from kernels.views import make_view_table
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.gaussians import both, camera, colors, grads, scene
 from tests.helpers.golden import golden
@@ -66,7 +66,7 @@ def test_published_images_and_gradients(device, case):
 def projected(inputs, view: Camera, kernel_size: float = 0.1, starts=None, view_scene=(0,)):
     """The projection stage of the implementation under test."""
     packed = torch.cat([t.detach().flatten(1) for t in inputs], 1)
-    layout = make_layout(starts or [0, len(packed)], list(view_scene), packed.device)
+    layout = make_view_table(starts or [0, len(packed)], list(view_scene), packed.device)
     stage = project_torch if backend.is_torch(packed) else project
     return stage(packed, _pack(view, packed.dtype), layout, view.width, view.height, kernel_size)
 

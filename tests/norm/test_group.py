@@ -11,7 +11,7 @@ from kernels.norm.group import group_norm, group_norm_reference
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.golden import golden
 
-group_norm_silu = partial(group_norm, silu=True)
+norm_silu = partial(group_norm, silu=True)
 
 
 def inputs(counts, C, dtype=torch.float32, device=None, seed=0):
@@ -45,7 +45,7 @@ def inputs(counts, C, dtype=torch.float32, device=None, seed=0):
 def test_group_norm(device, counts, C, groups, dtype):
     args = inputs(counts, C, dtype, device)
     assert_same(group_norm, group_norm_reference, *args, groups)
-    assert_same(group_norm_silu, lambda *a: group_norm_reference(*a, silu=True), *args, groups)
+    assert_same(norm_silu, lambda *a: group_norm_reference(*a, silu=True), *args, groups)
 
 
 def test_published_group_norm(device):
@@ -70,10 +70,10 @@ def test_published_group_norm(device):
 def test_batched_equals_looped(device):
     counts = [20, 0, 9, 41]
     x, weight, bias, starts = inputs(counts, 16, device=device)
-    whole = group_norm_silu(x, weight, bias, starts, 4)
+    whole = norm_silu(x, weight, bias, starts, 4)
     ends = starts[1:].tolist()
     for n, end in zip(counts, ends, strict=True):
-        alone = group_norm_silu(
+        alone = norm_silu(
             x[end - n : end],
             weight,
             bias,
@@ -117,7 +117,7 @@ def test_equal_voxels_are_not_divided_by_zero(device):
 def test_the_silu_far_from_zero(device):
     x, weight, _, starts = inputs([6], 16, device=device)
     for far, expected in ((-200.0, 0.0), (200.0, 200.0)):
-        y = group_norm_silu(
+        y = norm_silu(
             x, weight * 0, torch.full((16,), far, device=device, requires_grad=True), starts, 4
         )
         assert_close(y, torch.full((6, 16), expected), 1e-6)
@@ -129,7 +129,7 @@ def test_sixteen_bits_are_widened_before_anything_is_computed(device, dtype):
     x, weight, bias, starts = inputs([19], 16, dtype, device)
     if dtype == torch.bfloat16 and backend.name(x) == "interpreter":
         pytest.skip("the interpreter truncates where a GPU rounds to bf16")
-    y = group_norm_silu(x, weight, bias, starts, 4)
+    y = norm_silu(x, weight, bias, starts, 4)
     wide = F.silu(F.group_norm(x.float().T[None], 4, weight, bias, 1e-5)[0].T)
     assert y.dtype == dtype
     assert_close(y, wide, torch.finfo(dtype).eps)
@@ -146,7 +146,7 @@ def test_the_same_bits_twice_in_one_launch_a_pass(kernel_device):
         with backend.count_launches() as launches:
             runs.append(
                 torch.autograd.grad(
-                    group_norm_silu(x, weight, bias, starts, 4).square().sum(), [x, weight, bias]
+                    norm_silu(x, weight, bias, starts, 4).square().sum(), [x, weight, bias]
                 )
             )
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -172,10 +172,10 @@ def test_gradients_in_double_precision():
 def test_registered_as_torch_asks_and_compiles(device):
     x, weight, bias, starts = inputs([5, 3], 16, device=device)
     torch.library.opcheck(torch.ops.trislat.group_norm, (x, weight, bias, starts, 4, 1e-5, True))
-    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")(
+    compiled = torch.compile(norm_silu, fullgraph=True, backend="aot_eager")(
         x, weight, bias, starts, 4
     )
-    assert torch.equal(compiled, group_norm_silu(x, weight, bias, starts, 4))
+    assert torch.equal(compiled, norm_silu(x, weight, bias, starts, 4))
     compiled.square().sum().backward()
 
 

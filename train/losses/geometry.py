@@ -15,8 +15,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 import models
-from kernels import Camera, Image, face_camera, render_mesh
-from kernels.transfer import make_index
+from kernels import Camera, Image, face_camera, make_index, render_mesh
 from models import MeshScene
 from train.data.batch import Batch
 from train.data.objects import Objects

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import models
-from kernels.transfer import to_device
+from kernels import to_device
 from models import Encoder, SparseTensor
 from models.files import whole
 from train.data.batch import Batch

@@ -1,4 +1,4 @@
-"""Commands side by side, each with its log, all with one limit; and who gets how much time."""
+"""Run commands side by side within a time limit, and share the time among the steps of a plan."""
 
 import os
 import signal
@@ -23,9 +23,10 @@ class Step:
 
 
 def allotted(left: float, steps: Sequence[Step]) -> float | None:
-    """Seconds for the first of the steps that are still to be run; None where `left` are too few.
+    """Compute the seconds of the first of the steps; None where `left` seconds are too few.
 
-    Where the least of all is more than there is, the last steps get nothing.
+    Every step gets its least, and its share of what is left after that. Where the least of all is
+    more than there is, the last steps get nothing.
     """
     steps = list(steps)
     while steps and sum(step.least for step in steps) > left:
@@ -38,7 +39,7 @@ def allotted(left: float, steps: Sequence[Step]) -> float | None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """The end of a command."""
 
     status: int | None  # exit status, negative for a signal; None: stopped, or never begun
     seconds: float
@@ -62,12 +63,12 @@ class _Running:
         return time.monotonic() - self.began
 
     def signal(self, number: int) -> None:
-        """To the command alone: what it started is its own to end."""
+        """Send a signal to the command alone: what it started is its own to end."""
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """With everything that it started."""
+        """End the command with everything that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -87,10 +88,11 @@ class Jobs:
     def run(
         self, commands: Mapping[str, Sequence[str]], until: float, at_once: int = 1
     ) -> dict[str, Ended]:
-        """How each of the commands ended; what runs at `until` (of time.monotonic) is stopped.
+        """Run commands and return how each ended; what runs at `until` is stopped.
 
-        May be called by several threads. What is stopped gets SIGINT, and what is left of its
-        process group SIGKILL after a grace. No group is left behind, whatever ends this.
+        `until` is a time of time.monotonic. May be called by several threads. What is stopped gets
+        SIGINT, and what is left of its process group SIGKILL after a grace. No group is left
+        behind, whatever ends this.
         """
         waiting = dict(commands)
         running = {}

@@ -1,5 +1,4 @@
-"""Voxel shells with the window statistics of real surfaces, for measurements: N voxels on a grid of
-`resolution`^3.
+"""Voxel shells with the window statistics of real surfaces: N voxels on a grid of `resolution`^3.
 
 A voxel is active where the surface f = 0 crosses it: f changes sign among its eight corners. At
 64^3 and windows of 8^3 a plain surface fills a window with 50 to 80 of its 512 voxels and nearly
@@ -18,7 +17,7 @@ Field = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _waves(seed: int, frequency: float) -> Field:
-    """A smooth random field of unit variance: 24 plane waves."""
+    """Make a smooth random field of unit variance: 24 plane waves."""
     generator = np.random.default_rng(seed)
     direction = generator.normal(size=(24, 3)) * (frequency * np.pi)
     phase = generator.uniform(0, 2 * np.pi, 24)
@@ -70,8 +69,9 @@ FIELDS: dict[str, Field] = {
 
 
 def shell(field: str | Field, resolution: int = 64) -> Tensor:  # [N, 3] int32, sorted by x, y, z
-    """The active voxels of one of FIELDS (or of a function of x, y, z in [-0.5, 0.5]). ValueError
-    for an unknown name.
+    """List the active voxels of one of FIELDS, or of a function of x, y, z in [-0.5, 0.5].
+
+    Raises ValueError for an unknown name.
     """
     if isinstance(field, str):
         if field not in FIELDS:
@@ -96,8 +96,9 @@ def shell(field: str | Field, resolution: int = 64) -> Tensor:  # [N, 3] int32, 
 
 # [windows * rows, 3] int32, sorted by x, y, z
 def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:
-    """`rows` voxels at random in each of `windows` cubes. ValueError for more rows than a cube has
-    cells.
+    """Draw `rows` voxels in each of `windows` cubes.
+
+    Raises ValueError for more rows than a cube has cells.
     """
     cells = window**3
     if rows > cells:
@@ -113,7 +114,7 @@ def occupied(windows: int, rows: int, window: int = 8, seed: int = 0) -> Tensor:
 
 
 def batch(*samples: Tensor) -> Tensor:  # [N, 4] int32: batch, x, y, z
-    """Samples [n, 3] below each other, the sample's index in front."""
+    """Stack samples [n, 3] below each other, the sample's index in front."""
     return torch.cat(
         [torch.nn.functional.pad(xyz, (1, 0), value=b) for b, xyz in enumerate(samples)]
     )

@@ -1,6 +1,5 @@
-"""notebooks/measure.py: all has its place, what fails costs itself, a second call goes on."""
+"""notebooks/measure.py: a step that fails loses no other, and a second call goes on."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,20 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels.bench import command as bench
-from kernels.bench.jobs import Ended, Jobs
+from kernels.bench.environment import environment
 from tests.helpers.reports import outcomes
+from tests.helpers.scripts import ROOT, notebook_script
 from train import timing
 
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("measure_script", ROOT / "notebooks" / "measure.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = notebook_script("measure")
 steps = script.steps
+Ended = steps.Ended
+Jobs = steps.Jobs
 
 
 def test_everything_has_its_place():
-    assert sorted([*steps.OPS, "train_step"]) == sorted(bench.OPS)
+    assert sorted([*steps.OPS, "train_step"]) == sorted(steps.COMMANDS)
     assert steps.DECODERS == tuple(timing.DECODERS) and steps.BATCH.keys() == timing.DECODERS.keys()
     assert all(callable(getattr(steps, name)) for name in script.PLAN)
     assert sum(least for least, _ in script.PLAN.values()) < 8 * 60
@@ -43,7 +41,11 @@ def call(tmp_path, monkeypatch):
         ran = []
         for name in script.PLAN:
             step = made.get(name, result("passed"))
-            noted = lambda here, name=name, step=step: (ran.append(name), step(here))[1]
+
+            def noted(here, name=name, step=step):
+                ran.append(name)
+                return step(here)
+
             monkeypatch.setattr(steps, name, noted)
         out = tmp_path / "out"
         work = ["--work", str(tmp_path / "work")]
@@ -60,7 +62,7 @@ def test_a_step_that_fails_loses_no_other_and_a_second_call_goes_on(call):
     assert status == 1 and sorted(found["ran"]) == sorted(script.PLAN)
     assert list(found["steps"]) == list(script.PLAN)
     assert found["steps"]["errors"]["rows"] == 3 and found["steps"]["ops"]["status"] == "passed"
-    keys = {*bench.facts(torch.device("cpu")), "ceilings", "cases", "missing", "steps", "ran"}
+    keys = {*environment(torch.device("cpu")), "ceilings", "cases", "missing", "steps", "ran"}
     assert found.keys() == keys
     status, found = call()
     assert status == 0 and found["ran"] == ["errors"] and len(found["steps"]) == len(script.PLAN)
@@ -70,7 +72,11 @@ def test_without_time_the_last_are_left_out(call, monkeypatch):
     plan = {"tests": (10, 1), "errors": (5, 1), "ops": (1000, 1)}
     monkeypatch.setattr(script, "PLAN", plan)
     monkeypatch.setattr(script, "BESIDE", ())
-    wait = lambda here: (time.sleep(0.2), {"status": "passed"})[1]
+
+    def wait(here):
+        time.sleep(0.2)
+        return {"status": "passed"}
+
     status, found = call("--minutes", "1", tests=wait)
     assert status == 1 and found["ran"] == ["tests", "errors"]
     assert found["steps"]["ops"] == {"status": "left out", "why": "no time"}
@@ -102,7 +108,8 @@ def test_what_is_there_is_shown_although_a_step_breaks(call, tmp_path):
 
 
 def test_a_picture_is_shrunk_until_it_fits(tmp_path):
-    large, small = tmp_path / "large.png", tmp_path / "small.png"
+    large = tmp_path / "large.png"
+    small = tmp_path / "small.png"
     Image.effect_noise((200, 100), 100).save(large)
     script.fitted(large, small, most=5000)
     with Image.open(small) as image:
@@ -143,12 +150,14 @@ class Bench:
         # op -> status: None stopped, after its case is written
         self.ends = ends
         self.asked = []
+        self.modules = []
 
     def run(self, commands: dict, *_) -> dict[str, Ended]:
         ((name, command),) = commands.items()
         file = Path(command[command.index("--json") + 1])
         ops = [word for word in command if word in steps.OPS]
         self.asked.append(ops)
+        self.modules.append(command[command.index("-m") + 1])
         rows = [row for row in steps.read(file, {"cases": []})["cases"] if row["op"] not in ops]
         for op in ops:
             rows.append({"op": op, "size": "1", "impl": "other", "agrees": op != "gelu"})
@@ -178,9 +187,23 @@ def test_an_op_that_ends_the_process_costs_itself(tmp_path):
         assert ("exits" in found) != again
 
 
+def test_each_op_is_measured_by_the_command_that_has_it(tmp_path):
+    fake = Bench({})
+    ops = ["gelu", "block", "trunk", "pool"]
+    found = steps.timed(here_with(tmp_path, fake.run), "ops", ops, [])
+    assert fake.asked == [["gelu"], ["block", "trunk"], ["pool"]]
+    assert fake.modules == ["kernels.bench", "train.bench", "kernels.bench"]
+    assert found["rows"] == 4 and found["left"] == []
+
+
 def test_an_op_that_was_stopped_is_measured_again(tmp_path):
     fake = Bench({"splat": None})
-    slow = lambda commands, *more: (fake.run(commands), time.sleep(0.2))[0]
+
+    def slow(commands, *more):
+        ended = fake.run(commands)
+        time.sleep(0.2)
+        return ended
+
     found = steps.timed(here_with(tmp_path, slow, 0.1), "ops", ["pool", "splat", "ssim"], [])
     assert found["status"] == "stopped" and found["left"] == ["splat", "ssim"]
     assert json.loads((tmp_path / "ops.json").read_text()) == {"pool": 0}
@@ -241,9 +264,9 @@ def test_every_test_is_reported_and_those_that_passed_are_left_out(tmp_path):
     report.write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = outcomes(report)
     assert list(known.values()) == ["failed", "passed", "failed", "skipped"]
-    told = "\n".join(run("--passed", str(report)))  # the first is unseen, the second failed last
-    assert "2 deselected" in told and "ran 2" not in told
-    assert told.index("ran 1") < told.index("ran 0")
+    printed = "\n".join(run("--passed", str(report)))  # the first is unseen, the second failed last
+    assert "2 deselected" in printed and "ran 2" not in printed
+    assert printed.index("ran 1") < printed.index("ran 0")
 
 
 def test_time_that_kernels_share_counts_once():

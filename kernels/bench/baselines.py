@@ -1,6 +1,4 @@
-"""Other people's implementations, as far as they are installed: an absent one is a sentence that
-says so.
-"""
+"""Other packages to compare with, where they are installed; an absent one gives the reason."""
 
 import importlib
 from collections.abc import Callable
@@ -8,27 +6,27 @@ from types import ModuleType
 
 import torch
 
-# What a measurement can be set beside, by import name; `python -m kernels.bench` prints which of
-# them are there
+# Import names of the packages; the command prints which of them are there
 KNOWN = ("spconv", "spconv_triton", "flex_gemm", "gsplat", "nvdiffrast", "flash_attn", "fused_ssim")
 
 
 def optional(name: str) -> ModuleType | str:
-    """The module, or why it cannot be imported (not installed, built for another torch or CUDA)."""
+    """Import a module, or say why it cannot be imported.
+
+    It may not be installed, or be built for another torch or CUDA.
+    """
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return (
-            f"absent: {name} cannot be imported ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]})"
-        )
+        reason = " ".join(str(error).split())[:160]
+        return f"absent: {name} cannot be imported ({type(error).__name__}: {reason})"
 
 
 def compiled(function: Callable, device: torch.device) -> Callable | str:
-    """torch.compile of the function, for a GPU; on a CPU building it takes longer than everything
-    that is measured.
+    """Compile a function with torch.compile for a GPU; for a CPU, say why not.
 
-    fullgraph: it raises where it would otherwise run uncompiled unnoticed.
+    On a CPU the compilation takes longer than everything that is measured. fullgraph: it raises
+    where a part would run uncompiled unnoticed.
     """
     if device.type == "cpu":
         return "absent: torch.compile is measured on a GPU only"
@@ -36,9 +34,7 @@ def compiled(function: Callable, device: torch.device) -> Callable | str:
 
 
 def inductor(function: Callable) -> Callable:
-    """torch.compile whose backward pass may run again on a graph that is kept, as a measurement
-    runs it.
-    """
+    """Compile a function so that its backward pass can run several times on one graph."""
     import torch._functorch.config
 
     # else the backward pass overwrites what it was given
