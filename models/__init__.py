@@ -18,16 +18,29 @@ from models.mesh import MeshVAE as MeshVAE
 from models.radiance import RadianceDecoder as RadianceDecoder
 from models.radiance import RadianceScene as RadianceScene
 from models.radiance import RadianceVAE as RadianceVAE
+from models.scene import Scene as Scene
 from models.scene import penalties as penalties
 from models.scene import render as render
 from models.sparse import SparseTensor as SparseTensor
 from models.vae import VAE as VAE
 from models.vae import Encoder as Encoder
 from models.vae import Posterior as Posterior
-from models.vae import load_weights, read_pretrained
+from models.vae import load_weights as load_weights
+from models.vae import read_pretrained
+from models.vae import read_tensors as read_tensors
 from models.vae import save_pretrained as save_pretrained
 
-MODELS = {model.NAME: model for model in (Encoder, GaussianDecoder, RadianceDecoder, MeshDecoder)}
+# every kind of decoder, by the name of its training script
+DECODERS: dict[str, type[VAE]] = {
+    "gaussian": GaussianVAE,
+    "radiance": RadianceVAE,
+    "mesh": MeshVAE,
+}
+
+
+def published_classes() -> dict[str, type[nn.Module]]:
+    """Map the published class names to our models."""
+    return {model.NAME: model for model in (Encoder, *(vae.DECODER for vae in DECODERS.values()))}
 
 
 def load_pretrained(prefix: str | Path) -> nn.Module:
@@ -38,9 +51,10 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
     arguments and tensors that do not fit, naming each.
     """
     name, args, weights = read_pretrained(prefix)
-    model_class = MODELS.get(name.removeprefix("Elastic"))
+    known = published_classes()
+    model_class = known.get(name.removeprefix("Elastic"))
     if model_class is None:
-        raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(MODELS)}")
+        raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(known)}")
     if model_class is MeshDecoder:
         args = {"skip_weight": "spconv"} | args  # ours say which they are
     try:

@@ -1,4 +1,4 @@
-"""Encoder, Posterior, VAE and checkpoint files: N voxels, C channels.
+"""The encoder, the base class of decoders, the VAE, and files of models. N voxels, C channels.
 
 The models and their names follow microsoft/TRELLIS (Structured 3D Latents, arXiv 2412.01506).
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels import layer_norm
 from kernels.checks import check_whole
+from models.files import whole, write_whole
 from models.finite import check_finite
 from models.layers import Trunk
 from models.scene import Scene
@@ -36,9 +37,10 @@ class Posterior:
     def sample(
         self, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> SparseTensor:
-        """mean + exp(logvar / 2) * noise, the noise drawn from `generator` unless it is given.
+        """Draw latents: mean + exp(logvar / 2) * noise.
 
-        Raises ValueError for noise of another shape than the posterior's.
+        The noise is drawn from `generator` unless it is given. Raises ValueError for noise of
+        another shape than the posterior's.
         """
         if noise is None:
             noise = torch.randn(
@@ -241,28 +243,14 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     prefix.parent.mkdir(parents=True, exist_ok=True)
+    with whole(prefix.with_name(f"{prefix.name}.safetensors")) as partial:
+        save_file(weights, partial)
     content = json.dumps({"name": model.NAME, "args": model.args}, indent=2)
-    writers = {
-        ".safetensors": lambda path: save_file(weights, path),
-        ".json": lambda path: path.write_text(content),
-    }
-    for suffix, write in writers.items():
-        file = prefix.with_name(prefix.name + suffix)
-        partial = prefix.with_name(prefix.name + suffix + ".partial")
-        try:
-            partial.unlink(missing_ok=True)
-            partial.touch()
-            mode = partial.stat().st_mode
-            write(partial)
-            partial.chmod(mode)  # safetensors makes a file that only its owner may read
-            partial.replace(file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"could not save {file}: {error}") from error
+    write_whole(prefix.with_name(f"{prefix.name}.json"), content)
 
 
 def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
-    """Read the class name, arguments and tensors of a checkpoint pair; errors name the file."""
+    """Read the class name, arguments and tensors of a model's two files; errors name the file."""
     config = Path(f"{prefix}.json")
     weights = Path(f"{prefix}.safetensors")
     for file in (config, weights):

@@ -15,11 +15,6 @@ KNOWN_LONG = {
     "kernels/norm/layer.py",
     "kernels/similarity.py",
     "tests/bench/test_cases.py",
-    "train/config.py",
-    "train/data/dataset.py",
-    "train/loop.py",
-    "train/meshes/gltf.py",
-    "train/prepare/command.py",
 }
 # files in kernels/ that still name train
 KNOWN_NAMES_OF_TRAIN = {"kernels/bench/command.py"}
@@ -60,19 +55,7 @@ KNOWN_OPENINGS = {
     "models/mesh.py": {"MeshConfig"},
     "models/scene.py": {"module"},
     "train/bench.py": {"module"},
-    "train/config.py": {"Weights", "module"},
-    "train/data/dataset.py": {"Sampler", "summary", "title"},
-    "train/data/objects.py": {"captions"},
-    "train/loop.py": {"Run", "unsaved", "why"},
-    "train/losses/pictures.py": {"limit"},
-    "train/meshes/intake.py": {"reason"},
-    "train/meshes/surface.py": {"Material", "module"},
-    "train/optimizer.py": {"least", "tensors"},
-    "train/prepare/command.py": {"Result", "Settings", "frame_order"},
     "train/published.py": {"published_loss"},
-    "train/run/machine.py": {"leads"},
-    "train/run/report.py": {"module", "note"},
-    "train/workers.py": {"alive"},
 }
 EMPTY_OPENINGS = {"What", "Which", "Whether", "Of"}
 

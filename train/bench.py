@@ -31,10 +31,10 @@ from kernels.bench.shells import batch, shell
 from models import VAE, Encoder, SparseTensor
 from models.layers import Trunk, shifted_windows
 from train import gaussian
-from train.data.dataset import Batch
-from train.loop import Objective
-from train.losses.pictures import GradClipper, Pictures
-from train.optimizer import LossScale, Optimizer
+from train.data.batch import Batch
+from train.losses.objective import Objective
+from train.losses.pictures import PictureLoss
+from train.optimizer import GradClipper, LossScale, Optimizer
 from train.published import Rasterize, gsplat_view, one_view, published_block, published_loss
 
 
@@ -214,7 +214,7 @@ def train_step_cases(size: str, dtypes: list[str], device: torch.device) -> Iter
         vae = vae.to(device)
         batch = _batch(coords, channels, config.image_size, device)
         weights = {name: weight for name, weight in vars(config.weights).items() if name != "lpips"}
-        compare = Pictures(None)
+        compare = PictureLoss(None)
         background = torch.ones(batch.batch_size, 3, device=device)
 
         def inputs(seed: int, coords=coords, latent=config.model.latent) -> tuple[Tensor]:

@@ -1,22 +1,19 @@
-"""What a run is told: frozen dataclasses, the command line generated from them, config.json.
+"""The config of a training run: frozen dataclasses, presets, and config.json.
 
-A preset is a whole Config; a flag replaces one of its fields (`--lr 1e-3`), a dotted flag a field
-of a nested group (`--model.channels 96`, `--weights.kl 0`). The defaults below are the published
-recipe (microsoft/TRELLIS).
+The defaults below are the published recipe (microsoft/TRELLIS). train.flags makes the command line
+of them.
 """
 
-import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import get_args, get_origin, get_type_hints
+from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
-from train.files import write_whole
+from models.files import write_whole
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
@@ -25,7 +22,7 @@ CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every"
 
 
 def flag(default, help: str):
-    """A field of a config with the text that --help shows for it."""
+    """Declare a field of a config, with the text that --help shows for it."""
     return field(default=default, metadata={"help": help})
 
 
@@ -68,7 +65,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Weights:
-    """What each loss term is multiplied by; a decoder's own terms are fields of a subclass."""
+    """The weights of the loss terms; a decoder's own terms are fields of a subclass."""
 
     l1: float = flag(1.0, "weight of the mean absolute difference of the pictures")
     ssim: float = flag(0.2, "weight of 1 - SSIM")
@@ -85,7 +82,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. Raises ValueError for values that cannot be, naming them."""
+    """A training run. Raises ValueError that names a value which cannot be."""
 
     preset: str = "base"
     # data
@@ -193,8 +190,9 @@ class Config:
             )
 
     def micro_batches(self, world: int) -> int:
-        """Forward passes of each of `world` ranks in a step; ValueError where the batch does not
-        divide.
+        """Count the forward passes of each of `world` ranks in a step.
+
+        ValueError where the batch does not divide.
         """
         if self.batch_size % (world * self.micro_batch):
             raise ValueError(
@@ -204,9 +202,7 @@ class Config:
         return self.batch_size // (world * self.micro_batch)
 
     def trunk(self) -> dict:
-        """The constructor arguments that the encoder and the decoder share, with the published
-        construction.
-        """
+        """The constructor arguments that the encoder and the decoder share, as published."""
         size = self.model
         return dict(
             resolution=self.resolution,
@@ -221,137 +217,84 @@ class Config:
         )
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of optimiser step `step`, counted from 0: linear warm-up, then a cosine
-        to final_lr.
+        """The learning rate of optimiser step `step`, counted from 0.
+
+        Linear warm-up, times a cosine to final_lr.
         """
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1.0))
         ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return self.lr * ramp * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
-# (dotted name, type, value, help) of every field, nested groups flattened
-def _leaves(config, prefix: str = ""):
+class Leaf(NamedTuple):
+    """One field of a config, nested groups flattened."""
+
+    name: str  # dotted
+    kind: type
+    value: object
+    help: str
+
+
+def leaves(config, prefix: str = "") -> Iterator[Leaf]:
+    """List every field of a config or of a nested group, names after `prefix`."""
+    kinds = get_type_hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{f.name}.")
+            yield from leaves(value, f"{prefix}{f.name}.")
         else:
-            yield (
-                prefix + f.name,
-                get_type_hints(type(config))[f.name],
-                value,
-                f.metadata.get("help", ""),
-            )
+            yield Leaf(prefix + f.name, kinds[f.name], value, f.metadata.get("help", ""))
 
 
-def _replaced(config, values: dict):
-    """`config` with dotted names replaced, each group rebuilt once so that its fields are checked
-    together.
+def replaced(config, values: Mapping[str, object]):
+    """Copy a config with dotted names replaced.
+
+    Each group is rebuilt once, so that its fields are checked together.
     """
     own = {name: value for name, value in values.items() if "." not in name}
-    for group in {name.split(".")[0] for name in values if "." in name}:
-        nested = {
-            name.split(".", 1)[1]: value
-            for name, value in values.items()
-            if name.startswith(group + ".")
-        }
-        own[group] = _replaced(getattr(config, group), nested)
+    groups: dict[str, dict] = {}
+    for name, value in values.items():
+        if "." in name:
+            group, leaf = name.split(".", 1)
+            groups.setdefault(group, {})[leaf] = value
+    for group, nested in groups.items():
+        own[group] = replaced(getattr(config, group), nested)
     return replace(config, **own)
 
 
-def _parser(script: str, presets: dict[str, Config]) -> argparse.ArgumentParser:
-    name = f"python -m train.{script}"
-    # not 50 flags before every error
-    usage = f"{name} [--preset NAME] [--FLAG VALUE ...]   (--help lists the flags)"
-    parser = argparse.ArgumentParser(
-        name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    first = next(iter(presets))
-    parser.description = (
-        "Values in brackets are the defaults of the presets "
-        f"{', '.join(presets)}, or of all of them."
-    )
-    parser.add_argument(
-        "--preset",
-        choices=list(presets),
-        help=f"where every other value comes from (default: {first})",
-    )
-    values = [{name: value for name, _, value, _ in _leaves(config)} for config in presets.values()]
-    for name, kind, _, help in _leaves(presets[first]):
-        flag = "--" + name.replace("_", "-")
-        help = f"{help}{_defaults([v[name] for v in values])}".replace("%", "%%")
-        own = next(t for t in get_args(kind) or (kind,) if t is not NoneType)
-        if kind is bool:
-            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=help)
-        elif get_origin(kind) is tuple:
-            parser.add_argument(flag, dest=name, action="append", metavar="DIR", help=help)
-        elif name != "preset":
-            parser.add_argument(
-                flag,
-                dest=name,
-                type=own,
-                metavar={int: "N", float: "X", str: "TEXT"}[own],
-                help=help,
-            )
-    return parser
+def demo(base: Config, **own) -> Config:
+    """Make the preset for the embedded objects: a small model, minutes on a CPU.
 
-
-def _defaults(values: list) -> str:
-    """What --help shows of a flag's value in each preset; nothing where its text says what absence
-    means.
+    `own` are the decoder's values: steps, batch sizes, the model and its weights.
     """
-    shown = [
-        "off"
-        if v is False
-        else "none"
-        if v is None
-        else f"{v:g}"
-        if isinstance(v, float)
-        else str(v)
-        for v in values
-    ]
-    return (
-        ""
-        if not any(v or v == 0 for v in values)
-        else f" [{', '.join(shown if len(set(shown)) > 1 else shown[:1])}]"
+    common = dict(
+        preset="demo",
+        features="rgb",
+        resolution=16,
+        image_size=128,
+        precision="fp32",
+        optimizer="muon",
+        lr=3e-3,
+        warmup=20,
+        final_lr=0.03,
+        ema=0.98,
+        workers=0,
     )
+    return replace(base, **common | own)
 
 
-def from_cli(
-    script: str, presets: dict[str, Config], argv: Sequence[str] | None = None, world: int = 1
-) -> Config:
-    """The config that the flags describe. A wrong flag or value prints what is wrong and exits with
-    status 2.
-
-    With --batch-size but no --micro-batch, the preset's micro-batch shrinks to the largest that
-    divides a rank's share. With --resume the recorded config is taken, and only flags that do not
-    change the training may be given.
-    """
-    parser = _parser(script, presets)
-    given = vars(parser.parse_args(argv))
-    if "data" in given:
-        given["data"] = tuple(given["data"])
-    try:
-        if given.get("resume"):
-            if fixed := sorted(given.keys() - {"resume", *CHANGEABLE}):
-                raise ValueError(
-                    f"--resume keeps the recorded config; it cannot change {', '.join(fixed)}"
-                )
-            config = read_config(Path(given["resume"]) / "config.json", script, presets)
-        else:
-            config = presets[given.get("preset", next(iter(presets)))]
-            if "data" not in given:
-                given.setdefault("features", "rgb")  # the embedded objects have no others
-        if "batch_size" in given and "micro_batch" not in given:
-            share = max(given["batch_size"] // world, 1)
-            given["micro_batch"] = next(
-                m for m in range(min(config.micro_batch, share), 0, -1) if share % m == 0
-            )
-        config = _replaced(config, given)
-        config.micro_batches(world)
-        return config
-    except ValueError as error:
-        parser.error(str(error))
+def small(base: Config, **own) -> Config:
+    """Make the preset for one GPU with 24 GB; `own` are the decoder's values."""
+    common = dict(
+        preset="small",
+        features="rgb",
+        image_size=256,
+        batch_size=16,
+        precision="bf16",
+        ema=0.999,
+        steps=100_000,
+    )
+    return replace(base, **common | own)
 
 
 def write_config(config: Config, script: str, file: Path) -> None:
@@ -363,8 +306,9 @@ def write_config(config: Config, script: str, file: Path) -> None:
 
 
 def _check_kind(name: str, kind, recorded: dict) -> None:
-    """ValueError that names a field whose recorded value is not of its kind; an absent one has the
-    preset's.
+    """Raise ValueError that names a field whose recorded value is not of its kind.
+
+    An absent field has the preset's value.
     """
     group, _, leaf = name.rpartition(".")
     values = recorded[group] if group else recorded
@@ -377,9 +321,10 @@ def _check_kind(name: str, kind, recorded: dict) -> None:
         raise ValueError(f"{name} is {value!r}, not {' or '.join(k.__name__ for k in kinds)}")
 
 
-def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
-    """The Config that `write_config` recorded; ValueError that names the file where it is missing
-    or does not fit.
+def read_config(file: Path, script: str, presets: Mapping[str, Config]) -> Config:
+    """Read the Config that `write_config` recorded.
+
+    Raises ValueError that names the file where it is missing or does not fit.
     """
     if not file.is_file():
         raise ValueError(f"{file} is not there: {file.parent} is not a run folder")
@@ -388,8 +333,8 @@ def read_config(file: Path, script: str, presets: dict[str, Config]) -> Config:
         if recorded.pop("script") != script:
             raise ValueError("it is of another script")
         template = presets[recorded["preset"]]
-        for name, kind, _, _ in _leaves(template):
-            _check_kind(name, kind, recorded)
+        for leaf in leaves(template):
+            _check_kind(leaf.name, leaf.kind, recorded)
         recorded["data"] = tuple(recorded["data"])
         nested = {
             name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")

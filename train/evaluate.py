@@ -1,26 +1,34 @@
-"""How good a reconstruction is, beside floors that need no learning."""
+"""Scores of reconstructions, beside baselines that learn nothing; sample pictures.
 
+PSNR of views that training never sees, of decoders and of baselines. `conclude` ends a run with
+them, `save_samples` draws pictures while it runs.
+"""
+
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
+from einops import rearrange, reduce
 
 import models
 from kernels import SH0, Image
-from models import GaussianScene
-from models.scene import Scene
-from train.data.dataset import Batch
+from models import GaussianScene, Scene
+from models.files import write_whole
+from train.data.batch import Batch
 from train.data.objects import Objects
 from train.losses.pictures import composite, psnr
+from train.run import report
+from train.trainer import Run
 
 PROTOCOL = (
     "posterior means; every held-out view on black and on white, clamped to [0, 1], against the "
-    "ground truth on the same "
-    "background; PSNR = -10 log10(mean squared error) of each picture, averaged over pictures; "
-    "inside: the error over pixels "
-    "whose true alpha exceeds 0.5"
+    "ground truth on the same background; PSNR = -10 log10(mean squared error) of each picture, "
+    "averaged over pictures; inside: the error over pixels whose true alpha exceeds 0.5"
 )
-# of the one Gaussian in a voxel, standard deviations in voxels
+# standard deviations in voxels that the baseline of one Gaussian a voxel chooses from
 SIZES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.1)
 
 # the views of one object on black, row for row with batch.image
@@ -42,8 +50,9 @@ Scores = Mapping[str, Mapping[str, Score]]  # by renderer, then by group of obje
 
 @torch.no_grad()
 def score(render: Renderer, batches: Iterable[Batch]) -> Score:
-    """Score what `render` makes of the views of each batch."""
-    full, inside = [], []
+    """Score the pictures that `render` makes of the views of each batch."""
+    full = []
+    inside = []
     for batch in batches:
         image = render(batch)
         alpha = batch.image[:, 3:]
@@ -52,12 +61,13 @@ def score(render: Renderer, batches: Iterable[Batch]) -> Score:
             got = (image.color + background * (1 - image.alpha)).clamp(0, 1)
             full.append(psnr(got, target))
             inside.append(psnr(got, target, alpha > 0.5))
-    full, inside = torch.cat(full), torch.cat(inside)
-    return Score(full.mean().item(), inside.nanmean().item(), len(full))
+    psnr_inside = torch.cat(inside)
+    psnr_full = torch.cat(full)
+    return Score(psnr_full.mean().item(), psnr_inside.nanmean().item(), len(psnr_full))
 
 
 def scenes_renderer(decode: Decoder) -> Renderer:
-    """A renderer of the scenes that `decode` makes of a batch."""
+    """Make a renderer of the scenes that `decode` gives for a batch."""
 
     def render(batch: Batch) -> Image:
         black = batch.image.new_zeros(len(batch.image), 3)
@@ -67,22 +77,25 @@ def scenes_renderer(decode: Decoder) -> Renderer:
 
 
 def silhouette(objects: Objects) -> Renderer:
-    """The true alpha filled with the object's mean colour over its training views, each pixel
-    weighted by its alpha.
+    """Make the baseline that fills the true alpha with the object's mean colour.
+
+    The mean is over the object's training views, each pixel weighted by its alpha.
     """
 
     def render(batch: Batch) -> Image:
         color, alpha = objects.views(batch.names[0], "train").image.split([3, 1], dim=1)
-        mean = (color * alpha).sum((0, 2, 3)) / alpha.sum().clamp(min=1e-6)
+        total = reduce(color * alpha, "v c h w -> c", "sum")
+        mean = total / alpha.sum().clamp(min=1e-6)
         alpha = batch.image[:, 3:]
-        return Image(mean[:, None, None] * alpha, alpha)
+        return Image(rearrange(mean, "c -> c 1 1") * alpha, alpha)
 
     return render
 
 
 def voxel_gaussians(resolution: int, size: float) -> Renderer:
-    """One round Gaussian in each voxel, `size` voxels wide, 0.99 opaque, in the mean colour that
-    `rgb` features begin with.
+    """Make the baseline of one round Gaussian in each voxel, `size` voxels wide and 0.99 opaque.
+
+    Its colour is the mean colour that `rgb` features begin with.
     """
 
     def decode(batch: Batch) -> list[GaussianScene]:  # of one object
@@ -99,14 +112,13 @@ def voxel_gaussians(resolution: int, size: float) -> Renderer:
 def compare(
     decoders: Mapping[str, Decoder], objects: Objects, resolution: int, rgb: bool
 ) -> Scores:
-    """Score decoders and floors on the held-out views of both groups of objects.
+    """Score decoders and baselines on the held-out views of both groups of objects.
 
-    The floor of one Gaussian a voxel needs `rgb` features; its size is the best on the training
+    The baseline of one Gaussian a voxel needs `rgb` features; its size is the best on the training
     views of a few objects.
     """
-    renderers = {name: scenes_renderer(decode) for name, decode in decoders.items()} | {
-        "silhouette": silhouette(objects)
-    }
+    renderers = {name: scenes_renderer(decode) for name, decode in decoders.items()}
+    renderers["silhouette"] = silhouette(objects)
     if rgb:
         few = [objects.views(name, "train") for name in objects.groups["held-out views"][:4]]
         size = max(SIZES, key=lambda size: score(voxel_gaussians(resolution, size), few).full)
@@ -120,7 +132,7 @@ def compare(
 
 
 def table(scores: Scores) -> str:
-    """The scores as text, a line a renderer: full-frame PSNR, in brackets inside the object."""
+    """Format scores, a line a renderer: PSNR of the full frame, in brackets inside the object."""
     groups = next(iter(scores.values()))
     rows = {"": [f"{group}, {s.pictures} pictures" for group, s in groups.items()]}
     rows |= {
@@ -132,3 +144,60 @@ def table(scores: Scores) -> str:
         name.ljust(width) + "".join(f"{cell:>32}" for cell in cells) for name, cells in rows.items()
     ]
     return "\n".join(["mean PSNR in dB, full frame (inside the object):", *lines])
+
+
+@torch.no_grad()
+def save_samples(run: Run) -> None:
+    """Draw held-out views of a few objects, the true ones above the model's.
+
+    The picture is samples/step_NNNNNNNN.png in the run's folder.
+    """
+    run.vae.eval()
+    batch = run.objects.gallery()
+    title = (
+        f"train.{run.script}, step {run.done}: views never trained on (unseen: no "
+        "view of that object was)"
+    )
+    file = run.folder / "samples" / f"step_{run.done:08d}.png"
+    rows = run.loss.show(run.decode(batch), batch)
+    report.picture(rows, run.objects.captions(batch), title, file)
+
+
+def conclude(run: Run) -> Scores:
+    """Save the trained models, score them beside the baselines, print and write the scores.
+
+    The models go to checkpoints/encoder and checkpoints/decoder as pretrained files, the scores to
+    evaluation.json. What is saved and scored are the averaged weights, unless the untrained ones
+    still weigh over 5 % in the average.
+    """
+    run.vae.eval()
+    averaged = run.optimizer.initial_weight < 0.05
+    with run.optimizer.averaged() if averaged else nullcontext():
+        for part, model in run.vae.named_children():
+            models.save_pretrained(model, run.folder / "checkpoints" / part)
+        untrained = run.untrained().eval()
+        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=untrained)}
+        rgb = run.config.features == "rgb"
+        scores = compare(decoders, run.objects, run.config.resolution, rgb)
+        surface_scores, surface_table = run.loss.measure(decoders, run.objects)
+    weights = "averaged" if averaged else "last"
+    content = {
+        "step": run.done,
+        "weights": weights,
+        "protocol": PROTOCOL,
+        "psnr": {
+            name: {group: report.jsonable(asdict(s)) for group, s in row.items()}
+            for name, row in scores.items()
+        },
+    }
+    if surface_scores:
+        content["surface"] = {
+            name: {group: report.jsonable(s) for group, s in row.items()}
+            for name, row in surface_scores.items()
+        }
+    write_whole(run.folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
+    print(table(scores))
+    if surface_table:
+        print(surface_table)
+    print(f"({weights} weights of step {run.done}; pictures and curves in {run.folder})")
+    return scores

@@ -6,11 +6,11 @@ torchrun --nproc-per-node 8 -m train.gaussian --preset base --data DIR
 python -m train.gaussian --help                       # every flag; --resume RUN continues
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from models import Encoder, GaussianDecoder, GaussianVAE
 from train import loop
-from train.config import Config, Sizes, Weights, flag
+from train.config import Config, Sizes, Weights, demo, flag, small
 
 
 @dataclass(frozen=True)
@@ -34,34 +34,16 @@ class GaussianWeights(Weights):
 
 
 BASE = Config(model=GaussianSizes(), weights=GaussianWeights())
-SMALL = replace(
+SMALL = small(
     BASE,
-    preset="small",
-    features="rgb",
-    image_size=256,
-    batch_size=16,
-    precision="bf16",
-    ema=0.999,
-    steps=100_000,
     model=GaussianSizes(channels=384, blocks=6, heads=6),
 )
-DEMO = replace(
+DEMO = demo(
     BASE,
-    preset="demo",
-    features="rgb",
-    resolution=16,
-    image_size=128,
     views=2,
     steps=800,
     batch_size=4,
     micro_batch=4,
-    precision="fp32",
-    optimizer="muon",
-    lr=3e-3,
-    warmup=20,
-    final_lr=0.03,
-    ema=0.98,
-    workers=0,
     sample_every=200,
     save_every=400,
     # a quarter of a voxel, as published at 64^3, and relative steps in size: 1.3 dB after 400 steps

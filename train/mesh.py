@@ -7,18 +7,20 @@ torchrun --nproc-per-node 8 -m train.mesh --preset base --data DIR --encoder RUN
 python -m train.mesh --help                       # every flag; --resume RUN continues
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from models import Encoder, MeshDecoder, MeshVAE
 from train import loop
-from train.config import Config, Sizes, Weights, flag
-from train.losses.geometry import Surfaces
+from train.config import Config, Sizes, Weights, demo, flag, small
+from train.losses.geometry import SurfaceLoss
 
 
 @dataclass(frozen=True)
 class MeshWeights(Weights):
-    """The published terms. l1, ssim and lpips are of the colours, whose published sum overwrites
-    itself: l1 + 0.1 (l1 + ...).
+    """The weights of the published terms.
+
+    l1, ssim and lpips are of the colours, whose published sum overwrites itself: l1 + 0.1 (l1 +
+    ...).
     """
 
     l1: float = flag(
@@ -46,38 +48,20 @@ class MeshSizes(Sizes):
 
 
 BASE = Config(model=MeshSizes(), weights=MeshWeights(), steps=290_000, micro_batch=1)
-SMALL = replace(
+SMALL = small(
     # an untrained surface rests on distances of 1 / 256; without a warm-up two or three steps of
     # AdamW move all of them beyond 0 and it is gone for a while. base is as published: --warmup
     # 1000 is worth giving it too
     BASE,
-    preset="small",
     warmup=1000,
-    features="rgb",
-    image_size=256,
-    batch_size=16,
-    precision="bf16",
-    ema=0.999,
-    steps=100_000,
     model=MeshSizes(channels=512, blocks=6, heads=8),
 )
-DEMO = replace(
+DEMO = demo(
     BASE,
-    preset="demo",
-    features="rgb",
-    resolution=16,
-    image_size=128,
     views=4,
     steps=240,
     batch_size=2,
     micro_batch=2,
-    precision="fp32",
-    optimizer="muon",
-    lr=3e-3,
-    warmup=20,
-    final_lr=0.03,
-    ema=0.98,
-    workers=0,
     sample_every=80,
     save_every=120,
     model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
@@ -94,4 +78,4 @@ def build(config: Config, in_channels: int) -> MeshVAE:
 
 
 if __name__ == "__main__":
-    loop.main("mesh", PRESETS, build, compare=Surfaces)
+    loop.main("mesh", PRESETS, build, loss=SurfaceLoss)

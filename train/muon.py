@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.775,
-    2.0315,
-)  # of the quintic iteration that is steepest at 0, as published
+# of the quintic iteration that is steepest at 0, as published
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 LEAST_NORM = 1e-7
 
@@ -39,10 +36,9 @@ def orthogonal(
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982): 0.2 sqrt(max(A,
-    B)).
+    """Orthogonal steps of matrices [A, B], as large as AdamW's would be (arXiv 2502.16982).
 
-    That factor times the learning rate times an orthogonal matrix.
+    A step is 0.2 sqrt(max(A, B)) times the learning rate times an orthogonal matrix.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 0.0):

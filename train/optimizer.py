@@ -1,12 +1,12 @@
-"""One optimiser step on fp32 master weights: loss scale, finite check, clip, AdamW or Muon,
-averaged weights.
+"""The optimiser step on fp32 master weights.
 
-The published recipe ("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in
-range by multiplying the loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls
-by 1 where a gradient is not finite. Such a step is skipped: no weight moves, but the average of the
-weights and the learning-rate schedule go on. Unlike there, s ends at -40, where overflow of fp16
-can no longer be why, and the gradients of several micro-batches are summed in fp32; one
-micro-batch's still pass through fp16 and can overflow there.
+Loss scale, finite check, clipping, AdamW or Muon, averaged weights. The published recipe
+("inflat_all" of microsoft/TRELLIS) keeps fp16 activations and gradients in range by multiplying the
+loss by 2^s: s starts at 20, grows by 0.001 with every good step and falls by 1 where a gradient is
+not finite. Such a step is skipped: no weight moves, but the average of the weights and the
+learning-rate schedule go on. Unlike there, s ends at -40, where overflow of fp16 can no longer be
+why, and the gradients of several micro-batches are summed in fp32; one micro-batch's still pass
+through fp16 and can overflow there.
 """
 
 import math
@@ -35,7 +35,10 @@ class LossScale:
 
     @property
     def least(self) -> bool:
-        """Whether it can fall no further: where gradients are still not finite, fp16 is not why."""
+        """True where it can fall no further.
+
+        Where gradients are still not finite then, fp16 is not why.
+        """
         return not self.backoff or self.log2 <= LEAST_LOG2
 
     def update(self, finite: bool) -> None:
@@ -96,8 +99,9 @@ class Optimizer:
         self.scaled(loss).backward()
 
     def step(self, lr: float) -> float:
-        """Apply and clear the gradients; returns their norm before clipping, NaN or inf where the
-        step was skipped.
+        """Apply and clear the gradients; returns their norm before clipping.
+
+        It is NaN or inf where the step was skipped.
         """
         parameters = list(self.parameters.values())
         if without := [name for name, p in self.parameters.items() if p.grad is None]:
@@ -141,13 +145,14 @@ class Optimizer:
             self.average[name].copy_(kept)
 
     @property
-    def remembers_start(self) -> float:
+    def initial_weight(self) -> float:
         """The weight that the untrained model still has in the average."""
         return self.decay**self.steps
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights: average.NAME and optimizer.NAME.{step,
-        exp_avg, ...}.
+        """The tensors of a checkpoint beside the weights.
+
+        They are average.NAME and optimizer.NAME.{step, exp_avg, ...}.
         """
         states = {p: state for method in self.methods for p, state in method.state.items()}
         moments = {
@@ -188,3 +193,63 @@ class Optimizer:
                     k: v.to("cpu" if k == "step" else p.device, copy=True)
                     for k, v in moments.items()
                 }
+
+
+class GradClipper:
+    """Clip the global gradient norm at a percentile of the recent norms.
+
+    The limit is the `percentile` of the last `buffer` norms, and never above `max_norm`. Until
+    `buffer` norms are recorded, `max_norm` alone is the limit (None: no limit). What is recorded
+    are the norms before clipping; those that are not finite leave no trace. Raises ValueError for
+    values that cannot be.
+    """
+
+    def __init__(self, max_norm: float | None = 1.0, percentile: float = 95.0, buffer: int = 1000):
+        if (max_norm is not None and not max_norm > 0) or not 0 <= percentile <= 100 or buffer < 1:
+            raise ValueError(
+                f"max_norm {max_norm} and buffer {buffer} must exceed 0, percentile "
+                f"{percentile} lie in [0, 100]"
+            )
+        self.max_norm = max_norm
+        self.percentile = percentile
+        self.buffer = buffer
+        self._norms: list[float] = []  # a ring once it is full
+        self._next = 0
+
+    @property
+    def limit(self) -> float:
+        """The norm that the next call clips to."""
+        ceiling = math.inf if self.max_norm is None else self.max_norm
+        if len(self._norms) < self.buffer:
+            return ceiling
+        return min(
+            ceiling,
+            torch.tensor(self._norms, dtype=torch.float64).quantile(self.percentile / 100).item(),
+        )
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Clip in place; returns the norm before.
+
+        It is read from the device: the one wait of an optimiser step.
+        """
+        norm = nn.utils.clip_grad_norm_(parameters, self.limit).item()
+        if math.isfinite(norm):
+            self._norms[self._next : self._next + 1] = [norm]
+            self._next = (self._next + 1) % self.buffer
+        return norm
+
+    def state_dict(self) -> dict:
+        """A copy of the recorded norms, JSON-able, exact to the bit."""
+        return {"buffer": self.buffer, "norms": list(self._norms), "next": self._next}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continue from `state_dict()`.
+
+        Raises ValueError where that clipper remembered another number of norms.
+        """
+        if state["buffer"] != self.buffer:
+            raise ValueError(
+                f"this clipper remembers {self.buffer} norms, the saved one {state['buffer']}"
+            )
+        self._norms = list(state["norms"])
+        self._next = state["next"]

@@ -20,8 +20,8 @@ from kernels.bench.voxels import published_partition
 from models import VAE, GaussianScene, Posterior, SparseTensor, penalties
 from models.layers import Block, Trunk, linear, position_embedding
 from models.vae import OUTPUT_EPS
-from train.data.dataset import Batch
-from train.loop import weighted
+from train.data.batch import Batch
+from train.losses.objective import weighted
 from train.losses.pictures import composite, kl
 
 # The scene of one object, one view of it and its background [1, 3] -> colour [1, 3, H, W]
@@ -78,7 +78,7 @@ def published_loss(
     batch: Batch,
     background: Tensor,
 ) -> Tensor:
-    """Compute the loss of train.loop.Objective."""
+    """Compute the loss of train.losses.objective.Objective."""
     mean, logvar = _output(vae.encoder, x, attend).chunk(2, dim=1)
     z = Posterior(mean, logvar, x).sample(noise=noise)
     scenes = vae.decoder.scenes(z.replace(_output(vae.decoder, z, attend)))

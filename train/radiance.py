@@ -7,11 +7,11 @@ torchrun --nproc-per-node 8 -m train.radiance --preset base --data DIR --encoder
 python -m train.radiance --help                       # every flag; --resume RUN continues
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from models import Encoder, RadianceDecoder, RadianceVAE
 from train import loop
-from train.config import Config, Sizes, flag
+from train.config import Config, Sizes, demo, flag, small
 
 
 @dataclass(frozen=True)
@@ -28,34 +28,16 @@ class RadianceSizes(Sizes):
 
 
 BASE = Config(model=RadianceSizes(), steps=500_000)
-SMALL = replace(
+SMALL = small(
     BASE,
-    preset="small",
-    features="rgb",
-    image_size=256,
-    batch_size=16,
-    precision="bf16",
-    ema=0.999,
-    steps=100_000,
     model=RadianceSizes(channels=384, blocks=6, heads=6, density_scale=30.0, trivec_std=0.5),
 )
-DEMO = replace(
+DEMO = demo(
     BASE,
-    preset="demo",
-    features="rgb",
-    resolution=16,
-    image_size=128,
     views=1,
     steps=900,
     batch_size=4,
     micro_batch=4,
-    precision="fp32",
-    optimizer="muon",
-    lr=3e-3,
-    warmup=20,
-    final_lr=0.03,
-    ema=0.98,
-    workers=0,
     sample_every=300,
     save_every=450,
     model=RadianceSizes(

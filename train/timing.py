@@ -22,19 +22,20 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from models.files import write_whole
 from train import gaussian, mesh, radiance
-from train.config import from_cli, write_whole
-from train.data.dataset import Batch
-from train.loop import Run
-from train.losses.geometry import Surfaces
-from train.losses.pictures import Pictures
+from train.data.batch import Batch
+from train.flags import from_cli
+from train.losses.geometry import SurfaceLoss
+from train.losses.pictures import PictureLoss
 from train.run.machine import machine
 from train.run.threads import computing
+from train.trainer import Run
 
 DECODERS = {  # the script, and what compares its scenes
-    "gaussian": (gaussian, Pictures),
-    "radiance": (radiance, Pictures),
-    "mesh": (mesh, Surfaces),
+    "gaussian": (gaussian, PictureLoss),
+    "radiance": (radiance, PictureLoss),
+    "mesh": (mesh, SurfaceLoss),
 }
 Interval = tuple[str, float, float]  # name, start and end in microseconds
 

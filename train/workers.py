@@ -1,8 +1,8 @@
-"""Processes that answer questions for another one and end with it: they read batches for a run,
-meshes for train.prepare.command.
+"""Worker processes that answer questions, and end with the process that asks.
 
-Each has a pipe of its own and shares no lock with another, so one that dies takes nothing along:
-whoever waits for its answer learns at once that none will come, and why.
+They read batches for a run, and meshes for train.prepare.command. Each has a pipe of its own and
+shares no lock with another, so one that dies takes nothing along: whoever waits for its answer
+learns at once that none will come, and why.
 """
 
 import atexit
@@ -28,7 +28,7 @@ T = TypeVar("T")
 # what terminals and schedulers send to a whole process group
 STOPS = (signal.SIGINT, signal.SIGTERM)
 AHEAD = 2  # questions that a process has before their answers are needed
-GRACE = 0.5  # seconds for the answer under way, of a process that is told to end
+GRACE = 0.5  # seconds for the answer under way, of a process that is asked to end
 WATCH = 0.5  # seconds between two looks at whether the parent lives
 PERHAPS = {
     signal.SIGKILL: ", perhaps because memory ran out: fewer --workers need less",
@@ -49,7 +49,7 @@ class Worker:
     """A process that answers one question after the other with `answer(question)`.
 
     It ignores the signals `ignored` from its first moment on: its parent hears them and decides. It
-    ends when it is told to, and within a second of its parent, however that ended. ValueError and
+    ends when it is asked to, and within a second of its parent, however that ended. ValueError and
     OSError of `answer` are raised where the answer is awaited, and the process goes on; any other
     error ends it. What awaits an answer of a process that ended, killed or by such an error, raises
     ChildProcessError: one line that says which process it was and why.
@@ -73,7 +73,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """True while it can be asked."""
         return self._process.is_alive()
 
     def ask(self, question) -> None:
@@ -131,11 +131,10 @@ def end(workers: Sequence[Worker], grace: float = GRACE) -> None:
 
 
 def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> Iterator:
-    """`read(question)` of every question, in their order, by `workers` processes, some questions
-    before they are needed.
+    """Yield `read(question)` of every question, in their order, by `workers` processes.
 
-    The processes end with the iterator, whether it is closed, dropped or raises what Worker.answer
-    raises.
+    Some questions are answered before they are needed. The processes end with the iterator, whether
+    it is closed, dropped or raises what Worker.answer raises.
     """
     context = multiprocessing.get_context()
     team = []
@@ -157,12 +156,11 @@ def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> 
 def answers(
     name: str, answer: Callable, questions: Sequence[T], workers: int
 ) -> Iterator[tuple[T, object]]:
-    """Each question with its answer, as they come, from `workers` processes that have one question
-    each.
+    """Yield each question with its answer, as they come, from `workers` processes.
 
-    In the place of an answer stands the error that Worker.answer raises: a ChildProcessError where
-    a process died of the question; a new one goes on. Of signals to the group they ignore Ctrl-C
-    alone. They end with the iterator.
+    A process has one question at a time. In the place of an answer stands the error that
+    Worker.answer raises: a ChildProcessError where a process died of the question; a new one goes
+    on. Of signals to the group they ignore Ctrl-C alone. They end with the iterator.
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(questions)
@@ -234,8 +232,9 @@ def _last_words(error: BaseException) -> str:
 
 
 def _leave_with(parent: int) -> None:
-    """End this process once its parent is gone: a pipe does not tell, for the parent's other
-    children hold its end too.
+    """End this process once its parent is gone.
+
+    A pipe does not tell, for the parent's other children hold its end too.
     """
     while os.getppid() == parent:
         time.sleep(WATCH)

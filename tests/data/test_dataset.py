@@ -24,8 +24,10 @@ from tests.helpers.datasets import (
     view_number,
     write_metadata,
 )
-from train.data.dataset import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.data.batch import Batch, collate
+from train.data.dataset import EMBEDDED, Dataset
 from train.data.loader import loader
+from train.data.sampler import Sampler
 
 
 def metadata(root):

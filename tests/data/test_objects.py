@@ -1,4 +1,4 @@
-"""What a run trains on and what it is scored on stay apart; scores are of posterior means."""
+"""Training and scored data stay apart; scores are of posterior means."""
 
 import json
 
@@ -10,13 +10,16 @@ import train.data
 from tests.helpers.datasets import AA, BB, CC, make, view_number
 from tests.helpers.runs import TINY, own_data
 from train import loop
+from train.data.objects import Objects
+from train.flags import from_cli
 from train.gaussian import PRESETS, build
+from train.run.machine import Machine
 
-HERE = loop.Machine(torch.device("cpu"), 0, 1)
+HERE = Machine(torch.device("cpu"), 0, 1)
 
 
 def config(*flags):
-    return loop.from_cli("gaussian", PRESETS, [*map(str, (*TINY, *flags))])
+    return from_cli("gaussian", PRESETS, [*map(str, (*TINY, *flags))])
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def data(tmp_path):
 
 
 def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
-    objects = loop.Objects(
+    objects = Objects(
         config(*data, "--image-size", "24", "--eval-objects", "3", "--steps", "40"), HERE
     )
     batches = [batch for step in objects.steps() for batch in step]
@@ -53,7 +56,7 @@ def test_held_out_views_and_objects_are_scored_and_never_trained_on(data):
 
 
 def test_views_that_the_features_saw_are_not_held_out():
-    objects = lambda holdout: loop.Objects(config("--holdout-views", holdout), HERE)
+    objects = lambda holdout: Objects(config("--holdout-views", holdout), HERE)
     # with which the embedded objects were made
     assert "the last 4 views, 4 whole objects" in objects(4).summary()
     with pytest.raises(
@@ -67,7 +70,7 @@ def test_too_few_held_out_views_are_refused_before_anything_is_loaded(tmp_path, 
     two = make(tmp_path / "two", resolution=8)
     for file in two.rglob("transforms.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"holdout": 2}))
-    for name in ("read_features", "read_picture", "read_mesh"):
+    for name in ("read_features", "read_picture", "read_triangles"):
         monkeypatch.setattr(
             train.data.dataset, name, lambda *_: pytest.fail("something was loaded")
         )
@@ -78,7 +81,7 @@ def test_too_few_held_out_views_are_refused_before_anything_is_loaded(tmp_path, 
         loop.Run("gaussian", config(*flags, "--holdout-views", 4), no_model, HERE)
     said = "lists 5 frames: 5 held-out views leave none to train on: use fewer --holdout-views"
     with pytest.raises(ValueError, match=said):
-        loop.Objects(config(*flags, "--holdout-views", 5), HERE)
+        Objects(config(*flags, "--holdout-views", 5), HERE)
 
 
 def test_pictures_and_scores_are_of_posterior_means(data, tmp_path):

@@ -1,6 +1,4 @@
-"""Processes that read for another one: order, errors, deaths, signals to the group, and that none
-is left over.
-"""
+"""Worker processes: order, errors, deaths, signals to the group, and that none is left over."""
 
 import multiprocessing
 import os

@@ -30,7 +30,7 @@ def build(case, device, **extra):
     """A model with the published weights of a golden case, its input, and the case's tensors."""
     meta, tensors = golden(case)
     tensors = {k: v.to(device) for k, v in tensors.items()}
-    model = models.MODELS[meta["cls"]](**meta["config"], **extra).to(device)
+    model = models.published_classes()[meta["cls"]](**meta["config"], **extra).to(device)
     load_into(model, load_weights(tensors), case)
     x = models.SparseTensor(tensors["in/feats"].clone().requires_grad_(), tensors["in/coords"])
     return model, x, tensors

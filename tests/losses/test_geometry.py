@@ -1,6 +1,4 @@
-"""The losses of meshes against the published trainer's numbers, and what an empty mesh or an absent
-surface leaves of them.
-"""
+"""The losses of meshes against the published trainer's numbers; empty meshes, absent surfaces."""
 
 from types import SimpleNamespace
 
@@ -14,8 +12,8 @@ from kernels.mesh.render import face_camera, render_mesh
 from models import MeshScene
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import golden
-from train.data.dataset import Meshes
-from train.losses.geometry import LAMP, Surfaces, geometry, shaded, tsdf
+from train.data.batch import Meshes
+from train.losses.geometry import LAMP, SurfaceLoss, score_surfaces, shaded, tsdf
 from train.mesh import BASE
 
 SIZE = 24
@@ -50,7 +48,7 @@ def test_normals_are_turned_and_compared_as_published():
     ]
     camera = Camera(*matrices, 48, 48)
     assert (face_camera(t["normal_in"].float(), camera) - t["normal_flipped"]).abs().max() < 1e-5
-    terms = Surfaces().reconstruction(t["perc_pred"].float(), t["perc_gt"].float())
+    terms = SurfaceLoss().reconstruction(t["perc_pred"].float(), t["perc_gt"].float())
     assert terms["l1"].item() == pytest.approx(t["perc_terms/normal_loss"].item(), abs=1e-5)
     assert terms["ssim"].item() == pytest.approx(t["perc_terms/normal_loss_ssim"].item(), abs=1e-5)
 
@@ -66,7 +64,7 @@ def test_the_sum_of_a_rendered_mesh_matches_published():
     image = draw(vertices, t["pred_faces"], colors)
     true = draw(t["gt_vertices"], t["gt_faces"], None)
     true = Image(None, true.alpha, true.depth, face_camera(true.normal, camera))
-    terms = Surfaces().pictures(image, true, t["image"].float() * t["alpha"], note["rep_res"])
+    terms = SurfaceLoss().pictures(image, true, t["image"].float() * t["alpha"], note["rep_res"])
     weights = BASE.weights
     published = {
         "mask_loss": terms["mask"],
@@ -127,22 +125,22 @@ def batch(sizes: list[float]):
 
 
 def test_the_true_mesh_has_no_geometric_error():
-    terms, _ = Surfaces()([scene(0.3)], batch([0.3]), torch.ones(1, 3))
+    terms, _ = SurfaceLoss()([scene(0.3)], batch([0.3]), torch.ones(1, 3))
     for name in ("mask", "depth", "normal_l1", "normal_ssim"):
         assert abs(terms[name].item()) < 1e-6, name
-    score = geometry(lambda b: [scene(0.3)], [batch([0.3])])
+    score = score_surfaces(lambda b: [scene(0.3)], [batch([0.3])])
     assert score.iou == 1 and score.depth == 0 and score.normal == float("inf")
 
 
 def test_an_empty_mesh_is_left_out_of_pictures_alone():
-    together, _ = Surfaces()([scene(0.2), scene(None)], batch([0.3, 0.3]), torch.zeros(2, 3))
-    alone, _ = Surfaces()([scene(0.2)], batch([0.3]), torch.zeros(1, 3))
+    together, _ = SurfaceLoss()([scene(0.2), scene(None)], batch([0.3, 0.3]), torch.zeros(2, 3))
+    alone, _ = SurfaceLoss()([scene(0.2)], batch([0.3]), torch.zeros(1, 3))
     for name in ("mask", "depth", "normal_l1", "normal_ssim", "l1", "ssim"):
         assert together[name].item() == pytest.approx(alone[name].item(), rel=1e-5), name
     assert together["regularization"].item() == pytest.approx(0.3)
     assert together["tsdf"] > 0
     nothing = [scene(None), scene(None)]
-    terms, psnr = Surfaces()(nothing, batch([0.3, 0.3]), torch.zeros(2, 3))
+    terms, psnr = SurfaceLoss()(nothing, batch([0.3, 0.3]), torch.zeros(2, 3))
     assert terms["mask"] == terms["depth"] == terms["l1"] == 0 and psnr.isfinite()
     sum(terms.values()).backward()
     # the distances still say where the surface should be
@@ -173,7 +171,7 @@ def test_no_corner_in_reach_of_the_surface_gives_zero():
     assert loss.tolist() == [0.0]
     loss.sum().backward()
     assert value.grad == 0
-    assert Surfaces().distances([], SimpleNamespace(view_scene=[]), torch.zeros(0, 1, 4, 4)) == 0
+    assert SurfaceLoss().distances([], SimpleNamespace(view_scene=[]), torch.zeros(0, 1, 4, 4)) == 0
 
 
 def test_base_weighs_the_colours_as_the_published_sum_does():

@@ -1,5 +1,4 @@
-"""The weights command of train.lpips, and LPIPS against values of the package that the weights come
-from.
+"""The weights command of train.lpips, and LPIPS against values of the package of the weights.
 
 The weights themselves are no part of the repository. With them:
 

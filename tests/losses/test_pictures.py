@@ -12,16 +12,18 @@ import models
 from models import GaussianScene
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import golden
-from train.losses.pictures import GradClipper, Reconstruction, composite, kl, psnr, smooth_l1
+from train.losses.pictures import Reconstruction, composite, kl, psnr, smooth_l1
 from train.lpips import LPIPS, _unit, weight_shapes
+from train.optimizer import GradClipper
 
 PAIR = torch.rand(2, 2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def weights():
-    """Random VGG16 weights in float64, scaled so that features keep their size; two stages are dead
-    in part.
+    """Random VGG16 weights in float64, scaled so that features keep their size.
+
+    Two stages are dead in part.
     """
     generator = torch.Generator().manual_seed(1)
     made = {}
@@ -108,8 +110,9 @@ def test_lpips_is_the_definition_and_so_is_its_gradient(weights, weights_file):
 
 
 def test_lpips_of_dead_features_has_a_finite_gradient(weights, tmp_path):
-    """Where every channel is zero, the norm's square root has an infinite derivative (which ReLU's
-    may hide or not).
+    """The norm's square root has an infinite derivative where every channel is zero.
+
+    ReLU's may hide it or not.
     """
     x = torch.zeros(1, 4, 2, 2, requires_grad=True)
     _unit(x).sum().backward()

@@ -12,10 +12,13 @@ from tests.helpers.compare import assert_close
 from tests.helpers.models import batch, randomize, small_decoder, small_encoder
 from tests.helpers.runs import TINY
 from train import loop
+from train.draws import draw
+from train.flags import from_cli
 from train.gaussian import PRESETS, build
 from train.optimizer import LossScale
+from train.run.machine import Machine
 
-CPU = loop.Machine(torch.device("cpu"), 0, 1)
+CPU = Machine(torch.device("cpu"), 0, 1)
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -34,7 +37,7 @@ def start(tmp_path):
 
     def make(*flags, make_vae=warm) -> loop.Run:
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        config = loop.from_cli("gaussian", PRESETS, [*TINY, "--out", str(out), *flags])
+        config = from_cli("gaussian", PRESETS, [*TINY, "--out", str(out), *flags])
         return loop.Run("gaussian", config, make_vae, CPU)
 
     return make
@@ -95,7 +98,7 @@ def gradients(run: loop.Run, log2: float) -> torch.Tensor:
     micro = next(run.objects.steps())[0]
     run.objects.sampler.step = 0
     x = run._voxels(micro)
-    noise, background = run._draws(0, 0, x, micro.view_scene)
+    noise, background = draw(run.config, run.here, 0, 0, x, micro.view_scene)
     loss, _ = run.objective(x, noise, micro, background)
     run.optimizer.backward(loss)
     taken = torch.cat([p.grad.flatten() for p in run.vae.parameters()])

@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(models.vae, "save_file", full)
-    with pytest.raises(OSError, match=r"could not save .*m.safetensors: No space left"):
+    with pytest.raises(OSError, match=r"could not write .*m.safetensors: No space left"):
         models.save_pretrained(randomize(model), tmp_path / "m")
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 

@@ -1,6 +1,4 @@
-"""Files from strangers: whatever is wrong with one costs that one alone, is named, and reaches
-nothing outside.
-"""
+"""Untrusted files: a bad one is named, costs itself alone, and reaches nothing outside."""
 
 import ast
 import base64
@@ -246,7 +244,7 @@ def test_a_texture_of_too_many_pixels(tmp_path):
 
 def test_features_that_a_small_archive_makes_enormous(tmp_path, monkeypatch):
     root = make(tmp_path)
-    monkeypatch.setattr("train.data.scenes.LARGEST", 300)
+    monkeypatch.setattr("train.data.readers.LARGEST", 300)
     with pytest.raises(
         ValueError,
         match=r"a{64}.npz cannot be read: its arrays take \d+ bytes, over the limit of 300",

@@ -1,5 +1,6 @@
-"""glTF and GLB, written part by part: geometry, skins, materials and pictures against what the
-specification says.
+"""glTF and GLB, written part by part, against what the specification says.
+
+Geometry, skins, materials and pictures.
 """
 
 import base64
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.mesh_files import SQUARE, TRIANGLE, UV, Gltf, png, square
-from train.meshes.read import normalize, read_mesh
-from train.prepare import command as prepare
+from train.meshes.read import content_hash, normalize, read_mesh
 from train.prepare.raycast import Caster, camera_to_world
 
 ZUP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)
@@ -140,9 +140,9 @@ def test_where_a_picture_may_be_and_which_way_up(tmp_path, store):
     seen = front(path)
     expected = [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
     assert np.allclose([seen[5, 5], seen[5, 10], seen[10, 5], seen[10, 10]], expected, atol=0.02)
-    before = prepare.content_hash(path)
+    before = content_hash(path)
     (tmp_path / "a b.png").write_bytes(png(QUARTERS[::-1]))
-    assert (prepare.content_hash(path) != before) == (store == "file")
+    assert (content_hash(path) != before) == (store == "file")
 
 
 def test_other_texture_coordinates_moved_and_clamped(tmp_path):

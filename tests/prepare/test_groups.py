@@ -1,5 +1,6 @@
-"""Real runs with data workers in real process groups, and the signals that terminals, schedulers
-and kernels send them.
+"""Real runs with data workers in real process groups, and signals to them.
+
+Terminals, schedulers and kernels send these signals.
 """
 
 import json

@@ -12,6 +12,7 @@ from PIL import Image
 from kernels.camera import Camera
 from tests.helpers.mesh_files import box, write_obj
 from tests.helpers.prepare import SMALL, command, metadata
+from train.data.layout import ply_count, write_metadata
 from train.meshes.read import normalize, read_mesh
 from train.prepare import command as prepare
 from train.prepare import raycast
@@ -215,7 +216,7 @@ def test_scores_and_earlier_rows_of_metadata_stay(pair, tmp_path):
     assert command(pair / "a.obj", "--out", out, *SMALL) == 0
     rows = metadata(out)
     rows[0] |= {"aesthetic_score": "6.5", "mine": "x"}
-    prepare.write_metadata(out, [])
+    write_metadata(out, [])
     with (out / "metadata.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -280,7 +281,7 @@ def test_the_embedded_dataset_is_whole():
             data["patchtokens"].shape == (int(row["num_voxels_16"]), 50)
             and np.isfinite(data["patchtokens"]).all()
         )
-        assert prepare.ply_count(demo / f"voxels_16/{sha}.ply") == len(data["indices"])
+        assert ply_count(demo / f"voxels_16/{sha}.ply") == len(data["indices"])
         with Image.open(renders / "019.png") as image:
             assert image.size == (128, 128) and image.mode == "RGBA"
         assert b"element face" in (renders / "mesh.ply").read_bytes()[:200]

@@ -10,9 +10,10 @@ from PIL import Image
 
 from kernels.camera import Camera
 from tests.helpers.mesh_files import quad, write_obj
-from train.meshes.read import Material, Mesh, normalize, read_mesh
-from train.prepare import command as prepare
+from train.meshes.read import normalize, read_mesh
+from train.meshes.surface import Material, Mesh
 from train.prepare import raycast
+from train.prepare.objects import frame_order
 from train.prepare.raycast import Caster, camera_to_world, direction
 from train.prepare.voxelize import voxelize
 
@@ -53,18 +54,16 @@ def test_poses_look_at_the_origin_with_z_up():
 
 
 def test_held_out_views_are_spread_and_come_last():
-    order = prepare.frame_order(20, 4)
+    order = frame_order(20, 4)
     assert sorted(order) == list(range(20)) and order[-4:] == [2, 7, 12, 17]
-    assert prepare.frame_order(5, 0) == [0, 1, 2, 3, 4]
+    assert frame_order(5, 0) == [0, 1, 2, 3, 4]
 
 
 # voxels
 
 
 def meets_exactly(triangle: list[list[Fraction]], low: list[int]) -> bool:
-    """Whether a triangle, clipped by the six closed half-spaces of the unit cube at `low`, leaves
-    anything; exact.
-    """
+    """Test whether a triangle, clipped by the closed unit cube at `low`, leaves anything; exact."""
     polygon = triangle
     for axis in range(3):
         for sign, bound in ((1, low[axis]), (-1, -(low[axis] + 1))):
@@ -256,8 +255,9 @@ def test_a_ray_passes_many_layers():
 
 
 def test_no_surface_is_passed_twice():
-    """Rounding puts the point that a ray goes on from before the face it just passed: some 1 in
-    10^4 of tilted ones.
+    """Rounding can put a ray's next start before the face it just passed.
+
+    That happens to some 1 in 10^4 of tilted ones.
     """
     rng = np.random.default_rng(1)
     square = np.array([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]]) + [

@@ -1,5 +1,6 @@
-"""GLB, glTF and PLY: files written by trimesh or byte by byte, prepared, and their pictures
-compared with the known colours.
+"""GLB, glTF and PLY files, prepared, and their pictures compared with the known colours.
+
+The files are written by trimesh or byte by byte.
 """
 
 import json
@@ -13,7 +14,7 @@ from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import PBRMaterial
 
 from tests.helpers.mesh_files import FACES, MIXED, POINTS, TRIANGLE, Gltf, ply, square
-from train.meshes.read import read_mesh
+from train.meshes.read import content_hash, read_mesh
 from train.prepare import command as prepare
 from train.prepare import raycast
 from train.prepare.raycast import to_display, to_linear
@@ -58,8 +59,9 @@ def whole() -> trimesh.Trimesh:
 
 
 def atlas() -> tuple[np.ndarray, np.ndarray]:
-    """A picture with a square for each side, and uv [24, 2] in the middle of the squares (trimesh:
-    v upwards).
+    """Draw a picture with a square for each side, and uv [24, 2] in the middle of the squares.
+
+    As in trimesh, v goes upwards.
     """
     picture = np.zeros((8, 48, 3), np.uint8)
     for k, color in enumerate(COLORS):
@@ -137,8 +139,9 @@ def prepared(path: Path, out: Path) -> Path:
 
 
 def check_pictures(folder: Path, colors: np.ndarray, up: str) -> None:
-    """Every opaque pixel has the lit colour of a side that faces the camera, and every side is
-    seen.
+    """Check that every opaque pixel has the lit colour of a side that faces the camera.
+
+    Every side is seen.
     """
     normals = NORMALS if up == "z" else np.stack([NORMALS[:, 0], -NORMALS[:, 2], NORMALS[:, 1]], 1)
     half = (SIZE if up == "z" else SIZE[[0, 2, 1]]) / 2
@@ -351,7 +354,7 @@ def test_damaged_files_end_in_a_message(tmp_path):
             broken[rng.integers(min(len(data), 2500))] = rng.integers(256)
             path.write_bytes(broken)
             try:
-                prepare.content_hash(path)
+                content_hash(path)
                 read_mesh(path)
             except MemoryError:
                 pass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train import files
+from models import files
 from train.run import checkpoint
 
 
@@ -48,9 +48,7 @@ def test_only_the_last_few_are_kept_and_the_newest_is_found(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """Files cannot grow past 64 kB, which the writer sees as it would see a full disk: a failed
-    write.
-    """
+    """Limit files to 64 kB, which a writer sees as a full disk: a failed write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     yield

@@ -1,4 +1,4 @@
-"""What a step that is not finite is said to have begun with."""
+"""The words for the first thing in a step that is not finite."""
 
 import pytest
 import torch

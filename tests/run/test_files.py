@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.files import whole, write_whole
 from tests.helpers.runs import fresh
-from train.files import sweep, whole, write_whole
+from train.run.folder import sweep
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from train.run import folder as folders
 START = """
 import sys, time
 from pathlib import Path
-from train.files import write_whole
+from models.files import write_whole
 from train.run.folder import new_folder
 out, go, number = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""Where a run runs: devices, seeds, signals."""
+"""The device of a run, its seeds and its signals."""
 
 import os
 import random
@@ -15,8 +15,8 @@ from train.run.machine import Interrupt, Machine, keep_freed_memory, machine, se
 
 def test_a_machine_without_torchrun_is_one_rank():
     with machine("cpu") as here:
-        assert (here.device.type, here.rank, here.world, here.leads) == ("cpu", 0, 1, True)
-        assert here.mean(torch.tensor([2.0])).tolist() == [2.0] and here.agree("x") == "x"
+        assert (here.device.type, here.rank, here.world, here.is_main) == ("cpu", 0, 1, True)
+        assert here.mean(torch.tensor([2.0])).tolist() == [2.0] and here.broadcast("x") == "x"
 
 
 def test_means_and_agreement_over_ranks(monkeypatch):
@@ -30,8 +30,8 @@ def test_means_and_agreement_over_ranks(monkeypatch):
     here = Machine(torch.device("cpu"), 1, 2)
     assert (
         here.mean(torch.tensor([1.0, 3.0])).tolist() == [3.0, 4.0]
-        and here.agree(None) == "rank 0's"
-        and not here.leads
+        and here.broadcast(None) == "rank 0's"
+        and not here.is_main
     )
 
 
@@ -92,4 +92,4 @@ def test_a_second_interrupt_stops_at_once_and_handlers_come_back(capfd):
         )
         os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert Machine(torch.device("cpu"), 1, 2).leads is False
+    assert Machine(torch.device("cpu"), 1, 2).is_main is False

@@ -1,5 +1,6 @@
 """Runs whose numbers are not finite stop, say where that begins and keep what was sound."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from tests.helpers.models import randomize, small_decoder, small_encoder
 from tests.helpers.runs import TINY, fresh, refused, rows, state, train
 from tests.helpers.source_files import ROOT
 from train import loop, optimizer
+from train.losses import objective
 from train.run import checkpoint
 
 
@@ -92,7 +94,7 @@ def test_fp16_lets_the_loss_scale_fall_first(tmp_path, capsys, monkeypatch):
 
 
 def test_a_few_skipped_steps_stop_nothing(tmp_path, monkeypatch):
-    whole = loop.weighted
+    whole = objective.weighted
     steps = []
     bad = {2, 3, 4, 6, 7, 8}  # 3 in a row, twice
 
@@ -101,7 +103,7 @@ def test_a_few_skipped_steps_stop_nothing(tmp_path, monkeypatch):
         return whole(terms, weights) * (float("nan") if steps[-1] in bad else 1)
 
     monkeypatch.setattr(loop, "PATIENCE", 4)
-    monkeypatch.setattr(loop, "weighted", poisoned)
+    monkeypatch.setattr(objective, "weighted", poisoned)
     monkeypatch.setattr(loop, "conclude", lambda run: None)
     log = fresh(tmp_path, "--steps", "10", "--save-every", "3")
     assert log[-1]["skipped"] == 6 and log[-1]["loss"] is not None
@@ -114,9 +116,9 @@ def test_a_few_skipped_steps_stop_nothing(tmp_path, monkeypatch):
 
 
 def test_steps_that_were_skipped_before_an_interruption_count(tmp_path, capsys, monkeypatch):
-    whole = loop.weighted
+    whole = objective.weighted
     monkeypatch.setattr(
-        loop, "weighted", lambda terms, weights: whole(terms, weights) * float("nan")
+        objective, "weighted", lambda terms, weights: whole(terms, weights) * float("nan")
     )
     monkeypatch.setattr(loop, "conclude", lambda run: None)
     monkeypatch.setattr(loop, "PATIENCE", 5)
@@ -219,7 +221,7 @@ def test_a_run_is_not_continued_from_weights_that_are_not_finite(
     tensors, recorded = state(tmp_path)
     tensors[name].view(-1)[:1] = float("nan")
     newest = checkpoint.newest(tmp_path / "checkpoints")
-    save_file(tensors, newest, {"state": loop.json.dumps(recorded)})
+    save_file(tensors, newest, {"state": json.dumps(recorded)})
     message = refused(capsys, "--resume", tmp_path, "--steps", "4")
     assert f"{newest}: {name} has 1 of {tensors[name].numel()} values not finite" in message
     assert "step_00000001.safetensors beside it is whole: delete the damaged file" in message
@@ -274,7 +276,8 @@ RANKS = """
 import sys, torch
 from train import loop
 from train.gaussian import PRESETS, build
-whole = loop.Objective.forward
+from train.losses.objective import Objective
+whole = Objective.forward
 def forward(self, *args):
     loss, terms = whole(self, *args)
     if self.training and loop.torch.distributed.get_rank() == 1 and self.calls >= 2:
@@ -282,7 +285,7 @@ def forward(self, *args):
         loss = loss + 0 * terms["kl"]
     self.calls += 1
     return loss, terms
-loop.Objective.forward, loop.Objective.calls = forward, 0
+Objective.forward, Objective.calls = forward, 0
 try:
     loop.main("gaussian", PRESETS, build, sys.argv[2:])
 except SystemExit as stopped:

@@ -1,4 +1,4 @@
-"""Where its output is no terminal, a long command writes a line now and then."""
+"""Progress lines of a long command whose output is no terminal."""
 
 import io
 
@@ -13,7 +13,7 @@ class Terminal(io.StringIO):
 
 
 def lines(total: int, seconds: float, due: tuple[int, ...] = (), **options) -> list[str]:
-    """What a command writes that does a step in so many seconds and saves at the steps `due`."""
+    """The lines of a command that does a step in so many seconds and saves at the steps `due`."""
     stream = io.StringIO()
     now = [100.0]
     with Progress(total, stream=stream, clock=lambda: now[0], **options) as progress:

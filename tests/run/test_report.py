@@ -1,4 +1,4 @@
-"""What a run draws and logs."""
+"""Pictures, curves, headers and logs of a run."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_log_drops_later_and_half_rows_and_thins_what_it_draws(tmp_path, monkeyp
 
 
 def test_numbers_that_json_does_not_know_become_null():
-    assert report.finite({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": "x"}) == {
+    assert report.jsonable({"a": float("inf"), "b": float("nan"), "c": 1.5, "d": "x"}) == {
         "a": None,
         "b": None,
         "c": 1.5,

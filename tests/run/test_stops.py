@@ -1,6 +1,4 @@
-"""What stops a run of train.gaussian once its flags are read, what it says then, and that it can go
-on.
-"""
+"""Runs of train.gaussian that are stopped, what they say then, and that they can go on."""
 
 import re
 from contextlib import ExitStack
@@ -13,6 +11,7 @@ import torch
 from tests.helpers.datasets import BB
 from tests.helpers.runs import TINY, fresh, own_data, refused, rows, state, train
 from train import loop
+from train.losses import objective
 from train.run import checkpoint
 
 
@@ -145,7 +144,7 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, capsys, monkeypatch):
 
 def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
     """Have the forward pass, or the optimiser's step, raise an error after `at` of its calls."""
-    forward = loop.Objective.forward
+    forward = objective.Objective.forward
     update = torch.optim.AdamW.step
     calls = []
 
@@ -159,7 +158,7 @@ def failing(monkeypatch, at: int, error: BaseException, where: str) -> None:
         return run
 
     if where == "forward":
-        monkeypatch.setattr(loop.Objective, "forward", fails(forward))
+        monkeypatch.setattr(objective.Objective, "forward", fails(forward))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", fails(update))
 

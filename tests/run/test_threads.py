@@ -1,4 +1,4 @@
-"""How many threads a run computes with."""
+"""The number of threads that a run computes with."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train import loop
-from train.config import from_cli
+from train.flags import from_cli
 from train.gaussian import PRESETS, build
 from train.run import threads
 from train.run.threads import LARGE, available, choose, computing
@@ -122,7 +122,7 @@ def test_a_run_records_its_threads_and_resumes_with_them(tmp_path, capsys, monke
     )
     flags = [*tiny.split(), "--out", str(tmp_path)]
     monkeypatch.setattr(loop, "conclude", lambda run: None)
-    monkeypatch.setattr(loop.Run, "sample", lambda run: None)
+    monkeypatch.setattr(loop, "save_samples", lambda run: None)
     used = []
     step = loop.Run.step
     monkeypatch.setattr(

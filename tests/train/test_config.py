@@ -1,5 +1,6 @@
-"""Flags, presets and config.json: every value reachable, every impossible one refused with its
-numbers.
+"""Flags, presets and config.json.
+
+Every value can be reached, and every impossible one is refused with its numbers.
 """
 
 import re
@@ -7,8 +8,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from train import mesh, radiance
-from train.config import Config, from_cli, read_config, write_config
+from train.config import Config, read_config, write_config
+from train.decoders import DECODERS
+from train.flags import from_cli
 from train.gaussian import PRESETS
 
 
@@ -155,7 +157,7 @@ def test_impossible_values_exit_with_a_message(line, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "presets", [PRESETS, radiance.PRESETS, mesh.PRESETS], ids=["gaussian", "radiance", "mesh"]
+    "presets", [recipe.presets for recipe in DECODERS.values()], ids=list(DECODERS)
 )
 def test_help_says_what_every_flag_is_and_its_defaults(presets, capsys):
     with pytest.raises(SystemExit, match="0"):

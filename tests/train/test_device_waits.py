@@ -13,30 +13,23 @@ from safetensors.torch import save_file
 from kernels.camera import Camera
 from tests.helpers.device_waits import watch_waits
 from tests.helpers.models import randomize, small_encoder
-from train import gaussian, mesh, radiance
-from train.config import from_cli
-from train.data.dataset import Batch, collate
-from train.loop import Run
-from train.losses.geometry import Surfaces
-from train.losses.pictures import GradClipper, Pictures
+from train.data.batch import Batch, collate
+from train.decoders import DECODERS
+from train.flags import from_cli
 from train.lpips import weight_shapes
-from train.optimizer import LossScale, Optimizer
+from train.optimizer import GradClipper, LossScale, Optimizer
 from train.run.latents import Latents
 from train.run.machine import Machine
+from train.trainer import Run
 
 TINY = (
     "--device cpu --image-size 16 --batch-size 2 --micro-batch 1 --views 1 --holdout-views 2 "
     "--eval-objects 1 --warmup 0 "
     "--model.blocks 1"
 ).split()
-SIZES = {
-    gaussian: "--model.channels 16 --model.heads 1 --model.per-voxel 1".split(),
-    radiance: "--model.channels 16 --model.heads 1 --model.rank 1 --model.dim 2".split(),
-    mesh: "--model.heads 2 --model.mlp-ratio 0.25".split(),
-}
 # of a micro-batch: its voxels, the renderer's; of a mesh the true one's picture, and numbers of
 # corners, cubes, faces
-READS = {gaussian: 1 + 1, radiance: 1 + 1, mesh: 1 + 2 + 1 + 1}
+READS = {"mesh": 1 + 2 + 1 + 1}
 STEP = 2  # the norm that is clipped, the row of the log
 
 
@@ -49,36 +42,32 @@ def lpips(tmp_path_factory):
 
 
 def small(batch: Batch) -> Batch:
-    """Of one object: a few of its voxels and of the faces of its mesh."""
+    """Cut a batch of one object down: a few of its voxels and of the faces of its mesh."""
     meshes = batch.meshes and replace(
         batch.meshes, faces=batch.meshes.faces[:9], face_starts=[0, 9]
     )
     return replace(batch, features=batch.features[:3], coords=batch.coords[:3], meshes=meshes)
 
 
-SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in (radiance, mesh)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DECODERS if name != "gaussian"]
 
 
-@pytest.mark.parametrize("script", [gaussian, *SLOW], ids=lambda script: script.__name__)
-def test_a_step(watched_device, script, data, lpips, tmp_path):
+@pytest.mark.parametrize("name", ["gaussian", *SLOW])
+def test_a_step(watched_device, name, data, lpips, tmp_path):
+    recipe = DECODERS[name]
     flags = ["--data", str(data), "--lpips", str(lpips), "--out", str(tmp_path / "run")]
-    config = from_cli("", script.PRESETS, [*TINY, *SIZES[script], *flags], 1)
-    run = Run(
-        "",
-        config,
-        script.build,
-        Machine(watched_device, 0, 1),
-        Surfaces if script is mesh else Pictures,
-    )
+    config = from_cli(name, recipe.presets, [*TINY, *recipe.smallest.split(), *flags], 1)
+    run = Run(name, config, recipe.build, Machine(watched_device, 0, 1), recipe.loss)
     batches = [small(collate([run.objects.train[i]])).pin_memory() for i in range(2)]
     with watch_waits() as seen:
         row = run.step(batches)
-    assert row["skipped"] == 0 and len(seen) == READS[script] * len(batches) + STEP
+    assert row["skipped"] == 0 and len(seen) == READS.get(name, 1 + 1) * len(batches) + STEP
 
 
 def test_the_way_of_a_batch(watched_device, tmp_path):
-    """From pinned memory to latents of a frozen encoder, whose files are compared with an object's
-    voxels once.
+    """A batch goes from pinned memory to latents of a frozen encoder.
+
+    Their files are compared with an object's voxels once.
     """
     coords = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 0], [1, 0, 0, 5]], dtype=torch.int32)
     view = Camera.orbit([0.0, 1.0, 2.0], 0.3, width=8)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from tests.helpers.golden import golden
-from train.losses.pictures import GradClipper
 from train.muon import Muon
-from train.optimizer import LEAST_LOG2, LossScale, Optimizer
+from train.optimizer import LEAST_LOG2, GradClipper, LossScale, Optimizer
 
 
 def norm_of(parameters):
@@ -24,8 +23,9 @@ def optimizer(clip=norm_of, scale=None, **kwargs):
 
 
 def traced(case: str, clip, ema_index: int = 0):
-    """Replay the scripted gradients of a case; w1 computes in fp16 where the case does, w2 (the
-    output layer) in fp32.
+    """Replay the scripted gradients of a case.
+
+    w1 computes in fp16 where the case does, w2 (the output layer) in fp32.
     """
     config, t = golden(case)
     w1, w2 = nn.Parameter(t["init/w1"].clone()), nn.Parameter(t["init/w2"].clone())
@@ -209,8 +209,9 @@ def test_muon_takes_orthogonal_steps_for_matrices_inside_blocks_alone():
 
 
 def test_muon_is_that_of_torch():
-    """Its steps, but for the 8 bits that torch computes them with; matrices of one shape are
-    handled together.
+    """Muon takes torch's steps, but for the 8 bits that torch computes them with.
+
+    Matrices of one shape are handled together.
     """
     torch.manual_seed(0)
     shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]

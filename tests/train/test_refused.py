@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.helpers.runs import TINY, refused, train
-from train import loop
+from train.losses import objective
 from train.run import checkpoint
+from train.run.latents import load_encoder
 
 
 def test_output_folders(tmp_path, capsys, monkeypatch):
@@ -58,7 +59,7 @@ def test_what_cannot_be_ends_with_a_message(finished, tmp_path, capsys):
         capsys, *TINY, "--encoder", tmp_path
     )
     with pytest.raises(ValueError, match="takes features of channels 50, the data has 51"):
-        loop.load_encoder(finished, 51, 16)
+        load_encoder(finished, 51, 16)
     assert "device 'quantum'" in refused(
         capsys, *TINY, "--device", "quantum", "--out", tmp_path / "a"
     )
@@ -90,8 +91,8 @@ def test_a_checkpoint_of_another_architecture_or_a_damaged_one_is_named(finished
 
 def test_misspelt_weights_fail_at_once():
     one = torch.ones(())
-    assert loop.weighted({"l1": one, "kl": 2 * one}, {"l1": 3.0, "kl": 0.5}) == 4
+    assert objective.weighted({"l1": one, "kl": 2 * one}, {"l1": 3.0, "kl": 0.5}) == 4
     with pytest.raises(
         ValueError, match=r"terms without a weight: \['kl'\]; weights without a term: \['klm'\]"
     ):
-        loop.weighted({"l1": one, "kl": one}, {"l1": 1.0, "klm": 1.0})
+        objective.weighted({"l1": one, "kl": one}, {"l1": 1.0, "klm": 1.0})

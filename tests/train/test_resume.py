@@ -10,12 +10,13 @@ import torch
 
 from tests.helpers.runs import fresh, rows, state, train
 from train import loop
+from train.losses import objective
 from train.run import checkpoint
 
 
 def interrupted(out: Path, at: int, number: int, monkeypatch, *flags: str) -> int:
     """A run that gets a signal in the middle of step `at`; returns its exit status."""
-    whole = loop.Objective.forward
+    whole = objective.Objective.forward
 
     def forward(self, *args):
         if self.calls == at:
@@ -24,8 +25,8 @@ def interrupted(out: Path, at: int, number: int, monkeypatch, *flags: str) -> in
         return whole(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Objective, "calls", 1, raising=False)
-        patch.setattr(loop.Objective, "forward", forward)
+        patch.setattr(objective.Objective, "calls", 1, raising=False)
+        patch.setattr(objective.Objective, "forward", forward)
         with pytest.raises(SystemExit) as stopped:
             fresh(out, *flags)
     return stopped.value.code

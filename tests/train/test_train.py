@@ -1,5 +1,6 @@
-"""Whole runs of train.gaussian, tiny, on the embedded objects: what they leave behind, resume, stop
-at and refuse.
+"""Whole runs of train.gaussian, tiny, on the embedded objects.
+
+What they leave behind, resume, stop at and refuse.
 """
 
 import hashlib
@@ -21,8 +22,14 @@ import models
 from tests.helpers.runs import TINY, fresh, rows, state, train
 from tests.helpers.source_files import ROOT
 from train import loop
+from train.data.objects import Objects
+from train.draws import draw
+from train.flags import from_cli
 from train.gaussian import PRESETS
+from train.losses import objective
 from train.run import checkpoint, latents, report
+from train.run.latents import Latents, load_encoder
+from train.run.machine import Machine
 
 
 def size(picture: Path) -> tuple[int, int]:
@@ -123,14 +130,14 @@ def test_low_precision_activations_train_fp32_weights(tmp_path, precision):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
-    whole = loop.weighted
+    whole = objective.weighted
     calls = []
 
     def poisoned(terms, weights):
         calls.append(1)
         return whole(terms, weights) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(loop, "weighted", poisoned)
+    monkeypatch.setattr(objective, "weighted", poisoned)
     log = fresh(tmp_path, "--steps", "4", "--precision", "fp16", "--ema", "0.5")
     assert (
         [row["skipped"] for row in log] == [0, 1, 1, 1]
@@ -151,13 +158,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
 
 def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path, monkeypatch):
     drawn = []
-    whole = loop.Objective.forward
+    whole = objective.Objective.forward
 
     def forward(self, x, noise, batch, background):
         drawn.append((noise, background))
         return whole(self, x, noise, batch, background)
 
-    monkeypatch.setattr(loop.Objective, "forward", forward)
+    monkeypatch.setattr(objective.Objective, "forward", forward)
     common = ["--batch-size", "8", "--views", "2", "--eval-objects", "1"]
     together = fresh(tmp_path / "a", *common, "--micro-batch", "8", "--steps", "2")[0]
     (noise, background), (later, _) = drawn
@@ -179,11 +186,11 @@ def test_micro_batches_are_averaged_and_draw_what_the_whole_batch_draws(tmp_path
 
 def test_ranks_draw_what_one_rank_draws():
     def draws(rank, world, micro, batch):
-        config = loop.from_cli("gaussian", PRESETS, ["--batch-size", "4", "--micro-batch", "1"])
+        config = from_cli("gaussian", PRESETS, ["--batch-size", "4", "--micro-batch", "1"])
         coords = torch.tensor([[0, 1, 2, 3], [0, 2, 2, 2]][: batch + 1], dtype=torch.int32)
         x = models.SparseTensor(torch.zeros(len(coords), 8), coords)
-        run = SimpleNamespace(config=config, here=loop.Machine(torch.device("cpu"), rank, world))
-        return torch.cat([d.flatten() for d in loop.Run._draws(run, 7, micro, x, [0, 0])])
+        run = SimpleNamespace(config=config, here=Machine(torch.device("cpu"), rank, world))
+        return torch.cat([d.flatten() for d in draw(run.config, run.here, 7, micro, x, [0, 0])])
 
     for place in range(4):
         assert torch.equal(
@@ -236,11 +243,9 @@ def test_a_frozen_encoder_gives_cached_latents_and_no_kl(finished, tmp_path, cap
 
 
 def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, monkeypatch):
-    objects = loop.Objects(
-        loop.from_cli("gaussian", PRESETS, TINY), loop.Machine(torch.device("cpu"), 0, 1)
-    )
+    objects = Objects(from_cli("gaussian", PRESETS, TINY), Machine(torch.device("cpu"), 0, 1))
     batch = next(objects.steps())[0]
-    cache = loop.Latents(loop.load_encoder(finished, 50, 16)[0], tmp_path)
+    cache = Latents(load_encoder(finished, 50, 16)[0], tmp_path)
     x = models.SparseTensor(batch.features, batch.coords, batch.batch_size)
     for _ in range(2):  # made, then read
         assert torch.allclose(cache(batch).feats, cache.encoder(x).mean, atol=1e-6)

@@ -1,5 +1,6 @@
-"""Tiny whole runs of train.mesh on small parts of embedded objects: resuming to the bit, empty and
-broken fields, bad meshes.
+"""Tiny whole runs of train.mesh on small parts of embedded objects.
+
+Resuming to the bit, empty and broken fields, bad meshes.
 """
 
 import json
@@ -12,7 +13,7 @@ from PIL import Image as Picture
 import models
 from models import MeshDecoder
 from train import loop
-from train.losses.geometry import Surfaces
+from train.losses.geometry import SurfaceLoss
 from train.mesh import BASE, PRESETS, SMALL, build
 from train.run import checkpoint, report
 
@@ -29,7 +30,7 @@ def train(data, out, *flags: str) -> list[dict]:
         PRESETS,
         build,
         [*TINY, "--data", str(data), "--out", str(out), *flags],
-        compare=Surfaces,
+        loss=SurfaceLoss,
     )
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -79,7 +80,7 @@ def test_resumed_equals_straight_to_the_bit(finished, data, tmp_path):
         PRESETS,
         build,
         ["--resume", str(tmp_path / "parts"), "--steps", "3"],
-        compare=Surfaces,
+        loss=SurfaceLoss,
     )
     whole, parts = (
         checkpoint.load(checkpoint.newest(run / "checkpoints"))[0]
@@ -91,8 +92,9 @@ def test_resumed_equals_straight_to_the_bit(finished, data, tmp_path):
 
 
 def change_fields(monkeypatch, change):
-    """Let `change(call, fields [N, 101], object of each cube [N])` replace what the decoder
-    predicts in training.
+    """Let `change` replace what the decoder predicts in training.
+
+    It is called with (call, fields [N, 101], object of each cube [N]).
     """
     plain = MeshDecoder.fields
     calls = []

@@ -1,5 +1,6 @@
-"""Tiny whole runs of train.radiance: what they leave, resuming to the bit, a frozen encoder, the
-published recipe.
+"""Tiny whole runs of train.radiance.
+
+What they leave, resuming to the bit, a frozen encoder, the published recipe.
 """
 
 import json

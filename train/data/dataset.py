@@ -1,16 +1,13 @@
-"""Objects for training: a dataset over folders in the published layout, batches of them, and the
-order they come in.
+"""The dataset: objects in folders of the published layout, filtered, each with some of its views.
 
-    dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
-    # train.data.loader; never ends
-    for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
+dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
+# train.data.loader; never ends
+for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,145 +15,31 @@ import torch
 from torch import Tensor
 
 from kernels import Camera
+from train.data.batch import Item
 from train.data.layout import read_metadata
-from train.data.scenes import (
+from train.data.readers import (
+    Frames,
     number,
     picture_size,
     read_features,
     read_frames,
-    read_mesh,
     read_picture,
+    read_triangles,
 )
 
 # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
 EMBEDDED = Path(__file__).parents[1] / "assets" / "demo"
 
 
-@dataclass(frozen=True)
-class Meshes:
-    """The true surfaces of several objects, one after the other."""
-
-    vertices: Tensor  # [P, 3] float32, world units
-    faces: Tensor  # [F, 3] int32, rows of the object's own vertices
-    vertex_starts: list[int]  # [batch_size + 1]
-    face_starts: list[int]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One object with some of its views."""
-
-    name: str  # sha256
-    coords: Tensor  # [V, 3] int32, lexicographic
-    features: Tensor  # [V, C] float32
-    camera: Camera  # of k views
-    image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
-    # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes
-    mesh: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several objects, voxels in one list, views in another.
-
-    Raises ValueError for coords of another shape: the batch column comes first, and dropping it
-    mixes up objects.
-    """
-
-    features: Tensor  # [N, C] float32
-    coords: Tensor  # [N, 4] int32: object, x, y, z
-    batch_size: int  # objects
-    camera: Camera  # of V views
-    view_scene: list[int]  # [V]: which object a view shows
-    image: Tensor  # [V, 4, H, W] float32 RGBA in [0, 1], straight alpha
-    names: list[str]  # [batch_size]: sha256
-    meshes: Meshes | None = None  # where the dataset reads them
-
-    def __post_init__(self) -> None:
-        shape = list(self.coords.shape)
-        if len(shape) != 2 or shape[1] != 4:
-            hint = (
-                " (the batch column is missing: torch.nn.functional.pad(coords, (1, 0), "
-                "value=b) puts object b before x, y, z)"
-            )
-            raise ValueError(
-                f"coords must be [N, 4], not {shape}{hint if shape[1:] == [3] else ''}"
-            )
-        if len(self.features) != shape[0]:
-            raise ValueError(f"{len(self.features)} rows of features but {shape[0]} of coords")
-        if not len(self.image) == len(self.camera) == len(self.view_scene):
-            raise ValueError(
-                f"{len(self.image)} images, {len(self.camera)} cameras, {len(self.view_scene)} "
-                "scenes of views"
-            )
-
-    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        camera = replace(
-            self.camera,
-            extrinsics=move(self.camera.extrinsics),
-            intrinsics=move(self.camera.intrinsics),
-        )
-        moved = {name: move(getattr(self, name)) for name in ("features", "coords", "image")}
-        m = self.meshes
-        meshes = None if m is None else replace(m, vertices=move(m.vertices), faces=move(m.faces))
-        return replace(self, camera=camera, meshes=meshes, **moved)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with its tensors on `device`; what lives on the host stays there."""
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        return self._each(Tensor.pin_memory)
-
-
-def collate(items: Sequence[Item]) -> Batch:
-    """One batch of items: adds the batch column. ValueError, naming both objects, where their
-    channels or views differ.
-    """
-    if not items:
-        raise ValueError("a batch needs at least one object")
-    first = items[0]
-    for item in items[1:]:
-        for what, a, b in (
-            ("channels", first.features.shape[1], item.features.shape[1]),
-            ("pixels a side", first.camera.width, item.camera.width),
-        ):
-            if a != b:
-                raise ValueError(f"object {first.name} has {a} {what}, but {item.name} has {b}")
-    cameras = [item.camera for item in items]
-    meshes = None
-    if first.mesh is not None:
-        parts = [list(part) for part in zip(*(item.mesh for item in items), strict=True)]
-        meshes = Meshes(
-            *map(torch.cat, parts), *([0, *accumulate(map(len, part))] for part in parts)
-        )
-    return Batch(
-        torch.cat([item.features for item in items]),
-        torch.cat(
-            [torch.nn.functional.pad(item.coords, (1, 0), value=i) for i, item in enumerate(items)]
-        ),
-        len(items),
-        replace(
-            first.camera,
-            extrinsics=torch.cat([c.extrinsics for c in cameras]),
-            intrinsics=torch.cat([c.intrinsics for c in cameras]),
-        ),
-        [i for i, item in enumerate(items) for _ in range(len(item.image))],
-        torch.cat([item.image for item in items]),
-        [item.name for item in items],
-        meshes,
-    )
-
-
 class Dataset(torch.utils.data.Dataset):
-    """The objects of several folders that pass the published filters, each with `num_views` random
-    views per fetch.
+    """The objects of several folders that pass the published filters.
 
-    An object takes part if its feature flag (column feature_NAME, feature_NAME_R for R != 64) is
-    true, it has at most `max_voxels` (num_voxels, num_voxels_R) and an aesthetic_score of at least
-    `min_aesthetic`, and belongs to `split` (column split; None takes all). An empty cell or absent
-    column never excludes, except the feature flag's; without a split an object is a training
-    object. `skipped` counts the others by reason, `summary()` says it in a line.
+    Each fetch gives an object with `num_views` random views. An object takes part if its feature
+    flag (column feature_NAME, feature_NAME_R for R != 64) is true, it has at most `max_voxels`
+    (num_voxels, num_voxels_R) and an aesthetic_score of at least `min_aesthetic`, and belongs to
+    `split` (column split; None takes all). An empty cell or absent column never excludes, except
+    the feature flag's; without a split an object is a training object. `skipped` counts the others
+    by reason, `summary()` says it in a line.
 
     The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them,
     "train" only the rest. Where transforms.json says how many frames the `rgb` features were made
@@ -194,16 +77,11 @@ class Dataset(torch.utils.data.Dataset):
                 f"split {split!r} is not train, test or None, or views {views!r} is not train "
                 "or holdout"
             )
-        if (
-            num_views < 1
-            or holdout_views < (views == "holdout")
-            or image_size < 1
-            or resolution < 1
-        ):
+        least = int(views == "holdout")
+        if num_views < 1 or image_size < 1 or resolution < 1 or holdout_views < least:
             raise ValueError(
                 f"num_views {num_views}, image_size {image_size} and resolution {resolution} "
-                "must be at least 1, "
-                f"holdout_views {holdout_views} at least {int(views == 'holdout')} for "
+                f"must be at least 1, holdout_views {holdout_views} at least {least} for "
                 f"views={views!r}"
             )
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", features):
@@ -240,65 +118,67 @@ class Dataset(torch.utils.data.Dataset):
         self._channels = None
 
     def _list(self, root: Path) -> None:
+        """Add the objects of a folder that pass the filters."""
         file = root / "metadata.csv"
         rows = read_metadata(root)
         if rows and self._flag not in rows[0]:
-            columns = [
-                column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows)
-            ]
-            have = [
-                m for column in columns if (m := re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column))
-            ]
-            fits = [f"--features {m[1]} --resolution {m[2] or 64}" for m in have]
-            same = any(int(m[2] or 64) == self.resolution for m in have)
-            make = (
-                ""
-                if same
-                else f"; train.prepare --resolution {self.resolution} makes rgb features of "
-                "that resolution"
-            )
-            raise ValueError(
-                f"{file} has no column {self._flag}: it fits "
-                f"{' or '.join(fits) or 'no --features'}{make}"
-            )
+            raise ValueError(f"{file} has no column {self._flag}: {self._alternatives(rows)}")
         for row in rows:
             voxels = number(row, self._count, file)
-            score = number(row, "aesthetic_score", file)
-            reason = None
-            if not _true(row[self._flag]):
-                reason = "without features"
-            elif row.get("rendered") and not _true(row["rendered"]):
-                reason = "without views"
-            elif voxels is not None and voxels > self.max_voxels:
-                reason = f"over {self.max_voxels} voxels"
-            elif score is not None and score < self.min_aesthetic:
-                reason = f"of aesthetic score below {self.min_aesthetic}"
-            elif self.split and (row.get("split") or "train") != self.split:
-                reason = "of another split"
-            elif row["sha256"] in self._objects:
-                reason = "listed twice"
-            if reason:
+            if reason := self._excluded(row, voxels, number(row, "aesthetic_score", file)):
                 self.skipped[reason] += 1
             else:
                 self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
                 self._files[row["sha256"]] = row.get("local_path", "")
 
+    def _excluded(
+        self, row: dict[str, str], voxels: float | None, score: float | None
+    ) -> str | None:
+        """The reason why an object takes no part; None where it does."""
+        if not _true(row[self._flag]):
+            return "without features"
+        if row.get("rendered") and not _true(row["rendered"]):
+            return "without views"
+        if voxels is not None and voxels > self.max_voxels:
+            return f"over {self.max_voxels} voxels"
+        if score is not None and score < self.min_aesthetic:
+            return f"of aesthetic score below {self.min_aesthetic}"
+        if self.split and (row.get("split") or "train") != self.split:
+            return "of another split"
+        if row["sha256"] in self._objects:
+            return "listed twice"
+        return None
+
+    def _alternatives(self, rows: list[dict[str, str]]) -> str:
+        """Say which flags fit the features that a metadata.csv has."""
+        filled = (column for column in sorted(rows[0]) if any(_true(row[column]) for row in rows))
+        found = (re.fullmatch(r"feature_(.+?)(?:_(\d+))?", column) for column in filled)
+        features = [(match[1], int(match[2] or 64)) for match in found if match]
+        fits = [f"--features {name} --resolution {R}" for name, R in features]
+        text = f"it fits {' or '.join(fits) or 'no --features'}"
+        if not any(R == self.resolution for _, R in features):
+            text += (
+                f"; train.prepare --resolution {self.resolution} makes rgb features of "
+                "that resolution"
+            )
+        return text
+
     def summary(self) -> str:
-        """What was listed and what was left out, in a line for a run's header."""
+        """Say in a line how many objects take part and how many do not."""
         left_out = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
         listed = len(self._objects) + self.skipped.total()
-        of = f"{len(self._objects)} of {listed} objects" + (f" ({left_out})" if left_out else "")
-        return f"{of} in {', '.join(map(str, self.roots)) or 'no folder'}"
+        text = f"{len(self._objects)} of {listed} objects"
+        if left_out:
+            text += f" ({left_out})"
+        return f"{text} in {', '.join(map(str, self.roots)) or 'no folder'}"
 
     def title(self, name: str) -> str:
-        """What a reader calls an object: the stem of its local_path, or else the beginning of its
-        sha256.
-        """
+        """Name an object for a reader: the stem of its local_path, or the start of its sha256."""
         return Path(self._files[name]).stem or name[:8]
 
     @property
     def channels(self) -> int:
-        """Feature channels, of the first object's file."""
+        """The number of feature channels, of the first object's file."""
         if self._channels is None:
             self._channels = self._features(self.names[0])[1].shape[1]
         return self._channels
@@ -318,18 +198,19 @@ class Dataset(torch.utils.data.Dataset):
         return self.item(index, rng.choice(len(views), self.num_views, replace=False).tolist())
 
     def item(self, which: int | str, views: Sequence[int] | None = None) -> Item:
-        """An object by index or sha256, with these of its views (numbered within `views` of this
-        dataset) or all of them.
+        """Read an object by index or sha256, with these of its views or all of them.
+
+        Views are numbered within the `views` of this dataset.
         """
         name = self.names[which] if isinstance(which, int) else which
         if name not in self._objects:
             raise ValueError(f"{name} is not an object of {self.summary()}")
         coords, features = self._features(name)
         if features.shape[1] != self.channels:
-            a = self._feature_file(name)
-            b = self._feature_file(self.names[0])
+            first = self._feature_file(self.names[0])
             raise ValueError(
-                f"{a} has {features.shape[1]} feature channels, but {b} has {self.channels}"
+                f"{self._feature_file(name)} has {features.shape[1]} feature channels, "
+                f"but {first} has {self.channels}"
             )
         frames, own = self._frames(name)
         chosen = [own[v] for v in (range(len(own)) if views is None else views)]
@@ -340,11 +221,9 @@ class Dataset(torch.utils.data.Dataset):
         matrix = torch.from_numpy(frames.matrix[chosen])
         fov = torch.from_numpy(frames.fov[chosen]).float()
         camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
-        mesh = (
-            self._cached(read_mesh, self._objects[name][0] / "renders" / name / "mesh.ply")
-            if self._meshes
-            else None
-        )
+        mesh = None
+        if self._meshes:
+            mesh = self._cached(read_triangles, self._views_folder(name) / "mesh.ply")
         return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
 
     def _cached(self, read: Callable, *args):
@@ -353,6 +232,9 @@ class Dataset(torch.utils.data.Dataset):
         if (read, args) not in self._memory:
             self._memory[read, args] = read(*args)
         return self._memory[read, args]
+
+    def _views_folder(self, name: str) -> Path:
+        return self._objects[name][0] / "renders" / name
 
     def _feature_file(self, name: str) -> Path:
         return self._objects[name][0] / "features" / self._folder / f"{name}.npz"
@@ -372,8 +254,9 @@ class Dataset(torch.utils.data.Dataset):
             )
         return coords, features
 
-    def _frames(self, name: str) -> tuple:
-        file = self._objects[name][0] / "renders" / name / "transforms.json"
+    def _frames(self, name: str) -> tuple[Frames, range]:
+        """The frames of an object, and those that belong to the `views` of this dataset."""
+        file = self._views_folder(name) / "transforms.json"
         frames = self._cached(read_frames, file)
         count = len(frames.files)
         held = self.holdout_views
@@ -383,95 +266,15 @@ class Dataset(torch.utils.data.Dataset):
                 "use fewer --holdout-views"
             )
         if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
+            again = "; prepare it again with train.prepare --holdout-views"
             raise ValueError(
                 f"{file}: {held} held-out views, but its rgb features were made without only "
                 f"{frames.holdout} of {count} frames: "
-                f"use --holdout-views {frames.holdout} or fewer"
-                + (
-                    ""
-                    if frames.holdout
-                    else "; prepare it again with train.prepare --holdout-views"
-                )
+                f"use --holdout-views {frames.holdout} or fewer{'' if frames.holdout else again}"
             )
-        return frames, range(count - held) if self.views == "train" else range(count - held, count)
+        first_held = count - held
+        return frames, range(first_held) if self.views == "train" else range(first_held, count)
 
 
 def _true(cell: str) -> bool:
     return cell.strip().lower() in ("true", "1", "1.0", "yes")
-
-
-class Sampler:
-    """Which objects each step takes: endless, reshuffled every epoch, the same for every number of
-    ranks.
-
-    Yields lists of (object, epoch), the key that Dataset picks its views by: one micro-batch of
-    this rank after the other (without `micro_batch`, the rank's whole share of a step). Step s
-    takes `batch_size` consecutive places of the stream of shuffled epochs, rank r the r-th part of
-    them, so ranks share no place and get lists of one length. Raises ValueError where the sizes do
-    not divide.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        micro_batch: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        if length < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"there is nothing to sample for rank {rank} of {world} from {length} objects"
-            )
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of {world} ranks")
-        self.share = batch_size // world
-        self.micro_batch = micro_batch or self.share
-        if self.share % self.micro_batch:
-            raise ValueError(
-                f"a rank's {self.share} objects of a step are not a multiple of micro_batch "
-                f"{self.micro_batch}"
-            )
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.step = 0
-
-    def _order(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.length).tolist()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = order = None
-        while True:
-            first = self.step * self.batch_size + self.rank * self.share
-            keys = []
-            for place in range(first, first + self.share):
-                if place // self.length != epoch:
-                    epoch = place // self.length
-                    order = self._order(epoch)
-                keys.append((order[place % self.length], epoch))
-            self.step += 1
-            for i in range(0, self.share, self.micro_batch):
-                yield keys[i : i + self.micro_batch]
-
-    def state_dict(self, step: int | None = None) -> dict[str, int]:
-        """Where to go on: after `step` steps, for a loader fetches ahead of training; by default
-        after those handed out.
-        """
-        sizes = {"length": self.length, "batch_size": self.batch_size, "seed": self.seed}
-        return {"step": self.step if step is None else step} | sizes
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly; ValueError where the saved order is of other objects, another batch or
-        seed.
-        """
-        for name in ("length", "batch_size", "seed"):
-            if state[name] != getattr(self, name):
-                what = "number of objects" if name == "length" else name
-                raise ValueError(
-                    f"{what} {getattr(self, name)} is not the saved order's {state[name]}"
-                )
-        self.step = state["step"]

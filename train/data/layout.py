@@ -1,5 +1,4 @@
-"""Files of a prepared dataset, written so that a partial one never looks finished: under another
-name, then renamed.
+"""The files of a dataset: metadata.csv, and writing the others whole.
 
 Names that come out of files (sha256, file_path, lines of a list) become paths here only, once they
 are known to stay inside.
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from train.files import whole, write_whole
+from models.files import whole, write_whole
 
 PUBLISHED = [
     "sha256",
@@ -26,27 +25,23 @@ PUBLISHED = [
 
 
 def inside(folder: Path, name: str) -> Path:
-    """FOLDER/NAME, where NAME comes out of a file; ValueError where it is no relative path or leads
-    out of the folder.
+    """Join a folder and a name that comes out of a file.
+
+    Raises ValueError where the name is no relative path or leads out of the folder.
     """
     parts = PurePosixPath(name).parts
-    if (
-        not parts
-        or ".." in parts
-        or any(c in name for c in "\\\0")
-        or name[0] == "/"
-        or PureWindowsPath(name).drive
-    ):
+    leads_out = not parts or ".." in parts or name[0] == "/" or PureWindowsPath(name).drive
+    if leads_out or any(character in name for character in "\\\0"):
         raise ValueError(f"{name!r} is no path below {folder}")
     return folder / name
 
 
 def read_metadata(root: Path) -> list[dict[str, str]]:
-    """The rows of ROOT/metadata.csv; an absent cell is "".
+    """Read the rows of ROOT/metadata.csv; an absent cell is "".
 
-    ValueError without the folder, the file or its sha256 column, and for a row whose sha256 is not
-    64 digits 0-9 a-f: it is part of file names. (Capitals are refused as well: where case does not
-    count, two rows would share their files.)
+    Raises ValueError without the folder, the file or its sha256 column, and for a row whose sha256
+    is not 64 digits 0-9 a-f: it is part of file names. (Capitals are refused as well: where case
+    does not count, two rows would share their files.)
     """
     file = root / "metadata.csv"
     if not root.is_dir():
@@ -73,8 +68,9 @@ def read_metadata(root: Path) -> list[dict[str, str]]:
 
 
 def write_metadata(out: Path, rows: list[dict]) -> None:
-    """Merge rows into metadata.csv by sha256: rows and columns of earlier runs stay where this one
-    says nothing of them.
+    """Merge rows into metadata.csv by sha256.
+
+    Rows and columns of earlier runs stay where `rows` say nothing of them.
     """
     path = out / "metadata.csv"
     merged = {}
@@ -83,9 +79,9 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
     for row in rows:
         was = merged.get(row["sha256"], {})
         row = {k: v for k, v in row.items() if v not in ("", "[]")}
-        merged[row["sha256"]] = (
-            {"captions": "[]"} | was | row | {k: was[k] for k in ("aesthetic_score",) if was.get(k)}
-        )
+        merged[row["sha256"]] = {"captions": "[]"} | was | row
+        if was.get("aesthetic_score"):  # a user may have set it
+            merged[row["sha256"]]["aesthetic_score"] = was["aesthetic_score"]
     seen = dict.fromkeys(key for row in merged.values() for key in row)
     columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
     with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -94,12 +90,14 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
         writer.writerows(merged.values())
 
 
-def write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole, and the folder for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data, sync=False)  # many, and made again where they are damaged
 
 
 def write_npz(path: Path, **arrays) -> None:
+    """Write arrays whole, compressed, and the folder for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path, sync=False) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -112,30 +110,29 @@ def _ply_header(vertices: int, faces: int | None = None) -> bytes:
         f"element vertex {vertices}",
         *(f"property float {a}" for a in "xyz"),
     ]
-    lines += (
-        [] if faces is None else [f"element face {faces}", "property list uchar int vertex_indices"]
-    )
+    if faces is not None:
+        lines += [f"element face {faces}", "property list uchar int vertex_indices"]
     return "\n".join([*lines, "end_header", ""]).encode()
 
 
 def ply_points(points: np.ndarray) -> bytes:
+    """Encode points [V, 3] as a PLY file."""
     return _ply_header(len(points)) + points.astype("<f4").tobytes()
 
 
 def ply_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
+    """Encode vertices [P, 3] and triangles [F, 3] as a PLY file."""
     table = np.empty(len(faces), np.dtype([("n", "u1"), ("v", "<i4", 3)]))
     table["n"] = 3
     table["v"] = faces
-    return (
-        _ply_header(len(vertices), len(faces)) + vertices.astype("<f4").tobytes() + table.tobytes()
-    )
+    header = _ply_header(len(vertices), len(faces))
+    return header + vertices.astype("<f4").tobytes() + table.tobytes()
 
 
 def ply_count(path: Path) -> int | None:
-    """The vertices that a .ply announces; None where it is no such file."""
+    """Read how many vertices a .ply announces; None where it is no such file."""
     with path.open("rb") as file:
-        announced = next(
-            (line.split()[2] for line in file if re.fullmatch(rb"element vertex \d+\s*", line)),
-            None,
-        )
-    return None if announced is None else int(announced)
+        for line in file:
+            if re.fullmatch(rb"element vertex \d+\s*", line):
+                return int(line.split()[2])
+    return None

@@ -1,5 +1,6 @@
-"""Batches of a dataset in a sampler's order, read by other processes and brought into pinned memory
-before they are needed.
+"""The data loader: batches in a sampler's order, read ahead by other processes.
+
+For a GPU they are brought into pinned memory before they are needed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,17 +10,19 @@ from functools import partial
 
 import torch
 
-from train.data.dataset import Batch, Dataset, Sampler, collate
+from train.data.batch import Batch, collate
+from train.data.dataset import Dataset
+from train.data.sampler import Sampler
 from train.workers import read_ahead
 
 
 def loader(
     dataset: Dataset, sampler: Sampler, workers: int = 0, pin: bool = False
 ) -> Iterator[Batch]:
-    """Batches without end, one per list of `sampler`, read by `workers` processes (0: this one);
-    `pin` for a GPU.
+    """Yield batches without end, one per list of `sampler`, read by `workers` processes.
 
-    What fails in a worker is raised here with its file's name; ChildProcessError where one died.
+    With 0 workers this process reads them. `pin` puts them into pinned memory, for a GPU. What
+    fails in a worker is raised here with its file's name; ChildProcessError where one died.
     They end with the iterator, and until then no SIGINT or SIGTERM to their process group ends
     them. No global random state is touched.
     """
@@ -41,8 +44,9 @@ def _read_alone(dataset: Dataset, keys: Sequence[tuple[int, int]]) -> Batch:
 
 
 def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches in pinned memory: a thread brings each one there while the one before it is
-    trained on.
+    """Yield the batches in pinned memory.
+
+    A thread brings each one there while the one before it is trained on.
     """
     device = torch.accelerator.current_device_index()  # a thread begins with the first
     with (

@@ -1,6 +1,4 @@
-"""The objects of a run: batches to train on, and views that training never sees, to look at and to
-score.
-"""
+"""The objects of a run: batches to train on, and held-out views to look at and to score."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -8,18 +6,20 @@ from contextlib import closing
 import numpy as np
 
 from train.config import Config
-from train.data.dataset import EMBEDDED, Batch, Dataset, Sampler, collate
+from train.data.batch import Batch, collate
+from train.data.dataset import EMBEDDED, Dataset
 from train.data.loader import loader
+from train.data.sampler import Sampler
 from train.run.machine import Machine
 
 GALLERY = {"held-out views": 5, "held-out objects": 3}  # objects in a sample picture
 
 
 class Objects:
-    """Training batches of one rank, held-out views of some training objects and of objects held out
-    whole.
+    """The data of one rank: training batches, and held-out views and objects.
 
-    Raises ValueError for a dataset that cannot be used (train.data.dataset says why).
+    Views are held out of training objects, and other objects are held out whole. Raises ValueError
+    for a dataset that cannot be used (train.data.dataset says why).
     """
 
     def __init__(self, config: Config, here: Machine, meshes: bool = False):
@@ -58,9 +58,11 @@ class Objects:
             world=here.world,
         )
         # what is wrong with every object, or with what is looked at, shows before the first step
-        self.train[0], self.gallery()
+        self.train[0]
+        self.gallery()
 
     def summary(self) -> str:
+        """Say in a line what is trained on and what is held out."""
         voxels = f"{self.config.features} features [{self.channels}] at {self.config.resolution}^3"
         held = (
             f"held out: the last {self.config.holdout_views} views, {self.held_out} whole objects"
@@ -68,9 +70,7 @@ class Objects:
         return f"{self.train.summary()}; {voxels}; {held}"
 
     def steps(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every step that the run still has, from the sampler's step
-        on.
-        """
+        """Yield this rank's micro-batches of every step that the run still has to do."""
         left = self.config.steps - self.sampler.step
         pin = self.here.device.type == "cuda"
         with closing(loader(self.train, self.sampler, self.config.workers, pin)) as batches:
@@ -78,13 +78,11 @@ class Objects:
                 yield [next(batches) for _ in range(self.config.micro_batches(self.here.world))]
 
     def views(self, name: str, views: str) -> Batch:
-        """All "train" or all "holdout" views of one object."""
+        """Read all "train" or all "holdout" views of one object."""
         return collate([self.all[views].item(name)]).to(self.here.device)
 
     def captions(self, batch: Batch) -> list[str]:
-        """What a picture says under each object of a batch: the stem of its file, and whether it is
-        held out whole.
-        """
+        """Caption the objects of a batch: file stems, and which are held out whole."""
         held_out = set(self.groups["held-out objects"])
         return [
             self.all["holdout"].title(name) + ("\n(unseen)" if name in held_out else "")
@@ -92,6 +90,6 @@ class Objects:
         ]
 
     def gallery(self) -> Batch:
-        """One fixed held-out view of a few objects."""
+        """Read one fixed held-out view of a few objects, for sample pictures."""
         names = [name for group, count in GALLERY.items() for name in self.groups[group][:count]]
         return collate([self.all["holdout"].item(name, [0]) for name in names]).to(self.here.device)

@@ -1,1 +1,1 @@
-"""Losses of pictures and of surfaces."""
+"""Losses of pictures and of surfaces, and the objective that weights them."""

@@ -1,45 +1,68 @@
-"""Loss terms by name, and the gradient clipper that follows the recent norms (both as in
-microsoft/TRELLIS).
+"""Losses of pictures: reconstruction terms, KL and PSNR, as in microsoft/TRELLIS. V views.
 
     loss = l1 + 0.2 ssim + 0.2 lpips + 1e-6 kl + the penalties of the decoder's scenes
 
 The weights are the run's (train.config); a term here is unweighted, and 0 is its best value.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 import models
 from kernels import ssim
-from models.scene import Scene
-from train.data.dataset import Batch
+from models import Scene
+from train.data.batch import Batch
 from train.lpips import LPIPS
+
+
+class Loss(Protocol):
+    """A module that compares decoded scenes with a batch.
+
+    It is made of a file of LPIPS weights, or none. `meshes` says whether a batch must bring the
+    true meshes.
+    """
+
+    meshes: bool
+
+    def __init__(self, lpips: str | Path | None = None): ...
+
+    def __call__(
+        self, scenes: Sequence[Scene], batch: Batch, background: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms by name, unweighted, and the mean PSNR; `background` [V, 3]."""
+
+    def show(self, scenes: Sequence[Scene], batch: Batch) -> dict[str, Tensor]:
+        """Rows of a sample picture by name, [V, 3, H, W], the true ones above ours."""
+
+    def measure(self, decoders: Mapping[str, Callable], objects: object) -> tuple[dict, str]:
+        """Scores beyond the PSNR of pictures, for evaluation.json, and their table."""
 
 
 def composite(
     image: Tensor,  # [V, 4, H, W] RGBA in [0, 1], straight alpha
     background: Tensor,  # [V, 3]
 ) -> Tensor:  # [V, 3, H, W]
-    """The picture on a plain background: colour * alpha + (1 - alpha) * background."""
+    """Lay a picture on a plain background: colour * alpha + (1 - alpha) * background."""
     if image.shape[1] != 4 or background.shape != (len(image), 3):
         raise ValueError(
             f"composite needs [V, 4, H, W] on [V, 3], not {tuple(image.shape)} on "
             f"{tuple(background.shape)}"
         )
     color, alpha = image.split([3, 1], dim=1)
-    return color * alpha + (1 - alpha) * background[:, :, None, None]
+    return color * alpha + (1 - alpha) * rearrange(background, "v c -> v c 1 1")
 
 
 class Reconstruction(nn.Module):
-    """How far rendered pictures are from the true ones: {"l1", "ssim", "lpips"}, means over all
-    pictures.
+    """Terms that compare rendered pictures with the true ones: "l1", "ssim" and "lpips".
 
-    "ssim" is 1 - SSIM. "lpips" exists only where a file with its weights is given. The gradient
-    goes to `rendered` alone.
+    They are means over all pictures. "ssim" is 1 - SSIM. "lpips" exists only where a file with its
+    weights is given. The gradient goes to `rendered` alone.
     """
 
     def __init__(self, lpips: str | Path | None = None):
@@ -59,12 +82,13 @@ class Reconstruction(nn.Module):
         return terms
 
 
-class Pictures(nn.Module):
-    """How decoded scenes differ from the views of a batch: pictures on plain backgrounds, and the
-    scenes' own penalties.
+class PictureLoss(nn.Module):
+    """The loss of Gaussians and radiance fields: pictures, and the scenes' own penalties.
+
+    Scenes are rendered on plain backgrounds from the views of the batch.
     """
 
-    meshes = False  # whether a batch must bring the true meshes
+    meshes = False
 
     def __init__(self, lpips: str | Path | None = None):
         super().__init__()
@@ -80,21 +104,20 @@ class Pictures(nn.Module):
         return terms, psnr(image.color, target).mean()
 
     def show(self, scenes: Sequence[Scene], batch: Batch) -> dict[str, Tensor]:
-        """Rows of a sample picture by name, [V, 3, H, W] on white: the true views, and the scenes
-        from there.
-        """
+        """Rows of a sample picture by name, [V, 3, H, W] on white: the true views above ours."""
         white = batch.image.new_ones(len(batch.image), 3)
         ours = models.render(scenes, batch.camera, batch.view_scene, white).color
         return {"truth": composite(batch.image, white), "ours": ours}
 
     def measure(self, decoders: Mapping[str, Callable], objects: object) -> tuple[dict, str]:
-        """Scores beyond those of pictures, for evaluation.json, and their table: none."""
+        """Scores beyond the PSNR of pictures, and their table: none."""
         return {}, ""
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Divergence of N(mean, exp(logvar)) from N(0, 1), mean over voxels and channels [N, latent]; 0
-    without voxels.
+    """Divergence of N(mean, exp(logvar)) from N(0, 1), both [N, latent]; 0 without voxels.
+
+    A mean over voxels and channels. ValueError for shapes that differ.
     """
     if mean.shape != logvar.shape:
         raise ValueError(
@@ -105,7 +128,7 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
 
 def smooth_l1(a: Tensor, b: Tensor, beta: float) -> Tensor:
     """Mean of d^2 / (2 beta) below d = |a - b| = beta and of d - beta / 2 above it."""
-    return torch.nn.functional.smooth_l1_loss(a, b, beta=beta)
+    return F.smooth_l1_loss(a, b, beta=beta)
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -114,64 +137,7 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     `mask` [V, 1, H, W] (bool, or weights) restricts it to pixels; a picture with none of them gives
     nan.
     """
-    error = (a - b).square().mean(1, keepdim=True)
+    error = reduce((a - b).square(), "v c h w -> v 1 h w", "mean")
     mask = torch.ones_like(error) if mask is None else mask.to(error.dtype)
-    return -10 * torch.log10((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)))
-
-
-class GradClipper:
-    """Clips the global gradient norm at the `percentile` of the last `buffer` norms, and never
-    above `max_norm`.
-
-    Until `buffer` norms are recorded, `max_norm` alone is the limit (None: no limit). What is
-    recorded are the norms before clipping; those that are not finite leave no trace. Raises
-    ValueError for values that cannot be.
-    """
-
-    def __init__(self, max_norm: float | None = 1.0, percentile: float = 95.0, buffer: int = 1000):
-        if (max_norm is not None and not max_norm > 0) or not 0 <= percentile <= 100 or buffer < 1:
-            raise ValueError(
-                f"max_norm {max_norm} and buffer {buffer} must exceed 0, percentile "
-                f"{percentile} lie in [0, 100]"
-            )
-        self.max_norm = max_norm
-        self.percentile = percentile
-        self.buffer = buffer
-        self._norms: list[float] = []  # a ring once it is full
-        self._next = 0
-
-    @property
-    def limit(self) -> float:
-        """What the next call clips to."""
-        ceiling = math.inf if self.max_norm is None else self.max_norm
-        if len(self._norms) < self.buffer:
-            return ceiling
-        return min(
-            ceiling,
-            torch.tensor(self._norms, dtype=torch.float64).quantile(self.percentile / 100).item(),
-        )
-
-    def __call__(self, parameters: Iterable[nn.Parameter]) -> float:
-        """Clip in place; returns the norm before. It is read from the device: the one wait of an
-        optimiser step.
-        """
-        norm = nn.utils.clip_grad_norm_(parameters, self.limit).item()
-        if math.isfinite(norm):
-            self._norms[self._next : self._next + 1] = [norm]
-            self._next = (self._next + 1) % self.buffer
-        return norm
-
-    def state_dict(self) -> dict:
-        """A copy of the recorded norms, JSON-able, exact to the bit."""
-        return {"buffer": self.buffer, "norms": list(self._norms), "next": self._next}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Continue from `state_dict()`; ValueError where that clipper remembered another number of
-        norms.
-        """
-        if state["buffer"] != self.buffer:
-            raise ValueError(
-                f"this clipper remembers {self.buffer} norms, the saved one {state['buffer']}"
-            )
-        self._norms = list(state["norms"])
-        self._next = state["next"]
+    total = reduce(error * mask, "v 1 h w -> v", "sum")
+    return -10 * torch.log10(total / reduce(mask, "v 1 h w -> v", "sum"))

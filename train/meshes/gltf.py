@@ -1,159 +1,47 @@
-"""GLB and glTF 2.0 files as triangles (Khronos specification 2.0): scene transforms, instances and
-skins applied.
+"""GLB and glTF 2.0 files as triangles (Khronos specification 2.0).
 
-Of a material the base colour is taken: texture times factor times vertex colour, multiplied in
-linear light as the specification says (textures are sRGB, factors and vertex colours linear); of
-the old specular-glossiness extension, the diffuse colour. What cannot be shown as meant is a
-ValueError with the file's name (compressed geometry, an unknown required extension) or a note
-(points and lines, morph targets, texture borders that do not repeat).
+Scene transforms, instances and skins are applied. Of a material the base colour is taken: texture
+times factor times vertex colour, multiplied in linear light as the specification says (textures are
+sRGB, factors and vertex colours linear); of the old specular-glossiness extension, the diffuse
+colour. What cannot be shown as meant is a ValueError with the file's name (compressed geometry, an
+unknown required extension) or a note (points and lines, morph targets, texture borders that do not
+repeat).
 """
 
-import base64
-import binascii
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 
-from train.meshes.intake import MALFORMED, expect, reason
+from train.meshes.gltf_data import GLOSSINESS, UNDERSTOOD, GltfData
 from train.meshes.surface import GREY, Material, Mesh, assemble, decode, find
+from train.meshes.untrusted import MALFORMED, reason
 
-TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
-WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 REPEAT = 10497
 TRIANGLES = 4
 STRIP = 5
 FAN = 6
-GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
-# of those that a file may require
-UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}
-TABLES = (
-    "accessors",
-    "buffers",
-    "bufferViews",
-    "images",
-    "materials",
-    "meshes",
-    "nodes",
-    "samplers",
-    "scenes",
-    "skins",
-    "textures",
-)
-KINDS = {  # of the fields of their entries that are read, wherever they stand in one
-    str: ("uri", "type", "alphaMode"),
-    int: (
-        "byteLength",
-        "byteOffset",
-        "byteStride",
-        "buffer",
-        "bufferView",
-        "componentType",
-        "count",
-        "index",
-        "material",
-        "mesh",
-        "mode",
-        "sampler",
-        "skin",
-        "source",
-        "texCoord",
-        "inverseBindMatrices",
-    ),
-    list: ("children", "nodes", "joints", "primitives", "baseColorFactor", "diffuseFactor"),
-    dict: (
-        "attributes",
-        "extensions",
-        "sparse",
-        "pbrMetallicRoughness",
-        "baseColorTexture",
-        "diffuseTexture",
-    ),
-}
-KIND_OF = {field: kind for kind, fields in KINDS.items() for field in fields}
-FEW = 1 << 26  # values of an accessor without data of its own: nothing in the file limits them
 
 
 def read_gltf(path: Path) -> Mesh:
     """Read a .glb or .gltf; a ValueError names the file and what is wrong with it."""
-    document, binary = _document(path)
+    data = GltfData(path)
     try:
-        return _Reader(path, document, binary).mesh()
+        return _Reader(data).mesh()
     except MALFORMED as error:
         if isinstance(error, ValueError) and str(error).startswith(path.name):
             raise
         raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
-def gltf_files(path: Path) -> list[str]:
-    """The files that a .glb or .gltf names: buffers and images."""
-    document, _ = _document(path)
+def gltf_files(path: Path) -> list[Path | None]:
+    """List the buffers and images that a .glb or .gltf names; None for one that is absent."""
+    document = GltfData(path).document
     entries = [entry for table in ("buffers", "images") for entry in document.get(table) or []]
-    return [
-        unquote(entry["uri"])
-        for entry in entries
-        if not entry.get("uri", "data:").startswith("data:")
-    ]
-
-
-def _document(path: Path) -> tuple[dict, bytes | None]:
-    """The JSON of a file and, of a GLB, its binary chunk."""
-    data = path.read_bytes()
-    binary = None
-    if not data:
-        raise ValueError(f"{path.name} is empty")
-    try:
-        if path.suffix.lower() == ".glb":
-            if len(data) < 12 or data[:4] != b"glTF":
-                raise ValueError(f"no GLB header in its {len(data)} bytes")
-            version, length = struct.unpack_from("<II", data, 4)
-            if version != 2:
-                raise ValueError(f"glTF version {version}, not 2")
-            if len(data) < length:
-                raise ValueError(
-                    f"truncated: its header says {length} bytes, the file has {len(data)}"
-                )
-            chunks = {}
-            at = 12
-            while at + 8 <= length:
-                size, kind = struct.unpack_from("<I4s", data, at)
-                chunks.setdefault(kind, data[at + 8 : at + 8 + size])
-                at += 8 + size
-            if b"JSON" not in chunks:
-                raise ValueError(f"no JSON chunk in its {length} bytes")
-            data = chunks[b"JSON"]
-            binary = chunks.get(b"BIN\0")
-        document = json.loads(data)
-        if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
-            raise ValueError("it is not glTF 2.0")
-        for table in TABLES:
-            for i, entry in enumerate(expect(document.get(table) or [], list, table)):
-                _check(expect(entry, dict, f"{table}[{i}]"), f"{table}[{i}]")
-    except MALFORMED as error:
-        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
-    return document, binary
-
-
-def _check(value, where: str) -> None:
-    """ValueError that says where a field is of another kind than KINDS says."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name in KIND_OF:
-                expect(inner, KIND_OF[name], f"{where}.{name}")
-            if name == "extensions":  # others may mean other things by the same names
-                inner = {
-                    extension: inner[extension]
-                    for extension in (GLOSSINESS, *UNDERSTOOD)
-                    if extension in inner
-                }
-            if name != "extras":
-                _check(inner, f"{where}.{name}")
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            _check(inner, f"{where}[{i}]")
+    uris = [entry["uri"] for entry in entries if "uri" in entry]
+    names = [unquote(uri) for uri in uris if not uri.startswith("data:")]
+    return [find(path.parent, name) for name in names]
 
 
 @dataclass
@@ -169,15 +57,12 @@ class _Part:
 
 
 class _Reader:
-    def __init__(self, path: Path, document: dict, binary: bytes | None):
-        self.path = path
-        self.name = path.name
-        self.document = document
-        self.binary = binary
+    def __init__(self, data: GltfData):
+        self.data = data
+        self.name = data.path.name
         self.notes: dict[str, None] = {}  # an ordered set
         self.pictures: dict[int, np.ndarray] = {}
-        self.buffers: dict[int, bytes] = {}
-        required = set(document.get("extensionsRequired", ()))
+        required = set(data.document.get("extensionsRequired", ()))
         unknown = {
             e for e in required if e not in UNDERSTOOD and not e.startswith("KHR_materials_")
         }
@@ -187,25 +72,22 @@ class _Reader:
     def note(self, text: str) -> None:
         self.notes[f"{self.name}: {text}"] = None
 
-    def _entry(self, table: str, number: int) -> dict:
-        entries = self.document.get(table) or []
-        if type(number) is not int or not 0 <= number < len(entries):
-            raise ValueError(f"it uses number {number!r} of its {len(entries)} {table}")
-        return entries[number]
-
     def mesh(self) -> Mesh:
         world = self._world()
         parts = []
         for number, matrix in world.items():
-            node = self._entry("nodes", number)
+            node = self.data.entry("nodes", number)
             if "mesh" in node:
                 skin = self._skin(node["skin"], world) if "skin" in node else None
-                for primitive in self._entry("meshes", node["mesh"])["primitives"]:
+                for primitive in self.data.entry("meshes", node["mesh"])["primitives"]:
                     parts += self._part(primitive, matrix, skin)
         if not parts:
             raise ValueError(f"{self.name} has no faces")
         first = np.cumsum([0, *(len(p.vertices) for p in parts)])
-        corners = lambda field: np.concatenate([getattr(p, field)[p.faces] for p in parts])
+
+        def corners(field: str) -> np.ndarray:
+            return np.concatenate([getattr(p, field)[p.faces] for p in parts])
+
         uv = corners("uv")
         uv[..., 1] = 1 - uv[..., 1]
         return assemble(
@@ -223,10 +105,10 @@ class _Reader:
     # the scene
 
     def _world(self) -> dict[int, np.ndarray]:
-        """Node number -> its transform [4, 4], of all nodes of the scene to show."""
-        nodes = self.document.get("nodes") or []
-        if self.document.get("scenes"):
-            roots = self._entry("scenes", self.document.get("scene", 0)).get("nodes", [])
+        """Transforms [4, 4] of all nodes of the scene to show, by node number."""
+        nodes = self.data.document.get("nodes") or []
+        if self.data.document.get("scenes"):
+            roots = self.data.entry("scenes", self.data.document.get("scene", 0)).get("nodes", [])
         else:
             roots = sorted(
                 set(range(len(nodes))) - {c for node in nodes for c in node.get("children", ())}
@@ -235,7 +117,7 @@ class _Reader:
         todo = [(number, np.eye(4)) for number in reversed(roots)]
         while todo:
             number, parent = todo.pop()
-            node = self._entry("nodes", number)
+            node = self.data.entry("nodes", number)
             if number in world:
                 raise ValueError(f"node {number} has two places in the scene")
             world[number] = parent @ _local(node)
@@ -243,16 +125,16 @@ class _Reader:
         return world
 
     def _skin(self, number: int, world: dict[int, np.ndarray]) -> np.ndarray:
-        """What each joint does to a vertex, [J, 4, 4]."""
-        skin = self._entry("skins", number)
+        """The matrices [J, 4, 4] by which joints move a vertex."""
+        skin = self.data.entry("skins", number)
         joints = np.stack([world[j] for j in skin["joints"]])
         if "inverseBindMatrices" in skin:
-            joints = joints @ self._accessor(skin["inverseBindMatrices"]).reshape(
-                -1, 4, 4
-            ).transpose(0, 2, 1)
+            inverse = self.data.accessor(skin["inverseBindMatrices"]).reshape(-1, 4, 4)
+            joints = joints @ inverse.transpose(0, 2, 1)  # columns first in the file
         return joints
 
     def _part(self, primitive: dict, matrix: np.ndarray, skin: np.ndarray | None) -> list[_Part]:
+        """The triangles of a primitive in world space; none where it shows nothing."""
         mode = primitive.get("mode", TRIANGLES)
         attributes = primitive["attributes"]
         if mode not in (TRIANGLES, STRIP, FAN):
@@ -263,57 +145,68 @@ class _Reader:
             return []
         if primitive.get("targets"):
             self.note("morph targets are not applied")
-        get = lambda name: (
-            self._accessor(attributes[name]).astype(float) if name in attributes else None
-        )
-        vertices, normals, color = get("POSITION"), get("NORMAL"), get("COLOR_0")
+        vertices = self._attribute(attributes, "POSITION")
+        normals = self._attribute(attributes, "NORMAL")
+        color = self._attribute(attributes, "COLOR_0")
         P = len(vertices)
-        index = (
-            self._accessor(primitive["indices"])[:, 0].astype(np.int64)
-            if "indices" in primitive
-            else np.arange(P)
-        )
+        index = np.arange(P)
+        if "indices" in primitive:
+            index = self.data.accessor(primitive["indices"])[:, 0].astype(np.int64)
         if len(index) and index.max() >= P:
             raise ValueError(f"a face uses vertex {index.max()} of {P}")
         faces = _triangles(index, mode)
         if skin is not None:  # the node's own transform does not apply
-            weight, joint = get("WEIGHTS_0"), get("JOINTS_0")
-            if weight is None or joint is None:
-                raise ValueError("a primitive that a skin moves has no WEIGHTS_0 or no JOINTS_0")
-            if len(joint) and joint.max() >= len(skin):
-                raise ValueError(f"a vertex hangs on joint {joint.max():.0f} of {len(skin)}")
-            matrix = np.einsum("pk,pkij->pij", weight, skin[joint.astype(int)])
-            matrix = matrix / np.maximum(weight.sum(1), 1e-12)[:, None, None]
-        vertices = np.einsum("...ij,...j->...i", matrix[..., :3, :3], vertices) + matrix[..., :3, 3]
+            matrix = self._skinned(attributes, skin)
+        linear = matrix[..., :3, :3]
+        vertices = np.einsum("...ij,...j->...i", linear, vertices) + matrix[..., :3, 3]
         if normals is None:
             normals = np.zeros((P, 3))
         else:
-            normals = np.einsum("...ji,...j->...i", np.linalg.pinv(matrix[..., :3, :3]), normals)
-        material, coords = self._material(primitive.get("material"), color is not None)
-        uv = get(f"TEXCOORD_{coords.get('texCoord', 0)}")
-        if material.texture is not None and uv is None:
-            self.note("faces of a textured material have no texture coordinates")
-        uv = (
-            np.zeros((P, 2))
-            if uv is None
-            else uv * coords.get("scale", (1, 1)) + coords.get("offset", (0, 0))
-        )
-        if coords.get("clamped") and len(uv) and not (-1e-3 <= uv.min() and uv.max() <= 1 + 1e-3):
-            self.note("a texture that ends at its border is repeated instead")
+            normals = np.einsum("...ji,...j->...i", np.linalg.pinv(linear), normals)
+        material, place = self._material(primitive.get("material"), color is not None)
+        uv = self._uv(attributes, place, material, P)
         tint = np.ones((P, 3)) if color is None else color[:, :3]
         if color is not None and color.shape[1] == 4 and color[:, 3].min() < 1:
             self.note("the alpha of vertex colours is not shown")
         return [_Part(vertices, faces, normals, uv, tint, material)]
 
+    def _attribute(self, attributes: dict, name: str) -> np.ndarray | None:
+        if name not in attributes:
+            return None
+        return self.data.accessor(attributes[name]).astype(float)
+
+    def _skinned(self, attributes: dict, skin: np.ndarray) -> np.ndarray:
+        """The transform [P, 4, 4] of each vertex that joints move."""
+        weight = self._attribute(attributes, "WEIGHTS_0")
+        joint = self._attribute(attributes, "JOINTS_0")
+        if weight is None or joint is None:
+            raise ValueError("a primitive that a skin moves has no WEIGHTS_0 or no JOINTS_0")
+        if len(joint) and joint.max() >= len(skin):
+            raise ValueError(f"a vertex hangs on joint {joint.max():.0f} of {len(skin)}")
+        matrix = np.einsum("pk,pkij->pij", weight, skin[joint.astype(int)])
+        return matrix / np.maximum(weight.sum(1), 1e-12)[:, None, None]
+
+    def _uv(self, attributes: dict, place: dict, material: Material, P: int) -> np.ndarray:
+        """Texture coordinates [P, 2], v downwards."""
+        uv = self._attribute(attributes, f"TEXCOORD_{place.get('texCoord', 0)}")
+        if uv is None and material.texture is not None:
+            self.note("faces of a textured material have no texture coordinates")
+        if uv is None:
+            uv = np.zeros((P, 2))
+        else:
+            uv = uv * place.get("scale", (1, 1)) + place.get("offset", (0, 0))
+        outside = len(uv) and not (-1e-3 <= uv.min() and uv.max() <= 1 + 1e-3)
+        if place.get("clamped") and outside:
+            self.note("a texture that ends at its border is repeated instead")
+        return uv
+
     # materials
 
     def _material(self, number: int | None, colored: bool) -> tuple[Material, dict]:
-        """A material, and where its texture takes its coordinates: texCoord, offset, scale,
-        clamped.
-        """
+        """A material, and how its texture is placed: texCoord, offset, scale, clamped."""
         if number is None:
             return Material((1.0, 1.0, 1.0), linear=True) if colored else Material(GREY), {}
-        material = self._entry("materials", number)
+        material = self.data.entry("materials", number)
         base = material.get("pbrMetallicRoughness", {})
         factor = "baseColorFactor"
         slot = "baseColorTexture"
@@ -341,7 +234,7 @@ class _Reader:
         return Material((r, g, b), min(max(opacity, 0.0), 1.0), texture, linear=True), place
 
     def _texture(self, info: dict, material) -> tuple[np.ndarray, dict]:
-        texture = self._entry("textures", info["index"])
+        texture = self.data.entry("textures", info["index"])
         place = dict(info)
         place |= info.get("extensions", {}).get("KHR_texture_transform", {})
         if place.get("rotation"):
@@ -349,125 +242,30 @@ class _Reader:
                 f"texture of material {material!r} is turned by {place['rotation']}, which is "
                 "not supported"
             )
-        sampler = self._entry("samplers", texture["sampler"]) if "sampler" in texture else {}
+        sampler = {}
+        if "sampler" in texture:
+            sampler = self.data.entry("samplers", texture["sampler"])
         place["clamped"] = {sampler.get("wrapS", REPEAT), sampler.get("wrapT", REPEAT)} != {REPEAT}
-        source = (
-            texture.get("extensions", {})
-            .get("EXT_texture_webp", {})
-            .get("source", texture.get("source"))
-        )
+        webp = texture.get("extensions", {}).get("EXT_texture_webp", {})
+        source = webp.get("source", texture.get("source"))
         if source is None:
             raise ValueError(
                 f"texture of material {material!r} is in no format that can be read: {texture}"
             )
         if source not in self.pictures:
-            image = self._entry("images", source)
-            data = (
-                self._view(image["bufferView"])
-                if "bufferView" in image
-                else self._file(image["uri"])
-            )
-            label = repr(
-                image.get("name")
-                or (image.get("uri", "") if len(image.get("uri", "")) < 99 else "")
-                or source
-            )
-            self.pictures[source] = decode(data, self.name, f"{label} of material {material!r}")
+            self.pictures[source] = self._picture(source, material)
         return self.pictures[source].copy(), place
 
-    # numbers
-
-    def _file(self, uri: str) -> bytes:
-        if uri.startswith("data:"):
-            head, _, body = uri.partition(",")
-            try:
-                return (
-                    base64.b64decode(body, validate=True)
-                    if head.endswith(";base64")
-                    else unquote(body).encode("latin-1")
-                )
-            except binascii.Error as error:
-                raise ValueError(f"data of {head} is not base64: {error}") from error
-        found = find(self.path.parent, unquote(uri))
-        if found is None:
-            raise ValueError(f"{unquote(uri)!r} does not exist")
-        return found.read_bytes()
-
-    def _buffer(self, number: int) -> bytes:
-        if number not in self.buffers:
-            buffer = self._entry("buffers", number)
-            data = (
-                self._file(buffer["uri"])
-                if "uri" in buffer
-                else self.binary
-                if number == 0
-                else None
-            )
-            if data is None:
-                raise ValueError(f"buffer {number} has no data")
-            if len(data) < buffer["byteLength"]:
-                raise ValueError(
-                    f"buffer {number} has {len(data)} of its {buffer['byteLength']} bytes"
-                )
-            self.buffers[number] = data
-        return self.buffers[number]
-
-    def _view(self, number: int) -> bytes:
-        view = self._entry("bufferViews", number)
-        begin = view.get("byteOffset", 0)
-        length = view["byteLength"]
-        data = self._buffer(view["buffer"])[begin : begin + length]
-        if len(data) < length:
-            raise ValueError(f"buffer view {number} has {len(data)} of its {length} bytes")
-        return data
-
-    def _accessor(self, number: int) -> np.ndarray:
-        """[count, width] of integers or, normalised ones included, floats."""
-        entry = self._entry("accessors", number)
-        if entry["componentType"] not in TYPES or entry["type"] not in WIDTHS:
-            raise ValueError(
-                f"accessor {number} is of {entry['componentType']} {entry['type']}, which glTF "
-                "2.0 does not know"
-            )
-        dtype = np.dtype(TYPES[entry["componentType"]])
-        width = WIDTHS[entry["type"]]
-        count = entry["count"]
-        if "bufferView" in entry:
-            stride = (
-                self._entry("bufferViews", entry["bufferView"]).get("byteStride")
-                or dtype.itemsize * width
-            )
-            data = self._view(entry["bufferView"])
-            begin = entry.get("byteOffset", 0)
-            values = _strided(data, begin, count, width, stride, dtype, number)
-        elif count * width > FEW:
-            raise ValueError(f"accessor {number} has {count} rows but no data")
+    def _picture(self, number: int, material) -> np.ndarray:
+        image = self.data.entry("images", number)
+        if "bufferView" in image:
+            data = self.data.view(image["bufferView"])
         else:
-            values = np.zeros((count, width), dtype)
-        if sparse := entry.get("sparse"):
-            rows, new = sparse["indices"], sparse["values"]
-            kind = np.dtype(TYPES[rows["componentType"]])
-            data = self._view(rows["bufferView"])
-            begin = rows.get("byteOffset", 0)
-            count = sparse["count"]
-            at = _strided(data, begin, count, 1, kind.itemsize, kind, number)[:, 0]
-            data = self._view(new["bufferView"])
-            begin = new.get("byteOffset", 0)
-            values[at] = _strided(data, begin, count, width, dtype.itemsize * width, dtype, number)
-        if entry.get("normalized") and dtype.kind in "iu":
-            values = np.maximum(values / np.iinfo(dtype).max, -1.0)
-        return values
-
-
-def _strided(
-    data: bytes, begin: int, count: int, width: int, stride: int, dtype: np.dtype, number: int
-) -> np.ndarray:
-    needed = begin + (stride * (count - 1) + dtype.itemsize * width if count else 0)
-    if needed > len(data) or min(begin, count) < 0:
-        raise ValueError(f"accessor {number} needs {needed} bytes of a buffer view of {len(data)}")
-    if not count:
-        return np.zeros((0, width), dtype)
-    return np.ndarray((count, width), dtype, data, begin, (stride, dtype.itemsize)).copy()
+            data = self.data.file(image["uri"])
+        uri = image.get("uri", "")
+        short_uri = uri if len(uri) < 99 else ""
+        label = repr(image.get("name") or short_uri or number)
+        return decode(data, self.name, f"{label} of material {material!r}")
 
 
 def _triangles(index: np.ndarray, mode: int) -> np.ndarray:
@@ -477,18 +275,12 @@ def _triangles(index: np.ndarray, mode: int) -> np.ndarray:
             raise ValueError(f"{len(index)} indices are no whole number of triangles")
         return index.reshape(-1, 3)
     k = np.arange(max(len(index) - 2, 0))
+    if not len(k):
+        return index[:0].reshape(0, 3)
     if mode == FAN:
-        return (
-            np.stack([index[k * 0], index[k + 1], index[k + 2]], 1)
-            if len(k)
-            else index[:0].reshape(0, 3)
-        )
+        return np.stack([index[k * 0], index[k + 1], index[k + 2]], 1)
     odd = k % 2
-    return (
-        np.stack([index[k], index[k + 1 + odd], index[k + 2 - odd]], 1)
-        if len(k)
-        else index[:0].reshape(0, 3)
-    )
+    return np.stack([index[k], index[k + 1 + odd], index[k + 2 - odd]], 1)
 
 
 def _local(node: dict) -> np.ndarray:

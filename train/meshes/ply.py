@@ -1,7 +1,7 @@
-"""PLY files as triangles: ASCII and binary, polygons, vertex or face colours (display values); z is
-up.
+"""PLY files as triangles: ASCII and binary, polygons, vertex or face colours.
 
-That is how the published datasets, Blender's exporter and train.prepare's own mesh.ply write them.
+Colours are display values, and z is up. That is how the published datasets, Blender's exporter and
+train.prepare's own mesh.ply write them.
 """
 
 import re
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.meshes.intake import MALFORMED, reason
 from train.meshes.surface import GREY, Z_UP, Material, Mesh, assemble
+from train.meshes.untrusted import MALFORMED, reason
 
 TYPES = {
     "char": "i1",
@@ -54,7 +54,8 @@ def read_ply(path: Path) -> Mesh:
         tables = read(body, elements, order)
     except MALFORMED as error:
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
-    vertex, face = tables.get("vertex", {}), tables.get("face", {})
+    vertex = tables.get("vertex", {})
+    face = tables.get("face", {})
     polygons = next((face[field] for field in CORNERS if field in face), [])
     if not {"x", "y", "z"} <= vertex.keys():
         raise ValueError(f"{name} has no vertices with x, y and z")
@@ -135,8 +136,9 @@ def _header(data: bytes) -> tuple[list[_Element], str, bytes]:
 
 
 def _property(element: _Element, words: list[str], line: str) -> None:
-    """Add the property that a header line names; ValueError where it is not of the kind that its
-    name asks for.
+    """Add the property that a header line names.
+
+    Raises ValueError where it is not of the kind that its name asks for.
     """
     is_list = words[0] == "list"
     if len(words) != (4 if is_list else 2) or not set(words[:-1]) - {"list"} <= TYPES.keys():
@@ -213,8 +215,9 @@ def _binary(body: bytes, elements: list[_Element], order: str) -> dict[str, dict
 
 
 def _rows(body: bytes, at: int, element: _Element, order: str) -> tuple[dict, int]:
-    """Columns of an element that begins at byte `at`, and where it ends. Rows of one length are
-    read in one go.
+    """Read the columns of an element that begins at byte `at`, and where it ends.
+
+    Rows of one length are read in one go.
     """
     sizes = {}
     here = at

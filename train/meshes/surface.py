@@ -1,13 +1,11 @@
-"""What a mesh file holds, whatever its format: flat triangles with colours; and what the readers of
-all formats share.
-"""
+"""Triangles with colours, whatever the file's format, and what the readers of formats share."""
 
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from train.meshes.intake import TEXTURES, load_picture, open_picture
+from train.meshes.untrusted import TEXTURES, load_picture, open_picture
 
 HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
@@ -18,8 +16,9 @@ Z_UP = np.eye(3)
 
 @dataclass
 class Material:
-    """What colours a surface: `texture` (rows from the top, uint8 RGBA [H, W, 4]) times `color` and
-    `opacity`.
+    """The colour of a surface: a texture times `color` and `opacity`.
+
+    `texture` is uint8 RGBA [H, W, 4], rows from the top.
     """
 
     color: tuple[float, float, float] = GREY
@@ -46,8 +45,9 @@ class Mesh:
 def assemble(
     name: str, vertices, faces, normals, uv, tint, material, materials, notes=(), up=Y_UP
 ) -> Mesh:
-    """Checks shared by all formats, unused vertices dropped, turned to z-up. A ValueError names the
-    file.
+    """Check triangles, drop unused vertices and turn the mesh to z-up.
+
+    Shared by the readers of all formats. Raises ValueError that names the file.
     """
     if len(faces) == 0:
         raise ValueError(f"{name} has no faces")
@@ -83,11 +83,10 @@ def _finite(values) -> np.ndarray:
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """A file that another one names, with either slash and in any case: such files travelled
-    through Windows.
+    """Find a file that another one names, with either slash and in any case.
 
-    An absolute path is of the author's machine: only the file of that name beside the mesh is taken
-    for it.
+    Such files travelled through Windows. An absolute path is of the author's machine: only the file
+    of that name beside the mesh is taken for it.
     """
     path = PurePosixPath(name.strip().strip('"').replace("\\", "/"))
     absolute = path.is_absolute() or PureWindowsPath(path).drive
@@ -102,8 +101,9 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def decode(data: Path | bytes, owner: str, name: str) -> np.ndarray:
-    """A picture as uint8 RGBA [H, W, 4]; ValueError, "OWNER: texture NAME ...", where it cannot be
-    read.
+    """Decode a picture: uint8 RGBA [H, W, 4].
+
+    Raises ValueError, "OWNER: texture NAME ...", where it cannot be read.
     """
     try:
         with open_picture(data, TEXTURES) as image:

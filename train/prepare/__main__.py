@@ -1,4 +1,4 @@
-"""python -m train.prepare"""
+"""The command `python -m train.prepare`."""
 
 import sys
 

@@ -1,15 +1,14 @@
-"""Views of a textured mesh by exact ray casts (Embree through embreex): RGBA images and the surface
-points behind them.
+"""Render views of a textured mesh by exact ray casts (Embree, through embreex).
 
-Light does not move with the camera: a key light, a top and a bottom light as wide as the sky, and
-0.3 of ambient; both sides of every face reflect, by Lambert's law, without shadows. Light
-multiplies display values, and so do an OBJ's colours; glTF's base colour is first made in linear
-light, as its specification says.
+A view is an RGBA image and the surface points behind it. Light does not move with the camera: a key
+light, a top and a bottom light as wide as the sky, and 0.3 of ambient; both sides of every face
+reflect, by Lambert's law, without shadows. Light multiplies display values, and so do an OBJ's
+colours; glTF's base colour is first made in linear light, as its specification says.
 """
 
 import numpy as np
 
-from train.meshes.read import Mesh
+from train.meshes.surface import Mesh
 
 RADIUS = 2.0
 FOV = np.deg2rad(40)
@@ -26,11 +25,10 @@ RAYS = 1 << 18  # rays cast at once: some 100 MB of intermediates
 
 
 def direction(i: int, count: int, r0: float = 0.0, r1: float = 0.0) -> tuple[float, float]:
-    """(yaw, pitch) in radians of quasi-random view i of `count`, offsets r0, r1 in [0, 1) drawn
-    once per object.
+    """Direction (yaw, pitch) in radians of quasi-random view i of `count`.
 
-    The Hammersley sequence of TRELLIS's render.py with its remap, which leaves a quarter of the
-    views below the horizon.
+    The offsets r0, r1 in [0, 1) are drawn once per object. The Hammersley sequence of TRELLIS's
+    render.py with its remap, which leaves a quarter of the views below the horizon.
     """
     u = (i + r0) / count
     v = r1
@@ -44,8 +42,9 @@ def direction(i: int, count: int, r0: float = 0.0, r1: float = 0.0) -> tuple[flo
 
 
 def camera_to_world(yaw: float, pitch: float) -> np.ndarray:
-    """[4, 4] Blender pose at RADIUS that looks at the origin: x right, y up, the view along -z; the
-    world's z points up.
+    """Blender pose [4, 4] at RADIUS that looks at the origin.
+
+    x points right, y up, the view goes along -z; the world's z points up.
     """
     back = np.array([np.cos(yaw) * np.cos(pitch), np.sin(yaw) * np.cos(pitch), np.sin(pitch)])
     right = np.array([-np.sin(yaw), np.cos(yaw), 0.0])  # z x back, also where the view is vertical
@@ -75,8 +74,7 @@ class Caster:
     def render(
         self, pose: np.ndarray, size: int, samples: int
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """One view: RGBA uint8 [size, size, 4] with straight alpha, and the surface points that it
-        shows.
+        """Render a view: RGBA uint8 [size, size, 4], straight alpha, and the surface points in it.
 
         `samples` x `samples` rays a pixel under a box filter one pixel wide; alpha is coverage,
         colour is un-premultiplied. The points are (position [M, 3], weight [M] = share of a pixel,
@@ -107,8 +105,9 @@ class Caster:
         return image, gathered
 
     def _cast(self, origin: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, list]:
-        """Premultiplied RGBA [N, 4] of N rays, front to back through transparent layers, and each
-        layer's points.
+        """Cast N rays front to back through transparent layers.
+
+        Returns premultiplied RGBA [N, 4], and each layer's points.
         """
         result = np.zeros((len(ray), 4))
         through = np.ones(len(ray))
@@ -139,8 +138,9 @@ class Caster:
         return result, hits
 
     def _shade(self, face: np.ndarray, u: np.ndarray, v: np.ndarray, ray: np.ndarray):
-        """Lit colour [M, 3], opacity [M] and normal [M, 3] towards the viewer where rays [M, 3]
-        meet faces at (u, v).
+        """Shade the points where rays [M, 3] meet faces at (u, v).
+
+        Returns lit colour [M, 3], opacity [M] and normal [M, 3] towards the viewer.
         """
         corner = np.stack([1 - u - v, u, v], 1)
         mesh = self.mesh
@@ -184,17 +184,18 @@ def to_display(light: np.ndarray) -> np.ndarray:
 
 
 def sample(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """Bilinear look-up of uv [M, 2] (wraps, v upwards) in an RGBA uint8 texture [H, W, 4]: straight
-    RGBA [M, 4] in [0, 1].
+    """Look up uv [M, 2] in an RGBA uint8 texture [H, W, 4]: straight RGBA [M, 4] in [0, 1].
 
-    Texels are weighted by their alpha, so that the colour hidden in transparent ones does not bleed
-    out.
+    Bilinear; uv wraps, with v upwards. Texels are weighted by their alpha, so that the colour
+    hidden in transparent ones does not bleed out.
     """
     H, W = texture.shape[:2]
     x = (uv[:, 0] % 1) * W - 0.5
     y = (1 - uv[:, 1] % 1) * H - 0.5
-    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-    fx, fy = x - x0, y - y0
+    x0 = np.floor(x).astype(np.int64)
+    y0 = np.floor(y).astype(np.int64)
+    fx = x - x0
+    fy = y - y0
     total = np.zeros((len(uv), 4))
     for dy, wy in ((0, 1 - fy), (1, fy)):
         for dx, wx in ((0, 1 - fx), (1, fx)):

@@ -1,9 +1,8 @@
-"""Surface voxels of a mesh, and `rgb` features that need no network: what the training views saw of
-each voxel.
+"""Surface voxels of a mesh, and `rgb` features that need no network.
 
-A cell of the R^3 grid over [-0.5, 0.5]^3 is active where a triangle meets its closed box; touching
-counts, so a wall in a cell plane activates both sides, and the interior stays empty (the rule of
-TRELLIS's voxelize.py).
+The features are what the training views saw of each voxel. A cell of the R^3 grid over [-0.5,
+0.5]^3 is active where a triangle meets its closed box; touching counts, so a wall in a cell plane
+activates both sides, and the interior stays empty (the rule of TRELLIS's voxelize.py).
 
 Channels of `rgb` features, 50 a voxel. Sub-cell s = 4 x + 2 y + z, each 0 or 1, of the 2 x 2 x 2
 halves of the voxel:
@@ -33,20 +32,17 @@ NEAR = np.stack(np.meshgrid(*[[0, 1, 2]] * 3, indexing="ij"), -1).reshape(27, 3)
 
 
 def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
-    """Cells [V, 3] int32, in (x, y, z) order, that the triangles vertices [P, 3], faces [F, 3]
-    meet; the cube clips vertices.
+    """Find the cells [V, 3] int32 that triangles meet, in (x, y, z) order.
 
-    Each triangle starts in at most 27 blocks of its own size, and blocks that it meets are halved
-    until they are cells, so the work follows the surface: 200k faces take seconds at 64^3, and a
-    diagonal through the cube is no worse.
+    vertices [P, 3] are clipped to the cube; faces [F, 3]. Each triangle starts in at most 27 blocks
+    of its own size, and blocks that it meets are halved until they are cells, so the work follows
+    the surface: 200k faces take seconds at 64^3, and a diagonal through the cube is no worse.
     """
     if not 1 <= resolution <= 1024:
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
     limit = 0.5 - 1e-6
-    # in cells
-    triangles = ((np.clip(np.asarray(vertices, np.float64), -limit, limit) + 0.5) * resolution)[
-        faces
-    ]
+    clipped = np.clip(np.asarray(vertices, np.float64), -limit, limit)
+    triangles = ((clipped + 0.5) * resolution)[faces]  # in cells
     extent = np.ptp(triangles, axis=1).max(1)
     # a block is 2^level cells wide, not less than the triangle
     level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)
@@ -65,7 +61,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         pairs = np.concatenate([pairs.repeat(8), owner])
         blocks = np.concatenate([children, first[inside]])
         keep = (blocks * size < resolution).all(1)
-        pairs, blocks = pairs[keep], blocks[keep]
+        pairs = pairs[keep]
+        blocks = blocks[keep]
         meets = [
             _overlap(
                 triangles[pairs[i : i + PAIRS]], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size
@@ -73,7 +70,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
             for i in range(0, len(pairs), PAIRS)
         ]
         keep = np.concatenate(meets) if meets else np.zeros(0, bool)
-        pairs, blocks = pairs[keep], blocks[keep]
+        pairs = pairs[keep]
+        blocks = blocks[keep]
     hits = np.unique(cell_id(blocks, resolution))
     return np.stack(
         [hits // resolution**2, hits // resolution % resolution, hits % resolution], -1
@@ -87,10 +85,9 @@ def cell_id(cells: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _overlap(triangles: np.ndarray, centers: np.ndarray, half: float) -> np.ndarray:
-    """Which of T triangles [T, 3, 3] meet their closed cube (centre [T, 3], half side): 13
-    separating axes in float64.
+    """Test T triangles [T, 3, 3] against their closed cubes (centre [T, 3], half side): [T].
 
-    Akenine-Moller, "Fast 3D triangle-box overlap testing", 2001.
+    13 separating axes in float64. Akenine-Moller, "Fast 3D triangle-box overlap testing", 2001.
     """
     t = triangles - centers[:, None]
     meets = ((t.min(1) <= half) & (t.max(1) >= -half)).all(-1)
@@ -99,7 +96,8 @@ def _overlap(triangles: np.ndarray, centers: np.ndarray, half: float) -> np.ndar
     meets &= np.abs((normal * t[:, 0]).sum(-1)) <= half * np.abs(normal).sum(-1)
     for i in range(3):  # the cross products of the box's axes with the triangle's edges
         for axis in range(3):
-            a, b = (axis + 1) % 3, (axis + 2) % 3
+            a = (axis + 1) % 3
+            b = (axis + 2) % 3
             p = edges[:, i, None, a] * t[:, :, b] - edges[:, i, None, b] * t[:, :, a]
             radius = half * (np.abs(edges[:, i, a]) + np.abs(edges[:, i, b]))
             meets &= (p.min(1) <= radius) & (p.max(1) >= -radius)
@@ -110,8 +108,9 @@ class Features:
     """Accumulates `rgb` features (the table above) of one grid, one view after the other."""
 
     def __init__(self, cells: np.ndarray, sub_cells: np.ndarray, resolution: int):
-        """cells [V, 3] of `voxelize(..., resolution)`, sub_cells of `voxelize(..., 2 *
-        resolution)`.
+        """Take cells [V, 3] at `resolution`, and sub_cells at twice that resolution.
+
+        Both are of `voxelize`.
         """
         self.cells = cells
         self.resolution = resolution
@@ -127,8 +126,9 @@ class Features:
         self.occupied[row[known] * 8 + s[known]] = 1
 
     def _rows(self, sub_cells: np.ndarray):
-        """Row of the voxel and number 0 to 7 within it for each sub-cell [M, 3]; known [M] says
-        where a voxel exists.
+        """Locate sub-cells [M, 3]: the row of the voxel, and the number 0 to 7 within it.
+
+        `known` [M] says where a voxel exists.
         """
         ids = cell_id(sub_cells // 2, self.resolution)
         row = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
@@ -137,8 +137,9 @@ class Features:
     def add_view(
         self, points: np.ndarray, weights: np.ndarray, colors: np.ndarray, normals: np.ndarray
     ) -> None:
-        """One view's surface points [M, 3] in the unit cube with weight [M] (share of a pixel),
-        colour and normal [M, 3].
+        """Add the surface points [M, 3] of a view, in the unit cube.
+
+        Each has a weight [M] (share of a pixel), a colour and a normal [M, 3].
         """
         self.views += 1
         position = (points + 0.5) * self.resolution
@@ -146,7 +147,9 @@ class Features:
         row, s, known = self._rows(sub_cell)
         # rounding can put a point beyond the face of the last cell it belongs to
         known &= self.occupied[row * 8 + s] > 0
-        row, s, w = row[known], s[known], weights[known]
+        row = row[known]
+        s = s[known]
+        w = weights[known]
         offset = (position[known] - sub_cell[known] // 2 - 0.5).clip(-0.5, 0.5)
         values = (
             np.concatenate([colors[known], normals[known], offset, np.ones((len(w), 1))], 1)

@@ -1,1 +1,1 @@
-"""A run's folder, checkpoints, log, threads and ends."""
+"""The parts of a run: folder, checkpoints, latents, reports, threads, device and resuming."""

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.files import whole
 from models.finite import NotFinite, check_finite, finite
-from train.files import whole
 
 KEEP = 3
 
@@ -28,17 +28,19 @@ def save(
     keep: int = KEEP,
     doubtful: bool = False,
 ) -> Path:
-    """Write FOLDER/step_NNNNNNNN.safetensors; delete all but the newest `keep` and what a killed
-    run left; returns the file.
+    """Write FOLDER/step_NNNNNNNN.safetensors and delete old checkpoints; returns the file.
 
-    The newest sound one is never deleted. The data reach the disk under another name before the
-    file takes its own, so a crash or a full disk leaves the previous checkpoints as they were.
-    Raises OSError that names the file and the newest complete checkpoint, ValueError that names the
-    first tensor which is not finite: then nothing is written or deleted.
+    The newest `keep` stay, and what a killed run left is deleted too. The newest sound one is never
+    deleted. The data reach the disk under another name before the file takes its own, so a crash or
+    a full disk leaves the previous checkpoints as they were. Raises OSError that names the file and
+    the newest complete checkpoint, ValueError that names the first tensor which is not finite: then
+    nothing is written or deleted.
     """
     file = path(folder, step)
-    check_finite(tensors, f"{file} is not saved")
-    metadata = {"state": json.dumps(dict(state))} | ({"doubtful": "yes"} if doubtful else {})
+    check(folder, step, tensors)
+    metadata = {"state": json.dumps(dict(state))}
+    if doubtful:
+        metadata["doubtful"] = "yes"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole(file) as partial:
@@ -54,18 +56,23 @@ def save(
     return file
 
 
+def check(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NotFinite that names the first tensor which may not be saved, as `save` does."""
+    check_finite(tensors, f"{path(folder, step)} is not saved")
+
+
 def path(folder: Path, step: int) -> Path:
-    """The file of a step's checkpoint."""
+    """Name the file of a step's checkpoint."""
     return folder / f"step_{step:08d}.safetensors"
 
 
 def files(folder: Path) -> list[Path]:
-    """All checkpoints, the newest last."""
+    """List all checkpoints, the newest last."""
     return sorted(folder.glob("step_*.safetensors"))
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint whose file is whole and not doubtful; None where there is none."""
+    """Find the newest checkpoint that is whole and not doubtful; None where there is none."""
     for file in reversed(files(folder)):
         try:
             with safe_open(file, framework="pt") as content:
@@ -78,14 +85,14 @@ def newest_sound(folder: Path) -> Path | None:
 
 
 def newest(folder: Path) -> Path:
-    """The checkpoint with the most steps; ValueError where there is none."""
+    """Find the checkpoint with the most steps; ValueError where there is none."""
     if not (found := files(folder)):
         raise ValueError(f"{folder} holds no checkpoint")
     return found[-1]
 
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) and the state that `save` was given.
+    """Read the tensors (to the CPU) and the state that `save` was given.
 
     Raises ValueError that names a file which cannot be read, or its first tensor that is not
     finite, the newest older checkpoint that is whole, and how to go on from there.
@@ -122,7 +129,7 @@ def _older(file: Path) -> str:
 
 
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix.`, without it."""
+    """Select the tensors under `prefix.`, without it in their names."""
     return {
         name.removeprefix(prefix + "."): t
         for name, t in tensors.items()

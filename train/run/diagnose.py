@@ -1,4 +1,4 @@
-"""Where a training step stops being finite: the step once more, every layer watched."""
+"""Find where a training step stops being finite: repeat it, and watch every layer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from train.files import LEFTOVERS, sweep
+from models.files import PARTIAL
 
 LOCK = ".lock"
 
@@ -25,20 +25,16 @@ def locked(folder: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             raise ValueError(f"run folder {folder} is in use by another process") from error
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSYS,
-                errno.ENOLCK,
-                errno.EOPNOTSUPP,
-            ):  # file systems that know no locks
+            # some file systems know no locks
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
         try:
             sweep(folder)
             yield folder
         finally:
+            # closing is not enough where data workers still have it open
             with suppress(OSError):
-                fcntl.flock(
-                    file, fcntl.LOCK_UN
-                )  # closing is not enough where data workers still have it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
@@ -66,11 +62,8 @@ def new_folder(script: str, out: str | None) -> Iterator[Path]:
 def _check_empty(folder: Path) -> None:
     if not folder.is_dir():
         return
-    if [
-        file
-        for file in folder.iterdir()
-        if file.name != LOCK and not LEFTOVERS.fullmatch(file.name)
-    ]:
+    others = (file.name for file in folder.iterdir() if file.name != LOCK)
+    if not all(LEFTOVERS.fullmatch(name) for name in others):
         raise ValueError(
             f"--out {folder} is not empty: choose another folder, or continue that run with "
             f"--resume {folder}"
@@ -79,11 +72,9 @@ def _check_empty(folder: Path) -> None:
 
 def _numbered(parent: Path, script: str) -> Path:
     """Make the next PARENT/SCRIPT-NNN: of runs that start at once, each gets its own."""
-    taken = [
-        int(m[1])
-        for p in parent.glob(f"{script}-*")
-        if (m := re.fullmatch(rf"{script}-(\d+)", p.name))
-    ]
+    names = (path.name for path in parent.glob(f"{script}-*"))
+    matches = (re.fullmatch(rf"{script}-(\d+)", name) for name in names)
+    taken = [int(match[1]) for match in matches if match]
     for number in count(max(taken, default=0) + 1):
         folder = parent / f"{script}-{number:03d}"
         try:
@@ -91,3 +82,22 @@ def _numbered(parent: Path, script: str) -> Path:
             return folder
         except FileExistsError:
             continue
+
+
+# of what a run writes, by the path in its folder; the last line are names of earlier versions
+LEFTOVERS = re.compile(
+    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
+    r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
+    r"|latents/\w+/[^/]+\.safetensors\.\d+"
+    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
+)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a run that was killed while it wrote has left in its folder, and nothing else.
+
+    This process must hold the folder: another run's are files in the making.
+    """
+    for file in folder.rglob(f"*{PARTIAL}"):
+        if LEFTOVERS.fullmatch(file.relative_to(folder).as_posix()) and file.is_file():
+            file.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
-"""A trained encoder, frozen: latents are its posterior means, fp32, made once for each object and
-kept on disk.
+"""Latents of a frozen encoder, made once for each object and kept on disk.
+
+They are its posterior means in fp32.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,16 +17,16 @@ from torch import Tensor
 import models
 from kernels import to_device
 from models import Encoder, SparseTensor
-from train.data.dataset import Batch
-from train.files import whole
+from models.files import whole
+from train.data.batch import Batch
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
-    """The frozen encoder at a checkpoint prefix, or of a finished run's folder, and the sha256 of
-    its weights' file.
+    """Load the frozen encoder, with the sha256 of its weights' file.
 
-    Raises ValueError for another kind of model, for one of other feature channels or another
-    resolution, and for a run without an encoder of its own.
+    `path` is a checkpoint prefix, or the folder of a finished run. Raises ValueError for another
+    kind of model, for one of other feature channels or another resolution, and for a run without an
+    encoder of its own.
     """
     path = Path(path)
     prefix = path / "checkpoints" / "encoder" if path.is_dir() else path
@@ -39,24 +41,21 @@ def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Enco
     ):
         if own != given:
             raise ValueError(f"{prefix}.json takes features of {what} {own}, the data has {given}")
-    return encoder.eval().requires_grad_(False), hashlib.sha256(
-        Path(f"{prefix}.safetensors").read_bytes()
-    ).hexdigest()
+    digest = hashlib.sha256(Path(f"{prefix}.safetensors").read_bytes()).hexdigest()
+    return encoder.eval().requires_grad_(False), digest
 
 
 def _why_not(config: Path) -> str:
     if not config.is_file():
         return "it is not a run folder"
     encoder = json.loads(config.read_text()).get("encoder")
-    return (
-        f"it was trained on that of --encoder {encoder}"
-        if encoder
-        else "the run is not finished, --resume it"
-    )
+    if encoder:
+        return f"it was trained on that of --encoder {encoder}"
+    return "the run is not finished, --resume it"
 
 
 class Latents:
-    """Batch -> latents [N, latent] on its voxels, from FOLDER/<object>.safetensors.
+    """A map from batches to latents [N, latent] on their voxels, kept as FOLDER/OBJECT.safetensors.
 
     An object that is not there yet is encoded alone, so its latents do not depend on the batch it
     first appears in. Raises ValueError that names a cached file which is truncated or belongs to
@@ -75,18 +74,20 @@ class Latents:
         parts = zip(batch.names, x.split(), x.coords.split(x.cache.counts), strict=True)
         return x.replace(torch.cat([self._latents(*part) for part in parts]))
 
+    def _made(self, file: Path, features: Tensor, coords: Tensor) -> Tensor:
+        """Encode an object, and keep its latents."""
+        alone = F.pad(coords[:, 1:], (1, 0))
+        mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
+        kept = {"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}
+        own = str(os.getpid())  # ranks may meet the same object at once
+        with whole(file, sync=False, tag=own) as partial:
+            save_file(kept, partial)
+        return mean
+
     def _latents(self, name: str, features: Tensor, coords: Tensor) -> Tensor:
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
-            alone = torch.cat([torch.zeros_like(coords[:, :1]), coords[:, 1:]], dim=1)
-            mean = self.encoder(SparseTensor(features, alone, 1)).mean.float()
-            own = str(os.getpid())  # ranks may meet the same object at once
-            with whole(file, sync=False, tag=own) as partial:
-                save_file(
-                    {"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()},
-                    partial,
-                )
-            return mean
+            return self._made(file, features, coords)
         try:
             saved = load_file(file)
         except SafetensorError as error:
@@ -97,10 +98,10 @@ class Latents:
             raise ValueError(
                 f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords"
             )
-        as_many = len(saved["coords"]) == len(coords)
-        if not as_many or not (
-            name in self._known or torch.equal(saved["coords"], coords[:, 1:].cpu())
-        ):
+        fits = len(saved["coords"]) == len(coords)
+        if fits and name not in self._known:
+            fits = torch.equal(saved["coords"], coords[:, 1:].cpu())
+        if not fits:
             raise ValueError(
                 f"{file} holds {len(saved['coords'])} voxels that are not the object's "
                 f"{len(coords)}"

@@ -1,6 +1,4 @@
-"""Where a run runs: its device, its place among the ranks that torchrun started, its seeds, and how
-it is told to stop.
-"""
+"""The device of a run, its ranks, its seeds, and the signals that stop it."""
 
 import ctypes
 import os
@@ -18,13 +16,16 @@ from torch import Tensor
 
 from train.run.threads import Threads
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's names for these settings, M_...
+# glibc's settings M_TRIM_THRESHOLD and M_MMAP_MAX
+TRIM_THRESHOLD = -1
+MMAP_MAX = -4
 FREE = 1 << 30  # bytes of freed memory that a process keeps at the end of its heap
-HUGE_PAGES, HUGE_PAGE = 14, 1 << 21  # Linux's advice MADV_HUGEPAGE; bytes of such a page
+HUGE_PAGES = 14  # Linux's advice MADV_HUGEPAGE
+HUGE_PAGE = 1 << 21  # bytes
 
 
 def world_size() -> int:
-    """How many ranks torchrun started; 1 without it."""
+    """The number of ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -38,25 +39,25 @@ class Machine:
     threads: Threads | None = None  # that torch computes with on the CPU
 
     @property
-    def leads(self) -> bool:
-        """Whether this rank writes files and prints."""
+    def is_main(self) -> bool:
+        """True on the rank that writes files and prints."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks."""
+        """Average over all ranks."""
         if self.world > 1:
             dist.all_reduce(values)
         return values / self.world
 
-    def agree(self, value):
-        """Rank 0's value on every rank."""
+    def broadcast(self, value):
+        """Give rank 0's value to every rank."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def every(self, value) -> list:
-        """The values of all ranks, in their order, on every rank."""
+    def gather(self, value) -> list:
+        """Give the values of all ranks, in their order, to every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
@@ -84,7 +85,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def keep_freed_memory() -> bool:
-    """Keep what is freed for the next tensors; whether the C library could be told, as glibc can.
+    """Keep freed memory for the next tensors; returns whether the C library can, as glibc does.
 
     By default glibc returns large tensors to the system, which then zeroes every page of the next
     ones: that takes longer than most arithmetic on them. What the user set (MALLOC_...) stands.
@@ -100,16 +101,17 @@ def keep_freed_memory() -> bool:
 
 
 def _grow_heap(library: ctypes.CDLL, size: int) -> None:
-    """Add `size` bytes to the heap, of huge pages where Linux gives them when asked: a step on a
-    CPU walks through its memory a few times, and addresses of small pages take 6 % of it.
+    """Add `size` bytes to the heap, of huge pages where Linux gives them when asked.
 
-    Pages that are never used take no memory.
+    A step on a CPU walks through its memory a few times, and addresses of small pages take 6 % of
+    it. Pages that are never used take no memory.
     """
     address = ctypes.c_void_p
     library.sbrk.restype = library.malloc.restype = address
     end = library.sbrk(0)
     block = library.malloc(ctypes.c_size_t(size))
-    first, last = -(-end // HUGE_PAGE) * HUGE_PAGE, library.sbrk(0)
+    first = -(-end // HUGE_PAGE) * HUGE_PAGE
+    last = library.sbrk(0)
     if last > first:  # otherwise it had the room, or got none
         library.madvise(address(first), ctypes.c_size_t(last - first), HUGE_PAGES)
     library.free(address(block))
@@ -117,8 +119,9 @@ def _grow_heap(library: ctypes.CDLL, size: int) -> None:
 
 @contextmanager
 def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine]:
-    """Join the ranks, if torchrun started several, and leave them at the end; ValueError for a
-    device that is absent.
+    """Join the ranks, if torchrun started several, and leave them at the end.
+
+    Raises ValueError for a device that is absent.
     """
     chosen = _device(device)
     rank = int(os.environ.get("RANK", 0))
@@ -147,8 +150,9 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
 
 
 def seed_of(*numbers: int) -> int:
-    """A 63-bit seed from several numbers: neighbouring steps or objects get unrelated random
-    streams.
+    """Make a 63-bit seed from several numbers.
+
+    Neighbouring steps or objects get unrelated random streams.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
@@ -167,8 +171,9 @@ def seed_all(*numbers: int) -> None:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the run to stop after the step that is under way; a second Ctrl-C
-    stops at once.
+    """Catch Ctrl-C and SIGTERM, so that the run stops after the step under way.
+
+    A second Ctrl-C stops at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

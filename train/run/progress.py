@@ -1,4 +1,4 @@
-"""How far a long command is: a bar in a terminal; elsewhere a line now and then."""
+"""The progress of a long command: a bar in a terminal; elsewhere a line now and then."""
 
 import sys
 import time

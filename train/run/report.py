@@ -1,4 +1,4 @@
-"""What a run shows: the header, notes on its progress, log.jsonl, sample pictures and curves."""
+"""Reports of a run: header, progress notes, log.jsonl, sample pictures and curves."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from einops import repeat
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,8 +18,8 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from kernels import backend
+from models.files import whole, write_whole
 from train.config import OPTIMIZERS, Config
-from train.files import whole, write_whole
 from train.run.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
@@ -29,8 +30,8 @@ MARGIN = 58
 LEAST = 96  # pixels of an image there, so that its caption fits
 
 
-def recipe(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
-    """The loss as a sum, then what is off and why."""
+def formula(weights: Mapping[str, float], off: Mapping[str, str]) -> str:
+    """Write the loss as a sum, then the terms that are off and why."""
     total = " + ".join(
         name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()
     )
@@ -50,9 +51,9 @@ def header(
     parts = {
         part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()
     }
-    schedule = f"{config.lr:g}" + (
-        f", cosine to {config.lr * config.final_lr:g}" if config.final_lr < 1 else " constant"
-    )
+    schedule = f"{config.lr:g} constant"
+    if config.final_lr < 1:
+        schedule = f"{config.lr:g}, cosine to {config.lr * config.final_lr:g}"
     lines = {
         "run": f"{script}, preset {config.preset}, seed {config.seed}"
         + (", deterministic" if config.deterministic else ""),
@@ -76,13 +77,13 @@ def header(
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
 
 
-def finite(row: Mapping) -> dict:
-    """The row as JSON can hold it: None instead of a number that is not finite."""
+def jsonable(row: Mapping) -> dict:
+    """Replace numbers that are not finite by None, for JSON cannot hold them."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def note(row: Mapping[str, float]) -> str:
-    """What the progress line says of a step: loss, PSNR, voxels per second, skipped steps."""
+    """Note for the progress line: loss, PSNR, voxels per second, skipped steps."""
     parts = [f"loss {row['loss']:.4f}", f"psnr {row['psnr']:.2f}"]
     parts.append(f"{row['voxels_per_second']:,.0f} voxels/s")
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
@@ -127,7 +128,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row; what is not a finite number is written as null."""
-        clean = finite(row)
+        clean = jsonable(row)
         try:
             self.stream.write(json.dumps(clean) + "\n")
         except OSError as error:
@@ -146,23 +147,18 @@ class Log:
 
 
 def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file: Path) -> None:
-    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions; small
-    images are enlarged.
+    """Write named rows of images, each [V, 3, H, W] in [0, 1], as one PNG with V captions.
+
+    Small images are enlarged.
     """
     zoom = -(-LEAST // next(iter(rows.values())).shape[-1])
-    grid = torch.cat(
-        [torch.cat(list(row.detach().float().cpu()), dim=2) for row in rows.values()], dim=1
-    )
-    pixels = (
-        (grid.clamp(0, 1) * 255)
-        .round()
-        .byte()
-        .permute(1, 2, 0)
-        .numpy()
-        .repeat(zoom, 0)
-        .repeat(zoom, 1)
-    )
-    height, width = pixels.shape[0] // len(rows), pixels.shape[1] // len(columns)
+    grid = torch.stack([row.detach().float().cpu() for row in rows.values()])
+    grid = (grid.clamp(0, 1) * 255).round().byte()
+    pixels = repeat(
+        grid, "rows v c h w -> (rows h tall) (v w wide) c", tall=zoom, wide=zoom
+    ).numpy()
+    height = pixels.shape[0] // len(rows)
+    width = pixels.shape[1] // len(columns)
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), TEXT)
     least = MARGIN + int(font.getlength(title))
     sheet = Picture.new(
@@ -185,16 +181,19 @@ def picture(rows: Mapping[str, Tensor], columns: Sequence[str], title: str, file
 
 def _smoothed(values: Sequence[float | None], width: int) -> list[float]:
     """The mean of the last `width` values that are there, nan where none is."""
-    means, window = [], []
+    means = []
+    window = []
     for value in values:
-        window = [*window, *([] if value is None else [value])][-width:]
+        if value is not None:
+            window = [*window, value][-width:]
         means.append(sum(window) / len(window) if window else float("nan"))
     return means
 
 
 def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) -> None:
-    """Draw the loss with its weighted terms (log scale) and the PSNR of the training views against
-    the step.
+    """Draw loss and PSNR of the training views against the step.
+
+    The loss has its weighted terms beside it, on a log scale.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)

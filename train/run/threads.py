@@ -1,4 +1,4 @@
-"""How many threads torch computes with on a CPU: as many as do not harm.
+"""Choose the number of threads that torch computes with on a CPU.
 
 Threads of OpenMP spin where one of them waits for its core: beside a single other busy process two
 threads on two cores are ten to a hundred times slower than one, and where tensors are small they
@@ -33,10 +33,10 @@ class Threads:
 
 
 def available(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: those it is bound to, within the quota of its cgroup; at
-    least 1.
+    """Count the CPUs that this process may use, at least 1.
 
-    `root` is where proc and sys are found.
+    They are those it is bound to, within the quota of its cgroup. `root` is where proc and sys are
+    found.
     """
     bound = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -45,9 +45,7 @@ def available(root: Path = Path("/")) -> int:
 
 
 def _quota(root: Path) -> float:
-    """CPUs' worth of time that the cgroup and those above it leave, infinite where nothing limits
-    it.
-    """
+    """CPU time that the cgroup and those above it leave, in CPUs; infinite without a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -79,11 +77,10 @@ def _limit(group: Path) -> float:
 
 
 def choose(wanted: int, activations: int, environment: Mapping[str, str], cpus: int) -> Threads:
-    """The threads of a run: `wanted` of the flag or the record (0: none), else the user's
-    environment, else by size.
+    """Choose the threads of a run: by the flag, else by the environment, else by size.
 
-    `activations` are the numbers that a layer makes in one micro-batch. Only the environment may
-    exceed `cpus`.
+    `wanted` is the number of the flag or of the record (0: none). `activations` are the numbers
+    that a layer makes in one micro-batch. Only the environment may exceed `cpus`.
     """
     if wanted > cpus:
         return Threads(

@@ -1,6 +1,4 @@
-"""The door for files from strangers: what malformed ones raise, how their parts are checked, which
-pictures are opened.
-"""
+"""Read untrusted files: errors of malformed ones, checks of their parts, formats of pictures."""
 
 import struct
 import warnings
@@ -35,15 +33,13 @@ NAMES = {int: "a whole number from 0 up", str: "text", list: "a list", dict: "an
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, with its kind where the text alone would say little."""
+    """Word an error, with its kind where the text alone would say little."""
     text = str(error)
     if isinstance(error, KeyError):
         return f"it has no {text}"
-    return (
-        text
-        if text and isinstance(error, ValueError | OSError)
-        else f"{type(error).__name__}: {text}".removesuffix(": ")
-    )
+    if text and isinstance(error, ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @contextmanager
@@ -58,29 +54,31 @@ def reading(name: str) -> Iterator[None]:
 
 
 def expect(value, kind: type, where: str):
-    """`value`, if it is of that kind (of NAMES; numbers are not negative), else a ValueError that
-    says where it stands.
+    """Return `value` if it is of that kind, one of NAMES; numbers are not negative.
+
+    Raises ValueError that says where it stands.
     """
     if type(value) is not kind or (kind is int and value < 0):
         shown = repr(value)
-        raise ValueError(
-            f"{where} is {shown if len(shown) < 60 else shown[:60] + '...'}, not {NAMES[kind]}"
-        )
+        if len(shown) >= 60:
+            shown = f"{shown[:60]}..."
+        raise ValueError(f"{where} is {shown}, not {NAMES[kind]}")
     return value
 
 
 def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:
-    """A picture of one of these formats, its pixels not yet decoded: others run programs (EPS) or
-    are rarely tested.
+    """Open a picture of one of these formats, its pixels not yet decoded.
 
-    What counts is the content, not the name. ValueError for another format, for over 179 million
-    pixels (Pillow's limit) and for what is damaged.
+    Other formats run programs (EPS) or are rarely tested. What counts is the content, not the name.
+    ValueError for another format, for over 179 million pixels (Pillow's limit) and for what is
+    damaged.
     """
     try:
         with warnings.catch_warnings():
             # from half of that limit on
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
+            source = BytesIO(data) if isinstance(data, bytes) else data
+            return Image.open(source, formats=formats)
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no picture ({', '.join(formats)})") from error
     except (Image.DecompressionBombError, OSError, *MALFORMED) as error:

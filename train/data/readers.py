@@ -1,5 +1,6 @@
-"""Reads the files of a dataset in the published layout (microsoft/TRELLIS, dataset_toolkits); every
-error names its file.
+"""Read the files of a dataset in the published layout (microsoft/TRELLIS, dataset_toolkits).
+
+Every error names its file.
 
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters
                                          of train.data.dataset use
@@ -22,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from train.data.layout import inside
-from train.meshes.intake import MALFORMED, VIEWS, load_picture, open_picture, reason
 from train.meshes.ply import read_ply
+from train.meshes.untrusted import MALFORMED, VIEWS, load_picture, open_picture, reason
 
 LARGEST = 1 << 31  # bytes of an object's features: a small archive can announce any number
 
@@ -44,8 +46,9 @@ class Frames:
 
 
 def number(row: dict[str, str], column: str, file: Path) -> float | None:
-    """A cell as a number, None where it is empty or nan; ValueError that names file, object and
-    cell where it is neither.
+    """Read a cell as a number; None where it is empty or nan.
+
+    Raises ValueError that names file, object and cell where it is anything else.
     """
     try:
         value = float(row.get(column) or "nan")
@@ -61,11 +64,11 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 
 
 def read_frames(file: Path) -> Frames:
-    """A transforms.json. ValueError where it is missing, truncated, without frames, or a frame has
-    no usable camera.
+    """Read a transforms.json.
 
-    Also where its `holdout` is not a number of its frames, and where a file_path leads out of the
-    folder.
+    Raises ValueError where it is missing, truncated or without frames, where a frame has no usable
+    camera, where its `holdout` is not a number of its frames, and where a file_path leads out of
+    the folder.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
@@ -112,15 +115,15 @@ def read_frames(file: Path) -> Frames:
 
 
 def picture_size(file: Path) -> tuple[int, int]:
-    """Width and height of a picture, from its header."""
+    """Read the width and height of a picture from its header."""
     with _opened(file) as picture:
         return picture.size
 
 
 def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
-    """An RGBA picture [4, size, size] uint8; of another size it is resampled (Lanczos; colour and
-    alpha each for itself).
+    """Read an RGBA picture [4, size, size] uint8.
 
+    A picture of another size is resampled (Lanczos; colour and alpha each for itself). Raises
     ValueError where it is missing, truncated, not RGBA, not square, or not of the size `like`, that
     of its object's first.
     """
@@ -137,16 +140,13 @@ def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
             load_picture(picture)
         except ValueError as error:
             raise ValueError(f"{file} is truncated or damaged: {error}") from error
-        color, alpha = picture.convert("RGB"), picture.getchannel("A")
+        color = picture.convert("RGB")
+        alpha = picture.getchannel("A")
         if picture.size != (size, size):
-            color, alpha = (
-                part.resize((size, size), Image.Resampling.LANCZOS) for part in (color, alpha)
-            )
-        return (
-            torch.from_numpy(np.dstack([np.asarray(color), np.asarray(alpha)]))
-            .permute(2, 0, 1)
-            .contiguous()
-        )
+            color = color.resize((size, size), Image.Resampling.LANCZOS)
+            alpha = alpha.resize((size, size), Image.Resampling.LANCZOS)
+        pixels = np.dstack([np.asarray(color), np.asarray(alpha)])
+        return rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous()
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -163,11 +163,11 @@ def _opened(file: Path) -> Image.Image:
 
 
 def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
-    """Voxel coordinates [V, 3] int32, in lexicographic order whatever the file's, and their
-    features [V, C] float16.
+    """Read voxel coordinates [V, 3] int32 and their features [V, C] float16.
 
-    ValueError for a missing or damaged file, absent keys, shapes or types that do not fit, no
-    voxels, a voxel outside the grid or listed twice, and features that are not finite.
+    The voxels are in lexicographic order, whatever the file's. Raises ValueError for a missing or
+    damaged file, absent keys, shapes or types that do not fit, no voxels, a voxel outside the grid
+    or listed twice, and features that are not finite.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
@@ -182,7 +182,8 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
                 )
             if (large := sum(entry.file_size for entry in content.zip.infolist())) > LARGEST:
                 raise ValueError(f"its arrays take {large} bytes, over the limit of {LARGEST}")
-            indices, features = content["indices"], content["patchtokens"]
+            indices = content["indices"]
+            features = content["patchtokens"]
     except (zipfile.BadZipFile, OSError, *MALFORMED) as error:
         raise ValueError(f"{file} cannot be read: {reason(error)}") from error
     if indices.ndim != 2 or indices.shape[1] != 3 or indices.dtype.kind not in "ui":
@@ -217,9 +218,10 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(coords.astype(np.int32)), torch.from_numpy(stored)
 
 
-def read_mesh(file: Path) -> tuple[Tensor, Tensor]:
-    """The triangles of a mesh.ply as they stand: vertices [P, 3] float32 and faces [F, 3] int32.
-    ValueError names the file.
+def read_triangles(file: Path) -> tuple[Tensor, Tensor]:
+    """Read the triangles of a mesh.ply: vertices [P, 3] float32 and faces [F, 3] int32.
+
+    Raises ValueError that names the file.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")

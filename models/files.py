@@ -1,34 +1,37 @@
-"""Files that are whole or as they were: each is written under another name, then takes its own."""
+"""Write files whole: a file is written under another name, then renamed.
+
+A crash or a full disk leaves the file as it was. The one place for this: `models` and `train` save
+files, and `models` may not import `train`.
+"""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-PARTIAL = ".partial"  # the end of such another name
+PARTIAL = ".partial"  # the suffix of a file that is being written
 
 
 @contextmanager
 def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
-    """Give the name to write `file` under; at the end of the block it becomes `file`.
+    """Give the name to write `file` under, which becomes `file` at the end of the block.
 
     Where the block raises, `file` is what it was. Its permissions are those of the umask, whatever
     writes it. With `sync` the data are on the disk before the file has its name, so that no loss of
     power leaves half of it. `tag` tells writers apart that may meet at one file. Raises OSError
     that names the file where the disk is full or cannot be written.
     """
-    partial = file.with_name(".".join([file.name, *([tag] if tag else [])]) + PARTIAL)
+    name = f"{file.name}.{tag}" if tag else file.name
+    partial = file.with_name(name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        if (
-            partial.stat().st_mode != mode
-        ):  # safetensors makes a file of its own, which only its owner may read
+        # safetensors makes a file of its own, which only its owner may read
+        if partial.stat().st_mode != mode:
             partial.chmod(mode)
         if sync:
             _to_disk(partial)
@@ -57,22 +60,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# of what a run writes, by the path in its folder; the last line are names of earlier versions
-LEFTOVERS = re.compile(
-    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
-    r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
-    r"|latents/\w+/[^/]+\.safetensors\.\d+"
-    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
-)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a run that was killed while it wrote has left in its folder, and nothing else.
-
-    This process must hold the folder: another run's are files in the making.
-    """
-    for file in folder.rglob(f"*{PARTIAL}"):
-        if LEFTOVERS.fullmatch(file.relative_to(folder).as_posix()) and file.is_file():
-            file.unlink(missing_ok=True)

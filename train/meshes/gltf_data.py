@@ -1,0 +1,250 @@
+"""The data of a glTF file: its JSON, checked, and its buffers and accessors as arrays.
+
+Nothing in the file is trusted: what is read is checked for kind, range and length.
+"""
+
+import base64
+import binascii
+import json
+import struct
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+from train.meshes.surface import find
+from train.meshes.untrusted import MALFORMED, expect, reason
+
+TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
+
+
+WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
+
+
+GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
+
+
+# of those that a file may require
+UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}
+
+
+TABLES = (
+    "accessors",
+    "buffers",
+    "bufferViews",
+    "images",
+    "materials",
+    "meshes",
+    "nodes",
+    "samplers",
+    "scenes",
+    "skins",
+    "textures",
+)
+
+
+KINDS = {  # of the fields of their entries that are read, wherever they stand in one
+    str: ("uri", "type", "alphaMode"),
+    int: (
+        "byteLength",
+        "byteOffset",
+        "byteStride",
+        "buffer",
+        "bufferView",
+        "componentType",
+        "count",
+        "index",
+        "material",
+        "mesh",
+        "mode",
+        "sampler",
+        "skin",
+        "source",
+        "texCoord",
+        "inverseBindMatrices",
+    ),
+    list: ("children", "nodes", "joints", "primitives", "baseColorFactor", "diffuseFactor"),
+    dict: (
+        "attributes",
+        "extensions",
+        "sparse",
+        "pbrMetallicRoughness",
+        "baseColorTexture",
+        "diffuseTexture",
+    ),
+}
+
+
+KIND_OF = {field: kind for kind, fields in KINDS.items() for field in fields}
+
+
+FEW = 1 << 26  # values of an accessor without data of its own: nothing in the file limits them
+
+
+class GltfData:
+    """A .glb or .gltf file. ValueError, naming the file, where its JSON cannot be used."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.document, self.binary = _document(path)
+        self._buffers: dict[int, bytes] = {}
+
+    def entry(self, table: str, number: int) -> dict:
+        """Look up an entry of a table; ValueError where it does not exist."""
+        entries = self.document.get(table) or []
+        if type(number) is not int or not 0 <= number < len(entries):
+            raise ValueError(f"it uses number {number!r} of its {len(entries)} {table}")
+        return entries[number]
+
+    def file(self, uri: str) -> bytes:
+        """Read a file that the document names, or the data that stands in its name."""
+        if uri.startswith("data:"):
+            head, _, body = uri.partition(",")
+            if not head.endswith(";base64"):
+                return unquote(body).encode("latin-1")
+            try:
+                return base64.b64decode(body, validate=True)
+            except binascii.Error as error:
+                raise ValueError(f"data of {head} is not base64: {error}") from error
+        found = find(self.path.parent, unquote(uri))
+        if found is None:
+            raise ValueError(f"{unquote(uri)!r} does not exist")
+        return found.read_bytes()
+
+    def buffer(self, number: int) -> bytes:
+        """Read a buffer."""
+        if number not in self._buffers:
+            buffer = self.entry("buffers", number)
+            data = None
+            if "uri" in buffer:
+                data = self.file(buffer["uri"])
+            elif number == 0:
+                data = self.binary
+            if data is None:
+                raise ValueError(f"buffer {number} has no data")
+            if len(data) < buffer["byteLength"]:
+                raise ValueError(
+                    f"buffer {number} has {len(data)} of its {buffer['byteLength']} bytes"
+                )
+            self._buffers[number] = data
+        return self._buffers[number]
+
+    def view(self, number: int) -> bytes:
+        """Read a buffer view."""
+        view = self.entry("bufferViews", number)
+        begin = view.get("byteOffset", 0)
+        length = view["byteLength"]
+        data = self.buffer(view["buffer"])[begin : begin + length]
+        if len(data) < length:
+            raise ValueError(f"buffer view {number} has {len(data)} of its {length} bytes")
+        return data
+
+    def accessor(self, number: int) -> np.ndarray:
+        """Read an accessor: [count, width] of integers or, normalised ones included, floats."""
+        entry = self.entry("accessors", number)
+        if entry["componentType"] not in TYPES or entry["type"] not in WIDTHS:
+            raise ValueError(
+                f"accessor {number} is of {entry['componentType']} {entry['type']}, which glTF "
+                "2.0 does not know"
+            )
+        dtype = np.dtype(TYPES[entry["componentType"]])
+        width = WIDTHS[entry["type"]]
+        count = entry["count"]
+        if "bufferView" in entry:
+            view = self.entry("bufferViews", entry["bufferView"])
+            stride = view.get("byteStride") or dtype.itemsize * width
+            data = self.view(entry["bufferView"])
+            begin = entry.get("byteOffset", 0)
+            values = _strided(data, begin, count, width, stride, dtype, number)
+        elif count * width > FEW:
+            raise ValueError(f"accessor {number} has {count} rows but no data")
+        else:
+            values = np.zeros((count, width), dtype)
+        if sparse := entry.get("sparse"):
+            self._replace(values, sparse, number)
+        if entry.get("normalized") and dtype.kind in "iu":
+            values = np.maximum(values / np.iinfo(dtype).max, -1.0)
+        return values
+
+    def _replace(self, values: np.ndarray, sparse: dict, number: int) -> None:
+        """Write the rows that a sparse accessor replaces."""
+        rows = sparse["indices"]
+        new = sparse["values"]
+        count = sparse["count"]
+        width = values.shape[1]
+        kind = np.dtype(TYPES[rows["componentType"]])
+        data = self.view(rows["bufferView"])
+        begin = rows.get("byteOffset", 0)
+        at = _strided(data, begin, count, 1, kind.itemsize, kind, number)[:, 0]
+        data = self.view(new["bufferView"])
+        begin = new.get("byteOffset", 0)
+        stride = values.itemsize * width
+        values[at] = _strided(data, begin, count, width, stride, values.dtype, number)
+
+
+def _document(path: Path) -> tuple[dict, bytes | None]:
+    """Read the JSON of a file and, of a GLB, its binary chunk."""
+    data = path.read_bytes()
+    binary = None
+    if not data:
+        raise ValueError(f"{path.name} is empty")
+    try:
+        if path.suffix.lower() == ".glb":
+            if len(data) < 12 or data[:4] != b"glTF":
+                raise ValueError(f"no GLB header in its {len(data)} bytes")
+            version, length = struct.unpack_from("<II", data, 4)
+            if version != 2:
+                raise ValueError(f"glTF version {version}, not 2")
+            if len(data) < length:
+                raise ValueError(
+                    f"truncated: its header says {length} bytes, the file has {len(data)}"
+                )
+            chunks = {}
+            at = 12
+            while at + 8 <= length:
+                size, kind = struct.unpack_from("<I4s", data, at)
+                chunks.setdefault(kind, data[at + 8 : at + 8 + size])
+                at += 8 + size
+            if b"JSON" not in chunks:
+                raise ValueError(f"no JSON chunk in its {length} bytes")
+            data = chunks[b"JSON"]
+            binary = chunks.get(b"BIN\0")
+        document = json.loads(data)
+        if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
+            raise ValueError("it is not glTF 2.0")
+        for table in TABLES:
+            for i, entry in enumerate(expect(document.get(table) or [], list, table)):
+                _check(expect(entry, dict, f"{table}[{i}]"), f"{table}[{i}]")
+    except MALFORMED as error:
+        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
+    return document, binary
+
+
+def _check(value, where: str) -> None:
+    """ValueError that says where a field is of another kind than KINDS says."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in KIND_OF:
+                expect(inner, KIND_OF[name], f"{where}.{name}")
+            if name == "extensions":  # others may mean other things by the same names
+                inner = {
+                    extension: inner[extension]
+                    for extension in (GLOSSINESS, *UNDERSTOOD)
+                    if extension in inner
+                }
+            if name != "extras":
+                _check(inner, f"{where}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check(inner, f"{where}[{i}]")
+
+
+def _strided(
+    data: bytes, begin: int, count: int, width: int, stride: int, dtype: np.dtype, number: int
+) -> np.ndarray:
+    needed = begin + (stride * (count - 1) + dtype.itemsize * width if count else 0)
+    if needed > len(data) or min(begin, count) < 0:
+        raise ValueError(f"accessor {number} needs {needed} bytes of a buffer view of {len(data)}")
+    if not count:
+        return np.zeros((0, width), dtype)
+    return np.ndarray((count, width), dtype, data, begin, (stride, dtype.itemsize)).copy()

@@ -1,0 +1,255 @@
+"""A training run on one rank: its model, data and optimizer; the training step; saving, resuming.
+
+A step takes `batch_size` objects over all ranks, in micro-batches. What it draws (views, posterior
+noise, backgrounds) depends only on the seed, the step and the object's place in the batch, so
+neither the number of ranks nor an interruption changes it; where the rays of a radiance field start
+depends on the rank too. Loss terms are means over a micro-batch, as published, averaged over
+micro-batches and ranks.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from models import VAE, Scene, SparseTensor, load_weights, read_tensors
+from train.config import PRECISIONS, Config, write_config
+from train.data.batch import Batch
+from train.data.objects import Objects
+from train.draws import draw
+from train.losses.objective import Objective
+from train.losses.pictures import Loss, PictureLoss
+from train.optimizer import GradClipper, LossScale, Optimizer
+from train.run import checkpoint
+from train.run.diagnose import diagnose
+from train.run.latents import Latents, load_encoder
+from train.run.machine import Machine, seed_all
+
+Presets = Mapping[str, Config]  # by name, the default first
+Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
+
+
+class Run:
+    """A training run on one rank. `enter` gives it the folder that it writes to.
+
+    `script` is NAME of `python -m train.NAME`, `build` makes the untrained VAE, and `loss` compares
+    decoded scenes with a batch. `done` counts the steps that are done, `kept` those that are saved.
+    Raises ValueError or OSError for a config, a dataset or a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        config: Config,
+        build: Build,
+        here: Machine,
+        loss: type[Loss] = PictureLoss,
+    ):
+        self.script = script
+        self.config = config
+        self.here = here
+        self.kept = 0
+        self.objects = Objects(config, here, loss.meshes)
+        self._build = build
+        self.vae = self.untrained()
+        if config.encoder:
+            given = config.encoder, self.objects.channels, config.resolution
+            self.encoder, self.digest = load_encoder(*given)
+            type(self.vae)(self.encoder, self.vae.decoder)  # raises where their latents differ
+        self.loss = loss(config.lpips).to(here.device)
+        weights = asdict(config.weights)
+        self.off = self._unused_terms(weights)
+        self.weights = {name: weight for name, weight in weights.items() if name not in self.off}
+        self.local = Objective(self.vae, self.loss, self.weights)  # of this rank, without DDP
+        self.objective = self.local
+        if here.world > 1:
+            self.objective = DistributedDataParallel(self.local, broadcast_buffers=False)
+        self.clipper = GradClipper(config.max_norm)
+        scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
+        self.optimizer = Optimizer(
+            self.vae.named_parameters(),
+            self.clipper,
+            scale,
+            config.weight_decay,
+            config.ema,
+            config.optimizer == "muon",
+        )
+        self.latents: Latents | None = None
+        if config.resume:
+            self._resume(Path(config.resume))
+
+    def _unused_terms(self, weights: Mapping[str, float]) -> dict[str, str]:
+        """Loss terms that this run does not compute, with the reason."""
+        off = {}
+        if self.config.encoder:
+            off["kl"] = "the encoder is frozen"
+        if not self.config.lpips:
+            perceptual = [name for name in weights if name.endswith("lpips")]
+            off |= dict.fromkeys(perceptual, "no weights given (--lpips FILE)")
+        return off
+
+    @property
+    def done(self) -> int:
+        """The number of steps that the run has done, skipped ones included."""
+        return self.optimizer.steps
+
+    def enter(self, folder: Path) -> None:
+        """Take the run's folder, which rank 0 has locked, and record the config there."""
+        self.folder = folder
+        if self.here.is_main:
+            write_config(self.config, self.script, folder / "config.json")
+        if self.config.encoder:
+            encoder = self.encoder.to(self.here.device)
+            self.latents = Latents(encoder, folder / "latents" / self.digest)
+
+    def untrained(self) -> VAE:
+        """Build the model that the run starts from, the same at every call."""
+        seed_all(self.config.seed)
+        vae = self._build(self.config, self.objects.channels)
+        if self.config.encoder:
+            vae = type(vae)(None, vae.decoder)
+        vae.set_activation_dtype(PRECISIONS[self.config.precision])
+        return vae.to(self.here.device)
+
+    def _voxels(self, batch: Batch) -> SparseTensor:
+        """The model's input: features, or latents of a frozen encoder."""
+        if self.latents:
+            return self.latents(batch)
+        return SparseTensor(batch.features, batch.coords, batch.batch_size)
+
+    @torch.no_grad()
+    def decode(self, batch: Batch, vae: VAE | None = None) -> list[Scene]:
+        """The scenes of posterior means, by another model of the same kind if one is given."""
+        vae = vae or self.vae
+        x = self._voxels(batch)
+        latents = x if self.latents else vae.encoder(x).mode()
+        return vae.decoder(latents)
+
+    def _inputs(self, step: int, micro: int, batch: Batch) -> tuple:
+        """The objective's arguments for a micro-batch of a step."""
+        batch = batch.to(self.here.device, non_blocking=True)
+        x = self._voxels(batch)
+        noise, background = draw(self.config, self.here, step, micro, x, batch.view_scene)
+        return x, noise, batch, background
+
+    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Train one step on this rank's micro-batches; returns its row of the log.
+
+        The values of the row are means over all ranks. The host waits for a GPU twice, for the norm
+        of the gradients and for the row, and in each micro-batch where SparseTensor, the renderers
+        and isosurface say that they read: never in a backward pass.
+        """
+        begin = time.perf_counter()
+        device = self.here.device
+        seed_all(self.config.seed, self.done, self.here.rank)
+        self.vae.train()
+        totals: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            inputs = self._inputs(self.done, micro, batch)
+            # gradients are exchanged after the last micro-batch
+            waits = self.here.world > 1 and micro + 1 < len(batches)
+            with self.objective.no_sync() if waits else nullcontext():
+                loss, values = self.objective(*inputs)
+                self.optimizer.backward(loss / len(batches))
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+        norm = self.optimizer.step(self.config.lr_at(self.done))
+        voxels = float(sum(len(batch.coords) for batch in batches))
+        local = torch.stack([*totals.values(), torch.full((), voxels, device=device)])
+        means = self.here.mean(local).tolist()
+        row = dict(zip(totals, means, strict=False))
+        rate = means[-1] * self.here.world / (time.perf_counter() - begin)
+        return {
+            "step": self.done,
+            **row,
+            "grad_norm": norm,
+            "skipped": self.optimizer.skipped,
+            "voxels_per_second": rate,
+        }
+
+    def explain(self, batches: Sequence[Batch]) -> str:
+        """Say what was not finite in the last step, of these micro-batches; the same on all ranks.
+
+        The step is computed again, and nothing is trained.
+        """
+        step = self.done - 1
+        seed_all(self.config.seed, step, self.here.rank)
+        inputs = (self._inputs(step, micro, batch) for micro, batch in enumerate(batches))
+        try:
+            found = diagnose(self.vae, self.local, self.optimizer.scaled, inputs)
+        except RuntimeError as error:  # as from a device without memory
+            found = f"the step cannot be repeated: {error}"
+        for rank, text in enumerate(self.here.gather(found)):
+            if text and self.here.world > 1:
+                return f"{text} (rank {rank} of {self.here.world})"
+            if text:
+                return text
+        return "repeated, the step is finite"
+
+    # saving and resuming
+
+    def unsaved(self) -> bool:
+        """True where this rank should save what an error would lose.
+
+        Not with half moved weights.
+        """
+        return self.here.is_main and not self.optimizer.moving and self.kept != self.done
+
+    def save(self) -> None:
+        """Save a checkpoint on rank 0; NotFinite, on every rank, where the state is not finite."""
+        self.kept = self.done  # even where it fails: the error that this is need not save again
+        weights = {f"model.{name}": t for name, t in read_tensors(self.vae).items()}
+        tensors = weights | self.optimizer.tensors()
+        folder = self.folder / "checkpoints"
+        if not self.here.is_main:
+            checkpoint.check(folder, self.done, tensors)
+            return
+        state = {
+            "step": self.done,
+            "optimizer": self.optimizer.state(),
+            "clipper": self.clipper.state_dict(),
+            "sampler": self.objects.sampler.state_dict(self.done),
+        }
+        checkpoint.save(folder, self.done, tensors, state, doubtful=self.optimizer.stuck > 0)
+
+    def _resume(self, folder: Path) -> None:
+        finished = (folder / "evaluation.json").is_file()
+        if not checkpoint.files(folder / "checkpoints") and not finished:
+            if self.here.is_main:  # it ended before its first save
+                print(f"{folder} holds no checkpoint: it starts from step 0")
+            return
+        self._load(checkpoint.newest(folder / "checkpoints"))
+        if self.config.steps < self.done:
+            raise ValueError(
+                f"--steps {self.config.steps} are fewer than the {self.done} that {folder} has done"
+            )
+        if self.here.is_main:
+            before = json.loads((folder / "config.json").read_text())["steps"]
+            self._warn_of_another_schedule(before)
+
+    def _load(self, file: Path) -> None:
+        tensors, state = checkpoint.load(file)
+        load_weights(self.vae, checkpoint.group(tensors, "model"), str(file))
+        try:
+            self.optimizer.load(tensors, state["optimizer"])
+            self.clipper.load_state_dict(state["clipper"])
+            self.objects.sampler.load_state_dict(state["sampler"])
+        except KeyError as error:
+            raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
+        self.kept = self.done
+
+    def _warn_of_another_schedule(self, steps: int) -> None:
+        """Say where another number of steps than before changes the learning rate."""
+        before = replace(self.config, steps=steps).lr_at(self.done)
+        now = self.config.lr_at(self.done)
+        if before != now and self.done < self.config.steps:
+            print(
+                f"--steps {self.config.steps} instead of {steps} is another cosine: the "
+                f"learning rate after step {self.done} is {now:.2g}, not {before:.2g}"
+            )
