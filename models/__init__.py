@@ -55,10 +55,8 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
     model_class = known.get(name.removeprefix("Elastic"))
     if model_class is None:
         raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(known)}")
-    if model_class is MeshDecoder:
-        args = {"skip_weight": "spconv"} | args  # ours say which they are
     try:
-        model = model_class(**args)
+        model = model_class(**(model_class.PUBLISHED_ARGUMENTS | args))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{prefix}.json: arguments do not fit {name}: {error}") from error
     load_weights(model, weights, f"{prefix}.safetensors")

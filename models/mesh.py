@@ -140,6 +140,7 @@ class MeshDecoder(Decoder):
     """
 
     NAME = "SLatMeshDecoder"
+    PUBLISHED_ARGUMENTS = {"skip_weight": "spconv"}  # ours record theirs
     CONFIG = MeshConfig
 
     def __init__(self, *args, skip_weight: str = "linear", **kwargs):

@@ -62,6 +62,7 @@ class Encoder(Trunk):
     """
 
     NAME = "SLatEncoder"
+    PUBLISHED_ARGUMENTS: dict = {}
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class Decoder(Trunk):
 
     NAME: str
     CONFIG: type
+    PUBLISHED_ARGUMENTS: dict = {}  # ours that a published checkpoint leaves out
 
     def __init__(
         self,

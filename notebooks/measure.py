@@ -43,6 +43,7 @@ from jobs import Jobs, Step, allotted  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from kernels.bench.environment import environment, file_name  # noqa: E402
+from train.decoders import DECODERS  # noqa: E402
 
 PLAN = {  # the most valuable first: the least seconds of each, and its share of what is left
     "tests": (60, 40),
@@ -108,7 +109,7 @@ class Record:
         times = {"ceilings": {}, "cases": [], "missing": []}
         times = {key: measured.get(key, empty) for key, empty in times.items()}
         partial = self.out / ".partial"
-        for name in steps.DECODERS:
+        for name in DECODERS:
             if (self.state / f"{name}.png").is_file():
                 fitted(self.state / f"{name}.png", partial.with_suffix(".png"))
                 partial.with_suffix(".png").replace(self.out / f"{name}.png")

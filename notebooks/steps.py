@@ -21,8 +21,8 @@ from kernels.bench import sweeps
 from kernels.bench.case import OURS
 from kernels.bench.command import ERROR_TABLE
 from train import bench as model_ops
+from train.decoders import DECODERS
 
-DECODERS = ("gaussian", "radiance", "mesh")
 OPS = (  # the most valuable first; train_step is a step of its own
     "window_attention sparse_conv splat raymarch subdivide_conv render_mesh isosurface layer_norm"
     " gelu group_norm ssim block trunk build_table neighbours window_partition"

@@ -8,19 +8,10 @@ from pathlib import Path
 from tests.helpers.source_files import FILES, ROOT, SOURCES, imports, path, tree
 
 MOST = 12  # files of ours that a file imports
-# files that import more; still to be split
-KNOWN_MANY = {"kernels/bench/mesh.py", "kernels/compile/workloads.py", "train/loop.py"}
 # modules of kernels that models and train import beside the ops in kernels/__init__.py
 MODULES = {"backend", "checks"}
 # these hold ours beside published code, as the benchmarks do
 COMPARE = {"train/bench.py", "train/published.py", "train/timing.py"}
-KNOWN_BACK_DOORS = {"models/layers.py: kernels.norm"}
-# kernels beside torch code of one stage; still to be parted
-KNOWN_MIXED = {
-    "kernels/mesh/interpolate.py: kernels/mesh/pixels_cpu.py",
-    "kernels/mesh/normals.py: kernels/mesh/pixels_cpu.py",
-    "kernels/surface/dual.py: kernels/surface/dual_cpu.py",
-}
 MEASURING = {"cProfile", "time", "timeit", "torch.profiler", "torch.utils.benchmark"}
 KERNELS = [file for file in SOURCES if path(file).startswith("kernels/")]
 
@@ -58,7 +49,7 @@ def test_models_and_train_use_the_ops_of_kernels():
                 continue
             if not (rest[0] == "bench" and path(file) in COMPARE):
                 broken.add(f"{path(file)}: {top}.{rest[0]}")
-    assert not broken - KNOWN_BACK_DOORS, sorted(broken - KNOWN_BACK_DOORS)
+    assert not broken, sorted(broken)
 
 
 def test_a_file_of_kernels_and_one_for_a_cpu_do_not_import_each_other():
@@ -70,7 +61,7 @@ def test_a_file_of_kernels_and_one_for_a_cpu_do_not_import_each_other():
     for file in gpu | cpu:
         other = cpu if file in gpu else gpu
         broken |= {f"{path(file)}: {path(target)}" for target in ours(file) if target in other}
-    assert not broken - KNOWN_MIXED, sorted(broken - KNOWN_MIXED)
+    assert not broken, sorted(broken)
 
 
 def test_only_bench_and_compile_measure():
@@ -86,7 +77,7 @@ def test_only_bench_and_compile_measure():
 
 def test_no_file_imports_many_of_ours():
     counts = {path(file): len(set(ours(file))) for file in SOURCES if file.name != "__init__.py"}
-    broken = {f"{name}: {n}" for name, n in counts.items() if n > MOST and name not in KNOWN_MANY}
+    broken = {f"{name}: {n}" for name, n in counts.items() if n > MOST}
     assert not broken, sorted(broken)
 
 

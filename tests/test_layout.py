@@ -9,54 +9,6 @@ from pathlib import Path
 from tests.helpers.source_files import FILES, PACKAGES, ROOT, SOURCES, imports, path, tree
 
 LONGEST = 400  # lines of a file
-# files above LONGEST that are still to be split
-KNOWN_LONG = {
-    "kernels/norm/group.py",
-    "kernels/norm/layer.py",
-    "kernels/similarity.py",
-    "tests/bench/test_cases.py",
-}
-# files in kernels/ that still name train
-KNOWN_NAMES_OF_TRAIN = {"kernels/bench/command.py"}
-# docstrings that still open with a word that says no more than "this is"; path: names
-KNOWN_OPENINGS = {
-    "kernels/attention/cpu.py": {"Plan"},
-    "kernels/attention/launch.py": {"Segments"},
-    "kernels/attention/rows.py": {"module"},
-    "kernels/backend.py": {"target"},
-    "kernels/bench/attention.py": {"Layout", "published"},
-    "kernels/bench/case.py": {"Work", "module"},
-    "kernels/bench/command.py": {"facts", "without"},
-    "kernels/bench/measure.py": {"Ceilings", "verdicts"},
-    "kernels/bench/mesh.py": {"module"},
-    "kernels/bench/plots.py": {"describe", "missing"},
-    "kernels/camera.py": {"Image"},
-    "kernels/checks.py": {"module"},
-    "kernels/compile/build.py": {"Target", "hot", "launched", "source"},
-    "kernels/conv/op.py": {"Tile"},
-    "kernels/gaussian/ellipse.py": {"quaternion_gradient"},
-    "kernels/mesh/antialias_cpu.py": {"antialias_torch_backward"},
-    "kernels/mesh/antialias_gpu.py": {"antialias_triton_backward"},
-    "kernels/mesh/packing.py": {"module"},
-    "kernels/mesh/pixels_cpu.py": {"shown"},
-    "kernels/mesh/rasterize.py": {"module"},
-    "kernels/mesh/rasterize_cpu.py": {"rasterize_torch_backward"},
-    "kernels/mesh/rasterize_gpu.py": {"rasterize_triton_backward"},
-    "kernels/mesh/silhouette_gradient.py": {"pair_upstream"},
-    "kernels/norm/layer.py": {"alterable"},
-    "kernels/surface/cubes.py": {"Geometry", "module"},
-    "kernels/views.py": {"Layout", "module"},
-    "kernels/voxels/coords.py": {"Extent"},
-    "kernels/voxels/pool.py": {"Pooling"},
-    "models/finite.py": {"finite"},
-    "models/gaussian.py": {"scenes"},
-    "models/graphs.py": {"Size", "record", "run", "split"},
-    "models/layers.py": {"compute_dtype", "look_up"},
-    "models/mesh.py": {"MeshConfig"},
-    "models/scene.py": {"module"},
-    "train/bench.py": {"module"},
-    "train/published.py": {"published_loss"},
-}
 EMPTY_OPENINGS = {"What", "Which", "Whether", "Of"}
 
 
@@ -151,7 +103,7 @@ def test_no_file_is_long():
     def broken():
         for file in FILES:
             lines = len(file.read_text().splitlines())
-            if lines > LONGEST and path(file) not in KNOWN_LONG:
+            if lines > LONGEST:
                 yield f"{path(file)}: {lines} lines, at most {LONGEST}"
 
     check(broken())
@@ -192,8 +144,7 @@ def test_docstrings_open_with_what_the_thing_does_or_is():
         for file in SOURCES:
             for line, name, text in _documented(file):
                 opening = re.match(r"\w*", text)[0]
-                known = name in KNOWN_OPENINGS.get(path(file), ())
-                if opening in EMPTY_OPENINGS and not known:
+                if opening in EMPTY_OPENINGS:
                     yield f"{path(file)}:{line}: {name} opens with {opening!r}"
 
     check(broken())
@@ -204,8 +155,6 @@ def test_nothing_in_kernels_names_train():
 
     def broken():
         for file in (ROOT / "kernels").rglob("*.py"):
-            if path(file) in KNOWN_NAMES_OF_TRAIN:
-                continue
             for number, line in enumerate(file.read_text().splitlines(), 1):
                 if re.search(r"\btrain\b", line):
                     yield f"{path(file)}:{number}: {line.strip()}"

@@ -332,6 +332,7 @@ def read_config(file: Path, script: str, presets: Mapping[str, Config]) -> Confi
         recorded = dict(json.loads(file.read_text()))
         if recorded.pop("script") != script:
             raise ValueError("it is of another script")
+        recorded.pop("cuda_graphs", None)  # of runs that were made when there was such a setting
         template = presets[recorded["preset"]]
         for leaf in leaves(template):
             _check_kind(leaf.name, leaf.kind, recorded)

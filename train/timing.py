@@ -23,20 +23,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from models.files import write_whole
-from train import gaussian, mesh, radiance
 from train.data.batch import Batch
+from train.decoders import DECODERS
 from train.flags import from_cli
-from train.losses.geometry import SurfaceLoss
-from train.losses.pictures import PictureLoss
 from train.run.machine import machine
 from train.run.threads import computing
 from train.trainer import Run
 
-DECODERS = {  # the script, and what compares its scenes
-    "gaussian": (gaussian, PictureLoss),
-    "radiance": (radiance, PictureLoss),
-    "mesh": (mesh, SurfaceLoss),
-}
 Interval = tuple[str, float, float]  # name, start and end in microseconds
 
 
@@ -157,12 +150,12 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args, flags = _parse(argv)
-    module, compare = DECODERS[args.decoder]
-    config = from_cli(args.decoder, module.PRESETS, flags)
+    recipe = DECODERS[args.decoder]
+    config = from_cli(args.decoder, recipe.presets, flags)
     where = machine(config.device, config.deterministic)
     with tempfile.TemporaryDirectory() as folder, where as here, computing(config, here.device):
         config = replace(config, out=folder, steps=args.warm_up + args.steps)
-        run = Run(args.decoder, config, module.build, here, compare)
+        run = Run(args.decoder, config, recipe.build, here, recipe.loss)
         for result in measure(run, args.warm_up, args.steps, min(3, args.steps)):
             write_whole(args.json, json.dumps(result, indent=1) + "\n")
             shown = {key: value for key, value in result.items() if key != "kernels"}

@@ -1,4 +1,4 @@
-"""Command line of `python -m kernels.bench` and `python -m train.bench`.
+"""Command line of benchmarks: `python -m kernels.bench`, and others with ops of their own.
 
 Times every op forward and backward beside its floor on this device and every other implementation
 that can be imported, in the same run, after checking that they agree (kernels.bench.measure says
