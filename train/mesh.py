@@ -19,8 +19,9 @@ from train.losses.geometry import SurfaceLoss
 class MeshWeights(Weights):
     """The weights of the published terms.
 
-    l1, ssim and lpips are of the colours, whose published sum overwrites itself: l1 + 0.1 (l1 +
-    ...).
+    l1, ssim and lpips are of the colours. The published code adds 0.1 (l1 + 0.2 ssim + 0.2 lpips)
+    to l1, so their weights are 1.1, 0.02 and 0.02. The terms are computed in train.losses.geometry;
+    a new one needs a field here and its value there.
     """
 
     l1: float = flag(
@@ -39,11 +40,12 @@ class MeshWeights(Weights):
 
 @dataclass(frozen=True)
 class MeshSizes(Sizes):
-    """The surface."""
+    """The sizes of the networks, and what gives silhouettes their gradient."""
 
     silhouettes: str = flag(
         "edges",
-        "what moves them: edges of triangles, as published, or pixels beside the background",
+        "what gives silhouettes their gradient: edges of triangles, as published, or pixels "
+        "beside the background",
     )
 
 

@@ -11,35 +11,36 @@ are kept apart, then summed row by row. Nothing waits for the device, nothing is
 results are deterministic.
 
 The Triton programs are in `short`, `long` and `rows`, their launches in `launch`, their tile sizes
-in `sizes`, and the path for CPU tensors in `cpu`.
+in `sizes`, and the path for CPU tensors in `cpu`. The backward pass is `launch.backward` on a GPU
+and `cpu.backward` on a CPU. What the forward pass saves, the backward op and its fake change
+together.
 """
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.attention import cpu as padded
-from kernels.attention import launch as launches
+from kernels.attention import cpu, launch
 from kernels.attention.launch import Segments, keep
 from kernels.checks import check_tensors
 from kernels.dtypes import wide_dtype
 from kernels.voxels.window import Windows
 
 
-def _window_plan(order: Tensor, starts: Tensor, heads: int) -> padded.Plan:
-    return padded.plan(starts, starts, heads, len(order), len(order), order)
+def _window_plan(order: Tensor, starts: Tensor, heads: int) -> cpu.Plan:
+    return cpu.plan(starts, starts, heads, len(order), len(order), order)
 
 
 def _listed_plan(
     order: Tensor, starts: Tensor, key_starts: Tensor, heads: int, keys: int
-) -> padded.Plan:
-    return padded.plan(starts, key_starts, heads, len(order), keys, order)
+) -> cpu.Plan:
+    return cpu.plan(starts, key_starts, heads, len(order), keys, order)
 
 
 def _segment_plan(
     q_starts: Tensor, k_starts: Tensor, heads: int, q_rows: int, k_rows: int
-) -> padded.Plan:
-    return padded.plan(q_starts, k_starts, heads, q_rows, k_rows)
+) -> cpu.Plan:
+    return cpu.plan(q_starts, k_starts, heads, q_rows, k_rows)
 
 
 def _operands(
@@ -50,14 +51,14 @@ def _operands(
     key_starts: Tensor | None,
     gamma: Tensor | None,
     phases: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, padded.Plan]:
+) -> tuple[Tensor, Tensor, Tensor, cpu.Plan]:
     """q [N, H, D] and k, v of every key, rotated and normed, and the plan, for the torch path."""
     qk = qkv[:, :2]
     heads = qkv.shape[2]
     if phases is not None:
-        qk = padded.rotate(qk, phases)
+        qk = cpu.rotate(qk, phases)
     if gamma is not None:
-        qk = padded.norm(qk, gamma)[0]
+        qk = cpu.norm(qk, gamma)[0]
     q, k = qk.unbind(1)
     v = qkv[:, 2]
     if keys is None:
@@ -106,10 +107,10 @@ def _window_attention(
             *operands, plan = _operands(qkv, order, starts, keys, key_starts, gamma, phases)
             none = qkv.new_empty(0, dtype=torch.promote_types(qkv.dtype, torch.float32))
             kept = plan.room(none) if follows else none
-            out = padded.forward(*operands, plan, scale, kept)
+            out = cpu.forward(*operands, plan, scale, kept)
         return out, out.new_empty(0, len(out), dtype=torch.float32), kept
     segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
-    out, lse = launches.forward(*qkv.unbind(1), gamma, phases, segments, scale)
+    out, lse = launch.forward(*qkv.unbind(1), gamma, phases, segments, scale)
     return out, lse, qkv.new_empty(0, dtype=torch.float32)
 
 
@@ -150,22 +151,20 @@ def _window_attention_backward(
         segments = _segments(order, starts, keys, key_starts, uses, use_starts, bound)
         inputs = (*qkv.unbind(1), gamma, phases)
         gradients = dqkv.unbind(1)
-        dgamma = launches.backward(
-            grad.contiguous(), *inputs, out, lse, segments, scale, *gradients
-        )
+        dgamma = launch.backward(grad.contiguous(), *inputs, out, lse, segments, scale, *gradients)
         return dqkv, dgamma
     with torch.autocast(qkv.device.type, enabled=False):
         operands = _operands(qkv, order, starts, keys, key_starts, gamma, phases)
-        dq, dk, dv = padded.backward(grad, *operands, scale, kept)
+        dq, dk, dv = cpu.backward(grad, *operands, scale, kept)
     if keys is not None:
-        dk, dv = (padded.sum_uses(d, uses, use_starts) for d in (dk, dv))
+        dk, dv = (cpu.sum_uses(d, uses, use_starts) for d in (dk, dv))
     dqk = torch.stack([dq, dk], 1)
     dgamma = qkv.new_empty(0)
     if gamma is not None:
-        qk = qkv[:, :2] if phases is None else padded.rotate(qkv[:, :2], phases)
-        dqk, dgamma = padded.norm_backward(dqk, qk, gamma)
+        qk = qkv[:, :2] if phases is None else cpu.rotate(qkv[:, :2], phases)
+        dqk, dgamma = cpu.norm_backward(dqk, qk, gamma)
     if phases is not None:
-        dqk = padded.rotate(dqk, phases, back=True)
+        dqk = cpu.rotate(dqk, phases, back=True)
     return torch.cat([dqk, dv[:, None]], 1).to(qkv.dtype), dgamma
 
 
@@ -221,9 +220,9 @@ def _segment_attention(
     if backend.is_torch(q):
         plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
         with torch.autocast(q.device.type, enabled=False):
-            out = padded.forward(q, k, v, plan, scale, q.new_empty(0))
+            out = cpu.forward(q, k, v, plan, scale, q.new_empty(0))
         return out, q.new_empty(0, len(q), dtype=torch.float32)
-    return launches.forward(q, k, v, None, None, Segments(None, q_starts, None, k_starts), scale)
+    return launch.forward(q, k, v, None, None, Segments(None, q_starts, None, k_starts), scale)
 
 
 @_segment_attention.register_fake
@@ -247,13 +246,13 @@ def _segment_attention_backward(
     if len(lse) == 0:
         plan = keep((q_starts, k_starts), _segment_plan, q.shape[1], len(q), len(k))
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = padded.backward(grad, q, k, v, plan, scale, q.new_empty(0))
+            dq, dk, dv = cpu.backward(grad, q, k, v, plan, scale, q.new_empty(0))
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     dq = torch.empty_like(q)
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
     segments = Segments(None, q_starts, None, k_starts)
-    launches.backward(grad.contiguous(), q, k, v, None, None, out, lse, segments, scale, dq, dk, dv)
+    launch.backward(grad.contiguous(), q, k, v, None, None, out, lse, segments, scale, dq, dk, dv)
     return dq, dk, dv
 
 

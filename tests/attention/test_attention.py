@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.attention import cpu as attention_torch
+from kernels.attention import cpu, sizes
 from kernels.attention import launch as launches
-from kernels.attention import sizes
 from kernels.attention.op import segment_attention, window_attention
 from kernels.attention.reference import segment_attention_reference, window_attention_reference
 from kernels.voxels.window import Windows, window_partition
@@ -340,10 +339,10 @@ def test_float64_gradients():
 
 def test_long_windows_in_pieces(monkeypatch):
     """The torch path cuts batches of windows, and the queries of a long one, into pieces."""
-    monkeypatch.setattr(attention_torch, "SCORES", 1000)
+    monkeypatch.setattr(cpu, "SCORES", 1000)
     # all probabilities are kept for the backward pass, then none
-    for most in (attention_torch.KEPT, 0):
-        monkeypatch.setattr(attention_torch, "KEPT", most)
+    for most in (cpu.KEPT, 0):
+        monkeypatch.setattr(cpu, "KEPT", most)
         compare(*make([100, 20, 20, 7], 2, 16, torch.float32, torch.device("cpu")))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from kernels.camera import Camera
 from tests.helpers.mesh_files import box, write_obj
 from tests.helpers.prepare import SMALL, command, metadata
-from train.data.layout import ply_count, write_metadata
+from train.data.metadata import ply_count, write_metadata
 from train.meshes.read import normalize, read_mesh
 from train.prepare import command as prepare
 from train.prepare import raycast

@@ -26,8 +26,8 @@ class Item:
     """An object with some of its views."""
 
     name: str  # sha256
-    coords: Tensor  # [V, 3] int32, lexicographic
-    features: Tensor  # [V, C] float32
+    coords: Tensor  # [N, 3] int32, lexicographic
+    features: Tensor  # [N, C] float32
     camera: Camera  # of k views
     image: Tensor  # [k, 4, H, W] float32 in [0, 1], straight alpha
     # [P, 3] float32 and [F, 3] int32, where the dataset reads meshes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import Camera
 from train.data.batch import Item
-from train.data.layout import read_metadata
+from train.data.metadata import read_metadata
 from train.data.readers import (
     Frames,
     number,
@@ -42,9 +42,9 @@ class Dataset(torch.utils.data.Dataset):
     by reason, `summary()` says it in a line.
 
     The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them,
-    "train" only the rest. Where transforms.json says how many frames the `rgb` features were made
-    without, more than those cannot be kept apart: the features would show the model what it is
-    scored on. Fewer can. `dataset[index, draw]` picks its views by (seed, draw, index) alone;
+    "train" only the rest. `holdout` in transforms.json is the number of last frames that the `rgb`
+    features were made without; holdout_views may not exceed it, or the features would show the
+    model what it is scored on. `dataset[index, draw]` picks its views by (seed, draw, index) alone;
     `dataset[index]` is draw 0. A broken object raises ValueError that names its file; no other
     object ever takes its place. `cache=True` keeps what was decoded in memory. `meshes=True` reads
     every object's mesh.ply too.

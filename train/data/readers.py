@@ -27,7 +27,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from train.data.layout import inside
+from train.data.metadata import inside
 from train.meshes.ply import read_ply
 from train.meshes.untrusted import MALFORMED, VIEWS, load_picture, open_picture, reason
 

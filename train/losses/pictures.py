@@ -2,7 +2,8 @@
 
     loss = l1 + 0.2 ssim + 0.2 lpips + 1e-6 kl + the penalties of the decoder's scenes
 
-The weights are the run's (train.config); a term here is unweighted, and 0 is its best value.
+is that of Gaussians and radiance fields; meshes have more terms (train.losses.geometry). The
+weights are the run's (train.config); a term here is unweighted, and 0 is its best value.
 """
 
 from collections.abc import Callable, Mapping, Sequence

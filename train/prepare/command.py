@@ -50,7 +50,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from train.data.layout import (
+from train.data.metadata import (
     read_metadata,
     write_metadata,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train.data.layout import (
+from train.data.metadata import (
     PUBLISHED,
     inside,
     ply_count,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from train.data.layout import inside
+from train.data.metadata import inside
 from train.meshes.read import READABLE, content_hash
 
 
