@@ -1,10 +1,10 @@
 """Public ops: Triton kernels on a GPU, vectorised torch on a CPU, the same gradients on both.
 
-Shapes are written in one alphabet: B scenes, N voxels (rows of coords [N, 4] int32: batch, x, y,
-z), M windows, H heads, D head channels, C channels, K taps, G Gaussians, F faces, V views; height
-and width of pictures are H, W where there are no heads.
+Letters of shapes, unless a module says otherwise: B scenes, N voxels (rows of coords [N, 4] int32:
+batch, x, y, z), M windows, H heads, D head channels, C channels, K taps, G Gaussians, F faces, V
+views; height and width of pictures are H, W where there are no heads.
 
-An op has its own module in a wing of its subject: `kernels.splat` is the function, and
+Each op has a module in the package of its subject: `kernels.splat` is the function, and
 `kernels.gaussian.splat` the module that it comes from.
 """
 
@@ -39,7 +39,7 @@ from kernels.surface.isosurface import Surfaces as Surfaces
 from kernels.surface.isosurface import isosurface as isosurface
 from kernels.views import SH0 as SH0
 from kernels.voxels.cache import SpatialCache as SpatialCache
-from kernels.voxels.curves import MODES as CURVES  # noqa: F401
+from kernels.voxels.curves import CURVES as CURVES
 from kernels.voxels.curves import serialized_windows as serialized_windows
 from kernels.voxels.hash import build_table as build_table
 from kernels.voxels.hash import lookup as lookup

@@ -63,11 +63,6 @@ def shifted_windows(cache: SpatialCache, window: int, shift: int) -> Windows:
     return window_partition(cache, cache.batch_size, window, shift)
 
 
-def whole_samples(cache: SpatialCache) -> Windows:
-    """One window for each sample."""
-    return full_windows(cache)
-
-
 def curve_windows(
     cache: SpatialCache, window: int, curve: str, shift_sequence: int, shift_window: int
 ) -> Windows:
@@ -82,7 +77,7 @@ def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
     """
     odd = i % 2
     if attn_mode == "full":
-        return (whole_samples,)
+        return (full_windows,)
     if attn_mode == "swin":
         return shifted_windows, window_size, window_size // 2 * odd
     if attn_mode == "shift_window":
@@ -206,13 +201,14 @@ class Trunk(nn.Module):
       swin              cubes of window_size voxels a side, shifted by 0 and half a side in turn
       full              the whole sample
       shift_window      window_size voxels along the z-order curve, which moves by 0 and 16 voxels
-      shift_sequence    the same, windows moved along the curve by 0 and half of one
+      shift_sequence    the same, windows moved along it by 0 and half a window in turn
       shift_order       the same along z-order, transposed z-order, Hilbert and transposed Hilbert
                         curves in turn
     pe_mode     "ape" adds a sine embedding to the features; "rope" rotates each head's queries and
                 keys (the published code rotates by phases of all heads' channels, and fails)
 
-    Raises ValueError for heads that do not divide the channels, window_size < 1 and unknown modes.
+    Raises ValueError for heads that do not divide the channels, sizes that are too small and
+    unknown modes.
     """
 
     resolution: int | None = None  # voxels along a side of the model's grid; None: any
@@ -252,7 +248,6 @@ class Trunk(nn.Module):
         self.model_channels = model_channels
         self.num_heads = heads
         self.use_checkpoint = use_checkpoint
-        self.attn_mode = attn_mode
         self.pe_mode = pe_mode
         self.activation_dtype = torch.float16 if use_fp16 else torch.float32
         self.input_layer = nn.Linear(in_channels, model_channels)

@@ -10,7 +10,7 @@ from kernels.camera import Camera
 from kernels.conv.order import octant_order, tap_order
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.children import child_neighbours
-from kernels.voxels.curves import MODES, serialized_windows
+from kernels.voxels.curves import CURVES, serialized_windows
 from kernels.voxels.hash import build_table, lookup, neighbours
 from kernels.voxels.pool import pooling
 from kernels.voxels.window import full_windows, window_partition
@@ -71,7 +71,7 @@ def test_coordinates(watched_device):
         cache.subdivide().get(neighbours, 3)
         cache.get(tap_order, 3), cache.get(octant_order)
         window_partition(cache, 3, 4, 2), full_windows(cache)
-        for mode in MODES:
+        for mode in CURVES:
             assert serialized_windows(cache, 3, 16, mode, 4).uses is not None
     assert not seen
     with watch_waits() as seen:

@@ -29,6 +29,9 @@ PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, befor
 
 
 def _any_rank_stops(run: Run, interrupt: Interrupt) -> bool:
+    """Return whether any rank has received a signal to stop."""
+    if run.here.world == 1:
+        return bool(interrupt.received)  # nothing waits for the device
     received = torch.full((), float(interrupt.received), device=run.here.device)
     return run.here.mean(received).item() > 0
 
@@ -36,9 +39,9 @@ def _any_rank_stops(run: Run, interrupt: Interrupt) -> bool:
 def fit(run: Run) -> None:
     """Train to the last step with a progress line, checkpoints and pictures, then conclude.
 
-    Ctrl-C or SIGTERM end the run after the step under way: it saves, says how to continue and exits
-    with 128 + the signal. An error saves first. Raises NotFinite on every rank after PATIENCE
-    skipped steps in a row, and where what is to be saved is not finite.
+    Ctrl-C or SIGTERM ends the run after the step under way: it saves, says how to continue and
+    exits with 128 + the signal. If an error ends the run, it saves first. Raises NotFinite on every
+    rank after PATIENCE skipped steps in a row, and where what is to be saved is not finite.
     """
     config = run.config
     folder = run.folder
@@ -61,7 +64,7 @@ def fit(run: Run) -> None:
             stop = _any_rank_stops(run, interrupt)
             last = run.done == config.steps or stop
             due |= run.done % config.save_every == 0
-            # weights that may be why steps are skipped would push sound ones out
+            # while steps are skipped, the weights may be why: saving them would push out sound ones
             saves = last or (due and not run.optimizer.stuck)
             if is_main:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
@@ -70,7 +73,7 @@ def fit(run: Run) -> None:
                 steps = f"{PATIENCE} steps in a row were skipped, the last is step {run.done}"
                 raise NotFinite(f"{steps}: {run.explain(batches)}")
             if saves:
-                run.save()  # before the pictures: what is wrong with one must not cost the steps
+                run.save()  # before the pictures: one that fails must not cost the steps
                 due = False
             if is_main and (last or run.done % config.sample_every == 0):
                 save_samples(run)
@@ -118,12 +121,12 @@ def main(
 
     Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a
     disk that is full, or fails, with a message and status 1; numbers that are not finite with
-    status 3, or 2 before the training; a second Ctrl-C with status 130. Once there is a folder, the
-    message says how to go on.
+    status 3, or 2 before the training; a second Ctrl-C, or one outside the training steps, with
+    status 130. Once there is a folder, the message says how to go on.
     """
     config = from_cli(script, presets, argv, world_size())
     here = None
-    run = None  # once it has its folder
+    run = None  # set once the run has its folder
     with ExitStack() as stack:
         try:
             here = stack.enter_context(machine(config.device, config.deterministic))
@@ -141,7 +144,7 @@ def main(
             fit(run)
         except (ValueError, OSError, KeyboardInterrupt) as error:
             diverged = run is not None and isinstance(error, NotFinite)
-            # all ranks have diverged, one says so
+            # every rank has diverged: only one says so
             if here is None or here.is_main or not diverged:
                 print(_message(script, run, error), file=sys.stderr)
             raise SystemExit(_status(run, error)) from error

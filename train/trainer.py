@@ -59,8 +59,9 @@ class Run:
         self._build = build
         self.vae = self.untrained()
         if config.encoder:
-            given = config.encoder, self.objects.channels, config.resolution
-            self.encoder, self.digest = load_encoder(*given)
+            self.encoder, self.digest = load_encoder(
+                config.encoder, self.objects.channels, config.resolution
+            )
             type(self.vae)(self.encoder, self.vae.decoder)  # raises where their latents differ
         self.loss = loss(config.lpips).to(here.device)
         weights = asdict(config.weights)
@@ -195,15 +196,18 @@ class Run:
     # saving and resuming
 
     def unsaved(self) -> bool:
-        """True where this rank should save what an error would lose.
+        """Return whether this rank should save when an error ends the run.
 
-        Not with half moved weights.
+        Not during an optimiser step, when only some weights have moved.
         """
         return self.here.is_main and not self.optimizer.moving and self.kept != self.done
 
     def save(self) -> None:
-        """Save a checkpoint on rank 0; NotFinite, on every rank, where the state is not finite."""
-        self.kept = self.done  # even where it fails: the error that this is need not save again
+        """Save a checkpoint on rank 0.
+
+        Raises NotFinite on every rank where the state is not finite.
+        """
+        self.kept = self.done  # even if saving fails: SaveOnError must not try again
         weights = {f"model.{name}": t for name, t in read_tensors(self.vae).items()}
         tensors = weights | self.optimizer.tensors()
         folder = self.folder / "checkpoints"
@@ -227,7 +231,7 @@ class Run:
         self._load(checkpoint.newest(folder / "checkpoints"))
         if self.config.steps < self.done:
             raise ValueError(
-                f"--steps {self.config.steps} are fewer than the {self.done} that {folder} has done"
+                f"--steps {self.config.steps} is fewer than the {self.done} that {folder} has done"
             )
         if self.here.is_main:
             before = json.loads((folder / "config.json").read_text())["steps"]
@@ -245,7 +249,7 @@ class Run:
         self.kept = self.done
 
     def _warn_of_another_schedule(self, steps: int) -> None:
-        """Say where another number of steps than before changes the learning rate."""
+        """Print a notice if the new number of steps changes the learning rate."""
         before = replace(self.config, steps=steps).lr_at(self.done)
         now = self.config.lr_at(self.done)
         if before != now and self.done < self.config.steps:

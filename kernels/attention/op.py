@@ -96,7 +96,7 @@ def _window_attention(
     phases: Tensor | None,
     bound: int,
     scale: float,
-    follows: bool,  # whether a backward pass does: the torch path keeps more for it
+    follows: bool,  # whether a backward pass follows: the torch path keeps more for it
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [N, H, D], lse [H, N] by position, and what the torch path keeps for its backward pass.
 

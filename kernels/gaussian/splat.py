@@ -83,10 +83,8 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
     empty = lambda *size, dtype=gaussians.dtype: gaussians.new_empty(size, dtype=dtype)
     i32 = torch.int32
     i64 = torch.int64
-    record = empty(P, RECORD)
     rect = empty(P, 4, dtype=i32)
     if backend.is_torch(gaussians):
-        record = empty(RECORD, P).t()
         S = dynamic()
         lists = [
             empty(dynamic(), dtype=i32),
@@ -94,7 +92,7 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(S, dtype=i32),
         ]
         saved = [
-            record,
+            empty(RECORD, P).t(),
             empty(P),
             rect,
             *lists,
@@ -111,7 +109,7 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(T + 1, dtype=i32),
             empty(P, dtype=i64),
         ]
-        saved = [record, rect, *order, empty(V, height, width, dtype=i32)]
+        saved = [empty(P, RECORD), rect, *order, empty(V, height, width, dtype=i32)]
     return empty(V, 3, height, width), empty(V, height, width), saved
 
 

@@ -44,7 +44,7 @@ def render_mesh(
     face_starts: Host,  # [B + 1]: and the faces face_starts[b] : face_starts[b + 1]
     camera: Camera,  # V views
     view_scene: Host,  # [V]: the scene that each view shows
-    near: float = 1.0,  # world units; 1 and 3 in training, 1 and 100 in the published evaluation
+    near: float = 1.0,  # world units; published: 1 and 3 in training, 1 and 100 in evaluation
     far: float = 3.0,
     ssaa: int = 1,  # render ssaa times as wide and high, then shrink with a triangle filter
     # what moves them: the triangles' "edges" (published) or the "pixels" beside the background

@@ -24,7 +24,7 @@ from kernels.voxels.window import Windows, per_axis
 BITS = 10  # of a coordinate in a code
 TILE = 512  # rows per program; not yet measured on a GPU (the kernel is launch-bound)
 # transposed: x and y change places
-MODES = ("z_order", "z_order_transposed", "hilbert", "hilbert_transposed")
+CURVES = ("z_order", "z_order_transposed", "hilbert", "hilbert_transposed")
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def _(coords, shift, hilbert, transposed):
 
 def curve_codes(
     voxels: SpatialCache,
-    mode: str,  # one of MODES
+    mode: str,  # one of CURVES
     shift: int | tuple[int, int, int] = 0,  # voxels per axis, added to the coordinates
 ) -> Tensor:  # [N] int32
     """The position of each voxel along a space-filling curve through 1024^3 voxels: 30 bits.
@@ -131,8 +131,8 @@ def curve_codes(
     x is the most significant axis. Raises ValueError for an unknown mode, a negative shift, and one
     that takes a coordinate beyond 1023.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    if mode not in CURVES:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(CURVES)}")
     shift = per_axis(shift, "shift_window", 0)
     for extent, s in zip(voxels.extent, shift, strict=True):
         if extent + s > 1 << BITS and len(voxels):
@@ -148,7 +148,7 @@ def serialized_windows(
     voxels: Tensor | SpatialCache,  # coords [N, 4] int32 (batch, x, y, z), or a cache over them
     batch_size: int,
     window: int,  # rows that a query attends to
-    mode: str = "z_order",  # one of MODES
+    mode: str = "z_order",  # one of CURVES
     shift_sequence: int = 0,  # rows along the curve by which the windows of a sample move, any sign
     # voxels per axis by which the curve moves, none negative
     shift_window: int | tuple[int, int, int] = 0,

@@ -26,11 +26,9 @@ def assert_close(
 
 
 def _tensors(result) -> list[torch.Tensor]:
-    return (
-        [result]
-        if isinstance(result, torch.Tensor)
-        else [t for t in result if isinstance(t, torch.Tensor)]
-    )
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for t in result if isinstance(t, torch.Tensor)]
 
 
 def assert_same(

@@ -103,7 +103,7 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch)
 def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(tmp_path, capsys):
     fresh(tmp_path, "--steps", "2", "--eval-objects", "1")
     before = (tmp_path / "config.json").read_text()
-    assert f"--steps 1 are fewer than the 2 that {tmp_path} has done" in refused(
+    assert f"--steps 1 is fewer than the 2 that {tmp_path} has done" in refused(
         capsys, "--resume", tmp_path, "--steps", "1"
     )
     assert (tmp_path / "config.json").read_text() == before

@@ -8,7 +8,7 @@ import torch
 from kernels import backend
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.curves import (
-    MODES,
+    CURVES,
     curve_code_reference,
     curve_codes,
     serialized_windows,
@@ -57,7 +57,7 @@ def test_windows_equal_the_loop(device, counts, window, mode, shift_sequence, sh
         assert slots[a:b] == [slot for slot, key in enumerate(keys) if key == row]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CURVES)
 def test_codes_equal_the_loop_and_the_published(device, mode):
     _, tensors = golden("ops_serialized")
     coords = torch.nn.functional.pad(tensors["code_coords"], (1, 0))
@@ -69,7 +69,7 @@ def test_codes_equal_the_loop_and_the_published(device, mode):
     assert codes.tolist() == [curve_code_reference(*c, mode.startswith("hilbert")) for c in ends]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CURVES)
 def test_curves_fill_a_cube(device, mode):
     """Each voxel once: the Hilbert curve steps to neighbours, z-order goes octant by octant."""
     grid = torch.arange(8, dtype=torch.int32)

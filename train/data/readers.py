@@ -5,7 +5,7 @@ Every error names its file.
     ROOT/metadata.csv                    an object a row: sha256, and the columns that the filters
                                          of train.data.dataset use
     ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians),
-                                         transform_matrix (4 x 4, Blender axes);
+                                         transform_matrix (4 x 4, camera to world, OpenGL axes);
                                          holdout, where train.prepare made it: how many of the last
                                              frames no `rgb` feature saw
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha

@@ -43,8 +43,8 @@ def tsdf(position: Tensor, value: Tensor, depth: Tensor, camera: Camera, resolut
 
     They are compared with the truncated distance to the true surface. position [T, 3], value [T]
     negative inside, depth [V, 1, H, W] true camera depth, 0 in the background. Corners that lie
-    farther than the truncation behind the surface, or project outside it, do not count; a view
-    where none is left gives 0.
+    farther than the truncation behind the surface, or project onto the background, do not count; a
+    view where none is left gives 0.
     """
     limit = TRUNCATION / resolution
     uv, z = camera.project(position.detach())

@@ -16,7 +16,7 @@ from kernels.norm.layer import (
     layer_norm_reference,
 )
 from kernels.voxels.children import child_neighbours, parent_size
-from kernels.voxels.curves import MODES, serialized_windows, serialized_windows_reference
+from kernels.voxels.curves import CURVES, serialized_windows, serialized_windows_reference
 from kernels.voxels.hash import (
     build_table,
     lookup,
@@ -69,7 +69,7 @@ def attention(d: Draw) -> Case:
     H, D = d.width((d.number(1, 2), 8 * d.number(1, 8)), (1, 16), (2, 24))
     if d.pick(0, 0, 1):
         cache = d.cache(150 if d.fast else 60)
-        arguments = d.number(1, 40), d.pick(*MODES), d.number(0, 5), d.number(0, 3)
+        arguments = d.number(1, 40), d.pick(*CURVES), d.number(0, 5), d.number(0, 3)
         windows = serialized_windows(cache, cache.batch_size, *arguments)
         N = len(cache)
     else:
@@ -191,7 +191,7 @@ def coordinates(d: Draw) -> Case:
     k = d.pick(1, 3, 5)
     window = d.number(1, 7)
     shift = d.number(-4, 4)
-    curve = d.number(1, 40), d.pick(*MODES), d.number(-9, 9), d.number(0, 4)
+    curve = d.number(1, 40), d.pick(*CURVES), d.number(-9, 9), d.number(0, 4)
     asked = (torch.randint(-2, 12, (d.number(0, 40), 4), generator=d.rng)).int()
 
     def ours():
