@@ -246,7 +246,6 @@ class Trunk(nn.Module):
                 f"{model_channels} at least 6"
             )
         self.model_channels = model_channels
-        self.num_heads = heads
         self.use_checkpoint = use_checkpoint
         self.pe_mode = pe_mode
         self.activation_dtype = torch.float16 if use_fp16 else torch.float32

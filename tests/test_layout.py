@@ -139,6 +139,18 @@ def _documented(file: Path) -> Iterator[tuple[int, str, str]]:
             yield node.lineno, node.name, ast.get_docstring(node) or ""
 
 
+def test_docstrings_begin_with_one_line():
+    """PEP 257: a summary in the first line, then a blank line."""
+
+    def broken():
+        for file in SOURCES:
+            for line, name, text in _documented(file):
+                if "\n" in text.split("\n\n")[0]:
+                    yield f"{path(file)}:{line}: {name}"
+
+    check(broken())
+
+
 def test_docstrings_open_with_what_the_thing_does_or_is():
     def broken():
         for file in SOURCES:

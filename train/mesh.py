@@ -51,10 +51,10 @@ class MeshSizes(Sizes):
 
 BASE = Config(model=MeshSizes(), weights=MeshWeights(), steps=290_000, micro_batch=1)
 SMALL = small(
+    BASE,
     # an untrained surface rests on distances of 1 / 256; without a warm-up two or three steps of
     # AdamW move all of them beyond 0 and it is gone for a while. base is as published: --warmup
     # 1000 is worth giving it too
-    BASE,
     warmup=1000,
     model=MeshSizes(channels=512, blocks=6, heads=8),
 )

@@ -197,8 +197,9 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, out: Tensor | None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, kept: Tensor) -> Tensor:
-    """Outputs [Nq, H, D] of q [Nq, H, D] and k, v [Nk, H, D]; fills `kept` with probabilities if
-    it has room for them.
+    """Attend: outputs [Nq, H, D] of q [Nq, H, D] and k, v [Nk, H, D].
+
+    Fills `kept` with probabilities if it has room for them.
     """
     like = q
     q = plan.queries.gather(q)

@@ -1,5 +1,4 @@
-"""Projected Gaussians -> lists of small tiles, for the compositing on a CPU
-(kernels.gaussian.blend_cpu).
+"""Lists of small tiles for the compositing of projected Gaussians on a CPU.
 
 A pair contributes to the pixels of its rectangle of 16 x 16 tiles where alpha >= 1/255, so there
 the size of the tiles at work is free: an instance is a 4 x 4 tile inside the rectangle which the
@@ -141,8 +140,9 @@ def _runs(count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ascending(depth: Tensor) -> Tensor:
-    """Stable order of `depth`, by its bits: an integer radix sort is many times faster than the
-    sort of floats.
+    """Order `depth` stably, by its bits.
+
+    An integer radix sort is many times faster than the sort of floats.
     """
     bits = (depth + 0.0).view(torch.int32 if depth.dtype == torch.float32 else torch.int64)
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits).sort(stable=True).indices

@@ -1,5 +1,4 @@
-"""Compositing of projected Gaussians on a CPU: the sums over pixels of kernels.gaussian.blend, in
-vectorised torch.
+"""Compositing of projected Gaussians on a CPU, in vectorised torch.
 
 P pairs (a Gaussian seen by a view), V views of H x W pixels; N instances (a pair in a 4 x 4 tile
 that it may touch) and S tiles, from kernels.gaussian.binning_cpu. Every tile has a list of
@@ -49,8 +48,10 @@ def composite_torch(
     background: Tensor,  # [V, 3]
     keep: bool = False,  # whether a backward pass follows: it is right without, but slower
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Blend front to back: image [V, 3, H, W], final transmittance [V, H, W] and what the backward
-    pass needs.
+    """Blend front to back.
+
+    Returns the image [V, 3, H, W], the final transmittance [V, H, W] and what the backward pass
+    needs.
 
     Pixel (i, j) takes pair p if its 16 x 16 tile is inside rect[p], with d = mean - (i, j), e =
     -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy, alpha = min(0.99, opacity exp(e)); skipped where e > 0
@@ -112,8 +113,9 @@ def composite_torch_backward(
     grad_image: Tensor,  # [V, 3, H, W]
     grad_final_T: Tensor,  # [V, H, W]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of mean [P, 2], conic [P, 3], opacity [P] and color [P, 3]; the arguments are those
-    of `composite_torch`.
+    """Gradients of mean [P, 2], conic [P, 3], opacity [P] and color [P, 3].
+
+    The arguments are those of `composite_torch`.
 
     The clamp at 0.99 passes the gradient; nothing flows through thresholds, order or rectangles.
     """
@@ -256,8 +258,9 @@ class _Shader:
     def __call__(
         self, pair: Tensor, tile: Tensor, entering: Tensor, room: Tensor | None = None
     ) -> tuple[_Piece, Tensor, Tensor]:
-        """pair [T, L] int32, tile [T] its index, entering [T, 16] transmittance in front of the
-        chunk.
+        """Shade a chunk of tiles.
+
+        pair [T, L] int32, tile [T] its index, entering [T, 16] transmittance in front of the chunk.
 
         With the piece, whose numbers stand in `room` if it is given, comes the transmittance behind
         the chunk [T, 16], 0 where the pixel is finished, and behind the last instance that was
@@ -326,8 +329,7 @@ class _Walk:
 def _add_to_pairs(
     sums: Tensor, pair: Tensor, moments: Tensor, offset: Tensor, color: Tensor
 ) -> None:
-    """Add a chunk's sums over pixels to those of its pairs [9, P + 1], one instance after the
-    other.
+    """Add a chunk's sums over pixels to those of its pairs [9, P + 1].
 
     pair [T L]; moments [6, T, L] of 1, x, y, x^2, y^2, xy about a tile's middle; offset [2, T, L],
     the mean less that middle; color [3, T, L].

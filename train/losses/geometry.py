@@ -1,8 +1,8 @@
-"""Losses and scores of surfaces: a decoded mesh beside the true mesh and its views. V views.
+"""Losses and scores of surfaces: a decoded mesh against V views of the true mesh.
 
 The truth is the dataset's mesh.ply, drawn by the same rasterizer as the decoded mesh: coverage,
-depth, and normals turned to the camera, for files disagree on which way faces turn. Terms and
-weights are those of microsoft/TRELLIS (slat_vae_dec_mesh).
+depth, and normals turned to the camera, for files disagree on which way faces turn. Terms are
+those of microsoft/TRELLIS (slat_vae_dec_mesh); their weights are in train.mesh.
 """
 
 from collections.abc import Callable, Mapping, Sequence
