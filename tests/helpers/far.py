@@ -8,6 +8,7 @@ programs only the first and the last of each axis run there, whose rows lie beyo
 import inspect
 import itertools
 import math
+import mmap
 import operator
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from torch import Tensor
 
 FAR = 1 << 31  # elements: a 32-bit offset ends here
 MANY = 64  # programs along an axis that are all run
-MAPPED = 64 << 20  # bytes of an allocation that surely has fresh pages
+MAPPED = 64 << 20  # bytes from which memory is reserved and not touched
+NORESERVE = 0x4000  # of Linux; mmap.MAP_NORESERVE from Python 3.13
 GIB = 70  # memory of a GPU on which all of the tests fit
 
 
@@ -33,14 +35,17 @@ def far_tensor(rows: Tensor) -> Tensor:
 
 
 def zeros(*shape: int, like: Tensor) -> Tensor:
-    """Allocate zeros; many of them, on a CPU, as memory that is not touched.
+    """Allocate zeros; many of them, on a CPU, as fresh pages of memory that is not touched.
 
-    The C library takes an allocation of more than 32 MB from the operating system, whose fresh
-    pages read as zeros.
+    They are asked of the operating system: a training run may have told the C library to serve
+    large tensors from memory that was freed, which is not zero.
     """
-    if like.is_cuda or math.prod(shape) * like.element_size() < MAPPED:
+    size = math.prod(shape) * like.element_size()
+    if like.is_cuda or size < MAPPED:
         return like.new_zeros(*shape)
-    return like.new_empty(*shape)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    pages = mmap.mmap(-1, size, flags=private)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def _run_ends(self, *args, **kwargs) -> None:
