@@ -35,7 +35,7 @@ def test_kernels_are_built_for_absent_gpus(tmp_path):
     assert "| _ssim_fwd fp16 (" in done.stdout and done.stdout.count("| hot |") == 4
     assert "most a block may have: gfx1100 65536, gfx942 65536" in done.stdout
     table = (tmp_path / "report.md").read_text()
-    assert table.count("\n| similarity `_ssim_") == 2
+    assert table.count("\n| similarity_gpu `_ssim_") == 2
     assert "have: gfx942 65536, sm_90 232448." in " ".join(table.split())
     for row in rows:
         assert row["hot"] and row["spills"] == 0
