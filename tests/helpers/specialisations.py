@@ -16,7 +16,8 @@ from contextlib import nullcontext
 import pytest
 
 SKIPPED = re.compile(
-    r"_attention|_sum_uses|_norm_|_gelu|_ssim|_conv_|_statistics|_gradients|_pool|_blend|_march|_project_backward"
+    r"_attention|_sum_uses|_norm_|_gelu|_ssim|_conv_|_statistics|_gradients|_pool|_blend|_march|"
+    r"_project_backward"
 )
 
 
