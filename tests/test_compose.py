@@ -14,9 +14,10 @@ import models
 from kernels import backend
 from kernels.mesh.render import render_mesh
 from tests.helpers.compare import assert_close
+from tests.helpers.decoders import ONE_GRAPH, small_vae
 from tests.helpers.hardware import GPU
 from tests.helpers.meshes import cameras, pictures, scenes
-from tests.helpers.models import batch, randomize, small_decoder, small_encoder, small_radiance
+from tests.helpers.models import batch, randomize, small_encoder
 from tests.helpers.models import cameras as orbit
 from tests.helpers.random_inputs import DRAWS
 from tests.helpers.random_inputs.choices import Draw
@@ -143,14 +144,11 @@ def test_changes_nothing(device, name, way):
             assert a.dtype == b.dtype and torch.equal(a, b), i
 
 
-def vae(decoder):
-    whole = models.GaussianVAE if decoder is small_decoder else models.RadianceVAE
-    return randomize(whole(small_encoder(), decoder())).to(DEVICE)
+def vae(name):
+    return small_vae(name, blocks=2).to(DEVICE)
 
 
-DECODERS = pytest.mark.parametrize(
-    "decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"]
-)
+DECODERS = pytest.mark.parametrize("decoder", ONE_GRAPH)
 
 
 def loss(model, x, feats):

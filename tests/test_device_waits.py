@@ -14,13 +14,15 @@ from kernels.voxels.curves import CURVES, serialized_windows
 from kernels.voxels.hash import build_table, lookup, neighbours
 from kernels.voxels.pool import pooling
 from kernels.voxels.window import full_windows, window_partition
+from tests.helpers.decoders import small_vae
 from tests.helpers.device_waits import watch_waits
 from tests.helpers.hardware import GPU
 from tests.helpers.meshes import scenes
-from tests.helpers.models import batch, randomize, small_decoder, small_encoder, small_radiance
+from tests.helpers.models import batch
 from tests.helpers.random_inputs import DRAWS
 from tests.helpers.random_inputs.choices import Draw
 from tests.helpers.voxels import voxels
+from train.decoders import DECODERS
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 # all others none
@@ -84,11 +86,12 @@ def cameras(device) -> tuple[Camera, list[int], torch.Tensor]:
     return camera, [2, 0, 2], torch.rand(3, 3, device=device)
 
 
-@pytest.mark.parametrize("decoder", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
-def test_whole_models(watched_device, decoder):
-    """From features to losses of pictures: the renderer's read and no other."""
-    encoder = randomize(small_encoder()).to(watched_device)
-    decoder = randomize(decoder()).to(watched_device)
+@pytest.mark.parametrize("name", DECODERS)
+def test_whole_models(watched_device, name):
+    """From features to losses of pictures: the renderer's read, and those of a mesh's sizes."""
+    vae = small_vae(name, blocks=2).to(watched_device)
+    encoder = vae.encoder
+    decoder = vae.decoder
     x = batch([6, 0, 4], watched_device)
     view = cameras(watched_device)
 
@@ -102,7 +105,7 @@ def test_whole_models(watched_device, decoder):
             *models.penalties(scenes).values(),
         ]
 
-    assert len(reads(losses, [*encoder.parameters(), *decoder.parameters()])) == 1
+    assert len(reads(losses, list(vae.parameters()))) == 1 + READS["surfaces"] * (name == "mesh")
 
 
 def test_a_batch_of_meshes(watched_device):

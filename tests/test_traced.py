@@ -15,7 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 import models
 from kernels import backend
-from tests.helpers.models import batch, cameras, small_decoder, small_radiance
+from tests.helpers.decoders import LATENT, ONE_GRAPH, small_vae
+from tests.helpers.models import batch, cameras
 from tests.helpers.random_inputs import DRAWS
 from tests.helpers.random_inputs.choices import Draw
 
@@ -84,11 +85,11 @@ def test_ops(name):
     ) and not copies(graph)
 
 
-@pytest.mark.parametrize("small", [small_decoder, small_radiance], ids=["gaussian", "radiance"])
-def test_decoders(small):
+@pytest.mark.parametrize("name", ONE_GRAPH)
+def test_decoders(name):
     """From latents to a loss of pictures."""
-    decoder = small().to(ELSEWHERE)
-    z = moved(batch([5, 0, 3], torch.device("cpu"), channels=4))
+    decoder = small_vae(name, blocks=2).decoder.to(ELSEWHERE)
+    z = moved(batch([5, 0, 3], torch.device("cpu"), channels=LATENT))
     view = cameras(2, ELSEWHERE, 16)
     light = torch.zeros(2, 3, device=ELSEWHERE)
 

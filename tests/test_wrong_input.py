@@ -17,14 +17,12 @@ from kernels.voxels.coords import check_coords
 from kernels.voxels.curves import serialized_windows
 from kernels.voxels.pool import pool
 from kernels.voxels.window import window_partition
-from tests.helpers.models import batch, small_decoder, small_encoder, small_mesh, small_radiance
+from tests.helpers.decoders import LATENT, small_vae
+from tests.helpers.models import batch, small_decoder, small_encoder, small_mesh
+from train.decoders import DECODERS
 
-MODELS = {
-    "encoder": (small_encoder, 5),
-    "gaussian": (small_decoder, 4),
-    "radiance": (small_radiance, 4),
-    "mesh": (small_mesh, 4),
-}
+MODELS = {"encoder": (small_encoder, 5)}
+MODELS |= {name: (lambda name=name: small_vae(name).decoder, LATENT) for name in DECODERS}
 X = torch.rand(4, 8)
 STARTS = torch.tensor([0, 4], dtype=torch.int32)
 COORDS = torch.tensor([[0, i, 0, 0] for i in range(4)], dtype=torch.int32)

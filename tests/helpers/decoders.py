@@ -7,14 +7,22 @@ from train.decoders import DECODERS
 from train.flags import from_cli
 
 CHANNELS = 5  # of features
+LATENT = 4
 RESOLUTION = 16
+# torch.compile breaks the graph of the mesh decoder: coordinates that it subdivides stand in a
+# dictionary of weak references
+ONE_GRAPH = [name for name in DECODERS if name != "mesh"]
 
 
-def small_vae(name: str) -> VAE:
-    """The smallest VAE of a decoder, with weights that are nowhere zero."""
+def small_vae(name: str, blocks: int = 1) -> VAE:
+    """The smallest VAE of a decoder, with weights that are nowhere zero.
+
+    Of two blocks the second one has shifted windows.
+    """
     recipe = DECODERS[name]
-    flags = f"--device cpu --resolution {RESOLUTION} --model.latent 4 --model.window 4"
-    config = from_cli(name, recipe.presets, [*flags.split(), *recipe.smallest.split()])
+    flags = f"--device cpu --resolution {RESOLUTION} --model.latent {LATENT} --model.window 4"
+    flags = [*flags.split(), *recipe.smallest.split(), "--model.blocks", str(blocks)]
+    config = from_cli(name, recipe.presets, flags)
     vae = recipe.build(config, CHANNELS)
     generator = torch.Generator().manual_seed(1)
     for p in vae.parameters():
