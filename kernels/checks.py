@@ -1,4 +1,4 @@
-"""Checks of arguments that ops and commands share.
+"""Checks of arguments that ops and commands share, and the type that an op computes in.
 
 None reads a tensor, so none waits for a GPU; `host_list` is the exception.
 """
@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from kernels import backend
 
 # numbers that the host needs: a list, or a tensor, which is read (on a GPU the host waits for it)
 Host = list[int] | Tensor
@@ -20,6 +23,26 @@ def check_tensors(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The type of arithmetic on x: fp32, or fp64 where x is fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the type of arithmetic on it: 16 bits become fp32, fp32 and fp64 stay."""
+    return x.to(wide_dtype(x))
+
+
+def check_dtype(x: Tensor) -> None:
+    """Raises ValueError for types other than fp16, bf16 and fp32; the torch path takes fp64 too."""
+    kernels = (torch.float16, torch.bfloat16, torch.float32)
+    if x.dtype not in kernels and not (x.dtype == torch.float64 and backend.is_torch(x)):
+        raise ValueError(
+            f"x must be fp16, bf16 or fp32 (fp64: on the torch path), got {x.dtype} on "
+            f"{backend.name(x)}"
+        )
 
 
 def check_floating(*tensors: Tensor) -> None:

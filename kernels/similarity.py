@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import backend
 from kernels import similarity_gpu as gpu
 from kernels.backend import triton
-from kernels.dtypes import wide, wide_dtype
+from kernels.checks import wide, wide_dtype
 from kernels.similarity_gpu import C1, C2, RADIUS, TAPS
 
 CACHED = 1 << 16  # pixels of all channels that are compared at once on a CPU

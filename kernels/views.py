@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import make_index
-from kernels.checks import Host, host_list
-from kernels.dtypes import wide_dtype
+from kernels.checks import Host, host_list, wide_dtype
 
 # the constant spherical harmonic: colour = SH0 * coefficient + 0.5
 SH0 = 0.28209479177387814

@@ -24,8 +24,7 @@ from kernels.bench.attention import (
     sizes,
     voxels,
 )
-from kernels.bench.baselines import compiled, optional
-from kernels.bench.case import DTYPES, Case, Cases, Impl, Work
+from kernels.bench.case import DTYPES, Case, Cases, Impl, Work, compiled, optional
 from kernels.bench.command import main
 from kernels.bench.shells import batch, shell
 from models import VAE, Encoder, SparseTensor

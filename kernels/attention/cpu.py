@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dtypes import wide
+from kernels.checks import wide
 
 # scores of one product at most: bounds memory, and keeps the passes over them inside a cache
 SCORES = 1 << 18

@@ -22,8 +22,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.attention import cpu, launch
 from kernels.attention.launch import Segments, keep
-from kernels.checks import check_tensors
-from kernels.dtypes import wide_dtype
+from kernels.checks import check_tensors, wide_dtype
 from kernels.voxels.window import Windows
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from kernels.dtypes import wide
+from kernels.checks import wide
 
 
 def rotate_reference(x, phases):

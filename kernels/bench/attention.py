@@ -19,8 +19,7 @@ from kernels import (
     window_partition,
 )
 from kernels.attention.reference import segment_attention_reference, window_attention_reference
-from kernels.bench.baselines import compiled, optional
-from kernels.bench.case import DTYPES, Case, Impl, Work
+from kernels.bench.case import DTYPES, Case, Impl, Work, compiled, optional
 from kernels.bench.shells import batch, shell
 
 WINDOW = 8

@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.bench.baselines import KNOWN, optional
-from kernels.bench.case import DTYPES, NAIVE, OURS, Case, Cases
+from kernels.bench.case import DTYPES, KNOWN, NAIVE, OURS, Case, Cases, optional
 from kernels.bench.environment import device_name, environment, file_name
 from kernels.bench.measure import Roofline, Timer, agreement, errors, measure, measure_roofline
 from kernels.checks import new_file

@@ -21,8 +21,7 @@ from kernels import (
     subdivide_conv,
     tap_order,
 )
-from kernels.bench.baselines import optional
-from kernels.bench.case import DTYPES, Case, Impl, Work
+from kernels.bench.case import DTYPES, Case, Impl, Work, optional
 from kernels.bench.shells import batch, shell
 from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
 from kernels.norm.group import group_norm_reference

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import Camera, splat
-from kernels.bench.baselines import optional
-from kernels.bench.case import Case, Impl, Work
+from kernels.bench.case import Case, Impl, Work, optional
 from kernels.bench.shells import shell
 from kernels.gaussian.records import GAUSSIAN
 from kernels.gaussian.reference import splat_reference

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import Camera, SpatialCache, isosurface, render_mesh
-from kernels.bench.baselines import optional
-from kernels.bench.case import Case, Impl, Work
+from kernels.bench.case import Case, Impl, Work, optional
 from kernels.bench.shells import batch, shell
 from kernels.mesh.reference import render_mesh_reference
 from kernels.mesh.render import projection, to_clip

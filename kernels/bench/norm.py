@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kernels import add_layer_norm, gelu, layer_norm, ssim
 from kernels.bench.attention import sizes, voxels
-from kernels.bench.baselines import compiled, optional
-from kernels.bench.case import DTYPES, Case, Impl, Work
+from kernels.bench.case import DTYPES, Case, Impl, Work, compiled, optional
 from kernels.norm.gelu import gelu_reference
 from kernels.norm.layer import add_layer_norm_reference, layer_norm_reference
 from kernels.similarity import ssim_reference

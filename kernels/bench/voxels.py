@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import SpatialCache, Windows, build_table, lookup, window_partition
-from kernels.bench.baselines import optional
-from kernels.bench.case import Case, Impl, Work
+from kernels.bench.case import Case, Impl, Work, optional
 from kernels.bench.shells import batch, shell
 from kernels.voxels.coords import pack
 from kernels.voxels.hash import lookup_reference, neighbours_reference

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.dtypes import wide
+from kernels.checks import wide
 
 CHUNK = 2048  # rows of one product
 

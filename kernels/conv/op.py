@@ -21,10 +21,10 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import triton
+from kernels.checks import check_dtype, wide, wide_dtype
 from kernels.conv import cpu as gathered
 from kernels.conv import tiles as kernel
 from kernels.conv.order import child_rows, octants
-from kernels.dtypes import check_dtype, wide, wide_dtype
 
 LISTED = 128  # rows of a tile of which a weight gradient knows whether it has a tap
 PROGRAMS = 512  # of a weight gradient, shares of the rows included; not yet measured on a GPU

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.mesh.antialias_backward_gpu import antialias_triton_backward
 from kernels.mesh.antialias_cpu import antialias_torch, antialias_torch_backward
-from kernels.mesh.antialias_gpu import antialias_triton
+from kernels.mesh.antialias_gpu import antialias_triton, antialias_triton_backward
 from kernels.mesh.checks import (
     check_clip,
     check_devices,

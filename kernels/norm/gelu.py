@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.dtypes import check_dtype, wide
+from kernels.checks import check_dtype, wide
 
 TILE = 4096  # elements per program; not yet measured on a GPU
 TILE_CHANNELS = 1024  # of a tile that has a bias; not yet measured on a GPU

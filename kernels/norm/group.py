@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import triton
-from kernels.checks import check_eps, check_tensors
-from kernels.dtypes import check_dtype, wide, wide_dtype
+from kernels.checks import check_dtype, check_eps, check_tensors, wide, wide_dtype
 from kernels.norm import group_tiles
 
 TILE = 2048  # elements of a program's step, so that nothing spills; not yet measured on a GPU

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.checks import check_eps, check_tensors
-from kernels.dtypes import check_dtype, wide, wide_dtype
+from kernels.checks import check_dtype, check_eps, check_tensors, wide, wide_dtype
 
 TILE = 4096  # elements per program; not yet measured on a GPU
 MOST_CHANNELS = 4096  # a row must fit in a program

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.checks import check_tensors
-from kernels.dtypes import wide_dtype
+from kernels.checks import check_tensors, wide_dtype
 from kernels.voxels.cache import SpatialCache
 
 TILE = 2048  # elements per program; not yet measured on a GPU (both passes are memory-bound)

@@ -10,8 +10,7 @@ from kernels.attention.reference import segment_attention_reference
 from kernels.bench import attention as bench_attention
 from kernels.bench import measure
 from kernels.bench.attention import WindowLayout, attention_case
-from kernels.bench.baselines import inductor
-from kernels.bench.case import Case
+from kernels.bench.case import Case, inductor
 from kernels.bench.measure import Roofline, Timer, difference
 from kernels.bench.shells import batch, shell
 from kernels.voxels.window import window_partition

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from kernels.bench import measure
-from kernels.bench.baselines import inductor, optional
-from kernels.bench.case import NAIVE, OURS, Impl, Work
+from kernels.bench.case import NAIVE, OURS, Impl, Work, inductor, optional
 from kernels.bench.measure import Roofline, Timer, difference, spread
 from kernels.bench.norm import eager_gelu
 from tests.helpers.square import square
