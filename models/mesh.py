@@ -126,7 +126,7 @@ class MeshScene:
 
     @classmethod
     def penalties(cls, scenes: Sequence["MeshScene"]) -> dict[str, Tensor]:
-        """The mean regulariser of the batch; a scene without surface keeps its share."""
+        """The mean regularizer of the batch; a scene without surface keeps its share."""
         return {"regularization": torch.stack([scene.regularization for scene in scenes]).mean()}
 
 

@@ -51,5 +51,5 @@ def render(
 
 
 def penalties(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """The regularisers of a batch of scenes by name, unweighted."""
+    """The regularizers of a batch of scenes by name, unweighted."""
     return _kind(scenes).penalties(scenes)

@@ -35,7 +35,7 @@ class MeshWeights(Weights):
     normal_ssim: float = flag(0.2, "weight of 1 - SSIM of the normals")
     normal_lpips: float = flag(0.2, "weight of LPIPS of the normals; needs --lpips")
     tsdf: float = flag(0.01, "weight of the error of signed distances along the views' rays")
-    regularization: float = flag(1.0, "weight of the surface's own regularisers")
+    regularization: float = flag(1.0, "weight of the surface's own regularizers")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_meshes_match_published(device):
 
 
 def training_loss(scenes, tensors):
-    """The stored loss: regularisers, and every vertex and attribute with a weight.
+    """The stored loss: regularizers, and every vertex and attribute with a weight.
 
     The weights are such that the order of vertices does not matter.
     """

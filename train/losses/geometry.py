@@ -74,7 +74,7 @@ class SurfaceLoss(nn.Module):
         """Loss terms by name, unweighted, and the mean PSNR of the colours.
 
         All is compared on black; `background` [V, 3] only gives type and device. Views of a scene
-        without a surface take no part in the terms of pictures; its regulariser and signed
+        without a surface take no part in the terms of pictures; its regularizer and signed
         distances do.
         """
         black = torch.zeros_like(background)
