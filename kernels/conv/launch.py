@@ -48,8 +48,9 @@ def product_tiles(dtype: torch.dtype, target: str) -> list[Tile]:
         return [*big, Tile(64, 64, 96, 4, 7), Tile(64, 64, 64, 4, 7)]
     if target == "sm_100":
         return [Tile(128, 64, 192, 8, 4), Tile(64, 64, 64, 4, 4)]
-    big = [Tile(128, 32, 192, 8, 7), Tile(64, 32, 192, 4, 7)]
-    return [*big, Tile(64, 32, 96, 4, 7), Tile(64, 32, 64, 4, 7)]
+    small = [Tile(64, 32, 96, 4, 7), Tile(64, 32, 64, 4, 7), Tile(32, 32, 96, 4, 7)]
+    # elsewhere the cache keeps up with tensor cores, and larger tiles spill
+    return [Tile(128, 32, 192, 8, 7), *small] if target == "sm_80" else small
 
 
 def _gradient_tile(dtype: torch.dtype, target: str) -> Tile:
@@ -75,14 +76,6 @@ def _widths(channels: int, widest: int) -> tuple[int, int]:
     return min(fitting, key=lambda w: triton.cdiv(channels, sum(w)) * (sum(w) + 16))
 
 
-def _step(channels: int, most: int) -> int:
-    """Input channels at a time: at most `most`, without padding if they divide so."""
-    step = min(most, max(16, triton.next_power_of_2(channels)))
-    while step > 32 and channels % step:
-        step //= 2
-    return step
-
-
 def _choose(tiles: list[Tile], rows: int, channels: int, groups: int, like: Tensor) -> Tile:
     """The tile with which the busiest multiprocessor has the least to do.
 
@@ -102,10 +95,13 @@ def _choose(tiles: list[Tile], rows: int, channels: int, groups: int, like: Tens
 
 
 def _shares(programs: int, most: int, units: int) -> int:
-    """Shares of the pairs of a weight gradient: at least 2 programs a multiprocessor, all busy."""
+    """Shares of the pairs of a weight gradient: 2 programs a multiprocessor or more, all busy.
+
+    Each share writes a whole gradient, which is read again: few are better.
+    """
     least = triton.cdiv(2 * units, programs)
     counts = range(least, 2 * least + 2)
-    even = min(counts, key=lambda n: triton.cdiv(n * programs, units) / n * (1 + n / 64))
+    even = min(counts, key=lambda n: triton.cdiv(n * programs, units) / n * (1 + n / 16))
     return max(1, min(even, most))
 
 
@@ -166,7 +162,7 @@ def product(
             BACK=back,
             MIRROR=mirror,
             ROWS=tile.rows,
-            STEP=_step(A, tile.step),
+            STEP=min(tile.step, max(16, triton.next_power_of_2(A))),
             WIDE=wide,
             NARROW=narrow,
             STAGES=tile.num_stages,
@@ -184,6 +180,9 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: TapPairs) -> Tensor:
     tile = _gradient_tile(x.dtype, backend.target(x))
     wide, narrow = _widths(CI, tile.widest)
     high = min(tile.rows, max(16, triton.next_power_of_2(CO)))
+    # a warpgroup's products (wgmma, tcgen05) have 64 rows or more
+    if CO % high and high == 64 and backend.target(x) not in ("sm_90", "sm_100"):
+        high = 32
     blocks = triton.cdiv(CO, high) * triton.cdiv(CI, wide + narrow)
     shares = _shares(blocks * M, triton.cdiv(R, 4 * tile.step), backend.multiprocessors(x))
     part = x.new_empty(shares, CO, M, CI, dtype=torch.float32)

@@ -238,12 +238,16 @@ def octant_weights(
     one in the upper half has taps 0, 1 in its own and tap 2 in the parent after. Linear, so
     autograd's gradient is the transposed map.
     """
-    for axis in (1, 3, 5):  # becomes (octant bit, parent)
-        before, own, after = weight.unbind(axis)
-        lower = torch.stack([before, own + after], axis)
-        upper = torch.stack([before + own, after], axis)
-        weight = torch.stack([lower, upper], axis)
-    return weight.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 6)
+    half = torch.arange(2, device=weight.device)
+    tap = torch.arange(3, device=weight.device)
+    # a child at 0 or 1 reads the child at that plus tap - 1, and a parent holds two children
+    read = (half[:, None] + tap + 1) // 2 - half[:, None]  # [octant bit, tap]
+    axis = (read[:, None] == half[:, None]).to(weight.dtype)  # [octant bit, parent, tap]
+    x = axis[:, None, None, :, None, None, :, None, None]
+    y = axis[:, None, None, :, None, None, :, None]
+    z = axis[:, None, None, :, None, None, :]
+    with torch.autocast(weight.device.type, enabled=False):
+        return (x * y * z).view(64, 27) @ weight.flatten(1, 3)
 
 
 def subdivide_conv(

@@ -14,7 +14,7 @@ from kernels.conv import tiles as kernel
 from kernels.conv.order import child_rows, octant_order, octants, plane_order, tap_order, taps_of
 
 PAIRED = 128  # rows of which a program lists the pairs
-PLANES = 1 << 15  # rows that go plane by plane: their fp32 sums stay in a GPU's L2 cache
+PLANES = 1 << 14  # rows that go plane by plane: their fp32 sums stay in a GPU's L2 cache
 
 
 class TapRows(NamedTuple):
