@@ -139,7 +139,10 @@ def product(
     parts = Q // G
     CO, _, CI = weight.shape
     C, A = (CI, CO) if back else (CO, CI)
-    tile = tile or _choose(product_tiles(x.dtype, backend.target(x)), R, C, G, x)
+    tiles = product_tiles(x.dtype, backend.target(x))
+    if parts > 1:  # sums that go on from the part before take registers
+        tiles = [t for t in tiles if t.rows < 256] or tiles
+    tile = tile or _choose(tiles, R, C, G, x)
     wide, narrow = _widths(C, tile.widest)
     lists = _list_taps(taps, tile.rows)
     grid = (triton.cdiv(R, tile.rows) * triton.cdiv(C, wide + narrow), G)
