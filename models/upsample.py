@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import (
+    ConvTables,
     SpatialCache,
     backend,
     conv_tables,
@@ -19,7 +20,6 @@ from kernels import (
     sparse_conv,
     subdivide_conv,
 )
-from kernels.conv.tables import ConvTables
 from models.layers import linear
 
 SKIP_WEIGHTS = ("linear", "spconv")
@@ -82,7 +82,7 @@ class SparseConv3d(nn.Module):
     def _tables(
         self, x: Tensor, cache: SpatialCache, after_subdivision: bool = False
     ) -> ConvTables | None:
-        """What the convolution reads of its voxels; a CPU tensor's reads the neighbours alone."""
+        """Tables of the convolution; that of a CPU tensor reads the neighbours alone."""
         if backend.is_torch(x):
             return None
         gradients = torch.is_grad_enabled()

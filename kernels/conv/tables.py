@@ -1,4 +1,4 @@
-"""What a convolution makes once of the map of its voxels: rows in order, and pairs of rows.
+"""Tables that are made once of a map of voxels: rows in order, and pairs of rows.
 
 R rows in G groups, T taps a group: M = G * T matrices of the weight.
 """
@@ -74,7 +74,7 @@ def conv_tables(
     kernel_size: int = 3,
     gradients: bool = True,
 ) -> ConvTables:
-    """What `sparse_conv` reads of its voxels; without `gradients` only what its forward pass does.
+    """Make the tables of `sparse_conv`; without `gradients` only those of its forward pass.
 
     `cache.get(conv_tables, 3)` makes it once. Few rows go plane by plane of the taps: that skips
     more of those that a row has not, and costs a sum more for each plane.
@@ -94,7 +94,7 @@ def octant_tables(
     cache,  # a SpatialCache: the parents
     gradients: bool = True,
 ) -> ConvTables:
-    """What `subdivide_conv` reads of the parents; without `gradients` its forward pass alone.
+    """Make the tables of `subdivide_conv`; without `gradients` only those of its forward pass.
 
     `cache.get(octant_tables)` makes it once.
     """
