@@ -18,6 +18,9 @@ from kernels.conv.op import sparse_conv as sparse_conv
 from kernels.conv.op import subdivide_conv as subdivide_conv
 from kernels.conv.order import octant_order as octant_order
 from kernels.conv.order import tap_order as tap_order
+from kernels.conv.tables import ConvTables as ConvTables
+from kernels.conv.tables import conv_tables as conv_tables
+from kernels.conv.tables import octant_tables as octant_tables
 from kernels.gaussian.splat import splat as splat
 from kernels.mesh.antialias import antialias as antialias
 from kernels.mesh.antialias import opposite_vertices as opposite_vertices

@@ -10,14 +10,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import (
+    ConvTables,
     SpatialCache,
     backend,
+    conv_tables,
     group_norm,
     neighbours,
-    octant_order,
+    octant_tables,
     sparse_conv,
     subdivide_conv,
-    tap_order,
 )
 from models.layers import linear
 
@@ -64,8 +65,7 @@ class SparseConv3d(nn.Module):
         bias = self.conv.bias
         if self.kernel_size > 1:
             taps = cache.get(neighbours, self.kernel_size)
-            order = None if backend.is_torch(x) else cache.get(tap_order, self.kernel_size)
-            return sparse_conv(x, weight, bias, taps, order=order)
+            return sparse_conv(x, weight, bias, taps, tables=self._tables(x, cache))
         if self.skip_weight == "spconv":
             return linear(x, weight.view(weight.shape[4], weight.shape[0]).T, bias)
         return linear(x, weight.flatten(1), bias)
@@ -76,8 +76,19 @@ class SparseConv3d(nn.Module):
         For kernel size 3.
         """
         taps = cache.get(neighbours, 3)
-        order = None if backend.is_torch(x) else cache.get(octant_order)
-        return subdivide_conv(x, self.conv.weight, self.conv.bias, taps, order=order)
+        tables = self._tables(x, cache, after_subdivision=True)
+        return subdivide_conv(x, self.conv.weight, self.conv.bias, taps, tables=tables)
+
+    def _tables(
+        self, x: Tensor, cache: SpatialCache, after_subdivision: bool = False
+    ) -> ConvTables | None:
+        """Tables of the convolution; that of a CPU tensor reads the neighbours alone."""
+        if backend.is_torch(x):
+            return None
+        gradients = torch.is_grad_enabled()
+        if after_subdivision:
+            return cache.get(octant_tables, gradients)
+        return cache.get(conv_tables, self.kernel_size, gradients)
 
 
 class GroupNorm(nn.Module):

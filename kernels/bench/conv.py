@@ -12,14 +12,14 @@ from torch import Tensor
 
 from kernels import (
     SpatialCache,
+    conv_tables,
     group_norm,
     neighbours,
-    octant_order,
+    octant_tables,
     pool,
     pooling,
     sparse_conv,
     subdivide_conv,
-    tap_order,
 )
 from kernels.bench.case import DTYPES, Case, Impl, Work, optional
 from kernels.bench.shells import batch, shell
@@ -121,7 +121,7 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
     for _, C in channels:
         cache = cache.subdivide()
         near = cache.get(neighbours, 3)
-        order = cache.get(tap_order, 3)
+        tables = cache.get(conv_tables, 3)
         pairs = int((near >= 0).sum())
         N = len(cache)
         for dtype in dtypes:
@@ -133,7 +133,7 @@ def sparse_conv_cases(size: str, dtypes: list[str], device: torch.device) -> Ite
                 forward=[forward],
                 backward=[backward],
                 inputs=_inputs(N, C, C, dtype, device),
-                ours=lambda x, w, b, n=near, o=order: sparse_conv(x, w, b, n, order=o),
+                ours=lambda x, w, b, n=near, t=tables: sparse_conv(x, w, b, n, tables=t),
                 reference=lambda x, w, b, n=near: sparse_conv_reference(x, w, b, n),
                 baselines={
                     name: _spconv(name, cache, C, C, dtype, device)
@@ -166,7 +166,7 @@ def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> 
         children = cache.subdivide()
         near = cache.get(neighbours, 3)
         below = children.get(neighbours, 3)
-        order = cache.get(octant_order)
+        tables = cache.get(octant_tables)
         pairs = parents_read(below)
         for dtype in dtypes:
             forward, backward = conv_work(
@@ -179,7 +179,7 @@ def subdivide_conv_cases(size: str, dtypes: list[str], device: torch.device) -> 
                 forward=[forward],
                 backward=[backward],
                 inputs=_inputs(len(cache), Ci, Co, dtype, device),
-                ours=lambda x, w, b, n=near, o=order: subdivide_conv(x, w, b, n, order=o),
+                ours=lambda x, w, b, n=near, t=tables: subdivide_conv(x, w, b, n, tables=t),
                 reference=lambda x, w, b, n=below: subdivide_conv_reference(x, w, b, n),
                 baselines={
                     "subdivide, then sparse_conv": Impl(

@@ -15,6 +15,7 @@ from kernels import (
     SpatialCache,
     Windows,
     add_layer_norm,
+    backend,
     build_table,
     gelu,
     group_norm,
@@ -36,6 +37,9 @@ from kernels import (
     window_attention,
     window_partition,
 )
+from kernels.conv.launch import product, product_tiles
+from kernels.conv.order import child_rows, octants
+from kernels.conv.tables import ConvTables, list_pairs, sort_rows
 from kernels.voxels.children import child_neighbours
 
 CHANNELS = 768
@@ -149,7 +153,8 @@ def gaussians(dtype: torch.dtype) -> None:
 def convolution(dtype: torch.dtype) -> None:
     """Run the mesh decoder's four 3x3x3 convolutions, and the norm before each.
 
-    Nobody has neighbours, so that there is nothing for the interpreter to compute.
+    Nobody has neighbours, so that there is nothing for the interpreter to compute. On few rows the
+    ops take small tiles: the others are run beside.
     """
     N = 16
     taps = torch.full((N, 27), -1, dtype=torch.int32)
@@ -165,10 +170,22 @@ def convolution(dtype: torch.dtype) -> None:
         bias = torch.zeros(CO, requires_grad=True)
         norm = torch.ones(CI, requires_grad=True), torch.zeros(CI, requires_grad=True)
         _backward(group_norm(x, *norm, torch.tensor([0, N], dtype=torch.int32), silu=True))
-        if subdivided:
-            _backward(subdivide_conv(x, weight, bias, taps, order=order.expand(9, N).contiguous()))
-        else:
-            _backward(sparse_conv(x, weight, bias, taps, order=order))
+        op = subdivide_conv if subdivided else sparse_conv
+        map_ = octants(taps) if subdivided else taps[:, None]
+        parts = 1 if subdivided else 3
+        rows = sort_rows(map_, order.expand(parts * map_.shape[1], N).contiguous(), parts)
+        whole = sort_rows(child_rows(taps) if subdivided else map_, order[None])
+        tables = ConvTables(rows, whole if subdivided else rows, list_pairs(map_))
+        y = op(x, weight, bias, taps, tables=tables)
+        _backward(y)
+        tiles = product_tiles(dtype, backend.target(x))
+        weight = torch.zeros(CO, 64 if subdivided else 27, CI, dtype=dtype)
+        groups = 8 if subdivided else 1
+        forward = rows if subdivided else whole
+        for tile in tiles[:1] if subdivided else tiles:
+            with torch.no_grad():
+                product(y, weight, None, whole, back=True, mirror=not subdivided, tile=tile)
+                product(x, weight, bias, forward, groups, tile=tile)
     child_neighbours(taps)
 
 

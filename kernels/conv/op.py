@@ -14,177 +14,19 @@ to 27, and the children's features are never made. The sums are a linear map of 
 weight's gradient the transposed map of theirs.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.backend import triton
 from kernels.checks import check_dtype, wide, wide_dtype
 from kernels.conv import cpu as gathered
-from kernels.conv import tiles as kernel
+from kernels.conv.launch import product, weight_gradient
 from kernels.conv.order import child_rows, octants
-
-LISTED = 128  # rows of a tile of which a weight gradient knows whether it has a tap
-PROGRAMS = 512  # of a weight gradient, shares of the rows included; not yet measured on a GPU
-# channels of a program: wide and narrow accumulator
-WIDTHS = ((128, 64), (128, 0), (64, 32), (64, 0), (32, 0), (16, 0))
+from kernels.conv.tables import ConvTables, TapPairs, TapRows, list_pairs, sort_rows
 
 
-class Tile(NamedTuple):
-    """The tile of a program, of a product or of a weight gradient."""
-
-    rows: int  # rows; of a weight gradient, input channels
-    step: int  # input channels at a time; of a weight gradient, rows
-    widest: int  # channels of the output, or of the gradient
-    num_warps: int
-    num_stages: int
-
-
-def _tiles(dtype: torch.dtype, target: str) -> tuple[Tile, Tile]:
-    """Tiles of products and of weight gradients.
-
-    Not yet measured on a GPU: chosen so that nothing spills and shared memory suffices.
-    """
-    if target == "interpreter":  # a program costs milliseconds whatever its size
-        return Tile(256, 256, 192, 4, 1), Tile(256, 128, 192, 4, 1)
-    # no tensor cores on NVIDIA: full fp32 products hold their operands in registers
-    if dtype == torch.float32:
-        return Tile(64, 16, 64, 4, 3), Tile(128, 16, 64, 8, 3)
-    if target.startswith("gfx"):
-        return Tile(128, 32, 192, 8, 2), Tile(128, 32, 192, 8, 2)
-    # A product's row is the third load of a chain (list, taps, row), a weight gradient's the
-    # fourth: Triton gives each load of a chain the same share of the stages, so that 7 and 9 stages
-    # put a row two steps ahead, 4 and 5 one step.
-    if target.startswith("sm_8"):
-        return Tile(128, 32, 192, 8, 7), Tile(128, 32, 128, 8, 9)
-    if target == "sm_90":
-        return Tile(128, 64, 192, 8, 7), Tile(128, 32, 192, 8, 9)
-    return Tile(128, 64, 192, 8, 4), Tile(128, 32, 192, 8, 5)
-
-
-def _widths(channels: int, widest: int) -> tuple[int, int]:
-    """The wide and the narrow part of a program's channels.
-
-    They cover all channels with the least padding, then with the fewest programs.
-    """
-    fitting = [w for w in WIDTHS if sum(w) <= widest]
-    return min(fitting, key=lambda w: triton.cdiv(channels, sum(w)) * (sum(w) + 16))
-
-
-class Taps(NamedTuple):
-    """The map of the rows that a product gathers: R rows in G groups, T taps."""
-
-    rows: Tensor  # [R, G, T] int32: the row of the other side under each tap, -1 for none
-    order: Tensor | None  # [G, R] int32: the order in which tiles take the rows
-
-    def lists(self, rows: int) -> tuple[Tensor, Tensor]:
-        """The taps of each tile of `rows` rows, in two forms.
-
-        [G, tiles, 1 + T] int32: how many taps a tile has, and which; [G * T, tiles] int8: 1 where a
-        tile has a tap.
-        """
-        R, G, T = self.rows.shape
-        tiles = triton.cdiv(R, rows)
-        taps = self.rows.new_empty(G, tiles, 1 + T)
-        some = self.rows.new_empty(G * T, tiles, dtype=torch.int8)
-        pad = triton.next_power_of_2(T)
-        args = (self.rows, self.order, taps, some, R)
-        backend.launch(
-            kernel._list_taps, (tiles, G), *args, G=G, T=T, PAD_T=pad, ROWS=rows, num_warps=4
-        )
-        return taps, some
-
-
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps, back: bool, mirror: bool
-) -> Tensor:
-    """The sum over taps of x's rows times the weight [Co, M, Ci]: [R * G, C].
-
-    `back` multiplies by the weight's transpose; `mirror` takes the taps in the opposite order.
-    """
-    R, G, T = taps.rows.shape
-    CO, _, CI = weight.shape
-    if backend.is_torch(x):
-        rows = taps.rows.flip(2) if mirror else taps.rows
-        matrices = weight.transpose(0, 1) if back else weight.permute(1, 2, 0)
-        with torch.autocast(x.device.type, enabled=False):
-            return gathered.product(x, matrices, bias, rows)
-    C, A = (CI, CO) if back else (CO, CI)
-    tile, _ = _tiles(x.dtype, backend.target(x))
-    wide, narrow = _widths(C, tile.widest)
-    lists, _ = taps.lists(tile.rows)
-    out = x.new_empty(R * G, C)
-    grid = (triton.cdiv(R, tile.rows) * triton.cdiv(C, wide + narrow), G)
-    args = (x, weight, bias, taps.rows, taps.order, lists, out, R)
-    backend.launch(
-        kernel._conv_product,
-        grid,
-        *args,
-        G=G,
-        T=T,
-        CI=CI,
-        CO=CO,
-        BACK=back,
-        MIRROR=mirror,
-        ROWS=tile.rows,
-        STEP=min(tile.step, max(16, triton.next_power_of_2(A))),
-        WIDE=wide,
-        NARROW=narrow,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return out
-
-
-def _weight_gradient(x: Tensor, grad: Tensor, taps: Taps) -> Tensor:
-    """The sum over rows of grad [R * G, Co] times the row of x [S, Ci] under each tap.
-
-    Returns [Co, M, Ci] in fp32 (fp64 where x is).
-    """
-    R, G, T = taps.rows.shape
-    CI = x.shape[1]
-    CO = grad.shape[1]
-    if backend.is_torch(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return gathered.weight_gradient(x, grad, taps.rows)
-    _, tile = _tiles(x.dtype, backend.target(x))
-    wide, narrow = _widths(CO, tile.widest)
-    rows = min(tile.rows, max(16, triton.next_power_of_2(CI)))
-    some = taps.lists(LISTED)[1]
-    # the tiles that have a tap, in order
-    listed = some.sort(dim=1, descending=True, stable=True).indices.int()
-    blocks = triton.cdiv(CI, rows) * triton.cdiv(CO, wide + narrow)
-    shares = max(1, min(PROGRAMS // (blocks * G * T), some.shape[1]))
-    part = x.new_empty(shares, G * T, CI, CO, dtype=torch.float32)
-    count = some.sum(1, dtype=torch.int32)
-    args = (x, grad, taps.rows, taps.order, count, listed, part, R, some.shape[1])
-    backend.launch(
-        kernel._conv_weight_gradient,
-        (blocks, G * T, shares),
-        *args,
-        G=G,
-        T=T,
-        CI=CI,
-        CO=CO,
-        ROWS=LISTED,
-        STEP=tile.step,
-        TILE_A=rows,
-        WIDE=wide,
-        NARROW=narrow,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return part.sum(0).permute(2, 0, 1).contiguous()
-
-
-def _forward_taps(neighbours: Tensor, order: Tensor | None, subdivided: bool) -> Taps:
-    if subdivided:
-        return Taps(octants(neighbours), None if order is None else order[1:])
-    return Taps(neighbours[:, None], order)
+def _taps(neighbours: Tensor, subdivided: bool) -> Tensor:
+    return octants(neighbours) if subdivided else neighbours[:, None]
 
 
 @torch.library.custom_op("trislat::sparse_conv", mutates_args=())
@@ -195,10 +37,44 @@ def _conv(
     neighbours: Tensor,
     order: Tensor | None,
     subdivided: bool,
+    tables: list[Tensor],
 ) -> Tensor:
-    """weight [Co, M, Ci] is rounded to x's type; M = K, or 64 summed ones of subdivided voxels."""
-    taps = _forward_taps(neighbours, order, subdivided)
-    return _product(x, weight.to(x.dtype), bias, taps, back=False, mirror=False)
+    """weight [Co, M, Ci] is rounded to x's type; M = K, or 64 summed ones of subdivided voxels.
+
+    `tables` are those of a ConvTables, one after the other, or none.
+    """
+    weight = weight.to(x.dtype)
+    if backend.is_torch(x):
+        taps = _taps(neighbours, subdivided)
+        with torch.autocast(x.device.type, enabled=False):
+            return gathered.product(x, weight.permute(1, 2, 0), bias, taps)
+    if tables:
+        rows = TapRows(*tables[:2])
+    else:
+        if subdivided and order is not None:
+            order = order[1:]
+        rows = sort_rows(_taps(neighbours, subdivided), order)
+    return product(x, weight, bias, rows, groups=8 if subdivided else 1)
+
+
+def _gathered_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    subdivided: bool,
+    of_x: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_conv_backward` on CPU tensors."""
+    dx = x.new_empty(0)
+    dweight = weight.new_empty(0)
+    if of_x:
+        taps = child_rows(neighbours) if subdivided else neighbours.flip(1)[:, None]
+        dx = gathered.product(grad, weight.to(x.dtype).transpose(0, 1), None, taps)
+    if of_weight:
+        dweight = gathered.weight_gradient(x, grad, _taps(neighbours, subdivided)).to(weight.dtype)
+    return dx, dweight
 
 
 @torch.library.custom_op("trislat::sparse_conv_backward", mutates_args=())
@@ -209,6 +85,7 @@ def _conv_backward(
     neighbours: Tensor,
     order: Tensor | None,
     subdivided: bool,
+    tables: list[Tensor],
     of_x: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -216,46 +93,55 @@ def _conv_backward(
 
     Either is empty, [0], where it is not asked for.
     """
+    if backend.is_torch(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return _gathered_backward(grad, x, weight, neighbours, subdivided, of_x, of_weight)
     dx = x.new_empty(0)
     dweight = weight.new_empty(0)
+    whole = len(tables) > 2
     if of_x:
-        if subdivided:
-            taps = Taps(child_rows(neighbours), None if order is None else order[:1])
+        if whole:
+            rows = TapRows(*tables[2:4])
+        elif subdivided:
+            rows = sort_rows(child_rows(neighbours), None if order is None else order[:1])
         else:
-            taps = Taps(neighbours[:, None], order)
-        dx = _product(grad, weight.to(x.dtype), None, taps, back=True, mirror=not subdivided)
+            rows = TapRows(*tables) if tables else sort_rows(neighbours[:, None], order)
+        dx = product(grad, weight.to(x.dtype), None, rows, back=True, mirror=not subdivided)
     if of_weight:
-        taps = _forward_taps(neighbours, order, subdivided)
-        dweight = _weight_gradient(x, grad, taps).to(weight.dtype)
+        pairs = TapPairs(*tables[4:]) if whole else list_pairs(_taps(neighbours, subdivided))
+        dweight = weight_gradient(x, grad, pairs).to(weight.dtype)
     return dx, dweight
 
 
 @_conv.register_fake
-def _(x, weight, bias, neighbours, order, subdivided):
+def _(x, weight, bias, neighbours, order, subdivided, tables):
     return x.new_empty((8 if subdivided else 1) * x.shape[0], weight.shape[0])
 
 
 @_conv_backward.register_fake
-def _(grad, x, weight, neighbours, order, subdivided, of_x, of_weight):
+def _(grad, x, weight, neighbours, order, subdivided, tables, of_x, of_weight):
     dx = torch.empty_like(x) if of_x else x.new_empty(0)
     dweight = torch.empty_like(weight) if of_weight else weight.new_empty(0)
     return dx, dweight
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, neighbours, order, ctx.subdivided = inputs
+    x, weight, bias, neighbours, order, ctx.subdivided, tables = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, neighbours, order)
+    ctx.save_for_backward(x, weight, neighbours, order, *tables)
 
 
 def _differentiate(ctx, grad):
     of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-    args = *ctx.saved_tensors, ctx.subdivided, of_x, of_weight
-    dx, dweight = torch.ops.trislat.sparse_conv_backward(grad.contiguous(), *args)
+    *args, tables = *ctx.saved_tensors[:4], ctx.subdivided, list(ctx.saved_tensors[4:])
+    dx, dweight = torch.ops.trislat.sparse_conv_backward(
+        grad.contiguous(), *args, tables, of_x, of_weight
+    )
     dbias = None
     if of_bias:
         dbias = grad.sum(0, dtype=wide_dtype(grad)).to(ctx.bias_dtype)
-    return dx if of_x else None, dweight if of_weight else None, dbias, None, None, None
+    none = [None] * len(tables)
+    return dx if of_x else None, dweight if of_weight else None, dbias, None, None, None, none
 
 
 _conv.register_autograd(_differentiate, setup_context=_save)
@@ -268,6 +154,8 @@ def _check(
     neighbours: Tensor,
     order: Tensor | None,
     orders: int,
+    tables: ConvTables | None,
+    matrices: int,
 ) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [N, Ci], got {list(x.shape)}")
@@ -297,6 +185,10 @@ def _check(
         raise ValueError(
             f"order must hold {orders} x {len(x)} int32 rows, got {list(order.shape)} {order.dtype}"
         )
+    if tables is not None and tables.forward.rows.numel() != matrices * len(x):
+        raise ValueError(
+            f"tables must hold {matrices} x {len(x)} rows, got {list(tables.forward.rows.shape)}"
+        )
 
 
 def _run(
@@ -306,9 +198,11 @@ def _run(
     neighbours: Tensor,
     order: Tensor | None,
     subdivided: bool,
+    tables: ConvTables | None,
 ) -> Tensor:
     given = (None if t is None else t.contiguous() for t in (x, weight, bias, neighbours, order))
-    return torch.ops.trislat.sparse_conv(*given, subdivided)
+    flat = [table for part in tables or () if part is not None for table in part]
+    return torch.ops.trislat.sparse_conv(*given, subdivided, flat)
 
 
 def sparse_conv(
@@ -319,6 +213,8 @@ def sparse_conv(
     *,
     # [N] int32: `tap_order` of the same voxels; the result does not depend on it
     order: Tensor | None = None,
+    # `conv_tables` of the same voxels, in place of an order: then nothing is made in every call
+    tables: ConvTables | None = None,
 ) -> Tensor:  # [N, Co], as x
     """Submanifold convolution of the features of a voxel set, on the same voxels.
 
@@ -329,8 +225,8 @@ def sparse_conv(
     relies on its symmetry. Raises ValueError, naming both sizes, where the weight's kernel size or
     channels, bias, neighbours and x do not fit together.
     """
-    _check(x, weight, bias, neighbours, order, 1)
-    return _run(x, weight.flatten(1, 3), bias, neighbours, order, False)
+    _check(x, weight, bias, neighbours, order, 1, tables, neighbours.shape[-1])
+    return _run(x, weight.flatten(1, 3), bias, neighbours, order, False, tables)
 
 
 def octant_weights(
@@ -342,12 +238,16 @@ def octant_weights(
     one in the upper half has taps 0, 1 in its own and tap 2 in the parent after. Linear, so
     autograd's gradient is the transposed map.
     """
-    for axis in (1, 3, 5):  # becomes (octant bit, parent)
-        before, own, after = weight.unbind(axis)
-        lower = torch.stack([before, own + after], axis)
-        upper = torch.stack([before + own, after], axis)
-        weight = torch.stack([lower, upper], axis)
-    return weight.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 6)
+    half = torch.arange(2, device=weight.device)
+    tap = torch.arange(3, device=weight.device)
+    # a child at 0 or 1 reads the child at that plus tap - 1, and a parent holds two children
+    read = (half[:, None] + tap + 1) // 2 - half[:, None]  # [octant bit, tap]
+    axis = (read[:, None] == half[:, None]).to(weight.dtype)  # [octant bit, parent, tap]
+    x = axis[:, None, None, :, None, None, :, None, None]
+    y = axis[:, None, None, :, None, None, :, None]
+    z = axis[:, None, None, :, None, None, :]
+    with torch.autocast(weight.device.type, enabled=False):
+        return (x * y * z).view(64, 27) @ weight.flatten(1, 3)
 
 
 def subdivide_conv(
@@ -358,6 +258,8 @@ def subdivide_conv(
     *,
     # [9, N] int32: `octant_order` of the parents; the result does not depend on it
     order: Tensor | None = None,
+    # `octant_tables` of the parents, in place of an order: then nothing is made in every call
+    tables: ConvTables | None = None,
 ) -> Tensor:  # [8N, Co], as x
     """Convolution of x copied to the 8 children of every voxel, without making the copies.
 
@@ -366,10 +268,10 @@ def subdivide_conv(
     fp32 (fp64 stays) and rounded to x's dtype once. Raises ValueError as sparse_conv, and for a
     kernel size other than 3.
     """
-    _check(x, weight, bias, parent_neighbours, order, 9)
+    _check(x, weight, bias, parent_neighbours, order, 9, tables, 64)
     if weight.shape[1] != 3:
         raise ValueError(
             f"a convolution after a subdivision has kernel size 3, the weight has {weight.shape[1]}"
         )
     summed = octant_weights(wide(weight))
-    return _run(x, summed, bias, parent_neighbours, order, True)
+    return _run(x, summed, bias, parent_neighbours, order, True, tables)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.conv import op as conv
+from kernels.bench.shells import batch, shell
+from kernels.conv import launch
 from kernels.conv.op import octant_weights, sparse_conv, subdivide_conv
 from kernels.conv.order import octant_order, octants, tap_order
 from kernels.conv.reference import sparse_conv_reference, subdivide_conv_reference
+from kernels.conv.tables import ConvTables, conv_tables, list_pairs, octant_tables, sort_rows
 from kernels.voxels.cache import SpatialCache
 from kernels.voxels.children import child_neighbours
 from kernels.voxels.hash import build_table, neighbours
@@ -169,34 +171,83 @@ def test_what_is_no_neighbour_is_not_read(device):
 
 def test_rows_are_summed_in_several_steps(device, monkeypatch):
     """More channels and more rows than a step; the weight's gradient in several shares."""
-    tile = conv.Tile(16, 16, 64, 4, 1)
-    monkeypatch.setattr(conv, "_tiles", lambda *_: (tile, tile))
-    monkeypatch.setattr(conv, "LISTED", 16)
-    monkeypatch.setattr(conv, "PROGRAMS", 120)
+    tile = launch.Tile(16, 16, 64, 4, 1)
+    monkeypatch.setattr(launch, "product_tiles", lambda *_: [tile])
+    monkeypatch.setattr(launch, "_gradient_tile", lambda *_: launch.Tile(16, 4, 64, 4, 1))
+    monkeypatch.setattr(backend, "multiprocessors", lambda _: 54)
+    monkeypatch.setattr("kernels.conv.tables.PAIRED", 16)
     monkeypatch.setattr("kernels.conv.cpu.CHUNK", 16)
     cache, *args = inputs([23, 14], 40, 12, device=device, extent=(4, 4, 4))
-    op = lambda *a: sparse_conv(*a, order=cache.get(tap_order, 3))
+    tables = None if backend.is_torch(args[0]) else cache.get(conv_tables, 3)
+    for given in ({"order": cache.get(tap_order, 3)}, {"tables": tables}):
+        op = lambda *a, given=given: sparse_conv(*a, **given)
+        assert_same(op, sparse_conv_reference, *args, cache.get(neighbours, 3), tolerance=4e-6)
+
+
+@pytest.mark.parametrize("k, gradients", [(1, True), (3, True), (3, False), (5, True)])
+def test_tables_say_what_their_map_says(kernel_device, k, gradients):
+    cache, *args = inputs([70, 0, 41], 6, 4, k, device=kernel_device)
+    tables = cache.get(conv_tables, k, gradients)
+    assert (tables.pairs is not None) == gradients
+    # plane by plane, each in its own order
+    assert tables.forward.rows.shape == ((k, k * k, 111) if k > 1 else (1, 1, 111))
+    op = lambda *a: sparse_conv(*a, tables=tables)
+    assert_same(op, sparse_conv_reference, *args, cache.get(neighbours, k), tolerance=4e-6)
+
+
+def test_many_rows_go_through_all_taps_at_once(kernel_device, monkeypatch):
+    monkeypatch.setattr("kernels.conv.tables.PLANES", 100)
+    cache, *args = inputs([70, 0, 41], 6, 4, device=kernel_device)
+    tables = cache.get(conv_tables, 3)
+    assert tables.forward.rows.shape == (1, 27, 111)
+    assert torch.equal(tables.forward.order[0], cache.get(tap_order, 3))
+    op = lambda *a: sparse_conv(*a, tables=tables)
     assert_same(op, sparse_conv_reference, *args, cache.get(neighbours, 3), tolerance=4e-6)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_tables_of_octants(kernel_device, gradients):
+    cache, *args = inputs([0, 30, 0, 11], 20, 36, device=kernel_device)
+    tables = cache.get(octant_tables, gradients)
+    near = cache.get(neighbours, 3)
+    children = neighbours(cache.subdivide().coords)
+    op = lambda x, weight, bias, _: subdivide_conv(x, weight, bias, near, tables=tables)
+    assert_same(op, subdivide_conv_reference, *args, children, tolerance=4e-6)
+
+
+def test_pairs_are_those_of_the_map_in_order(kernel_device, monkeypatch):
+    monkeypatch.setattr("kernels.conv.tables.PAIRED", 32)
+    cache = SpatialCache(voxels([70, 0, 41], (7, 6, 8)).to(kernel_device))
+    near = cache.get(neighbours, 3)
+    for taps in (near[:, None], octants(near), near[:0, None]):
+        pairs = list_pairs(taps)
+        G, T = taps.shape[1:]
+        for m, (under, own) in enumerate(pairs.rows.transpose(0, 1)):
+            rows = (taps[:, m // T, m % T] >= 0).nonzero()[:, 0]
+            count = int(pairs.count[m])
+            assert count == len(rows)
+            assert torch.equal(under[:count], taps[rows, m // T, m % T])
+            assert torch.equal(own[:count].long(), rows * G + m // T)
 
 
 def test_sorted_rows_need_few_taps(kernel_device):
     """Tiles of a shell's rows, sorted, list few taps that a row lacks; as they come, many."""
-    grid = torch.cartesian_prod(*[torch.arange(14)] * 3)
-    shell = grid[((grid - 6.5).square().sum(1).sqrt() - 5).abs() < 0.7]
-    cache = SpatialCache(torch.nn.functional.pad(shell, (1, 0)).int().to(kernel_device)).subdivide()
+    cache = SpatialCache(batch(shell("sphere", 12)).to(kernel_device)).subdivide()
     taps = cache.get(neighbours, 3)
     order = cache.get(tap_order, 3)
     assert sorted(order.tolist()) == list(range(len(cache)))
 
-    def executed(order):
-        return conv.Taps(taps[:, None], order).lists(64)[0][0, :, 0].sum().item() * 64
+    def executed(rows):
+        return launch._list_taps(rows, 64)[..., 0].sum().item() * 64
 
     needed = (taps >= 0).sum().item()
-    assert needed <= executed(order) < 1.25 * needed and executed(None) > 1.4 * needed
-    listed, some = conv.Taps(taps[:, None], order).lists(64)
+    planes = executed(cache.get(conv_tables, 3).forward)
+    whole = executed(sort_rows(taps[:, None], order))
+    assert needed <= planes < 1.1 * needed and planes < whole < 1.25 * needed
+    assert executed(sort_rows(taps[:, None], None)) > 1.35 * needed
+    listed = launch._list_taps(sort_rows(taps[:, None], order), 64)
     first = (taps[order[:64].long()] >= 0).any(0)
     assert listed[0, 0, 1 : 1 + int(first.sum())].tolist() == first.nonzero()[:, 0].tolist()
-    assert torch.equal(some[:, 0].bool(), first)
 
 
 def test_orders_of_octants(device):
@@ -230,15 +281,24 @@ def test_children_of_children_and_children_without_siblings(device):
     assert torch.equal(neighbours(some), neighbours(some.coords))
 
 
-def test_the_same_bits_twice_and_one_launch_for_a_batch(kernel_device):
+@pytest.mark.parametrize("with_tables", [False, True])
+def test_the_same_bits_twice_and_one_launch_for_a_batch(kernel_device, with_tables):
     cache, *wrt = inputs([9, 0, 30], 6, 4, device=kernel_device)
+    expected = {"_list_taps": 2, "_conv_product": 2, "_conv_weight_gradient": 1}
+    if with_tables:  # a launch for each plane of taps
+        given = {"tables": cache.get(conv_tables, 3)}
+        expected["_conv_product"] = 6
+    else:
+        given = {"order": cache.get(tap_order, 3)}
+        expected["_list_pairs"] = 1
+    cache.get(neighbours, 3)
     runs = []
     for _ in range(2):
         with backend.count_launches() as launches:
-            y = sparse_conv(*wrt, cache.get(neighbours, 3), order=cache.get(tap_order, 3))
-            runs.append(torch.autograd.grad(y.square().sum(), wrt))
+            y = sparse_conv(*wrt, cache.get(neighbours, 3), **given)
+            runs.append((y, *torch.autograd.grad(y.square().sum(), wrt)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert launches == {"_list_taps": 3, "_conv_product": 2, "_conv_weight_gradient": 1}
+    assert launches == expected
 
 
 def test_gradients_of_fp32_weights_do_not_overflow_in_fp16(device):
@@ -289,11 +349,11 @@ def test_registered_as_torch_asks_and_compiles(device):
     if backend.is_torch(x):
         torch.library.opcheck(
             torch.ops.trislat.sparse_conv,
-            (x, weight.detach().flatten(1, 3), bias, taps, order[0], False),
+            (x, weight.detach().flatten(1, 3), bias, taps, order[0], False, []),
         )
         summed = octant_weights(weight.detach())
         torch.library.opcheck(
-            torch.ops.trislat.sparse_conv, (x, summed.requires_grad_(), None, taps, order, True)
+            torch.ops.trislat.sparse_conv, (x, summed.requires_grad_(), None, taps, order, True, [])
         )
 
 
@@ -320,6 +380,12 @@ def test_wrong_input_is_refused(device):
         sparse_conv(x, weight, bias, taps.long())
     with pytest.raises(ValueError, match=r"order must hold 9 x 5 int32 rows, got \[5\]"):
         subdivide_conv(x, weight, bias, taps, order=taps[:, 0])
+    wide = SpatialCache(voxels([6]).to(device))
+    wide = sort_rows(wide.get(neighbours, 3)[:, None], None)
+    with pytest.raises(ValueError, match=r"tables must hold 27 x 5 rows, got \[1, 27, 6\]"):
+        sparse_conv(x, weight, bias, taps, tables=ConvTables(wide, None, None))
+    with pytest.raises(ValueError, match=r"tables must hold 64 x 5 rows, got \[1, 27, 6\]"):
+        subdivide_conv(x, weight, bias, taps, tables=ConvTables(wide, None, None))
     with pytest.raises(ValueError, match="kernel size 3, the weight has 1"):
         subdivide_conv(x, weight[:, :1, :1, :1], bias, taps[:, :1])
     with pytest.raises(ValueError, match="fp16, bf16 or fp32.*int32"):
