@@ -39,14 +39,18 @@ class Target:
     shared_unit: int  # bytes a multiprocessor (compute unit) has for all its blocks
     registers: int  # 32-bit registers a multiprocessor has for all its threads
     warps: int  # resident warps (waves)
+    blocks: int  # resident blocks
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 64),
-    "sm_90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 65536, 64),
-    "sm_100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 65536, 64),
-    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 131072, 32),
-    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64),
+    "sm_80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 64, 32),
+    "sm_86": Target("cuda", 86, 32, 99 << 10, 100 << 10, 65536, 48, 16),
+    "sm_89": Target("cuda", 89, 32, 99 << 10, 100 << 10, 65536, 48, 24),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 65536, 64, 32),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 65536, 64, 32),
+    "sm_120": Target("cuda", 120, 32, 99 << 10, 100 << 10, 65536, 48, 24),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 131072, 32, 32),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64, 32),
 }
 
 
@@ -173,8 +177,8 @@ def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) ->
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
     # NVIDIA keeps this much of every block's for itself
     reserved = 1024 if target.backend == "cuda" else 0
-    by_shared = target.shared_unit // (shared + reserved) if shared else 32
-    return max(0, min(by_registers, by_shared, target.warps // warps, 32))
+    by_shared = target.shared_unit // (shared + reserved) if shared else target.blocks
+    return max(0, min(by_registers, by_shared, target.warps // warps, target.blocks))
 
 
 def _verdict(row: dict, target: Target, target_name: str) -> str | None:
