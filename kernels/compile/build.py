@@ -172,7 +172,12 @@ def _read_amd(compiled) -> dict:
     }
 
 
-def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
+def machine_code(compiled, target: Target) -> dict:
+    """Read a built kernel's registers, spills, tensor-core instructions, asynchronous copies."""
+    return _read_nvidia(compiled) if target.backend == "cuda" else _read_amd(compiled)
+
+
+def blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
     """Count the blocks a multiprocessor holds, by registers, shared memory and warps."""
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
     # NVIDIA keeps this much of every block's for itself
@@ -235,10 +240,10 @@ def build_one(build: Build, target_name: str) -> dict:
     ) as error:
         return row | {"failure": f"{type(error).__name__}: {str(error)[-400:]}"}
     row["seconds"] = round(time.perf_counter() - began, 2)
-    row |= (_read_nvidia if target.backend == "cuda" else _read_amd)(compiled)
+    row |= machine_code(compiled, target)
     row["shared"] = compiled.metadata.shared
     row["warps"] = compiled.metadata.num_warps
     row["shared_limit"] = f"{100 * row['shared'] / target.shared_block:.0f} %"
-    row["blocks_per_unit"] = _blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
+    row["blocks_per_unit"] = blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
     failure = _verdict(row, target, target_name)
     return row | ({"failure": failure} if failure else {})

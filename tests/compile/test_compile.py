@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kernels
-from kernels.compile.build import TARGETS, Build, _blocks_per_unit, _verdict
+from kernels.compile.build import TARGETS, Build, _verdict, blocks_per_unit
 from kernels.compile.command import OPS, _parse, _read, _wanted, main
 from kernels.compile.report import full_table, summary
 from kernels.compile.workloads import BLIND, SAME_TYPE
@@ -57,14 +57,14 @@ def test_what_fails_a_finished_build():
 
 def test_blocks_per_multiprocessor_by_what_runs_out():
     h100 = TARGETS["sm_90"]
-    assert _blocks_per_unit(h100, registers=32, shared=0, warps=4) == 16  # warps: 64 of them
+    assert blocks_per_unit(h100, registers=32, shared=0, warps=4) == 16  # warps: 64 of them
     # registers: 65536 / (128 * 256)
-    assert _blocks_per_unit(h100, registers=128, shared=0, warps=8) == 2
-    assert _blocks_per_unit(h100, registers=32, shared=100 << 10, warps=4) == 2  # shared memory
+    assert blocks_per_unit(h100, registers=128, shared=0, warps=8) == 2
+    assert blocks_per_unit(h100, registers=32, shared=100 << 10, warps=4) == 2  # shared memory
 
 
 def test_amd_reserves_no_shared_memory():
-    assert _blocks_per_unit(TARGETS["gfx942"], registers=32, shared=64 << 10, warps=4) == 1
+    assert blocks_per_unit(TARGETS["gfx942"], registers=32, shared=64 << 10, warps=4) == 1
 
 
 def entry_points() -> set[str]:
