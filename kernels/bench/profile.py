@@ -13,11 +13,11 @@ Not yet measured on a GPU: this command has only been rehearsed on a CPU. Where 
 --json writes {device, driver, torch, triton, python, commit, date, ceilings, kernels}; PATH may be
 a folder, in which the file is named after the device. A row of `kernels` is {op, kernel, pass,
 dtype, size, calls, us, bytes, flops, registers, spilled, shared, blocks, floor_us}; `us` and
-`bytes` are those of all its calls in one pass. The row of a whole pass has the kernel "all", the bytes and
-flops that no implementation avoids, and the floor that follows from them. The bytes of a kernel are
-those of the memory that its tensors lie in, each once: more than it moves where it uses a part,
-less where it reads some again; its floor is their copy. null: not known, as the flops of one kernel
-are, and the registers of those that are not Triton's.
+`bytes` are those of all its calls in one pass. The row of a whole pass has the kernel "all", the
+bytes and flops that no implementation avoids, and the floor that follows from them. The bytes of a
+kernel are those of the memory that its tensors lie in, each once: more than it moves where it uses
+a part, less where it reads some again; its floor is their copy. null: not known, as the flops of
+one kernel are, and the registers of those that are not Triton's.
 """
 
 import argparse
