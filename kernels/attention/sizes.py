@@ -79,8 +79,9 @@ def tile_sizes(
         if not target.startswith(("sm_9", "sm_10")):
             forward = [Tile(0, ANY, 64, 32, 4, 2 if target.startswith("sm_12") else 1)]
         if target.startswith(("sm_8", "sm_12")):
-            warps = 4 if target.startswith("sm_12") and pad_d <= 32 and not normed else 8
-            backward = [Tile(0, ANY, 32, 16, warps, 1)]
+            backward = [Tile(0, ANY, 32, 16, 8, 1)]
+        if target.startswith("sm_12") and not normed:  # that spills there
+            backward = [Tile(0, ANY, 32, 16, *((4, 1) if pad_d <= 32 else (8, 2)))]
     elif target.startswith("gfx"):
         forward = [Tile(0, ANY, 64, 32, 4, 2)]
         backward = [
