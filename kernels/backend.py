@@ -139,8 +139,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """
     if 0 in grid:
         return
-    if _observers:
-        _observers[-1](kernel, grid, args, constants)
+    if _observers and _observers[-1](kernel, grid, args, constants) is False:
+        return
     # a JITFunction; the interpreter's functions take no launch options
     if hasattr(kernel, "warmup"):
         constants.setdefault("enable_fp_fusion", True)
@@ -156,7 +156,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
 def observe(observer: Callable) -> Iterator[None]:
     """Call `observer(kernel, grid, args, constants)` before every launch inside the block.
 
-    Launches of all threads count. Of nested blocks only the innermost is called.
+    Launches of all threads count. Of nested blocks only the innermost is called. Where it returns
+    False, the kernel is not run.
     """
     _observers.append(observer)
     try:

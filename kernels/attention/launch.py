@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.attention import long, short
-from kernels.attention.rows import _list_tiles
+from kernels.attention.rows import _list_tiles, padded
 from kernels.attention.sizes import Tile, tile_sizes
 from kernels.backend import triton
 
@@ -46,15 +46,19 @@ def keep(tensors: tuple[Tensor | None, ...], make: Callable, *args):
     return made[0]
 
 
-def _tile_list(starts: Tensor, N: int, low: int, high: int, rows: int) -> Tensor:
-    """The list of tiles [1 + most, 2] int32: their number, then (segment, first position) of each.
+def _tile_list(
+    starts: Tensor, other_starts: Tensor, K: int, N: int, low: int, high: int, rows: int
+) -> Tensor:
+    """The list [1 + most, 4] int32 of the tiles of K positions, as `rows._list_tiles` makes it.
 
-    It has space for as many tiles as there can be; how many there are only the device knows.
+    It has space for as many tiles as there can be; how many there are only the device knows. N is
+    the number of queries, which the kernels read there too.
     """
     M = len(starts) - 1
-    most = min(M, N // (low + 1)) + (0 if high <= rows else N // rows)
-    work = starts.new_empty(1 + most, 2)
-    backend.launch(_list_tiles, (1,), starts, work, M, low, high, rows, BLOCK=LISTED, num_warps=4)
+    most = min(M, K // (low + 1)) + (0 if high <= rows else K // rows)
+    work = starts.new_empty(1 + most, 4)
+    args = (starts, other_starts, work, M, N, low, high, rows)
+    backend.launch(_list_tiles, (1,), *args, BLOCK=LISTED, num_warps=4)
     return work
 
 
@@ -70,36 +74,22 @@ class Segments(NamedTuple):
     """The rows of every segment: queries and the keys they attend to.
 
     Segment m has the positions starts[m] : starts[m + 1] of the queries, key_starts[m] :
-    key_starts[m + 1] of the keys. Without `order` and `keys`, positions are rows.
+    key_starts[m + 1] of the keys. Without `order`, positions are rows.
     """
 
     order: Tensor | None  # [N] int32: the query at each position
     starts: Tensor  # [M + 1] int32
-    keys: Tensor | None  # [K] int32: the key at each position
+    keys: Tensor | None  # [K] int32: the key at each position; None: the queries' rows
     key_starts: Tensor  # [M + 1] int32; `starts` itself where segments attend to themselves
     bound: int | None = None  # no segment has more rows; None: keys are separate
     # where each row is among the keys, if more than once: `Windows.uses`
     uses: tuple[Tensor, Tensor] | None = None
 
 
-def _constants(q: Tensor, segments: Segments, tile: Tile) -> dict[str, int]:
-    """The constants of a launch.
-
-    q, k and v share the stride of rows. It is computed from the op's contiguous tensors: with one
-    row or none, q.stride(0) may be any number.
-    """
-    H, D = q.shape[1:]
-    stride = H * D if segments.order is None else 3 * H * D  # separate tensors, or parts of qkv
-    return dict(
-        H=H,
-        D=D,
-        PAD_D=max(16, triton.next_power_of_2(D)),
-        STRIDE=stride,
-        ROWS=tile.rows,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+def _constants(D: int, tile: Tile) -> dict[str, int]:
+    """The constants of every launch."""
+    stages = tile.num_stages
+    return dict(D=D, ROWS=tile.rows, STAGES=stages, num_warps=tile.num_warps, num_stages=stages)
 
 
 def _classes(
@@ -109,7 +99,7 @@ def _classes(
 
     Without a bound, queries and keys are separate, and all tiles loop.
     """
-    pad_d = max(16, triton.next_power_of_2(q.shape[2]))
+    pad_d = padded(q.shape[2])
     forward, backward = tile_sizes(
         q.dtype, pad_d, backend.target(q), normed, rotated, separate=bound is None
     )
@@ -132,19 +122,18 @@ def forward(
     order, starts, keys, key_starts, bound, _ = segments
     out = q.new_empty(N, H, D)
     lse = q.new_empty(H, N, dtype=torch.float32)
-    operands = (q, k, v, gamma, phases)
-    results = (out, lse, N, scale)
     for tile in _classes(q, bound, gamma is not None, phases is not None)[0]:
-        work = keep((starts,), _tile_list, N, tile.low, tile.high, tile.rows)
+        size = (tile.low, tile.high, tile.rows)
+        work = keep((starts, key_starts), _tile_list, N, N, *size)
         programs = _programs(len(work) - 1, q)
-        constants = _constants(q, segments, tile)
+        constants = _constants(D, tile)
         if tile.high <= tile.rows:
             heads = min(H, 4)
             grid = (triton.cdiv(H, heads), programs)
-            args = (*operands, order, starts, work, *results)
-            backend.launch(short._attention_short, grid, *args, HEADS=heads, **constants)
+            args = (q, gamma, phases, order, work, out, lse, scale)  # q: where qkv begins
+            backend.launch(short._attention_short, grid, *args, H=H, HEADS=heads, **constants)
         else:
-            args = (*operands, order, keys, starts, key_starts, work, *results)
+            args = (q, k, v, gamma, phases, order, keys, work, out, lse, scale)
             backend.launch(long._attention_long, (H, programs), *args, STEP=tile.step, **constants)
     return out, lse
 
@@ -167,14 +156,13 @@ def backward(
     """Fill dq, dk, dv; return dgamma [2, H, D], or nothing [0] without gamma."""
     N, H, D = q.shape
     order, starts, keys, key_starts, bound, uses = segments
-    operands = (q, k, v, gamma, phases)
     classes = _classes(q, bound, gamma is not None, phases is not None)[1]
-    K = len(k) if uses is None else len(keys)
+    K = len(k) if keys is None else len(keys)
     lists = []  # (tiles of queries, tiles of keys) of each class
     for tile in classes:
         size = (tile.low, tile.high, tile.rows)
-        work = keep((starts,), _tile_list, N, *size)
-        key_work = keep((key_starts,), _tile_list, K, *size)
+        work = keep((starts, key_starts), _tile_list, N, N, *size)
+        key_work = keep((key_starts, starts), _tile_list, K, N, *size)
         lists.append((work, key_work))
     parts = None  # of dgamma, one for each tile
     if gamma is not None:
@@ -186,20 +174,20 @@ def backward(
         tiles = max(len(work), len(key_work)) - 1
         part = None if parts is None else parts[first : first + tiles]
         first += tiles
-        constants = _constants(q, segments, tile) | UNFUSED | {"STEP": tile.step}
+        constants = _constants(D, tile) | UNFUSED | {"STEP": tile.step}
         grid = (H, _programs(len(work) - 1, q))
         if tile.high <= tile.rows:
-            args = (*operands, order, starts, work, out, lse, grad, dq, dk, dv, part, N, scale)
+            # q and dq: where qkv and dqkv begin
+            args = (q, gamma, phases, order, work, out, lse, grad, dq, part, scale)
             backend.launch(short._attention_short_backward, grid, *args, **constants)
             continue
-        places = (order, keys, starts, key_starts)
         delta = torch.empty_like(lse)
-        args = (*operands, *places, work, out, lse, grad, dq, delta, part, N, scale)
+        operands = (q, k, v, gamma, phases, order, keys)
+        args = (*operands, work, out, lse, grad, dq, delta, part, scale)
         backend.launch(long._attention_long_dq, grid, *args, **constants)
         grid = (H, _programs(len(key_work) - 1, q))
-        args = (*operands, *places, key_work, lse, delta, grad, dk_to, dv_to, part, N, scale)
-        by_position = uses is not None
-        backend.launch(long._attention_long_dkv, grid, *args, BY_POSITION=by_position, **constants)
+        args = (*operands, key_work, lse, delta, grad, dk_to, dv_to, part, scale)
+        backend.launch(long._attention_long_dkv, grid, *args, **constants)
     if uses is not None:
         _sum_over_uses(dk_to, dv_to, *uses, dk, dv)
     return q.new_empty(0) if parts is None else parts.sum(0)

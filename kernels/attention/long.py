@@ -1,13 +1,14 @@
 """The attention kernels for segments longer than a tile, which walk the other side in steps.
 
-Arguments as in `short`; queries and keys have starts of their own.
+Arguments as in `short`. q, k and v are separate, because queries and keys may be. Without `order`,
+positions are rows; without `keys`, the keys are the rows of the queries.
 """
 
-from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, rotate
+from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, padded, rotate
 from kernels.backend import tl, triton
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _attention_long(
     q_ptr,
     k_ptr,
@@ -16,28 +17,27 @@ def _attention_long(
     phases_ptr,
     order_ptr,
     keys_ptr,
-    q_starts_ptr,
-    k_starts_ptr,
     work_ptr,
     out_ptr,
     lse_ptr,
-    N,
     scale,
-    H: tl.constexpr,
     D: tl.constexpr,
-    PAD_D: tl.constexpr,
-    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program: tiles of ROWS queries of a segment, one head, over the segment's keys."""
+    PAD_D: tl.constexpr = padded(D)
     h = tl.program_id(0)
+    H = tl.num_programs(0)
+    C = H * D
+    STRIDE = C if order_ptr is None else 3 * C
+    rows_ptr = order_ptr if keys_ptr is None else keys_ptr
     d = tl.arange(0, PAD_D)[None, :]
+    N = tl.load(work_ptr + 1)
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
-        segment = tl.load(work_ptr + 2 * i + 2)
-        at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
-        live = at < tl.load(q_starts_ptr + segment + 1)
+        at = tl.load(work_ptr + 4 * i + 4) + tl.arange(0, ROWS)
+        live = at < tl.load(work_ptr + 4 * i + 5)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
         row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
         row = row.to(tl.int64)[:, None]
@@ -49,12 +49,12 @@ def _attention_long(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, PAD_D], tl.float32)
-        k_end = tl.load(k_starts_ptr + segment + 1)
-        for n in tl.range(tl.load(k_starts_ptr + segment), k_end, STEP, num_stages=STAGES):
+        k_end = tl.load(work_ptr + 4 * i + 7)
+        for n in tl.range(tl.load(work_ptr + 4 * i + 6), k_end, STEP, num_stages=STAGES):
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+            k_row = k_at if rows_ptr is None else tl.load(rows_ptr + k_at, mask=k_live, other=0)
             k_row = k_row.to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
@@ -72,11 +72,11 @@ def _attention_long(
             top = higher
         total = tl.where(total == 0, 1.0, total)  # a segment with queries and no keys: zeros
         out /= total[:, None]
-        tl.store(out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + row * C + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(lse_ptr + h * N + at, (top + tl.log2(total)) / LOG2E, mask=live)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _attention_long_dq(
     q_ptr,
     k_ptr,
@@ -85,8 +85,6 @@ def _attention_long_dq(
     phases_ptr,
     order_ptr,
     keys_ptr,
-    q_starts_ptr,
-    k_starts_ptr,
     work_ptr,
     out_ptr,
     lse_ptr,
@@ -94,12 +92,8 @@ def _attention_long_dq(
     dq_ptr,
     delta_ptr,
     dgamma_ptr,
-    N,
     scale,
-    H: tl.constexpr,
     D: tl.constexpr,
-    PAD_D: tl.constexpr,
-    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -108,18 +102,23 @@ def _attention_long_dq(
 
     It stores their delta for the next kernel.
     """
+    PAD_D: tl.constexpr = padded(D)
     h = tl.program_id(0)
+    H = tl.num_programs(0)
+    C = H * D
+    STRIDE = C if order_ptr is None else 3 * C
+    rows_ptr = order_ptr if keys_ptr is None else keys_ptr
     d = tl.arange(0, PAD_D)[None, :]
+    N = tl.load(work_ptr + 1)
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
-        segment = tl.load(work_ptr + 2 * i + 2)
-        at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
-        live = at < tl.load(q_starts_ptr + segment + 1)
+        at = tl.load(work_ptr + 4 * i + 4) + tl.arange(0, ROWS)
+        live = at < tl.load(work_ptr + 4 * i + 5)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
         row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
         row = row.to(tl.int64)[:, None]
         q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
-        g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
-        out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
+        g = tl.load(grad_ptr + row * C + h * D + d, mask=mask, other=0.0)
+        out = tl.load(out_ptr + row * C + h * D + d, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
         if phases_ptr is not None:
             q = rotate(q, phases_ptr, row, live, 1, D, PAD_D)
@@ -128,12 +127,12 @@ def _attention_long_dq(
         delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
         tl.store(delta_ptr + h * N + at, delta, mask=live)
         dq = tl.zeros([ROWS, PAD_D], tl.float32)
-        k_end = tl.load(k_starts_ptr + segment + 1)
-        for n in tl.range(tl.load(k_starts_ptr + segment), k_end, STEP, num_stages=STAGES):
+        k_end = tl.load(work_ptr + 4 * i + 7)
+        for n in tl.range(tl.load(work_ptr + 4 * i + 6), k_end, STEP, num_stages=STAGES):
             k_at = n + tl.arange(0, STEP)
             k_live = k_at < k_end
             k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-            k_row = k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+            k_row = k_at if rows_ptr is None else tl.load(rows_ptr + k_at, mask=k_live, other=0)
             k_row = k_row.to(tl.int64)[:, None]
             k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
             v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
@@ -161,7 +160,7 @@ def _attention_long_dq(
         tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _attention_long_dkv(
     q_ptr,
     k_ptr,
@@ -170,8 +169,6 @@ def _attention_long_dkv(
     phases_ptr,
     order_ptr,
     keys_ptr,
-    q_starts_ptr,
-    k_starts_ptr,
     work_ptr,
     lse_ptr,
     delta_ptr,
@@ -179,30 +176,30 @@ def _attention_long_dkv(
     dk_ptr,
     dv_ptr,
     dgamma_ptr,
-    N,
     scale,
-    H: tl.constexpr,
     D: tl.constexpr,
-    PAD_D: tl.constexpr,
-    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
-    BY_POSITION: tl.constexpr,
 ):
     """A program: dk and dv of tiles of ROWS keys, one head, over the segment's queries.
 
-    BY_POSITION: they are stored by position [K, H, D] for `_sum_uses`, because a row may be a key
+    With `keys` they are stored by position [K, H, D] for `_sum_uses`, because a row may be a key
     more than once.
     """
+    PAD_D: tl.constexpr = padded(D)
     h = tl.program_id(0)
+    H = tl.num_programs(0)
+    C = H * D
+    STRIDE = C if order_ptr is None else 3 * C
+    rows_ptr = order_ptr if keys_ptr is None else keys_ptr
     d = tl.arange(0, PAD_D)[None, :]
+    N = tl.load(work_ptr + 1)
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
-        segment = tl.load(work_ptr + 2 * i + 2)
-        k_at = tl.load(work_ptr + 2 * i + 3) + tl.arange(0, ROWS)
-        k_live = k_at < tl.load(k_starts_ptr + segment + 1)
+        k_at = tl.load(work_ptr + 4 * i + 4) + tl.arange(0, ROWS)
+        k_live = k_at < tl.load(work_ptr + 4 * i + 5)
         k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
-        k_row = k_at if keys_ptr is None else tl.load(keys_ptr + k_at, mask=k_live, other=0)
+        k_row = k_at if rows_ptr is None else tl.load(rows_ptr + k_at, mask=k_live, other=0)
         k_row = k_row.to(tl.int64)[:, None]
         k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
         v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
@@ -212,15 +209,15 @@ def _attention_long_dkv(
             k = head_norm(k, gamma_ptr + (H + h) * D, D, PAD_D)
         dk = tl.zeros([ROWS, PAD_D], tl.float32)
         dv = tl.zeros([ROWS, PAD_D], tl.float32)
-        q_end = tl.load(q_starts_ptr + segment + 1)
-        for m in tl.range(tl.load(q_starts_ptr + segment), q_end, STEP, num_stages=STAGES):
+        q_end = tl.load(work_ptr + 4 * i + 7)
+        for m in tl.range(tl.load(work_ptr + 4 * i + 6), q_end, STEP, num_stages=STAGES):
             at = m + tl.arange(0, STEP)
             live = at < q_end
             mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
             row = at if order_ptr is None else tl.load(order_ptr + at, mask=live, other=0)
             row = row.to(tl.int64)[:, None]
             q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
-            g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
+            g = tl.load(grad_ptr + row * C + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
             delta = tl.load(delta_ptr + h * N + at, mask=live, other=0.0)
             if phases_ptr is not None:
@@ -246,7 +243,7 @@ def _attention_long_dkv(
             )
         if phases_ptr is not None:
             dk = rotate(dk, phases_ptr, k_row, k_live, -1, D, PAD_D)
-        to = k_at.to(tl.int64)[:, None] * (H * D) if BY_POSITION else k_row * STRIDE
+        to = k_row * STRIDE if keys_ptr is None else k_at.to(tl.int64)[:, None] * C
         tl.store(dk_ptr + to + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
         tl.store(dv_ptr + to + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
 

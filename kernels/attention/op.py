@@ -78,7 +78,7 @@ def _segments(
 ) -> Segments:
     """The segments that windows describe, for the kernels."""
     if keys is None:
-        return Segments(order, starts, order, starts, min(bound, len(order)))
+        return Segments(order, starts, None, starts, min(bound, len(order)))
     return Segments(order, starts, keys, key_starts, None, (uses, use_starts))
 
 

@@ -6,6 +6,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 EPSILON = tl.constexpr(1e-12)  # least norm of a row in the q/k norm
 
 
+@triton.constexpr_function
+def padded(D):
+    """Head channels that a tile has: a power of two that a product of matrices accepts."""
+    return max(16, triton.next_power_of_2(D))
+
+
 @triton.jit
 def rotate(x, phases_ptr, row, live, SIGN: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr):
     """Turn pairs of channels (2 i, 2 i + 1) of rows [ROWS, PAD_D] by their phases, in their type.
@@ -46,21 +52,28 @@ def head_norm_backward(grad, x, gamma_ptr, D: tl.constexpr, PAD_D: tl.constexpr)
     return inverse * (grad - unit * along[:, None]), dgamma
 
 
-@triton.jit(do_not_specialize=["M", "low", "high", "rows"])
-def _list_tiles(starts_ptr, work_ptr, M, low, high, rows, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "N", "low", "high", "rows"])
+def _list_tiles(starts_ptr, other_starts_ptr, work_ptr, M, N, low, high, rows, BLOCK: tl.constexpr):
     """List the tiles of the segments of low < length <= high, in one program.
 
-    work: the number of tiles, an unused number, then (segment, first position) of each.
+    work: the number of tiles, N and two unused numbers, then of each tile its first position, the
+    end of its segment, and the range of the segment on the other side.
     """
     total = 0
     for m0 in range(0, M, BLOCK):
         m = m0 + tl.arange(0, BLOCK)
         begin = tl.load(starts_ptr + m, mask=m < M, other=0)
-        size = tl.load(starts_ptr + m + 1, mask=m < M, other=0) - begin
+        end = tl.load(starts_ptr + m + 1, mask=m < M, other=0)
+        other = tl.load(other_starts_ptr + m, mask=m < M, other=0)
+        other_end = tl.load(other_starts_ptr + m + 1, mask=m < M, other=0)
+        size = end - begin
         tiles = tl.where((size > low) & (size <= high), (size + rows - 1) // rows, 0)  # [BLOCK]
-        slot = work_ptr + 2 * (total + 1 + tl.cumsum(tiles) - tiles)
+        slot = work_ptr + 4 * (total + 1 + tl.cumsum(tiles) - tiles)
         for t in range(0, tl.max(tiles)):
-            tl.store(slot + 2 * t, m, mask=t < tiles)
-            tl.store(slot + 2 * t + 1, begin + t * rows, mask=t < tiles)
+            tl.store(slot + 4 * t, begin + t * rows, mask=t < tiles)
+            tl.store(slot + 4 * t + 1, end, mask=t < tiles)
+            tl.store(slot + 4 * t + 2, other, mask=t < tiles)
+            tl.store(slot + 4 * t + 3, other_end, mask=t < tiles)
         total += tl.sum(tiles)
     tl.store(work_ptr, total)
+    tl.store(work_ptr + 1, N)

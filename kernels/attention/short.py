@@ -1,15 +1,16 @@
 """The attention kernels for segments that are one tile: N rows, M segments, H heads.
 
-D head channels are padded to PAD_D, a power of two. Arguments, here and in `long`, in groups that
-travel together:
+C = H D channels; D head channels are padded to PAD_D, a power of two. Arguments, here and in
+`long`, in groups that travel together:
 
-  q, k, v             [N, H, D] with STRIDE between rows
+  qkv, or q, k, v     [N, 3, H, D]; or three of [rows, H, D] with one stride: parts of qkv, or alone
   gamma, phases       [2, H, D] fp32, None: no q/k norm; [N, D / 2, 2] fp32, None: no rotation
-  order, keys         [N] int32: the row at each position, of the queries and keys; None: position
-  starts, work        [M + 1] int32: positions of segment m; the tiles that `_list_tiles` lists
+  order, keys         [N] int32: the row at each position; [K] of the keys, None: as the queries
+  work                [1 + tiles, 4] int32, as `_list_tiles` lists them
   out, lse            [N, H, D]; [H, N] fp32 by position: log sum exp of the scores
   grad, delta         the gradient of out; [H, N] fp32 by position: sum of out * grad
-  dq, dk, dv, dgamma  as q, k, v; [tiles, 2, H, D] fp32
+  dqkv or dq, dk, dv  as qkv or q, k, v
+  dgamma              [tiles, 2, H, D] fp32
 
 Program axis 0 is the head, or a group: heads share the lines of a row. Axis 1 strides over the
 tiles in `work`. Padded rows load as zeros: a padded query adds nothing to dk and dv, a padded key
@@ -17,45 +18,41 @@ is masked out of the softmax. Loops call no helper except the rotation and the n
 interpreter pays milliseconds for each call.
 """
 
-from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, rotate
+from kernels.attention.rows import LOG2E, head_norm, head_norm_backward, padded, rotate
 from kernels.backend import tl, triton
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _attention_short(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    qkv_ptr,
     gamma_ptr,
     phases_ptr,
     order_ptr,
-    starts_ptr,
     work_ptr,
     out_ptr,
     lse_ptr,
-    N,
     scale,
     H: tl.constexpr,
     D: tl.constexpr,
-    PAD_D: tl.constexpr,
-    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program: whole segments, HEADS heads of each."""
+    PAD_D: tl.constexpr = padded(D)
+    C: tl.constexpr = H * D
     d = tl.arange(0, PAD_D)[None, :]
     h0 = tl.program_id(0) * HEADS
+    N = tl.load(work_ptr + 1)
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
-        segment = tl.load(work_ptr + 2 * i + 2)
-        at = tl.load(starts_ptr + segment) + tl.arange(0, ROWS)
-        live = at < tl.load(starts_ptr + segment + 1)
+        at = tl.load(work_ptr + 4 * i + 4) + tl.arange(0, ROWS)
+        live = at < tl.load(work_ptr + 4 * i + 5)
         mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
         row = tl.load(order_ptr + at, mask=live, other=0).to(tl.int64)[:, None]
         for h in tl.range(h0, tl.minimum(h0 + HEADS, H), num_stages=STAGES):
-            q = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
-            k = tl.load(k_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
-            v = tl.load(v_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
+            q = tl.load(qkv_ptr + row * (3 * C) + h * D + d, mask=mask, other=0.0)
+            k = tl.load(qkv_ptr + row * (3 * C) + C + h * D + d, mask=mask, other=0.0)
+            v = tl.load(qkv_ptr + row * (3 * C) + 2 * C + h * D + d, mask=mask, other=0.0)
             if phases_ptr is not None:
                 q = rotate(q, phases_ptr, row, live, 1, D, PAD_D)
                 k = rotate(k, phases_ptr, row, live, 1, D, PAD_D)
@@ -68,52 +65,45 @@ def _attention_short(
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
-            tl.store(
-                out_ptr + row * (H * D) + h * D + d, out.to(out_ptr.dtype.element_ty), mask=mask
-            )
+            out = out.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * C + h * D + d, out, mask=mask)
             tl.store(lse_ptr + h * N + at, (top + tl.log2(total)) / LOG2E, mask=live)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _attention_short_backward(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    qkv_ptr,
     gamma_ptr,
     phases_ptr,
     order_ptr,
-    starts_ptr,
     work_ptr,
     out_ptr,
     lse_ptr,
     grad_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
+    dqkv_ptr,
     dgamma_ptr,
-    N,
     scale,
-    H: tl.constexpr,
     D: tl.constexpr,
-    PAD_D: tl.constexpr,
-    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program: whole segments, one head; every row is read once, delta is made on the way."""
+    PAD_D: tl.constexpr = padded(D)
     h = tl.program_id(0)
+    H = tl.num_programs(0)
+    C = H * D
     d = tl.arange(0, PAD_D)[None, :]
+    N = tl.load(work_ptr + 1)
     for i in range(tl.program_id(1), tl.load(work_ptr), tl.num_programs(1)):
-        segment = tl.load(work_ptr + 2 * i + 2)
-        begin = tl.load(starts_ptr + segment)
-        end = tl.load(starts_ptr + segment + 1)
+        begin = tl.load(work_ptr + 4 * i + 4)
+        end = tl.load(work_ptr + 4 * i + 5)
         k_at = begin + tl.arange(0, ROWS)
         k_live = k_at < end
         k_mask = k_live[:, None] if D == PAD_D else k_live[:, None] & (d < D)
         k_row = tl.load(order_ptr + k_at, mask=k_live, other=0).to(tl.int64)[:, None]
-        k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
-        v = tl.load(v_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+        k = tl.load(qkv_ptr + k_row * (3 * C) + C + h * D + d, mask=k_mask, other=0.0)
+        v = tl.load(qkv_ptr + k_row * (3 * C) + 2 * C + h * D + d, mask=k_mask, other=0.0)
         dgamma = tl.zeros([PAD_D], tl.float32)
         if phases_ptr is not None:
             k = rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
@@ -126,9 +116,9 @@ def _attention_short_backward(
             live = at < end
             mask = live[:, None] if D == PAD_D else live[:, None] & (d < D)
             row = tl.load(order_ptr + at, mask=live, other=0).to(tl.int64)[:, None]
-            x = tl.load(q_ptr + row * STRIDE + h * D + d, mask=mask, other=0.0)
-            g = tl.load(grad_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
-            out = tl.load(out_ptr + row * (H * D) + h * D + d, mask=mask, other=0.0)
+            x = tl.load(qkv_ptr + row * (3 * C) + h * D + d, mask=mask, other=0.0)
+            g = tl.load(grad_ptr + row * C + h * D + d, mask=mask, other=0.0)
+            out = tl.load(out_ptr + row * C + h * D + d, mask=mask, other=0.0)
             lse = tl.load(lse_ptr + h * N + at, mask=live, other=0.0) * LOG2E
             if phases_ptr is not None:
                 x = rotate(x, phases_ptr, row, live, 1, D, PAD_D)
@@ -147,17 +137,20 @@ def _attention_short_backward(
                 dgamma += part
             if phases_ptr is not None:
                 dq = rotate(dq, phases_ptr, row, live, -1, D, PAD_D)
-            tl.store(dq_ptr + row * STRIDE + h * D + d, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+            dq = dq.to(dqkv_ptr.dtype.element_ty)
+            tl.store(dqkv_ptr + row * (3 * C) + h * D + d, dq, mask=mask)
         dk *= scale
         if gamma_ptr is not None:
             at = dgamma_ptr + (i * 2 * H + h) * D + tl.arange(0, PAD_D)
             tl.store(at, dgamma, mask=tl.arange(0, PAD_D) < D)
-            k = tl.load(k_ptr + k_row * STRIDE + h * D + d, mask=k_mask, other=0.0)
+            k = tl.load(qkv_ptr + k_row * (3 * C) + C + h * D + d, mask=k_mask, other=0.0)
             if phases_ptr is not None:
                 k = rotate(k, phases_ptr, k_row, k_live, 1, D, PAD_D)
             dk, dgamma = head_norm_backward(dk, k, gamma_ptr + (H + h) * D, D, PAD_D)
-            tl.store(at + H * D, dgamma, mask=tl.arange(0, PAD_D) < D)
+            tl.store(at + C, dgamma, mask=tl.arange(0, PAD_D) < D)
         if phases_ptr is not None:
             dk = rotate(dk, phases_ptr, k_row, k_live, -1, D, PAD_D)
-        tl.store(dk_ptr + k_row * STRIDE + h * D + d, dk.to(dk_ptr.dtype.element_ty), mask=k_mask)
-        tl.store(dv_ptr + k_row * STRIDE + h * D + d, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)
+        dk = dk.to(dqkv_ptr.dtype.element_ty)
+        dv = dv.to(dqkv_ptr.dtype.element_ty)
+        tl.store(dqkv_ptr + k_row * (3 * C) + C + h * D + d, dk, mask=k_mask)
+        tl.store(dqkv_ptr + k_row * (3 * C) + 2 * C + h * D + d, dv, mask=k_mask)

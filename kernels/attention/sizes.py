@@ -31,6 +31,9 @@ def tile_sizes(
     length, and is the only one where keys are `separate` from the queries.
     """
     treated = normed or rotated
+    # of 100 KB of shared memory a third stage leaves a multiprocessor one block instead of three
+    short_stages = 3 if target == "sm_80" else 2
+    ada = target.startswith("sm_8")  # or Ampere; on sm_120 ptxas spills with a second stage
     if target == "interpreter":  # a program costs milliseconds whatever its size
         forward = [
             Tile(0, 64, 64, 64, 4, 1),
@@ -74,9 +77,11 @@ def tile_sizes(
         backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
         # products from registers: a short segment's tile spills
         if not target.startswith(("sm_9", "sm_10")):
-            forward = [Tile(0, ANY, 64, 32, 4, 1)]
+            forward = [Tile(0, ANY, 64, 32, 4, 2 if target.startswith("sm_12") else 1)]
         if target.startswith(("sm_8", "sm_12")):
             backward = [Tile(0, ANY, 32, 16, 8, 1)]
+        if target.startswith("sm_12") and not normed:  # that spills there
+            backward = [Tile(0, ANY, 32, 16, *((4, 1) if pad_d <= 32 else (8, 2)))]
     elif target.startswith("gfx"):
         forward = [Tile(0, ANY, 64, 32, 4, 2)]
         backward = [
@@ -102,17 +107,17 @@ def tile_sizes(
         if not normed:
             backward[2:] = [Tile(128, 256, 256, 32, 8, 1), Tile(256, ANY, 64, 32, 4, 2)]
     elif normed:
-        forward = [Tile(0, 64, 64, 64, 4, 3), Tile(64, ANY, 64, 64, 4, 3)]
-        backward = [Tile(0, ANY, 64, 16, 4, 2)]
+        forward = [Tile(0, 64, 64, 64, 4, short_stages), Tile(64, ANY, 64, 64, 4, 3)]
+        backward = [Tile(0, ANY, 64, 16, 4, 2 if ada else 1)]
     else:
         forward = [
-            Tile(0, 64, 64, 64, 4, 3),
+            Tile(0, 64, 64, 64, 4, short_stages),
             Tile(64, 128, 128, 128, 8, 2),
             Tile(128, ANY, 64, 64, 4, 3),
         ]
         backward = [
             Tile(0, 64, 64, 32, 4, 1),
-            Tile(64, 128, 128, 32, 8, 2),
+            Tile(64, 128, 128, 32, 8, 2 if ada else 1),
             Tile(128, ANY, 64, 32, 4, 3),
         ]
     return forward, backward

@@ -196,12 +196,19 @@ def _sets(first: tuple, device: torch.device) -> int:
     return min(32, max(3, -(-4 * cache // max(size, 1))))
 
 
-def _forward_call(impl: Impl, sets: list[tuple]) -> Callable[[int], object]:
+def input_sets(case: Case, device: torch.device, first: tuple) -> list[tuple]:
+    """Make the input sets that calls rotate through; `first` is the first of them."""
+    return [first, *(case.inputs(seed) for seed in range(1, _sets(first, device)))]
+
+
+def forward_call(impl: Impl, sets: list[tuple]) -> Callable[[int], object]:
+    """Make call(i), which runs the forward pass on the prepared inputs of set i."""
     prepared = [impl.prepare(*args) for args in sets]
     return lambda i: impl.run(*prepared[i % len(prepared)])
 
 
-def _backward_call(case: Case, impl: Impl, sets: list[tuple]) -> Callable[[int], object]:
+def backward_call(case: Case, impl: Impl, sets: list[tuple]) -> Callable[[int], object]:
+    """Make call(i), which runs the backward pass alone of set i."""
     jobs = []
     for args in sets:
         prepared = tuple(  # leaves, so that what prepares them is not differentiated
@@ -293,7 +300,7 @@ def measure(case: Case, timer: Timer, roofline: Roofline) -> tuple[list[dict], l
     first = case.inputs(0)
     agrees, known = agreement(case, first)
     missing = _Missing(case, known)
-    sets = [first, *(case.inputs(seed) for seed in range(1, _sets(first, timer.device)))]
+    sets = input_sets(case, timer.device, first)
     passes = {case.forward_name: case.forward}
     if case.backward:
         passes["backward"] = case.backward
@@ -320,9 +327,9 @@ def measure(case: Case, timer: Timer, roofline: Roofline) -> tuple[list[dict], l
                 continue
             try:
                 if which == "backward":
-                    call = _backward_call(case, impl, sets)
+                    call = backward_call(case, impl, sets)
                 else:
-                    call = _forward_call(impl, sets)
+                    call = forward_call(impl, sets)
                 row["median_us"], row["spread_us"] = spread(timer.time(call, case.on_host))
             except FAILURES as error:
                 missing.note(name, f"{which} failed: {_why(error)}")

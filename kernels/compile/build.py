@@ -39,14 +39,18 @@ class Target:
     shared_unit: int  # bytes a multiprocessor (compute unit) has for all its blocks
     registers: int  # 32-bit registers a multiprocessor has for all its threads
     warps: int  # resident warps (waves)
+    blocks: int  # resident blocks
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 64),
-    "sm_90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 65536, 64),
-    "sm_100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 65536, 64),
-    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 131072, 32),
-    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64),
+    "sm_80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 64, 32),
+    "sm_86": Target("cuda", 86, 32, 99 << 10, 100 << 10, 65536, 48, 16),
+    "sm_89": Target("cuda", 89, 32, 99 << 10, 100 << 10, 65536, 48, 24),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 65536, 64, 32),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 65536, 64, 32),
+    "sm_120": Target("cuda", 120, 32, 99 << 10, 100 << 10, 65536, 48, 24),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 131072, 32, 32),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10, 128 << 10, 196608, 64, 32),
 }
 
 
@@ -168,13 +172,18 @@ def _read_amd(compiled) -> dict:
     }
 
 
-def _blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
+def machine_code(compiled, target: Target) -> dict:
+    """Read a built kernel's registers, spills, tensor-core instructions, asynchronous copies."""
+    return _read_nvidia(compiled) if target.backend == "cuda" else _read_amd(compiled)
+
+
+def blocks_per_unit(target: Target, registers: int, shared: int, warps: int) -> int:
     """Count the blocks a multiprocessor holds, by registers, shared memory and warps."""
     by_registers = target.registers // max(1, -(-registers // 8) * 8 * target.warp * warps)
     # NVIDIA keeps this much of every block's for itself
     reserved = 1024 if target.backend == "cuda" else 0
-    by_shared = target.shared_unit // (shared + reserved) if shared else 32
-    return max(0, min(by_registers, by_shared, target.warps // warps, 32))
+    by_shared = target.shared_unit // (shared + reserved) if shared else target.blocks
+    return max(0, min(by_registers, by_shared, target.warps // warps, target.blocks))
 
 
 def _verdict(row: dict, target: Target, target_name: str) -> str | None:
@@ -231,10 +240,10 @@ def build_one(build: Build, target_name: str) -> dict:
     ) as error:
         return row | {"failure": f"{type(error).__name__}: {str(error)[-400:]}"}
     row["seconds"] = round(time.perf_counter() - began, 2)
-    row |= (_read_nvidia if target.backend == "cuda" else _read_amd)(compiled)
+    row |= machine_code(compiled, target)
     row["shared"] = compiled.metadata.shared
     row["warps"] = compiled.metadata.num_warps
     row["shared_limit"] = f"{100 * row['shared'] / target.shared_block:.0f} %"
-    row["blocks_per_unit"] = _blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
+    row["blocks_per_unit"] = blocks_per_unit(target, row["registers"], row["shared"], row["warps"])
     failure = _verdict(row, target, target_name)
     return row | ({"failure": failure} if failure else {})

@@ -43,11 +43,11 @@ from kernels.checks import new_file
 from kernels.compile.build import DTYPES, TARGETS, Build, build_one, launched
 from kernels.compile.report import describe, full_table, meaning, summary
 
-DEFAULT_TARGETS = "sm_80,sm_90,sm_100,gfx942"
+DEFAULT_TARGETS = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,gfx942"
 # The names in kernels.compile.workloads, whose import would load Triton
 OPS = (
-    "attention,norms,coordinates,gaussians,similarity,rotary,serialized,"
-    "convolution,surfaces,meshes,radiance,scales"
+    "attention,norms,similarity,rotary,serialized,convolution,scales,"
+    "coordinates,gaussians,surfaces,meshes,radiance"
 )
 
 
@@ -56,20 +56,30 @@ def _record(ops: list[str], dtypes: list[str], targets: list[str]) -> dict[Build
 
     Returns every distinct launch with the targets that make it.
     """
-    from kernels.compile.workloads import WORKLOADS
+    from kernels.compile.workloads import BLIND, SAME_TYPE
 
     builds: dict[Build, list[str]] = {}
-    for dtype, target in itertools.product(dtypes, targets):
+    for target in targets:
 
         def note(kernel, grid, args, constants, target=target):
             build = launched(kernel, args, constants)
             found = builds.setdefault(build, [])
             if target not in found:
                 found.append(target)
+            return build
 
-        with backend.use("interpreter"), backend.assume(target), backend.observe(note):
-            for op in ops:
-                WORKLOADS[op](DTYPES[dtype])
+        def note_alone(*launch, note=note):
+            return False if note(*launch).hot else None
+
+        with backend.use("interpreter"), backend.assume(target):
+            with backend.observe(note_alone):
+                for op, dtype in itertools.product(BLIND, dtypes):
+                    if op.__name__ in ops:
+                        op(DTYPES[dtype])
+            with backend.observe(note):
+                for op in SAME_TYPE:
+                    if op.__name__ in ops:
+                        op()
     return builds
 
 

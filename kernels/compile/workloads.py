@@ -120,7 +120,7 @@ def norms(dtype: torch.dtype) -> None:
         _backward(gelu(x, bias))
 
 
-def coordinates(dtype: torch.dtype) -> None:
+def coordinates() -> None:
     """Make tables of both kinds, neighbours and windows.
 
     Few rows in a wide extent take the hash.
@@ -133,7 +133,7 @@ def coordinates(dtype: torch.dtype) -> None:
         window_partition(coords, 1, WINDOW, WINDOW // 2)
 
 
-def gaussians(dtype: torch.dtype) -> None:
+def gaussians() -> None:
     """Render a view of a few Gaussians.
 
     The renderer computes in fp32 whatever it is given, as the ones below.
@@ -194,7 +194,7 @@ def similarity(dtype: torch.dtype) -> None:
     _backward(ssim(a, b))
 
 
-def surfaces(dtype: torch.dtype) -> None:
+def surfaces() -> None:
     """Extract a surface with and without color."""
     for channels in (53, 101):
         fields = torch.randn(40, channels, requires_grad=True)
@@ -202,7 +202,7 @@ def surfaces(dtype: torch.dtype) -> None:
         _backward(out.vertices, out.attributes, out.regularizer, out.tsdf_position, out.tsdf_value)
 
 
-def meshes(dtype: torch.dtype) -> None:
+def meshes() -> None:
     """Render a view of a large triangle and a small one."""
     camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 16, 16)
     corners = torch.tensor(
@@ -215,7 +215,7 @@ def meshes(dtype: torch.dtype) -> None:
     _backward(image.color, image.alpha, image.depth, image.normal, image.normal_map)
 
 
-def radiance(dtype: torch.dtype) -> None:
+def radiance() -> None:
     """Render a view of two voxels at the published rank and number of taps, and at the demo's."""
     for resolution, rank, dim in ((64, 16, 8), (16, 8, 4)):
         camera = Camera.orbit([0.3], [0.2], 2.0, math.radians(40), 32, 32)
@@ -237,20 +237,7 @@ def scales(dtype: torch.dtype) -> None:
         _backward(unpool(pool(x, groups), groups))
 
 
-WORKLOADS = {
-    op.__name__: op
-    for op in (
-        attention,
-        norms,
-        coordinates,
-        gaussians,
-        similarity,
-        rotary,
-        serialized,
-        convolution,
-        surfaces,
-        meshes,
-        radiance,
-        scales,
-    )
-}
+# what these compute decides no launch, so their hot kernels need not run to be recorded
+BLIND = (attention, norms, similarity, rotary, serialized, convolution, scales)
+# of one type whatever the tensors: Gaussians, surfaces, meshes and radiance fields compute in fp32
+SAME_TYPE = (coordinates, gaussians, surfaces, meshes, radiance)

@@ -331,7 +331,9 @@ def dual_triton_backward(
 
 
 def _launch(kernel, rows: str, count: int, g: Geometry, *tensors: Tensor) -> None:
-    TILE = _tiles(backend.target(g.values))[rows]
+    target = backend.target(g.values)
+    TILE = _tiles(target)[rows]
+    warps = 2 if kernel is _vertex_bwd and target.startswith("sm_8") else 4  # 4 spill there
     M = g.values.shape[1] - 1
     args = (g.values, g.weights, g.cube_coords, g.cube_corners, *tensors, count, g.resolution)
-    backend.launch(kernel, (triton.cdiv(count, TILE),), *args, M=M, TILE=TILE, num_warps=4)
+    backend.launch(kernel, (triton.cdiv(count, TILE),), *args, M=M, TILE=TILE, num_warps=warps)

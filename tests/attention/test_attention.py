@@ -212,17 +212,21 @@ def test_tiles_cover_every_length_once(target, dtype, normed, rotated):
 
 
 def test_listed_tiles(kernel_device):
+    """Of each tile its first position, the end of its segment, and the segment's other side."""
     starts = torch.tensor([0, *EDGES, *[0] * 1100, 33]).cumsum(0).int().to(kernel_device)
     lengths = starts.diff().tolist()
+    others = starts * 3 + 1
+    begin = starts.tolist()
+    other = others.tolist()
     for low, high, rows in [(0, 64, 64), (64, 128, 128), (100, sizes.ANY, 64)]:
-        work = launches._tile_list(starts, int(starts[-1]), low, high, rows)
+        work = launches._tile_list(starts, others, begin[-1], 7, low, high, rows)
         expected = [
-            [m, int(starts[m]) + t]
+            [begin[m] + t, begin[m + 1], other[m], other[m + 1]]
             for m, n in enumerate(lengths)
             if low < n <= high
             for t in range(0, n, rows)
         ]
-        assert work[0, 0] == len(expected) < len(work)
+        assert work[0, :2].tolist() == [len(expected), 7] and len(expected) < len(work)
         assert work[1 : len(expected) + 1].tolist() == expected
 
 

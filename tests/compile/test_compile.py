@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import kernels
-from kernels.compile.build import TARGETS, Build, _blocks_per_unit, _verdict
+from kernels.compile.build import TARGETS, Build, _verdict, blocks_per_unit
 from kernels.compile.command import OPS, _parse, _read, _wanted, main
 from kernels.compile.report import full_table, summary
-from kernels.compile.workloads import WORKLOADS
+from kernels.compile.workloads import BLIND, SAME_TYPE
 
 
 def run(*arguments, interpret=False):
@@ -44,10 +44,28 @@ def test_kernels_are_built_for_absent_gpus(tmp_path):
     assert "0 failures" in done.stdout
 
 
+def test_short_attention_shares_a_multiprocessor_of_100_kb(tmp_path):
+    """Three blocks of the models' heads at once, two where q and k are normed."""
+    what = "--op attention --kernel attention_short --target sm_89 --dtype fp16 --workers 2".split()
+    report = tmp_path / "report.json"
+    without = "backward|ROWS=128|D=32"
+    done = run(*what, "--without", without, "--json", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    normed = {dict(row["types"])["gamma_ptr"] != "constexpr": row for row in rows}
+    assert {row["dtype"] for row in rows} == {"fp16"} and normed.keys() == {False, True}
+    assert normed[False]["blocks_per_unit"] >= 3 and normed[True]["blocks_per_unit"] >= 2
+
+
 def test_what_fails_a_finished_build():
     h100 = TARGETS["sm_90"]
     too_much = _verdict({"shared": 300000, "spills": 0, "hot": False}, h100, "sm_90")
     assert too_much == "shared memory 300000 B exceeds the 232448 B of sm_90"
+    for name in ("sm_86", "sm_89", "sm_120"):
+        fits = {"shared": 99 << 10, "spills": 0, "hot": True}
+        assert _verdict(fits, TARGETS[name], name) is None
+        above = _verdict(fits | {"shared": (99 << 10) + 1}, TARGETS[name], name)
+        assert above == f"shared memory 101377 B exceeds the 101376 B of {name}"
     assert (
         _verdict({"shared": 0, "spills": 3, "hot": True}, h100, "sm_90")
         == "3 spills in a hot kernel"
@@ -57,14 +75,21 @@ def test_what_fails_a_finished_build():
 
 def test_blocks_per_multiprocessor_by_what_runs_out():
     h100 = TARGETS["sm_90"]
-    assert _blocks_per_unit(h100, registers=32, shared=0, warps=4) == 16  # warps: 64 of them
+    assert blocks_per_unit(h100, registers=32, shared=0, warps=4) == 16  # warps: 64 of them
     # registers: 65536 / (128 * 256)
-    assert _blocks_per_unit(h100, registers=128, shared=0, warps=8) == 2
-    assert _blocks_per_unit(h100, registers=32, shared=100 << 10, warps=4) == 2  # shared memory
+    assert blocks_per_unit(h100, registers=128, shared=0, warps=8) == 2
+    assert blocks_per_unit(h100, registers=32, shared=100 << 10, warps=4) == 2  # shared memory
+
+
+def test_blocks_of_smaller_multiprocessors():
+    """48 warps, and 16 blocks or 24: twelve of 4 warps, and one-warp blocks until the limit."""
+    assert blocks_per_unit(TARGETS["sm_89"], registers=32, shared=0, warps=4) == 12
+    assert blocks_per_unit(TARGETS["sm_86"], registers=32, shared=0, warps=1) == 16
+    assert blocks_per_unit(TARGETS["sm_120"], registers=32, shared=0, warps=1) == 24
 
 
 def test_amd_reserves_no_shared_memory():
-    assert _blocks_per_unit(TARGETS["gfx942"], registers=32, shared=64 << 10, warps=4) == 1
+    assert blocks_per_unit(TARGETS["gfx942"], registers=32, shared=64 << 10, warps=4) == 1
 
 
 def entry_points() -> set[str]:
@@ -181,7 +206,7 @@ def test_a_kernel_that_one_version_lacks_has_a_line():
 
 
 def test_every_op_of_the_list_exists():
-    assert OPS.split(",") == list(WORKLOADS)
+    assert OPS.split(",") == [op.__name__ for op in (*BLIND, *SAME_TYPE)]
 
 
 def test_another_python_must_be_there(capsys):
