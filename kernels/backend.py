@@ -36,8 +36,20 @@ except ImportError:
     triton = tl = _Absent()
 
 CHOICES = ("torch", "interpreter")
+# of the GPUs that can be assumed; the interpreter runs one program after another
+MULTIPROCESSORS = {
+    "interpreter": 1,
+    "sm_80": 108,  # A100
+    "sm_86": 84,  # RTX 3090
+    "sm_89": 128,  # RTX 4090
+    "sm_90": 132,  # H100, H200
+    "sm_100": 148,  # B200
+    "sm_120": 170,  # RTX 5090
+    "gfx942": 304,  # MI300X
+}
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
+_run: ContextVar[Callable | None] = ContextVar("_run", default=None)
 # shared by all threads: on a GPU, autograd runs backward passes in threads of its own
 _observers: list[Callable] = []
 
@@ -95,6 +107,31 @@ def target(tensor: Tensor) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    """Return how many multiprocessors (compute units) the GPU of `tensor` has.
+
+    For a CPU tensor it is the GPU that `assume` names; 1 for one that is not known.
+    """
+    if tensor.device.type == "cpu":
+        return MULTIPROCESSORS.get(_assumed.get(), 1)
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+@contextmanager
+def run_compiled(name: str, run: Callable) -> Iterator[None]:
+    """Send CPU tensors through the kernels as compiled for the GPU `name` inside the block.
+
+    `run(kernel, grid, args, constants)` executes each launch in Triton's place, which cannot
+    without that GPU.
+    """
+    tokens = _cpu_choice.set("triton"), _assumed.set(name), _run.set(run)
+    try:
+        yield
+    finally:
+        for variable, token in zip((_cpu_choice, _assumed, _run), tokens, strict=True):
+            variable.reset(token)
+
+
 @contextmanager
 def assume(name: str) -> Iterator[None]:
     """Give CPU tensors the tile sizes of the GPU `name` inside the block.
@@ -123,7 +160,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     if hasattr(kernel, "warmup"):
         constants.setdefault("enable_fp_fusion", True)
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
-    if device is not None and device.type == "cuda":
+    if run := _run.get():
+        run(kernel, grid, args, constants)
+    elif device is not None and device.type == "cuda":
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
     else:
