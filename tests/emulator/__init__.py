@@ -29,13 +29,14 @@ Missing fence.proxy.async and wgmma.fence go unnoticed. It runs what ptxas is gi
 makes of it.
 """
 
-from tests.emulator.instructions import decode as decode
 from tests.emulator.launch import TARGETS as TARGETS
 from tests.emulator.launch import emulated as emulated
 from tests.emulator.launch import launch as launch
 from tests.emulator.launch import prepare as prepare
 from tests.emulator.machine import Options as Options
+from tests.emulator.machine import Program as Program
 from tests.emulator.machine import PtxError as PtxError
+from tests.emulator.machine import PtxUnsupported as PtxUnsupported
+from tests.emulator.machine import decode as decode
 from tests.emulator.machine import library as library
 from tests.emulator.machine import run as run
-from tests.emulator.ptx import PtxUnsupported as PtxUnsupported

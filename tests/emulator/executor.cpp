@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <random>
 #include <set>
@@ -36,11 +37,10 @@ struct Region { u64 begin, end; u32 granule, uninitialised; void *coarse, *fine;
 struct Error { i32 kind, pc, other, lane, warp, cta, bytes, space; u64 address; };
 
 struct Launch {
-  i32 grid[3], warps, shared, local, threads, block, specials, regions;
-  i32 check_memory, check_races, shared_granule, most_errors, random, error_count, error_total;
+  i32 grid[3], warps, shared, threads, regions;
+  i32 check_memory, check_races, most_errors, random, error_count, error_total;
   u64 seed, budget;
-  const u8* image;  // `block` bytes: what a warp's registers start as
-  const i32* special;  // pairs: which, slot
+  const u64* values;  // the bits of every parameter
   Region* region;  // sorted by address
   u64 *executed, *lanes, *units, *ideal;  // per instruction; units: 32-byte sectors, or shared-memory wavefronts
   Error* errors;
@@ -79,7 +79,15 @@ struct Ins;
 using Handler = void (*)(Warp&, const Ins&, u32);
 enum Flow : u8 { PLAIN, BRANCH, EXIT, BARRIER, ARRIVE };
 struct Ins { Handler fn; const i64* o; i32 pred; bool negated; Flow flow; i32 target, join; u32 pc; };  // join: where both sides of a branch meet
-struct Program { std::vector<Ins> code; std::vector<i64> operands; };
+struct Program {
+  std::vector<Ins> code; std::vector<i64> operands;
+  std::vector<u8> image;  // what a warp's registers start as
+  std::vector<std::array<i32, 2>> special;  // which, slot
+  std::vector<std::array<i64, 4>> params;  // position, offset, bytes, slot: loads of parameters are copies of these registers
+  std::map<string, std::vector<u8>> globals; std::vector<std::pair<void*, i64>> global_slots;
+  string name, description;
+  i32 shared = 0, local = 0, threads = 0, global_granule = 16, shared_granule = 16;  // granule: the narrowest access
+};
 
 struct Copy { u32 address, bytes, pc; u8 data[16]; };  // of a cp.async, on its way
 struct Fragment { i32 pc; u32 mask; i32 join; };
@@ -115,7 +123,15 @@ struct Machine {  // one OS thread of a launch
   const Region* last = nullptr;
   Block block;
   bool fatal = false;
-  Machine(Launch& l, const Program& p) : launch(l), program(p), left(l.budget) {
+  std::vector<u8> image;
+  Machine(Launch& l, const Program& p) : launch(l), program(p), left(l.budget), image(p.image) {
+    auto put = [&](i64 slot, const void* value, i64 size) { for (int i = 0; i < 32; i++) memcpy(image.data() + slot + i * size, value, size); };
+    for (auto [position, offset, bytes, slot] : p.params) {
+      u64 bits = l.values[position] >> 8 * offset;
+      if (bytes == 1) bits &= 0xff;
+      put(slot, &bits, std::max<i64>(2, bytes));
+    }
+    for (auto [data, slot] : p.global_slots) put(slot, &data, 8);
     for (auto v : {&executed, &lanes, &units, &ideal}) v->assign(p.code.size(), 0);
   }
 };
@@ -220,7 +236,7 @@ void wavefronts(const u64* a, u32 m, int bytes, u64& units, u64& ideal) {
 inline u8* host(Warp& w, int space, u64 a, int lane) {
   if (space == GLOBAL) return reinterpret_cast<u8*>(a);
   if (space == SHARED) return w.block->shared.data() + (a - SHARED_BASE);
-  return w.local.data() + lane * w.machine->launch.local + a;
+  return w.local.data() + lane * w.machine->program.local + a;
 }
 
 // Do two stored values agree: 0 no, 1 in all bits, 2 but for rounding? Triton lets lanes hold the same element, and a product
@@ -265,7 +281,7 @@ u32 access(Warp& w, const Ins& I, u32 m, u64* a, int n, int& space, Kind kind, c
   // bounds and alignment, of all lanes at once where they are all well
   u64 low = ~0ull, top = 0, bits = 0; u32 good = m;
   for (u32 x = m; x; x &= x - 1) { u64 v = a[__builtin_ctz(x)]; low = std::min(low, v), top = std::max(top, v), bits |= v; }
-  u64 begin = space == SHARED ? SHARED_BASE : 0, end = begin + (space == SHARED ? w.block->shared.size() : l.local);
+  u64 begin = space == SHARED ? SHARED_BASE : 0, end = begin + (space == SHARED ? w.block->shared.size() : k.program.local);
   const Region* one = nullptr;
   if (bits & (n - 1) || (space == GLOBAL ? !(one = find(k, low, top - low + n)) : low < begin || top + n > end))
     for (u32 x = m; x; x &= x - 1) {
@@ -1009,6 +1025,21 @@ bool release(Block& b) {  // open the barriers that are full
   return any;
 }
 
+u32 special(i32 which, u32 warp, u32 lane, const u32* cta, const i32* grid) {  // the order is that of SPECIAL
+  switch (which) {
+    case 0: return 32 * warp + lane;       // %tid.x
+    case 1: case 2: case 3: return cta[which - 1];
+    case 4: return lane;
+    case 5: return warp;
+    case 6: return FULL << lane;           // %lanemask_ge
+    case 7: return (FULL << lane) << 1;    // gt
+    case 8: return ~(FULL << lane);        // lt
+    case 9: return ~((FULL << lane) << 1); // le
+    case 10: return 1u << lane;            // eq
+    default: return grid[which - 11];      // %nctaid
+  }
+}
+
 void run_cta(Machine& k, u32 index, std::mt19937_64& random) {
   Launch& l = k.launch; Block& b = k.block;
   b.cta = index % (MANY_CTAS - 2) + 1, b.now = 0;
@@ -1021,18 +1052,11 @@ void run_cta(Machine& k, u32 index, std::mt19937_64& random) {
     order[v] = v;
     w.id = v, w.pc = 0, w.active = FULL, w.join = -1, w.gone = w.carry = 0, w.state = Warp::READY, w.others.clear(), w.open.clear(), w.groups.clear();
     w.late.clear(), w.issued.clear(), w.waves.clear();
-    w.seen.assign(l.warps, 0), w.oldest = 0, w.local.assign(32 * l.local, 0xff);
-    memcpy(w.regs, l.image, l.block);
-    for (int s = 0; s < l.specials; s++) {
-      u32* d = w.reg<u32>(l.special[2 * s + 1]);
-      for (u32 i = 0; i < 32; i++) switch (l.special[2 * s]) {
-        case 0: d[i] = 32 * v + i; break;      // %tid.x
-        case 1: case 2: case 3: d[i] = at[l.special[2 * s] - 1]; break;  // %ctaid
-        case 4: d[i] = i; break;               // %laneid
-        case 11: case 12: case 13: d[i] = l.grid[l.special[2 * s] - 11]; break;  // %nctaid
-        case 5: d[i] = v; break;               // %warpid
-        case 6: case 7: case 8: case 9: case 10: d[i] = ((FULL << i) & (l.special[2 * s] == 7 || l.special[2 * s] == 9 ? ~(1u << i) : FULL)) ^ (l.special[2 * s] >= 8 && l.special[2 * s] < 10 ? FULL : 0); if (l.special[2 * s] == 10) d[i] = 1u << i; break;
-      }
+    w.seen.assign(l.warps, 0), w.oldest = 0, w.local.assign(32 * k.program.local, 0xff);
+    memcpy(w.regs, k.image.data(), k.image.size());
+    for (auto [which, slot] : k.program.special) {
+      u32* d = w.reg<u32>(slot);
+      for (u32 i = 0; i < 32; i++) d[i] = special(which, v, i, at, l.grid);
     }
   }
   for (u64 turn = 0; !k.fatal; turn++) {
@@ -1050,20 +1074,505 @@ void run_cta(Machine& k, u32 index, std::mt19937_64& random) {
   }
 }
 
+// ---- decoding: PTX text to a program. The subset is what LLVM and Triton's inline assembly emit
+
+using Words = std::vector<string>;
+struct Unsupported { string why; };
+
+bool among(const string& word, const Words& list) { return std::find(list.begin(), list.end(), word) != list.end(); }
+bool starts(const string& s, const string& with) { return s.compare(0, with.size(), with) == 0; }
+string strip(const string& s, const string& what = " \t\r\n") {
+  size_t a = s.find_first_not_of(what), b = s.find_last_not_of(what);
+  return a == string::npos ? "" : s.substr(a, b - a + 1);
+}
+Words split(const string& s, const string& at = " \t\r\n") {
+  Words out;
+  for (size_t i = 0; (i = s.find_first_not_of(at, i)) != string::npos;) {
+    size_t end = std::min(s.find_first_of(at, i), s.size());
+    out.push_back(strip(s.substr(i, end - i))), i = end;
+  }
+  return out;
+}
+string join(const Words& words, const string& with = ".") {
+  string out;
+  for (auto& w : words) out += (out.empty() ? "" : with) + w;
+  return out;
+}
+Words list(const string& vector) { return split(strip(vector, "{} \t\n"), ","); }  // {%r1, %r2}
+int number_in(const string& kind) {
+  size_t i = kind.find_first_of("0123456789");
+  if (i == string::npos) throw Unsupported{"the type " + kind};
+  return std::stoi(kind.substr(i));
+}
+bool is_kind(const string& w) {
+  static const Words kinds = split("b8 u8 s8 b16 u16 s16 f16 bf16 b32 u32 s32 f32 f16x2 bf16x2 s16x2 u16x2 tf32 b64 u64 s64 f64 pred e4m3x2 e5m2x2");
+  return among(w, kinds);
+}
+i64 width(const string& kind) {  // bytes of a register that holds such a value: two at least
+  if (kind == "pred") return 4;
+  if (kind.ends_with("x2")) return kind[0] == 'e' ? 2 : 4;
+  return std::max(2, number_in(kind) / 8);
+}
+u64 immediate(string t, const string& kind) {  // the bits of a literal, as an operand of that type
+  auto bits = [](float f) { return u64(std::bit_cast<u32>(f)); };
+  auto bits64 = [](double d) { return std::bit_cast<u64>(d); };
+  try {
+    if (t.size() == 10 && (starts(t, "0f") || starts(t, "0F"))) {
+      u32 found = std::stoul(t.substr(2), nullptr, 16);
+      return kind == "f64" ? bits64(std::bit_cast<float>(found)) : found;
+    }
+    if (t.size() == 18 && (starts(t, "0d") || starts(t, "0D"))) return std::stoull(t.substr(2), nullptr, 16);
+    while (!t.empty() && (t.back() == 'U' || t.back() == 'u')) t.pop_back();
+    if (t.find('.') != string::npos || kind == "f32" || kind == "f64") return kind == "f32" ? bits(std::stof(t)) : bits64(std::stod(t));
+    bool negative = t[0] == '-'; size_t read = 0;
+    u64 v = std::stoull(t.substr(negative), &read, 0);
+    if (read + negative == t.size()) return negative ? u64(0) - v : v;
+  } catch (const std::logic_error&) {}
+  throw Unsupported{"the number " + t};
+}
+
+struct Decoded : Ins { string name, text, label; Words guards; std::vector<i64> values; i32 line, source; };
+struct Symbol { Space space; u64 address; };
+const Words SPECIAL = split("%tid.x %ctaid.x %ctaid.y %ctaid.z %laneid %warpid %lanemask_ge %lanemask_gt %lanemask_lt %lanemask_le %lanemask_eq %nctaid.x %nctaid.y %nctaid.z");
+// qualifiers that change nothing here: rounding to nearest, hints, scopes, promises of convergence
+const Words IGNORED = split("rn approx full uni sync aligned weak cta cluster gpu sys nc ca cg cs wb wt lu cv noftz L1 L2 evict_last evict_first evict_normal evict_unchanged no_allocate cache_hint unified");
+const Words NOTHING = split("membar fence prefetch bar.warp nanosleep createpolicy griddepcontrol setmaxnreg pmevent discard applypriority");
+const Words STRONG = split("volatile acquire release relaxed mmio acq_rel");
+const Words SPACES = split("global shared local const param");
+// types of operands where they are not all the instruction's own, "."
+const std::unordered_map<string, string> OPERANDS = {
+  {"shl", ". . u32"}, {"shr", ". . u32"}, {"bfe", ". . u32 u32"}, {"bfi", ". . . u32 u32"}, {"popc", "u32 ."}, {"clz", "u32 ."}, {"bfind", "u32 ."},
+  {"selp", ". . . pred"}, {"lop3", "b32 b32 b32 b32 b32"}, {"prmt", "b32 b32 b32 b32"}, {"shf", "b32 b32 b32 b32"}, {"dp4a", "b32 b32 b32 b32"}};
+
+struct Decoder {
+  Program& program;
+  std::vector<Decoded> code;
+  std::map<std::array<i64, 4>, i64> slots;  // of constants (0, value, width), special registers (1, which), parameters (2, ...)
+  std::map<string, i64> global_slots;
+  std::map<string, Symbol> symbols;
+  std::vector<std::map<string, std::pair<i64, i64>>> scopes{{}, {}};  // name -> slot, width; "name<" is a range of names
+  std::map<string, i32> labels;
+  std::map<string, i64> fixed;  // special registers that are the same for every thread
+  Words parameters; std::vector<i64> sizes;
+  std::vector<std::array<string, 4>> sources{{}}; i32 where = 0;
+  std::map<string, string> files;
+
+  Decoder(Program& p) : program(p) {
+    for (auto name : split("%tid.y %tid.z %clusterid.x %cluster_ctarank %smid %clock %clock64 %globaltimer")) fixed[name] = 0;
+    for (auto name : split("%ntid.y %ntid.z %cluster_nctarank")) fixed[name] = 1;
+    fixed["WARP_SZ"] = 32;
+  }
+
+  // slots, registers and operands
+
+  i64 make(i64 size) {  // a slot of 32 lanes of `size` bytes; registers start as NaN, as none may be read before it is written
+    i64 slot = (program.image.size() + 63) / 64 * 64;
+    program.image.resize(slot + 32 * size, 0xff);
+    return slot;
+  }
+  i64 constant(u64 value, i64 size) {
+    if (size < 8) value &= (1ull << 8 * size) - 1;
+    auto [found, fresh] = slots.try_emplace({0, i64(value), size, 0}, 0);
+    if (!fresh) return found->second;
+    found->second = make(size);
+    for (int i = 0; i < 32; i++) memcpy(program.image.data() + found->second + i * size, &value, size);
+    return found->second;
+  }
+  std::pair<i64, i64> find(const string& name) {
+    string family = name.substr(0, name.find_last_not_of("0123456789") + 1) + "<";
+    for (auto scope = scopes.rbegin(); scope != scopes.rend(); ++scope) {
+      if (auto known = scope->find(name); known != scope->end()) return known->second;
+      if (auto range = scope->find(family); range != scope->end()) return (*scope)[name] = {make(range->second.second), range->second.second};
+    }
+    throw Unsupported{"register " + name};
+  }
+  i64 symbol(const string& name, i64 size) {
+    Symbol s = symbols.at(name);
+    if (s.space != GLOBAL) return constant(s.address, size);
+    if (!global_slots.count(name)) global_slots[name] = make(8);
+    return global_slots[name];
+  }
+  i64 named(const string& name, i64 size) {  // a special register or a symbol's address; -1 for another name
+    if (auto known = fixed.find(name); known != fixed.end()) return constant(known->second, size);
+    if (symbols.count(name)) return symbol(name, size);
+    size_t which = std::find(SPECIAL.begin(), SPECIAL.end(), name) - SPECIAL.begin();
+    if (which == SPECIAL.size()) return -1;
+    auto [found, fresh] = slots.try_emplace({1, i64(which), 0, 0}, 0);
+    if (fresh) found->second = make(4), program.special.push_back({i32(which), i32(found->second)});
+    return found->second;
+  }
+  i64 value(const string& text, const string& kind) {
+    i64 size = width(kind);
+    if (isalpha(text[0]) || strchr("%_$", text[0])) {
+      if (i64 slot = named(text, size); slot >= 0) return slot;
+      auto [slot, found] = find(text);
+      if (found != size) throw Unsupported{"operand " + text + " of " + std::to_string(8 * found) + " bits for a " + kind};
+      return slot;
+    }
+    return kind == "pred" ? constant(immediate(text, "s32") ? FULL : 0, 4) : constant(immediate(text, kind), size);
+  }
+  i64 into(const string& text, const string& kind) { return text == "_" ? -1 : value(text, kind); }
+  std::array<i64, 3> address(const string& text) {  // slot, width and offset of [base + offset]
+    string inner = strip(text, "[] \t");
+    size_t plus = inner.find('+');
+    string base = strip(inner.substr(0, plus));
+    i64 offset = plus == string::npos ? 0 : immediate(strip(inner.substr(plus + 1)), "s64");
+    if (symbols.count(base)) { i64 size = symbols[base].space == GLOBAL ? 8 : 4; return {symbol(base, size), size, offset}; }
+    if (isdigit(base[0])) return {constant(immediate(base, "u64"), 8), 8, offset};
+    auto [slot, size] = find(base);
+    return {slot, size, offset};
+  }
+  void narrow(int space, i32 size) {  // of every access: the shadow tells apart as little
+    if (space == GLOBAL || space == GENERIC) program.global_granule = std::min(program.global_granule, size);
+    if (space == SHARED || space == GENERIC) program.shared_granule = std::min(program.shared_granule, size);
+  }
+  static int space_of(const Words& words) {
+    for (auto& w : words)
+      if (among(w, SPACES)) return w == "shared" ? SHARED : w == "local" ? LOCAL : w == "param" ? -1 : GLOBAL;
+    return GENERIC;
+  }
+
+  // declarations
+
+  void variable(const string& text) {  // .shared .align 16 .b8 name[length] = {...}
+    size_t equals = text.find('=');
+    Words words = split(text.substr(0, equals));
+    string space = words[0].substr(1); size_t at = 1; i64 align = 0;
+    if (words[at] == ".align") align = std::stoi(words[at + 1]), at += 2;
+    string kind = words[at].substr(1), rest = join(Words(words.begin() + at + 1, words.end()), "");
+    size_t bracket = rest.find('[');
+    string name = rest.substr(0, bracket), length = bracket == string::npos ? "1" : strip(rest.substr(bracket), "[]");
+    i64 element = number_in(kind) / 8, size = length.empty() ? 0 : element * std::stoll(length);
+    if (space == "global" || space == "const") {
+      auto& data = program.globals[name];
+      if (equals != string::npos)
+        for (auto& number : split(strip(text.substr(equals + 1), "{} \t\n"), ",")) {
+          u64 bits = immediate(number, kind);
+          data.insert(data.end(), (u8*)&bits, (u8*)&bits + element);
+        }
+      data.resize(std::max<i64>(1, size)), symbols[name] = {GLOBAL, 0};
+      return;
+    }
+    i32& used = space == "shared" ? program.shared : program.local;
+    align = align ? align : element, used = (used + align - 1) / align * align;
+    symbols[name] = {space == "shared" ? SHARED : LOCAL, used + (space == "shared" ? SHARED_BASE : 0)};
+    used += size;
+  }
+  void declare(const string& text) {  // .reg .b32 %r<9>, %x, and variables; other directives change nothing here
+    Words words = split(text);
+    if (!words.empty() && words[0] == ".reg") {
+      i64 size = width(words[1].substr(1));
+      for (auto& name : split(text.substr(text.find(words[1]) + words[1].size()), ",")) {
+        size_t many = name.find('<');
+        if (many == string::npos) scopes.back()[name] = {make(size), size};
+        else scopes.back()[name.substr(0, many + 1)] = {0, size};
+      }
+    } else if (!words.empty() && (words[0] == ".shared" || words[0] == ".local")) variable(text);
+  }
+  void location(const string& text) {  // .loc file line column, function_name ..., inlined_at file line column
+    Words words = split(text, " \t,"); std::array<string, 4> found{words[1], words[2]};
+    for (size_t i = 0; i + 2 < words.size(); i++) if (words[i] == "inlined_at") found[2] = words[i + 1], found[3] = words[i + 2];
+    if (sources[where] != found) sources.push_back(found), where = sources.size() - 1;
+  }
+  size_t header(const string& text) {  // what comes before the body; where that begins
+    size_t entry = text.find(".entry"), open = text.find('(', entry), close = text.find(')', open), body = text.find('{', close);
+    if (entry == string::npos || body == string::npos) throw Unsupported{"a module without an entry"};
+    for (auto& declared : split(text.substr(0, entry), ";"))
+      for (auto space : {".shared ", ".global ", ".const "})
+        if (size_t at = declared.find(space); at != string::npos) { variable(declared.substr(at)); break; }
+    program.name = strip(text.substr(entry + 6, open - entry - 6));
+    for (auto& parameter : split(text.substr(open + 1, close - open - 1), ",")) {
+      Words words = split(parameter);
+      if (words.empty()) continue;
+      auto kind = std::find_if(words.begin(), words.end(), [](auto& w) { return w[0] == '.' && is_kind(w.substr(1)); });
+      Words name = split(words.back(), "[]");
+      parameters.push_back(name[0]), sizes.push_back(name.size() > 1 ? std::stoi(name[1]) : number_in(*kind) / 8);
+    }
+    Words words = split(text.substr(close + 1, body - close - 1), " \t\n,");
+    for (size_t i = 0; i + 1 < words.size(); i++)
+      if (words[i] == ".reqntid" || words[i] == ".maxntid") program.threads = fixed["%ntid.x"] = std::stoi(words[i + 1]);
+    return body + 1;
+  }
+
+  // instructions
+
+  void plain(Decoded& I, const string& op, Words words, const Words& ops, string kind) {
+    static const Words bits = split("and or xor not mov selp shl popc clz brev bfi bfind prmt cnot");
+    if (kind.empty()) throw Unsupported{"an instruction without a type"};
+    if (among(op, bits) && kind != "pred") std::erase(words, kind), words.push_back("b" + std::to_string(8 * width(kind)));
+    if (op == "shr" && kind[0] == 'b') kind[0] = 'u', words.back() = kind;
+    bool wide = among("wide", words);
+    if (op == "mul" && strchr("us", kind[0]) && !wide && !among("lo", words) && !among("hi", words)) words.insert(words.begin(), "lo");
+    Words kinds(ops.size(), kind);
+    if (auto found = OPERANDS.find(op); found != OPERANDS.end()) {
+      kinds = split(found->second);
+      for (auto& k : kinds) if (k == ".") k = kind;
+    }
+    if (wide) kinds[0] = kind[0] + std::to_string(2 * number_in(kind));
+    if (wide && ops.size() == 4) kinds[3] = kinds[0];
+    if (kinds.size() != ops.size()) throw Unsupported{"as many operands"};
+    I.name = join({op, join(words)});
+    for (size_t i = 0; i < ops.size(); i++) I.values.push_back(i ? value(ops[i], kinds[i]) : into(ops[i], kinds[i]));
+    if (I.values[0] < 0) I.name = "nop";
+  }
+  void convert(Decoded& I, const Words& words, const Words& ops) {
+    Words types, rest;
+    for (auto& w : words) (is_kind(w) ? types : rest).push_back(w);
+    string to = types.at(0), from = types.at(1);
+    bool into_int = strchr("us", to[0]), from_int = strchr("us", from[0]);
+    if (!into_int && !from_int) {
+      I.name = join({"cvt", join(rest), to, from});
+      if (rest.empty()) I.name = join({"cvt", to, from});
+      for (size_t i = 0; i < ops.size(); i++) I.values.push_back(value(ops[i], i ? from : to));
+      return;
+    }
+    i64 widths[2];  // an integer may lie in a wider register
+    for (int i = 0; i < 2; i++) {
+      bool own = ops[i][0] == '%' && named(ops[i], 4) < 0;
+      auto [slot, size] = own ? find(ops[i]) : std::pair(value(ops[i], types[i]), width(types[i]));
+      I.values.push_back(slot), widths[i] = size;
+    }
+    auto add = [&](const string& type) { I.values.push_back(number_in(type)), I.values.push_back(type[0] == 's'); };
+    if (into_int && from_int) {
+      I.name = "cvt.int." + std::to_string(widths[0]) + "." + std::to_string(widths[1]);
+      add(from), add(to), I.values.push_back(among("sat", rest));
+    } else if (from_int) {
+      if (!rest.empty()) throw Unsupported{"rounding of an integer other than to nearest"};
+      I.name = "cvt." + to + ".int" + std::to_string(widths[1]), add(from);
+    } else {
+      static const Words modes = split("rni rzi rmi rpi");
+      auto mode = std::find_first_of(modes.begin(), modes.end(), rest.begin(), rest.end());
+      if (mode == modes.end()) throw Unsupported{"this rounding"};
+      I.name = "cvt.int" + std::to_string(widths[0]) + "." + from, add(to), I.values.push_back(mode - modes.begin());
+    }
+  }
+  void parameter(Decoded& I, const Words& names, const string& memory, int bits, bool sign) {  // it is a register, filled when the warp starts
+    Words parts = split(strip(memory, "[] \t"), "+");
+    if (names.size() > 1) throw Unsupported{"a vector of parameters"};
+    auto [to, size] = find(names[0]);
+    i64 position = std::find(parameters.begin(), parameters.end(), parts[0]) - parameters.begin(), offset = parts.size() > 1 ? immediate(parts[1], "s64") : 0;
+    auto [found, fresh] = slots.try_emplace({2, position, offset, bits / 8}, 0);
+    if (fresh) found->second = make(8), program.params.push_back({position, offset, bits / 8, found->second});
+    I.name = "cvt.int." + std::to_string(size) + "." + std::to_string(std::max(2, bits / 8));
+    I.values = {to, found->second, bits, sign, 8 * size, 1, 0};
+  }
+  void load_or_store(Decoded& I, const Words& words, const Words& ops, const string& kind, bool load) {
+    string memory = ops[load ? 1 : 0]; Words names = list(ops[load ? 0 : 1]);
+    int space = space_of(words), bits = kind.ends_with("x2") ? 32 : number_in(kind);
+    bool sign = kind[0] == 's' && bits == number_in(kind);
+    if (space < 0) return parameter(I, names, memory, bits, sign);
+    i64 size = 0;
+    for (auto& n : names) if (isalpha(n[0]) || strchr("%$", n[0])) { size = named(n, 4) < 0 ? find(n).second : 4; break; }
+    if (!size) size = std::max(2, bits / 8);
+    auto [slot, wide, offset] = address(memory);
+    I.name = string(load ? "ld." : "st.") + std::to_string(size) + (sign ? ".s" : ".u") + std::to_string(bits);
+    bool strong = std::any_of(words.begin(), words.end(), [](auto& w) { return among(w, STRONG); });
+    I.values = {space, strong, slot, wide, offset, i64(names.size())};
+    for (auto& n : names) I.values.push_back(isdigit(n[0]) || n[0] == '-' ? constant(immediate(n, kind), size) : into(n, "b" + std::to_string(8 * size)));
+    narrow(space, bits / 8);
+  }
+  void atom(Decoded& I, Words words, Words ops, string kind, bool red) {
+    int space = space_of(words);
+    std::erase_if(words, [](auto& w) { return among(w, SPACES) || among(w, STRONG); });
+    for (auto& w : words) if (w == "v2" || w == "v4" || w == "v8") throw Unsupported{"vector atomics"};
+    string bits = "b" + std::to_string(8 * width(kind));
+    if (among(words.at(0), split("exch cas and or xor"))) kind = bits;
+    if (red) ops.insert(ops.begin(), "_");
+    auto [slot, wide, offset] = address(ops.at(1));
+    I.name = "atom." + words[0] + "." + kind;
+    I.values = {space, slot, wide, offset, into(list(ops[0])[0], bits)};
+    for (size_t i = 2; i < ops.size(); i++) I.values.push_back(value(list(ops[i])[0], bits));
+    I.values.resize(7, -1), narrow(space, width(kind));
+  }
+  void copy(Decoded& I, const Words& words, const Words& ops) {
+    string second = words.size() > 1 ? words[1] : "";
+    if (second == "commit_group") I.name = "cp.async.commit";
+    else if (second == "wait_group" || second == "wait_all") I.name = "cp.async.wait", I.values = {ops.empty() ? -1 : i64(immediate(ops[0], "s32"))};
+    else if (words.at(0) == "async" && !among("bulk", words) && !among("mbarrier", words)) {
+      auto to = address(ops.at(0)), from = address(ops.at(1));
+      if (to[1] != 4) throw Unsupported{"a 64-bit shared address"};
+      bool partial = ops.size() > 3 && ops[3].find("policy") == string::npos;
+      I.name = "cp.async", I.values = {to[0], to[2], from[0], from[2], i64(immediate(ops[2], "u32")), partial ? value(ops[3], "u32") : -1};
+      narrow(GLOBAL, 4), narrow(SHARED, 4);
+    } else throw Unsupported{"cp." + join(words)};
+  }
+  void wgmma_(Decoded& I, const Words& words, const Words& ops) {
+    if (words.at(0) == "fence" || words[0] == "commit_group" || words[0] == "wait_group") {
+      I.name = words[0] == "fence" ? "nop" : "wgmma." + words[0];
+      for (auto& o : ops) I.values.push_back(immediate(o, "s32"));
+      return;
+    }
+    string shape = words.at(1), kind = words.at(3);
+    if (words[2] != "f32" || words.at(4) != kind) throw Unsupported{"wgmma of these types"};
+    I.name = "wgmma." + kind, I.values = {std::stoll(shape.substr(shape.find('n') + 1))};
+    if (ops[1][0] == '{') { I.values.push_back(-1); for (auto& r : list(ops[1])) I.values.push_back(value(r, "b32")); }
+    else I.values.insert(I.values.end(), {value(ops[1], "b64"), -1, -1, -1, -1});
+    I.values.insert(I.values.end(), {value(ops[2], "b64"), value(ops[3], "pred")});
+    for (size_t i = 4; i < 6; i++) I.values.push_back(immediate(ops.at(i), "s32"));  // signs
+    I.values.resize(I.values.size() + 8 - std::max<size_t>(6, ops.size()), 0);  // of an operand in registers nothing says that it is transposed
+    for (size_t i = 6; i < ops.size(); i++) I.values.push_back(immediate(ops[i], "s32"));
+    for (auto& r : list(ops[0])) I.values.push_back(value(r, "f32"));
+    narrow(SHARED, 16);
+  }
+  void instruction(Decoded& I, const string& op, const Words& all, const Words& ops) {
+    Words words; string kind;
+    for (auto& w : all) { if (is_kind(w)) kind = w; if (!among(w, IGNORED)) words.push_back(w); }
+    auto pair = [&](const string& text) { Words two = split(text, "|"); two.resize(2, "_"); return two; };
+    auto predicate = [&](const string& text) { return value(strip(text, "! "), "pred"); };
+    auto values = [&](const string& type, size_t from = 0, size_t to = 99) {
+      for (size_t i = from; i < std::min(to, ops.size()); i++) for (auto& o : list(ops[i])) I.values.push_back(value(o, type));
+    };
+    string full = join({op, join(all)});
+    if (std::any_of(NOTHING.begin(), NOTHING.end(), [&](auto& n) { return starts(full, n); })) I.name = "nop";
+    else if (op == "bra") I.name = "branch", I.flow = BRANCH, I.label = ops.at(0);
+    else if (op == "ret" || op == "exit") I.name = "exit", I.flow = EXIT;
+    else if (op == "trap") I.name = op;
+    else if (op == "mov" && (ops.at(0)[0] == '{' || ops.at(1)[0] == '{')) {
+      bool pack = ops[1][0] == '{';
+      Words names = list(ops[pack]); i64 part = width(kind) / i64(names.size());
+      I.name = (pack ? "pack." : "unpack.") + std::to_string(width(kind)) + "." + std::to_string(part);
+      I.values = {value(ops[!pack], kind), i64(names.size())};
+      for (auto& n : names) I.values.push_back(into(n, "b" + std::to_string(8 * part)));
+    } else if (op == "cvta") {
+      plain(I, "mov", {"b64"}, ops, "b64");
+      int space = space_of(words);
+      if (space == SHARED || space == LOCAL) I.name = among("to", words) ? "sub.u64" : "add.u64", I.values.push_back(constant(space == SHARED ? SHARED_WINDOW : LOCAL_WINDOW, 8));
+    } else if (op == "cvt") convert(I, words, ops);
+    else if (op == "setp") {
+      if (kind == "f16x2" || kind == "bf16x2") throw Unsupported{"setp of packed pairs"};
+      Words to = pair(ops.at(0));
+      I.name = "setp." + words.at(0) + "." + kind;
+      I.values = {into(to[0], "pred"), into(to[1], "pred"), value(ops.at(1), kind), value(ops.at(2), kind), -1, 0, 0};
+      if (ops.size() > 3) I.values[4] = predicate(ops[3]), I.values[5] = ops[3][0] == '!';
+      I.values[6] = among("and", words) ? 1 : among("or", words) ? 2 : among("xor", words) ? 3 : 0;
+    } else if (op == "ld" || op == "ldu" || op == "st") load_or_store(I, words, ops, kind, op != "st");
+    else if (op == "atom" || op == "red") atom(I, words, ops, kind, op == "red");
+    else if (op == "cp") copy(I, words, ops);
+    else if (op == "bar" || op == "barrier") {
+      if (among("red", words) || among("cluster", all)) throw Unsupported{"bar." + words.at(0)};
+      bool arrive = among("arrive", words);
+      I.name = arrive ? "barrier.arrive" : "barrier", I.flow = arrive ? ARRIVE : BARRIER;
+      values("u32"), I.values.resize(2, -1);
+    } else if (op == "shfl") {
+      Words to = pair(ops.at(0));
+      I.name = op, I.values = {into(to[0], "b32"), into(to[1], "pred")}, values("b32", 1, 4);
+      I.values.push_back(words[0] == "up" ? 0 : words[0] == "down" ? 1 : words[0] == "bfly" ? 2 : 3);
+    } else if (op == "vote") I.name = join({op, join(words)}), I.values = {value(ops.at(0), kind), predicate(ops.at(1)), ops[1][0] == '!'};
+    else if (op == "redux" || op == "match") I.name = join({op, join(words)}), values("b32", 0, 2);
+    else if (op == "elect") I.name = op, I.values = {into(pair(ops.at(0))[0], "b32"), into(pair(ops[0])[1], "pred")};
+    else if (op == "ldmatrix" || op == "stmatrix") {
+      if (!among("m8n8", words) || kind != "b16") throw Unsupported{"a matrix of this shape"};
+      bool load = op[0] == 'l'; Words names = list(ops.at(!load));
+      auto [slot, wide, offset] = address(ops.at(load));
+      I.name = op, I.values = {slot, wide, offset, i64(names.size()), among("trans", words), SHARED};
+      for (auto& n : names) I.values.push_back(value(n, "b32"));
+      narrow(SHARED, 16);
+    } else if (op == "mma") {
+      std::erase(words, "row"), std::erase(words, "col");
+      I.name = join({op, join(words)}), values("b32");
+    } else if (op == "wgmma") wgmma_(I, words, ops);
+    else plain(I, op, words, ops, kind);
+  }
+  void statement(const string& text, i32 line) {
+    if (text.empty() || text[0] == '.') return declare(text);
+    Decoded I{};
+    I.pred = -1, I.target = -1, I.line = line, I.source = where, I.text = join(split(text), " ");
+    try {
+      string rest = text;
+      if (rest[0] == '@') {
+        size_t end = rest.find_first_of(" \t\n");
+        string guard = rest.substr(1, end - 1);
+        I.negated = guard[0] == '!', I.pred = find(strip(guard, "! ")).first, rest = strip(rest.substr(end));
+      }
+      size_t end = std::min(rest.find_first_of(" \t\n"), rest.size());
+      Words parts = split(rest.substr(0, end), ".:"), ops;
+      for (size_t i = end; (i = rest.find_first_not_of(", \t\n", i)) != string::npos;) {
+        size_t stop = rest[i] == '{' ? rest.find('}', i) + 1 : rest[i] == '[' ? rest.find(']', i) + 1 : std::min(rest.find_first_of(",{[", i), rest.size());
+        ops.push_back(strip(rest.substr(i, stop - i))), i = stop;
+      }
+      instruction(I, parts.at(0), Words(parts.begin() + 1, parts.end()), ops);
+      if (!table.count(I.name)) throw Unsupported{"no handler " + I.name};
+    } catch (const std::out_of_range&) {
+      throw Unsupported{"line " + std::to_string(line) + ": `" + I.text + "`: too few operands"};
+    } catch (const Unsupported& e) {
+      throw Unsupported{"line " + std::to_string(line) + ": `" + I.text + "`: " + e.why};
+    }
+    code.push_back(std::move(I));
+  }
+  void decode(string text) {
+    for (size_t i = 0; (i = text.find("/*", i)) != string::npos;)
+      for (size_t end = std::min(text.find("*/", i) + 2, text.size()); i < end; i++) if (text[i] != '\n') text[i] = ' ';
+    for (size_t i = 0; (i = text.find("//", i)) != string::npos;) for (; i < text.size() && text[i] != '\n'; i++) text[i] = ' ';
+    size_t at = header(text); i32 line = 1 + std::count(text.begin(), text.begin() + at, '\n');
+    auto word = [](char c) { return isalnum(c) || c == '_' || c == '$'; };
+    while (scopes.size() > 1) {
+      for (; at < text.size() && isspace(text[at]); at++) line += text[at] == '\n';
+      if (at >= text.size()) throw Unsupported{"a body without its end"};
+      size_t name = at, end;
+      while (name < text.size() && word(text[name])) name++;
+      if (text[at] == '{') scopes.push_back({}), end = at + 1;
+      else if (text[at] == '}') scopes.pop_back(), end = at + 1;
+      else if (starts(text.substr(at, 5), ".loc ") || starts(text.substr(at, 5), ".loc\t") || starts(text.substr(at, 8), ".pragma ") || starts(text.substr(at, 5), ".file")) {
+        end = std::min(text.find('\n', at), text.size());
+        if (text[at + 1] == 'l') location(text.substr(at, end - at));
+      } else if (name > at && text[name] == ':' && text[name + 1] != ':') labels[text.substr(at, name - at)] = code.size(), end = name + 1;
+      else end = std::min(text.find(';', at), text.size()), statement(strip(text.substr(at, end - at)), line), end++;
+      line += std::count(text.begin() + at, text.begin() + std::min(end, text.size()), '\n'), at = end;
+    }
+    Decoded last{};
+    last.name = "exit", last.text = "end of the kernel", last.line = line, last.source = where, last.flow = EXIT, last.pred = last.target = -1;
+    code.push_back(last);
+    for (size_t i = 0; (i = text.find(".file", i)) != string::npos; i += 5) {
+      Words parts = split(text.substr(i, text.find('\n', i) - i), "\"");
+      Words head = split(parts[0]);
+      if (head.size() > 1 && parts.size() > 1) files[head[1]] = parts[1].substr(parts[1].find_last_of('/') + 1);
+    }
+    finish();
+  }
+  void finish() {  // the executor's form, and the description of what it is
+    auto& p = program;
+    for (auto& [name, slot] : global_slots) p.global_slots.push_back({p.globals[name].data(), slot});
+    std::vector<size_t> begins;
+    for (auto& I : code) begins.push_back(p.operands.size()), p.operands.insert(p.operands.end(), I.values.begin(), I.values.end());
+    for (size_t i = 0; i < code.size(); i++) {
+      Decoded& I = code[i];
+      if (I.flow == BRANCH && !labels.count(I.label)) throw Unsupported{"the label " + I.label};
+      p.code.push_back({table.at(I.name), p.operands.data() + begins[i], I.pred, I.negated, I.flow, I.flow == BRANCH ? labels[I.label] : -1, i32(code.size()), u32(i)});
+    }
+    find_joins(p.code);
+    auto quoted = [](const string& s) { string out = "\""; for (char c : s) { if (c == '"' || c == '\\') out += '\\'; out += c; } return out + "\""; };
+    auto line = [&](const string& f, const string& l) { return (files.count(f) ? files[f] : f) + ":" + l; };
+    string& d = p.description;
+    d = "{\"name\":" + quoted(p.name) + ",\"threads\":" + std::to_string(p.threads) + ",\"shared\":" + std::to_string(p.shared) + ",\"granule\":" + std::to_string(p.global_granule);
+    d += ",\"parameters\":[";
+    for (size_t i = 0; i < sizes.size(); i++) d += (i ? "," : "") + std::to_string(sizes[i]);
+    d += "],\"globals\":[";
+    for (auto& [name, data] : p.globals) d += (d.back() == '[' ? "[" : ",[") + std::to_string(u64(data.data())) + "," + std::to_string(data.size()) + "]";
+    d += "],\"sources\":[";
+    for (auto& s : sources) d += (d.back() == '[' ? "" : ",") + quoted(s[0].empty() ? "" : line(s[0], s[1]) + (s[2].empty() ? "" : " < " + line(s[2], s[3])));
+    d += "],\"code\":[";
+    for (auto& I : code)
+      d += (d.back() == '[' ? "[" : ",[") + quoted(I.name) + "," + quoted(I.text) + "," + std::to_string(I.line) + "," + std::to_string(I.source) + "," + std::to_string(I.values.empty() ? -1 : I.values[0]) + "]";
+    d += "]}";
+  }
+};
+
 extern "C" {
-int ptx_known(const char* name) {
+// A program from PTX; null where it is not understood. `said` gets its description (JSON) or the reason
+void* ptx_decode(const char* text, const char** said) {
   static std::once_flag once;
+  static thread_local string why;
   std::call_once(once, fill_table);
-  return table.count(name);
-}
-void* ptx_program(int n, const char** names, const i64* operands, const i32* starts, const i32* pred, const u8* negated, const u8* flow, const i32* target) {
   auto* p = new Program;
-  p->operands.assign(operands, operands + starts[n]);
-  for (int i = 0; i < n; i++) p->code.push_back({table.at(names[i]), p->operands.data() + starts[i], pred[i], bool(negated[i]), Flow(flow[i]), target[i], n, u32(i)});
-  find_joins(p->code);
-  return p;
+  try {
+    Decoder(*p).decode(text);
+    *said = p->description.c_str();
+    return p;
+  } catch (const Unsupported& e) { why = e.why; }
+  delete p;
+  *said = why.c_str();
+  return nullptr;
 }
-void ptx_free(void* p) { delete static_cast<Program*>(p); }
 int ptx_launch(void* program, Launch* launch) {
   Launch& l = *launch; const Program& p = *static_cast<Program*>(program);
   u32 ctas = l.grid[0] * l.grid[1] * l.grid[2];
@@ -1075,11 +1584,11 @@ int ptx_launch(void* program, Launch* launch) {
   auto work = [&](u64 seed) {
     Machine k(l, p);
     std::mt19937_64 mine(seed);
-    size_t stride = (l.block + 63) / 64 * 64;
+    size_t stride = (k.image.size() + 63) / 64 * 64;
     u8* regs = static_cast<u8*>(aligned_alloc(64, stride * l.warps));
     Block& b = k.block;
-    b.shared.resize(l.shared), b.coarse.resize(l.shared / 16 + 2), b.fine.resize(16 / l.shared_granule * (l.shared / 16 + 2)), b.warps.resize(l.warps);
-    b.shadow = {b.coarse.data(), b.fine.data(), u32(l.shared_granule), SHARED_BASE};
+    b.shared.resize(l.shared), b.coarse.resize(l.shared / 16 + 2), b.fine.resize(16 / p.shared_granule * (l.shared / 16 + 2)), b.warps.resize(l.warps);
+    b.shadow = {b.coarse.data(), b.fine.data(), u32(p.shared_granule), SHARED_BASE};
     for (int v = 0; v < l.warps; v++) { Warp& w = k.block.warps[v]; w.block = &k.block, w.machine = &k, w.regs = regs + v * stride; }
     for (u32 i; !stop && (i = next++) < ctas;) { run_cta(k, order[i], mine); if (k.fatal) stop = true; }
     free(regs);

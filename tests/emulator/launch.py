@@ -11,9 +11,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from kernels import backend
 from tests.emulator import machine
-from tests.emulator.instructions import decode
-from tests.emulator.machine import Options, Report
-from tests.emulator.ptx import Program
+from tests.emulator.machine import Options, Program, Report, decode
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 # the interpreter's defaults; debug: no device asserts

@@ -1,9 +1,10 @@
-"""Runs a decoded kernel over tensors' own memory: builds the executor, lays out registers and
-shadow memory, reads back counters and problems.
+"""Runs PTX over tensors' own memory: builds the executor, gives it memory and its shadow, reads
+back counters and problems.
 """
 
 import ctypes
 import hashlib
+import json
 import mmap
 import os
 import platform
@@ -13,16 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 from torch import Tensor
 
-from tests.emulator.ptx import GLOBAL, SHARED, SHARED_BASE, Program, PtxUnsupported
-
 FLAGS = (
-    "-std=c++20 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -shared -fPIC -pthread"
+    "-std=c++20 -O2 -ffp-contract=off -fno-math-errno -fno-trapping-math -shared -fPIC -pthread"
 ).split()
 # as in executor.cpp
+GLOBAL, SHARED = 0, 1
+SPACES = ("global", "shared", "local", "generic")
+SHARED_BASE = 1024
 KINDS = (
     "out of bounds",
     "misaligned",
@@ -53,10 +56,10 @@ def _layout(**names: str) -> numpy.dtype:
 REGION = numpy.dtype("u8, u8, u4, u4, u8, u8")
 ERROR = _layout(i4="kind pc other lane warp cta bytes space", u8="address")
 LAUNCH = _layout(
-    i4="x y z warps shared local threads block specials regions check_memory check_races "
-    "shared_granule most_errors random error_count error_total",
-    u8="seed budget image special region executed lanes units ideal errors read_bytes "
-    "written_bytes barriers",
+    i4="x y z warps shared threads regions check_memory check_races most_errors random "
+    "error_count error_total",
+    u8="seed budget values region executed lanes units ideal errors read_bytes written_bytes "
+    "barriers",
 )
 
 
@@ -71,6 +74,35 @@ class Options:
     seed: int | None = None  # run CTAs and warps in random order
     budget: int = 20_000_000_000  # warp instructions of a launch
     uninitialised: Sequence[Tensor] = ()  # their bytes may not be read before they are written
+
+
+class PtxUnsupported(Exception):
+    """An instruction or operand that the emulator does not know."""
+
+
+class Instruction(NamedTuple):
+    """One instruction: the handler's name, what was written, and its first operand."""
+
+    name: str
+    text: str
+    line: int  # of the PTX
+    source: int  # index into Program.sources
+    first: int  # of a load or store: the space; of a wgmma: its columns
+
+
+@dataclass
+class Program:
+    """A decoded kernel."""
+
+    handle: int  # the executor's
+    name: str
+    threads: int  # of a CTA
+    shared: int  # static bytes
+    granule: int  # bytes that the shadow of global memory tells apart
+    parameters: list[int]  # bytes of each
+    globals: list[list[int]]  # address and bytes of arrays in global memory
+    sources: list[str]
+    code: list[Instruction]
 
 
 @dataclass
@@ -129,10 +161,9 @@ def library() -> ctypes.CDLL:
     if not built.exists():
         _compile(source, folder, built)
     loaded = ctypes.CDLL(str(built))
-    pointers = lambda n: [ctypes.c_void_p] * n
-    loaded.ptx_program.restype = ctypes.c_void_p
-    loaded.ptx_program.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p), *pointers(6)]
-    loaded.ptx_launch.argtypes = pointers(2)
+    loaded.ptx_decode.restype = ctypes.c_void_p
+    loaded.ptx_decode.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]
+    loaded.ptx_launch.argtypes = [ctypes.c_void_p] * 2
     return loaded
 
 
@@ -151,23 +182,15 @@ def _compile(source: Path, folder: Path, built: Path) -> None:
     raise RuntimeError(f"g++ could not compile {source.name}:\n{done.stderr[-2000:]}")
 
 
-def _handle(program: Program) -> int:
-    """The executor's form of a program, made once."""
-    if hasattr(program, "handle"):
-        return program.handle
-    code = program.code
-    for ins in code:
-        if not library().ptx_known(ins.name.encode()):
-            raise PtxUnsupported(f"line {ins.line}: no handler {ins.name} for `{ins.text}`")
-    columns = [
-        numpy.array([o for ins in code for o in ins.operands] + [0], dtype="i8"),
-        numpy.cumsum([0, *(len(ins.operands) for ins in code)]).astype("i4"),
-    ]
-    for name, kind in (("pred", "i4"), ("negated", "u1"), ("flow", "u1"), ("target", "i4")):
-        columns.append(numpy.array([getattr(ins, name) for ins in code], dtype=kind))
-    names = (ctypes.c_char_p * len(code))(*(ins.name.encode() for ins in code))
-    program.handle = library().ptx_program(len(code), names, *(c.ctypes.data for c in columns))
-    return program.handle
+def decode(ptx: str) -> Program:
+    """Return the one kernel of a PTX module, ready to run."""
+    said = ctypes.c_char_p()
+    handle = library().ptx_decode(ptx.encode(), ctypes.byref(said))
+    if not handle:
+        raise PtxUnsupported(said.value.decode())
+    found = json.loads(said.value)
+    code = [Instruction(*row) for row in found.pop("code")]
+    return Program(handle=handle, code=code, **found)
 
 
 def _bits(value, size: int) -> int:
@@ -180,38 +203,20 @@ def _bits(value, size: int) -> int:
     return int(value or 0) & ((1 << 8 * size) - 1)
 
 
-def _image(program: Program, values: dict, constants: dict) -> numpy.ndarray:
-    """The registers that a warp starts with: constants and parameters are among them."""
-    image = bytearray(program.image)
-    sizes = list(program.widths.values())
-    given = list(values.values()) + [None] * len(sizes)  # Triton's scratch pointers are null
-
-    def put(slot: int, value: int, size: int) -> None:
-        image[slot : slot + 32 * size] = value.to_bytes(size, "little") * 32
-
-    for position, offset, size, slot in program.params:
-        bits = _bits(given[position], sizes[position]) >> 8 * offset
-        put(slot, bits & ((1 << 8 * size) - 1), max(2, size))
-    for name, slot in program.global_slots:
-        put(slot, constants[name].ctypes.data, 8)
-    return numpy.frombuffer(image or b"\0", dtype="u1")
-
-
-def _regions(program: Program, tensors: list[Tensor], constants: dict, options: Options):
+def _regions(program: Program, tensors: list[Tensor], options: Options):
     """The global memory that may be accessed, and its shadow's pages: zero until touched."""
-    spans = {c.ctypes.data: c.nbytes for c in constants.values()}
+    spans = dict(program.globals)
     for storage in (tensor.untyped_storage() for tensor in tensors):
         spans |= {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
     poisoned = {tensor.untyped_storage().data_ptr() for tensor in options.uninitialised}
-    granule = program.granule[GLOBAL]
     pages, rows = [], []
     for begin, size in sorted(spans.items()):
         shadow = [0, 0]
         if options.races or poisoned:
-            both = [mmap.mmap(-1, n * (size + 64)) for n in (1, 16 // granule)]
+            both = [mmap.mmap(-1, n * (size + 64)) for n in (1, 16 // program.granule)]
             shadow = [ctypes.addressof(ctypes.c_char.from_buffer(page)) for page in both]
             pages += both
-        rows.append((begin, begin + size, granule, begin in poisoned, *shadow))
+        rows.append((begin, begin + size, program.granule, begin in poisoned, *shadow))
     return numpy.array(rows or [(0,) * 6], dtype=REGION), len(rows), pages
 
 
@@ -231,26 +236,24 @@ def run(
     grid = (*grid, 1, 1)[:3]
     warps = warps or program.threads // 32
     shared += program.shared
-    handle = _handle(program)
-    constants = {k: numpy.frombuffer(v or b"\0", "u1").copy() for k, v in program.globals.items()}
-    image = _image(program, values, constants)
+    # Triton's scratch pointers, the last parameters, are null
+    given = zip(program.parameters, [*values.values(), None, None, None], strict=False)
+    bits = numpy.array([_bits(value, size) for size, value in given] or [0], dtype="u8")
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    regions, known, pages = _regions(program, list(tensors.values()), constants, options)
+    regions, known, pages = _regions(program, list(tensors.values()), options)
     counters = numpy.zeros((4, len(program.code)), dtype="u8")
     errors = numpy.zeros(64, dtype=ERROR)
-    special = numpy.array(program.special or [(0, 0)], dtype="i4")
     launch = numpy.zeros((), dtype=LAUNCH)
     fields = dict(zip("xyz", grid, strict=True))
-    fields |= dict(warps=warps, shared=shared, local=program.local, threads=options.threads)
-    fields |= dict(block=len(program.image), specials=len(program.special), regions=known)
+    fields |= dict(warps=warps, shared=shared, threads=options.threads, regions=known)
     fields |= dict(check_memory=options.memory, check_races=options.races)
-    fields |= dict(shared_granule=program.granule[SHARED], most_errors=len(errors))
     fields |= dict(random=options.seed is not None, seed=options.seed or 0, budget=options.budget)
-    arrays = dict(image=image, special=special, region=regions, errors=errors)
+    fields |= dict(most_errors=len(errors))
+    arrays = dict(values=bits, region=regions, errors=errors)
     arrays |= zip(("executed", "lanes", "units", "ideal"), counters, strict=True)
     for name, value in (fields | {k: a.ctypes.data for k, a in arrays.items()}).items():
         launch[name] = value
-    library().ptx_launch(handle, launch.ctypes.data)
+    library().ptx_launch(program.handle, launch.ctypes.data)
     del pages
     found = errors[: launch["error_count"]]
     problems = [_problem(program, grid, tensors, error) for error in found]
