@@ -2,6 +2,7 @@
 is wrong. Hand-written PTX runs everywhere that has g++, Triton's kernels with `--emulate`.
 """
 
+import json
 import re
 import shutil
 
@@ -11,6 +12,8 @@ import torch
 
 from tests import emulator
 from tests.emulator import Options, PtxError
+from tests.emulator import __main__ as command
+from tests.emulator.model import bound
 from tests.helpers import tutorial_kernels as kernels
 from tests.helpers.hardware import EMULATED
 
@@ -255,6 +258,28 @@ def test_matmul(emulated, dtype, precision, tolerance):
     assert (c - want).abs().max() < tolerance * want.abs().max()
     wide = any(ins.name.startswith("wgmma") for ins in report.program.code)
     assert wide == (EMULATED == "sm_90" and precision != "ieee"), "which tensor cores"
+
+
+def test_counts_and_bound(emulated):
+    a, b, c = (
+        torch.randn(128, 128).half(),
+        torch.randn(128, 128).half(),
+        torch.empty(128, 128).half(),
+    )
+    tiles = dict(PRECISION="tf32", ROWS=64, COLUMNS=64, STEP=32)
+    row = bound(launch(kernels.matmul, (2, 2), a, b, c, 128, 128, 128, **tiles), "h100")
+    assert row["tensor_flops"] == 2 * 128**3 and row["bytes"] == 3 * 128 * 128 * 2
+    assert row["sectors"] == row["sectors_ideal"] and row["spilled"] == 0
+    assert 0 < row["bound_us"] < 10 and row["bottleneck"] in row["times_us"]
+    assert row["blocks"] >= 1 and 0 < row["full"] <= 1 and row["registers"] >= 32
+
+
+def test_the_command_counts_both_passes(emulated, tmp_path, capsys):
+    command.main(["layer_norm", "--gpu", "rtx4090", "--json", str(tmp_path / "counts.json")])
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert {row["pass"] for row in found["rows"]} == {"forward", "backward"}
+    assert found["what"] == "a bound of counted work, not a measurement"
+    assert found["what"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seed", [None, 1])

@@ -108,7 +108,7 @@ def summary(report: Report) -> dict:
 
 @cache
 def resources(ptx: str) -> dict:
-    """Return registers, spilled bytes and the ratio of instructions after ptxas to those before."""
+    """Return registers, spilled bytes and the number of instructions after ptxas."""
     target = re.search(r"\.target\s+(\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -118,13 +118,11 @@ def resources(ptx: str) -> dict:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [knobs.nvidia.nvdisasm.path, "-c", cubin]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    after = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(?!NOP)[A-Z]", sass, re.M)
-    body = ptx[ptx.index("{") :]
-    before = re.findall(r"^\s*(?:@!?%\w+\s+)?[a-z][\w.:]*\s[^:]*?;|^\s*ret;", body, re.M)
+    instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(?!NOP)[A-Z]"
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        "ratio": min(1.0, len(after) / max(1, len(before))),
+        "sass": len(re.findall(instruction, sass, re.M)),
     }
 
 
@@ -135,11 +133,12 @@ def bound(report: Report, gpu: str) -> dict:
     # the busiest multiprocessor has this much more than its share
     spread = math.ceil(blocks / g.units) * g.units / blocks
     cycle = spread / (g.units * g.clock)
+    ratio = min(1.0, used["sass"] / len(report.program.code))
     lanes = lambda kind: 32 * counted["classes"].get(kind, 0)
     seconds = {
-        "issue": used["ratio"] * counted["instructions"] / 4 * cycle,
+        "issue": ratio * counted["instructions"] / 4 * cycle,
         "fp32": lanes("fp32") / g.fp32 * cycle,
-        "int": used["ratio"] * lanes("int") / 64 * cycle,
+        "int": ratio * lanes("int") / 64 * cycle,
         "sfu": lanes("sfu") / 16 * cycle,
         "cvt": lanes("cvt") / 64 * cycle,
         "shuffle": lanes("shuffle") / 32 * cycle,
