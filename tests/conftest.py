@@ -9,7 +9,6 @@ compiled or interpreted, never both in one process.
 import importlib
 import os
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # they share the cores, and so do the processes that tests start
@@ -26,7 +25,12 @@ if "--emulate" in sys.argv[:-1]:
 
 import torch  # noqa: E402
 
-from tests.helpers.hardware import COMPILED, EMULATED, GPU  # noqa: E402
+from tests.helpers.hardware import (  # noqa: E402
+    COMPILED,
+    EMULATED,
+    GPU,
+    implementation,
+)
 
 if EMULATED:
     os.environ.pop("TRITON_INTERPRET", None)
@@ -100,7 +104,7 @@ def pytest_collection_modifyitems(config, items):
     """With `--emulate`, leave out what runs no kernel."""
     if not EMULATED:
         return
-    kernels = {"device", "kernel_device", "emulated"}
+    kernels = {"device", "kernel_device", "here", "emulated"}
     left = [item for item in items if not kernels & set(getattr(item, "fixturenames", ()))]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in set(left)]
@@ -112,30 +116,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@contextmanager
-def _implementation(name: str):
-    """The device of a test's tensors, whose ops take the implementation `name`."""
-    if EMULATED:
-        from tests import emulator
-
-        with emulator.emulated(EMULATED):
-            yield torch.device("cpu")
-    else:
-        with nullcontext() if GPU else backend.use(name):
-            yield torch.device("cuda" if GPU else "cpu")
-
-
 @pytest.fixture(params=["triton"] if COMPILED else ["torch", "interpreter"])
 def device(request):
     """The device of a kernel test's tensors, with the implementation under test chosen."""
-    with _implementation(request.param) as found:
+    with implementation(request.param) as found:
         yield found
 
 
 @pytest.fixture
 def kernel_device():
     """As `device`, kernels only: for tests of properties that the torch path does not have."""
-    with _implementation("interpreter") as found:
+    with implementation("interpreter") as found:
         yield found
 
 
