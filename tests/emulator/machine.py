@@ -3,6 +3,7 @@ back counters and problems.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import mmap
@@ -158,8 +159,11 @@ def library() -> ctypes.CDLL:
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache_home / "trislat-emulator"
     built = folder / f"{key}.so"
-    if not built.exists():
-        _compile(source, folder, built)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that start together one compiles
+        if not built.exists():
+            _compile(source, built)
     loaded = ctypes.CDLL(str(built))
     loaded.ptx_decode.restype = ctypes.c_void_p
     loaded.ptx_decode.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]
@@ -167,17 +171,16 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _compile(source: Path, folder: Path, built: Path) -> None:
+def _compile(source: Path, built: Path) -> None:
     compiler = shutil.which("g++")
     if not compiler:
         raise RuntimeError("the emulator is compiled by g++, which is not installed")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{built.stem}.{os.getpid()}"
+    part = built.with_suffix(".part")
     for native in (["-march=native"], []):  # not every g++ knows every processor
         command = [compiler, *FLAGS, *native, "-o", part, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
-            part.replace(built)  # another process may have built it too
+            part.replace(built)
             return
     raise RuntimeError(f"g++ could not compile {source.name}:\n{done.stderr[-2000:]}")
 
