@@ -36,20 +36,21 @@ except ImportError:
     triton = tl = _Absent()
 
 CHOICES = ("torch", "interpreter")
+# of the GPUs that can be assumed; the interpreter runs one program after another
+MULTIPROCESSORS = {
+    "interpreter": 1,
+    "sm_80": 108,  # A100
+    "sm_86": 84,  # RTX 3090
+    "sm_89": 128,  # RTX 4090
+    "sm_90": 132,  # H100, H200
+    "sm_100": 148,  # B200
+    "sm_120": 170,  # RTX 5090
+    "gfx942": 304,  # MI300X
+    "gfx1100": 96,  # RX 7900 XTX
+}
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
-# multiprocessors of a card of each target, for tensors that are not on one
-MULTIPROCESSORS = {
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 128,
-    "sm_90": 132,
-    "sm_100": 148,
-    "sm_120": 170,
-    "gfx942": 304,
-    "gfx1100": 96,
-    "interpreter": 1,
-}
+_run: ContextVar[Callable | None] = ContextVar("_run", default=None)
 # shared by all threads: on a GPU, autograd runs backward passes in threads of its own
 _observers: list[Callable] = []
 
@@ -110,11 +111,27 @@ def target(tensor: Tensor) -> str:
 def multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors (compute units) the GPU of `tensor` has.
 
-    Of any other tensor's they are those of a card with the GPU that `target` says.
+    Of a tensor that is on none, they are those of a card with the GPU that `target` names; 1 for
+    one that is not known.
     """
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return MULTIPROCESSORS.get(target(tensor), 100)
+    return MULTIPROCESSORS.get(target(tensor), 1)
+
+
+@contextmanager
+def run_compiled(name: str, run: Callable) -> Iterator[None]:
+    """Send CPU tensors through the kernels as compiled for the GPU `name` inside the block.
+
+    `run(kernel, grid, args, constants)` executes each launch in Triton's place, which cannot
+    without that GPU.
+    """
+    tokens = _cpu_choice.set("triton"), _assumed.set(name), _run.set(run)
+    try:
+        yield
+    finally:
+        for variable, token in zip((_cpu_choice, _assumed, _run), tokens, strict=True):
+            variable.reset(token)
 
 
 @contextmanager
@@ -145,7 +162,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     if hasattr(kernel, "warmup"):
         constants.setdefault("enable_fp_fusion", True)
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
-    if device is not None and device.type == "cuda":
+    if run := _run.get():
+        run(kernel, grid, args, constants)
+    elif device is not None and device.type == "cuda":
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
     else:

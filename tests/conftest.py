@@ -1,14 +1,14 @@
 """Fixtures and hooks of all tests: where kernels run, poisoned memory, seeds.
 
 On a machine without a GPU every kernel test runs twice, on the vectorised torch path and through
-Triton's interpreter; with a GPU it runs there, compiled. Kernels are compiled or interpreted, never
-both in one process.
+Triton's interpreter; with a GPU it runs there, compiled; with `--emulate sm_90` it runs as compiled
+for that GPU, executed on the CPU by tests.emulator, and other tests are left out. Kernels are
+compiled or interpreted, never both in one process.
 """
 
 import importlib
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 # they share the cores, and so do the processes that tests start
@@ -19,11 +19,22 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # before the first import of torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
+if "--emulate" in sys.argv[:-1]:
+    # known before Triton is imported, here and in the workers of pytest-xdist
+    os.environ["TRISLAT_EMULATE"] = sys.argv[sys.argv.index("--emulate") + 1]
+
 import torch  # noqa: E402
 
-from tests.helpers.hardware import GPU  # noqa: E402
+from tests.helpers.hardware import (  # noqa: E402
+    COMPILED,
+    EMULATED,
+    GPU,
+    implementation,
+)
 
-if not GPU:
+if EMULATED:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
 import numpy  # noqa: E402
@@ -43,10 +54,36 @@ def pytest_addoption(parser):
         type=int,
         help="random cases of each op (default: 10 of the kernels, 200 of the torch path)",
     )
+    parser.addoption(
+        "--emulate",
+        metavar="TARGET",
+        help="run kernel tests alone, compiled for this GPU and executed on the CPU: "
+        "sm_80, sm_86, sm_89 or sm_90",
+    )
+
+
+def _start_emulator(asked: str | None) -> None:
+    """Say now, and once, why kernels cannot be emulated."""
+    from tests import emulator
+
+    if asked != EMULATED:
+        raise pytest.UsageError(
+            "--emulate TARGET stands on pytest's own command line, as two words"
+        )
+    if EMULATED not in emulator.TARGETS:
+        known = ", ".join(emulator.TARGETS)
+        raise pytest.UsageError(f"--emulate {EMULATED} is not one of {known}")
+    try:
+        emulator.library()
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--emulate: {error}") from error
 
 
 def pytest_configure(config):
-    if not GPU and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+    asked = config.getoption("--emulate")
+    if asked or EMULATED:
+        _start_emulator(asked)
+    elif not GPU and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
         pytest.exit(
             f"triton {triton.__version__} cannot interpret loops with numpy {numpy.__version__}: "
             "install triton >= 3.7 or numpy < 2.4",
@@ -63,24 +100,34 @@ def pytest_configure(config):
             pytest.register_assert_rewrite(name)
 
 
+def pytest_collection_modifyitems(config, items):
+    """With `--emulate`, leave out what runs no kernel."""
+    if not EMULATED:
+        return
+    kernels = {"device", "kernel_device", "here", "emulated"}
+    left = [item for item in items if not kernels & set(getattr(item, "fixturenames", ()))]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """What a test draws does not depend on the tests before it: one that passes passes again."""
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["triton"] if GPU else ["torch", "interpreter"])
+@pytest.fixture(params=["triton"] if COMPILED else ["torch", "interpreter"])
 def device(request):
     """The device of a kernel test's tensors, with the implementation under test chosen."""
-    with nullcontext() if GPU else backend.use(request.param):
-        yield torch.device("cuda" if GPU else "cpu")
+    with implementation(request.param) as found:
+        yield found
 
 
 @pytest.fixture
 def kernel_device():
     """As `device`, kernels only: for tests of properties that the torch path does not have."""
-    with nullcontext() if GPU else backend.use("interpreter"):
-        yield torch.device("cuda" if GPU else "cpu")
+    with implementation("interpreter") as found:
+        yield found
 
 
 @pytest.fixture
@@ -102,7 +149,7 @@ def few_programs(monkeypatch):
     """In the interpreter an image of `ssim` is one program: each costs half a second, its lanes
     nothing. A GPU has the tiles in use: these it would compile for half a minute.
     """
-    if not GPU and backend.target(torch.empty(0)) == "interpreter":
+    if not COMPILED and backend.target(torch.empty(0)) == "interpreter":
         tiles = {"LANES": 2048, "ROWS": 8, "num_warps": 4}
         monkeypatch.setattr(importlib.import_module("kernels.similarity"), "_tiles", lambda: tiles)
 
@@ -110,7 +157,7 @@ def few_programs(monkeypatch):
 @pytest.fixture
 def few_sums(monkeypatch):
     """The interpreter's tiles for sums by key whatever GPU is assumed: theirs take it a minute."""
-    if not GPU:
+    if not COMPILED:
         monkeypatch.setattr(
             reduce, "_tiles", lambda target, tiles=reduce._tiles: tiles("interpreter")
         )

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from threading import Thread
 
+import torch
+
 from kernels import backend
 
 
@@ -17,6 +19,21 @@ def test_launches_of_every_thread_are_observed():
         thread.start(), thread.join()
     backend.launch(kernel, (1,))
     assert seen == [(2,)]
+
+
+def test_compiled_kernels_are_run_by_what_is_given():
+    """Ops choose as on the GPU that is named; the torch path stays within reach."""
+    x = torch.empty(2)
+    seen = []
+    with backend.run_compiled("sm_89", lambda *launch: seen.append(launch)):
+        assert (backend.name(x), backend.target(x)) == ("triton", "sm_89")
+        assert backend.multiprocessors(x) == 128
+        backend.launch("kernel", (2,), x, ROWS=16)
+        backend.launch("kernel", (0,), x, ROWS=16)
+        with backend.use("torch"):
+            assert backend.is_torch(x)
+    assert seen == [("kernel", (2,), (x,), {"ROWS": 16})]
+    assert backend.multiprocessors(x) == 1 and backend.is_torch(x)
 
 
 WITHOUT_TRITON = """

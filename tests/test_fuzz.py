@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import backend
-from tests.helpers.compare import assert_same
+from tests.helpers.compare import assert_same, handing_on, outputs
 from tests.helpers.random_inputs import DRAWS
 from tests.helpers.random_inputs.choices import Case, Draw
 
@@ -34,21 +34,6 @@ def check(case: Case, draw: Draw) -> None:
     # places of samples and edges are rounded, then divided by
     tolerance = 1e-7 if dtype == torch.float64 else case.tolerance
     assert_same(op, reference, *case.tensors, tolerance=tolerance, least=case.least)
-
-
-def outputs(result) -> list[torch.Tensor]:
-    return (
-        [result]
-        if isinstance(result, torch.Tensor)
-        else [t for t in result if isinstance(t, torch.Tensor)]
-    )
-
-
-def handing_on(op):
-    """`op`, and nothing of every tensor: all have a gradient where the op needs none of one, such
-    as keys without a query.
-    """
-    return lambda *tensors: [*outputs(op(*tensors)), *(0 * t for t in tensors)]
 
 
 def fuzz(name: str, device: torch.device, seeds: range) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from kernels.bench import plots
+from kernels.bench import counts, plots
 from kernels.bench.case import OURS
 from kernels.bench.ops import OPS
 from kernels.bench.shells import occupied
@@ -26,7 +26,11 @@ def cells(file: Path) -> list[dict]:
 
 
 def test_there_are_notebooks():
-    assert [file.name for file in NOTEBOOKS] == ["1_attention.ipynb", "2_spatial_cache.ipynb"]
+    assert [file.name for file in NOTEBOOKS] == [
+        "1_attention.ipynb",
+        "2_spatial_cache.ipynb",
+        "3_profile.ipynb",
+    ]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -50,8 +54,8 @@ def test_runs_from_top_to_bottom(file):
     for cell in code:
         drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
         assert drawn == any(
-            f"plots.{name}(" in cell.source
-            for name in ("throughput", "fractions", "hits_and_misses")
+            f".{name}(" in cell.source
+            for name in ("throughput", "fractions", "hits_and_misses", "advantage")
         )
     text = "".join(
         output.text for cell in code for output in cell.outputs if output.output_type == "stream"
@@ -131,6 +135,30 @@ def test_a_record_of_tests_alone_is_described_and_drawn_nowhere():
         == 1
     )
     assert len(plots.hits_and_misses(results, ["sort"]).axes) == 1
+
+
+COUNTED = dict(op="sort", N=8, passe="fwd", target="sm_90", bottleneck="int", tensor_GF=0.0)
+COUNTED |= dict(instr_M=1.0, registers=32, occupancy=0.5, bound_us=4.0, who="trislat")
+
+
+def test_counts_are_read_and_compared(tmp_path):
+    """Of every case the best peer is shown; a variant of ours is neither."""
+    others = [("slow", 9.0), ("fast", 6.0), (counts.VARIANT, 1.0)]
+    rows = [COUNTED, *(COUNTED | {"who": who, "bound_us": us} for who, us in others)]
+    (tmp_path / "counted.json").write_text(json.dumps({"meta": {}, "rows": rows}))
+    assert plots.read(tmp_path) == {}
+    found = counts.read(tmp_path / "counted.json")
+    (line,) = counts.ahead(found, "sm_90").splitlines()
+    assert "4.0 us" in line and "6.0 us" in line and line.endswith("1.50 x  fast")
+    assert counts.ahead(found, "sm_80") == ""
+    (bar,) = counts.advantage(found, "sm_90").axes[0].patches
+    assert bar.get_width() == 1.5
+    kernel = dict(kernel="_sort", bound_us=2.0) | {"pass": "forward"}
+    text = counts.beside([kernel, kernel], [kernel | {"us": 8.0}, kernel | {"us": 1, "pass": "x"}])
+    assert "4.0 us, 50 %" in text and "not counted" in text
+    (tmp_path / "counted.json").write_text("{}")
+    with pytest.raises(ValueError, match="counted.json is no file of counts"):
+        counts.read(tmp_path / "counted.json")
 
 
 def test_throughput_is_rows_over_time_in_order_of_rows():

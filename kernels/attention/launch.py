@@ -64,10 +64,7 @@ def _tile_list(
 
 def _programs(tiles: int, tensor: Tensor) -> int:
     """Programs along the tiles: more than run at once would start only to find nothing left."""
-    units = 1
-    if tensor.is_cuda:
-        units = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return min(tiles, 8 * units)
+    return min(tiles, 8 * backend.multiprocessors(tensor))
 
 
 class Segments(NamedTuple):

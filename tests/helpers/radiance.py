@@ -22,7 +22,8 @@ def voxels(sizes, resolution, rank, dim, device="cpu", seed=0, density=0.0, dtyp
     ]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     return (
-        position.to(device, dtype),
+        # 16 bits have too few digits for a place
+        position.to(device, torch.promote_types(dtype, torch.float32)),
         [t.to(device, dtype).requires_grad_() for t in tensors],
         starts,
     )

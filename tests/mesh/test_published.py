@@ -12,6 +12,7 @@ from kernels.mesh.rasterize import rasterize
 from kernels.mesh.render import face_camera, render_mesh
 from kernels.similarity import ssim
 from tests.helpers.golden import golden
+from tests.helpers.hardware import COMPILED, implementation
 
 SMALLEST = ["h_behind_20", "c_dense3_20", "d_huge2_26", "f_degen2_28"]
 CASES = [
@@ -47,14 +48,10 @@ def cases(slow_on_kernels):
 @pytest.fixture
 def here(request):
     """The device of one implementation: "torch" or "kernels"."""
-    gpu = torch.cuda.is_available()
-    if gpu:
-        if request.param == "torch":
-            pytest.skip("on a GPU the kernels run")
-        yield torch.device("cuda")
-    else:
-        with backend.use("torch" if request.param == "torch" else "interpreter"):
-            yield torch.device("cpu")
+    if COMPILED and request.param == "torch":
+        pytest.skip("on a GPU the kernels run")
+    with implementation("torch" if request.param == "torch" else "interpreter") as device:
+        yield device
 
 
 def close(got, want, limit, what):
