@@ -38,6 +38,18 @@ except ImportError:
 CHOICES = ("torch", "interpreter")
 _cpu_choice: ContextVar[str] = ContextVar("_cpu_choice", default="torch")
 _assumed: ContextVar[str] = ContextVar("_assumed", default="interpreter")
+# multiprocessors of a card of each target, for tensors that are not on one
+MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "gfx1100": 96,
+    "interpreter": 1,
+}
 # shared by all threads: on a GPU, autograd runs backward passes in threads of its own
 _observers: list[Callable] = []
 
@@ -93,6 +105,16 @@ def target(tensor: Tensor) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Return how many multiprocessors (compute units) the GPU of `tensor` has.
+
+    Of any other tensor's they are those of a card with the GPU that `target` says.
+    """
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return MULTIPROCESSORS.get(target(tensor), 100)
 
 
 @contextmanager
