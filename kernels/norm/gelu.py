@@ -11,8 +11,8 @@ from kernels.backend import tl, triton
 from kernels.dtypes import check_dtype, wide
 
 TILE = 2048  # elements of a program's step; not yet measured on a GPU
-TILE_CHANNELS = 1024  # at most, of them; not yet measured on a GPU
-BLOCKS = 4  # programs of 8 warps a multiprocessor; not yet measured on a GPU
+TILE_CHANNELS = 1024  # at most, of a step with a bias; not yet measured on a GPU
+BLOCKS = 4  # programs a multiprocessor with a bias; not yet measured on a GPU
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _gelu_parts(x):
 
 
 @triton.jit
-def _share(size, C, TILE_C: tl.constexpr):
+def _share(M, C, TILE_C: tl.constexpr):
     """Return a program's rows first : end and its channels, of the chunks of all channels.
 
     The rows are shared out evenly, once: every program runs from the launch to its end.
@@ -38,44 +38,44 @@ def _share(size, C, TILE_C: tl.constexpr):
     chunks = tl.cdiv(C, TILE_C)
     program = (tl.program_id(0) // chunks).to(tl.int64)
     programs = tl.num_programs(0) // chunks
-    rows = tl.cdiv(size, C)
+    rows = M.to(tl.int64)
     c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
     return rows * program // programs, rows * (program + 1) // programs, c
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["M"])
 def _gelu_fwd(
-    x_ptr, bias_ptr, y_ptr, size, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr
+    x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr
 ):
-    """A program: its share of the rows of TILE_C channels. The last row may be a part."""
-    first, end, c = _share(size, C, TILE_C)
+    """A program: its share of the rows of TILE_C channels."""
+    first, end, c = _share(M, C, TILE_C)
     bias = tl.zeros([TILE_C], tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     for row in range(first, end, ROWS):
         m = row + tl.arange(0, ROWS)
         at = m[:, None] * C + c[None, :]
-        live = (m < end)[:, None] & (c < C)[None, :] & (at < size)  # [ROWS, TILE_C]
+        live = (m < end)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         s, _, _ = _gelu_parts(x)
         tl.store(y_ptr + at, (x * s).to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["M"])
 def _gelu_bwd(
     x_ptr,
     bias_ptr,
     dy_ptr,
     dx_ptr,
     partial_ptr,
-    size,
+    M,
     C,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
     """A program: its share, as in `_gelu_fwd`. partial [programs, C]: its sums of dx."""
-    first, end, c = _share(size, C, TILE_C)
+    first, end, c = _share(M, C, TILE_C)
     bias = tl.zeros([TILE_C], tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -83,7 +83,7 @@ def _gelu_bwd(
     for row in range(first, end, ROWS):
         m = row + tl.arange(0, ROWS)
         at = m[:, None] * C + c[None, :]
-        live = (m < end)[:, None] & (c < C)[None, :] & (at < size)  # [ROWS, TILE_C]
+        live = (m < end)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         s, ds, dv = _gelu_parts(x)
@@ -95,19 +95,21 @@ def _gelu_bwd(
         tl.store(partial_ptr + program * C + c, tl.sum(dbias, 0), mask=c < C)
 
 
-def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, int, dict[str, int]]:
-    """Return C, chunks of them, programs of a chunk, and a step's tile.
+def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int], int, int]:
+    """Return M rows of C channels, a step's tile of them, chunks of channels, programs of each.
 
-    Without a bias the rows are any, of as many channels as a tile has.
+    Without a bias x is one row, and a program takes one step.
     """
-    C = TILE_CHANNELS if bias is None else x.shape[-1]
-    TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(C))
     tile = 8 * TILE if backend.target(x) == "interpreter" else TILE
-    tiles = {"ROWS": tile // TILE_C, "TILE_C": TILE_C}
+    if bias is None:
+        return 1, x.numel(), {"ROWS": 1, "TILE_C": tile}, triton.cdiv(x.numel(), tile), 1
+    C = x.shape[-1]
+    M = x.numel() // C
+    TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(C))
+    ROWS = tile // TILE_C
     chunks = triton.cdiv(C, TILE_C)
-    fit = max(1, BLOCKS * backend.multiprocessors(x) // chunks)
-    programs = min(fit, triton.cdiv(triton.cdiv(x.numel(), C), tiles["ROWS"]))
-    return C, chunks, programs, tiles
+    programs = max(1, BLOCKS * backend.multiprocessors(x) // chunks)
+    return M, C, {"ROWS": ROWS, "TILE_C": TILE_C}, chunks, min(programs, triton.cdiv(M, ROWS))
 
 
 def _gelu_torch(x: Tensor) -> Tensor:
@@ -123,8 +125,8 @@ def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
         u = wide(x) if bias is None else wide(x) + wide(bias)
         return _gelu_torch(u).to(x.dtype)
     y = torch.empty_like(x)
-    C, chunks, programs, tiles = _tiles(x, bias)
-    args = (x, bias, y, x.numel(), C)
+    M, C, tiles, chunks, programs = _tiles(x, bias)
+    args = (x, bias, y, M, C)
     constants = dict(BIAS=bias is not None, **tiles, num_warps=8)
     backend.launch(_gelu_fwd, (programs * chunks,), *args, **constants)
     return y
@@ -139,9 +141,9 @@ def _gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, 
         dx = torch.ops.aten.gelu_backward(wide(dy), wide(x) + wide(bias), approximate="tanh")
         return dx.to(x.dtype), dx.view(-1, dx.shape[-1]).sum(0).to(bias.dtype)
     dx = torch.empty_like(x)
-    C, chunks, programs, tiles = _tiles(x, bias)
+    M, C, tiles, chunks, programs = _tiles(x, bias)
     partial = x.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
-    args = (x, bias, dy, dx, partial, x.numel(), C)
+    args = (x, bias, dy, dx, partial, M, C)
     constants = dict(BIAS=bias is not None, **tiles, num_warps=8)
     backend.launch(_gelu_bwd, (programs * chunks,), *args, **constants)
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)

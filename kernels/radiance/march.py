@@ -59,7 +59,7 @@ def _tiles(target: str) -> dict:
     """
     if target == "interpreter":
         return {"SIDE": 32, "K": 32}
-    side = 8 if target.startswith("gfx") else 4  # wavefronts of 64 lanes
+    side = 8 if target.startswith("gfx9") else 4  # wavefronts of 64 lanes
     return {"SIDE": side, "K": 1, "num_warps": 1, "num_stages": 1}
 
 
@@ -73,7 +73,7 @@ def _backward_tiles(target: str) -> dict:
     """
     if target == "interpreter":
         return {"L": 64, "K": 32, "BLOCK": 64}
-    L = 16 if target.startswith("gfx") else 8
+    L = 16 if target.startswith("gfx9") else 8
     return {"L": L, "K": 1, "BLOCK": 64, "num_warps": 1, "num_stages": 1}
 
 
@@ -276,6 +276,7 @@ def _march_backward(
             for k in range(0, tl.max(used, 0), K):
                 at = k + tl.arange(0, K)[None, :]
                 taken = at < used[:, None]
+                at = tl.minimum(at, used[:, None] - 1)  # no tap is far beyond the voxel
                 ix, wx, fx = load_taps(base, along_ray(path, at, live), rank, some, R, DIM)
                 iy, wy, fy = load_taps(
                     base + DIM * R, along_ray(path + 1, at, live), rank, some, R, DIM
