@@ -45,6 +45,7 @@ from kernels.radiance.field import (
     spread,
     store_totals,
 )
+from kernels.radiance.lengths import sort_by_length
 from kernels.radiance.rays import RaySegments
 from kernels.views import ViewTable
 
@@ -180,24 +181,6 @@ def _march(
 
 
 @triton.jit
-def _sort_by_length(used_ptr, order_ptr, begin, end, BLOCK: tl.constexpr):
-    """Write the segments begin : end to `order`, of every BLOCK the longest first.
-
-    A segment's place is the number of those that go before it.
-    """
-    for first in range(begin, end, BLOCK):
-        lane = tl.arange(0, BLOCK)
-        key = tl.load(used_ptr + first + lane, first + lane < end, -1) * BLOCK - lane
-        place = tl.zeros([BLOCK], tl.int32)
-        for part in range(0, BLOCK, 8):
-            other = part + tl.arange(0, 8)
-            rival = tl.load(used_ptr + first + other, first + other < end, -1) * BLOCK - other
-            place += tl.sum((rival[:, None] > key[None, :]).to(tl.int32), 0)
-        tl.store(order_ptr + first + place, (first + lane).to(tl.int32), first + lane < end)
-    tl.debug_barrier()  # other lanes read what was written
-
-
-@triton.jit
 def _enter(pixels_ptr, state_ptr, ray, slot, live, v, plane):
     """Load the gradients of the pixels of segments, what arrives from behind, and the light.
 
@@ -264,7 +247,7 @@ def _march_backward(
         pair = start_ptr + tl.load(views_ptr + v * 3 + 2) + n
         begin = tl.load(pair)
         end = tl.load(pair + 1)
-        _sort_by_length(used_ptr, order_ptr, begin, end, BLOCK)
+        sort_by_length(used_ptr, order_ptr, begin, end, BLOCK)
         for m in range(begin, end, L):
             listed = m + tl.arange(0, L)
             slot = tl.load(order_ptr + listed, listed < end, 0).to(tl.int64)
