@@ -10,9 +10,9 @@ from kernels import backend
 from kernels.backend import tl, triton
 from kernels.checks import check_dtype, wide
 
-TILE = 4096  # elements per program; not yet measured on a GPU
-TILE_CHANNELS = 1024  # of a tile that has a bias; not yet measured on a GPU
-PROGRAMS = 512  # that share the gradient of a bias; not yet measured on a GPU
+TILE = 2048  # elements of a program's step; not yet measured on a GPU
+TILE_CHANNELS = 1024  # at most, of a step with a bias; not yet measured on a GPU
+BLOCKS = 4  # programs a multiprocessor with a bias; not yet measured on a GPU
 
 
 @triton.jit
@@ -29,21 +29,36 @@ def _gelu_parts(x):
     return s, ds, dv
 
 
+@triton.jit
+def _share(M, C, TILE_C: tl.constexpr):
+    """Return a program's rows first : end and its channels, of the chunks of all channels.
+
+    The rows are shared out evenly, once: every program runs from the launch to its end.
+    """
+    chunks = tl.cdiv(C, TILE_C)
+    program = (tl.program_id(0) // chunks).to(tl.int64)
+    programs = tl.num_programs(0) // chunks
+    rows = M.to(tl.int64)
+    c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
+    return rows * program // programs, rows * (program + 1) // programs, c
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gelu_fwd(
     x_ptr, bias_ptr, y_ptr, M, C, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_C: tl.constexpr
 ):
-    """A program: ROWS rows, TILE_C channels."""
-    chunks = tl.cdiv(C, TILE_C)
-    m = (tl.program_id(0) // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
-    live = (m < M)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
-    at = m[:, None] * C + c[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    """A program: its share of the rows of TILE_C channels."""
+    first, end, c = _share(M, C, TILE_C)
+    bias = tl.zeros([TILE_C], tl.float32)
     if BIAS:
-        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    s, _, _ = _gelu_parts(x)
-    tl.store(y_ptr + at, (x * s).to(y_ptr.dtype.element_ty), mask=live)
+        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    for row in range(first, end, ROWS):
+        m = row + tl.arange(0, ROWS)
+        at = m[:, None] * C + c[None, :]
+        live = (m < end)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
+        s, _, _ = _gelu_parts(x)
+        tl.store(y_ptr + at, (x * s).to(y_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,35 +74,42 @@ def _gelu_bwd(
     ROWS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
-    """A program: its share of the tiles of TILE_C channels. partial [programs, C]: sums of dx."""
-    chunks = tl.cdiv(C, TILE_C)
-    program = tl.program_id(0) // chunks
-    programs = tl.num_programs(0) // chunks
-    c = (tl.program_id(0) % chunks).to(tl.int64) * TILE_C + tl.arange(0, TILE_C)
+    """A program: its share, as in `_gelu_fwd`. partial [programs, C]: its sums of dx."""
+    first, end, c = _share(M, C, TILE_C)
     bias = tl.zeros([TILE_C], tl.float32)
     if BIAS:
         bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    dbias = tl.zeros([TILE_C], tl.float32)
-    for tile in range(program, tl.cdiv(M, ROWS), programs):
-        m = tile * ROWS + tl.arange(0, ROWS)
-        live = (m < M)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
-        at = m.to(tl.int64)[:, None] * C + c[None, :]
+    dbias = tl.zeros([ROWS, TILE_C], tl.float32)  # each lane's own: added up at the end
+    for row in range(first, end, ROWS):
+        m = row + tl.arange(0, ROWS)
+        at = m[:, None] * C + c[None, :]
+        live = (m < end)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         s, ds, dv = _gelu_parts(x)
         dx = dy * (s + x * ds * dv)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
-        dbias += tl.sum(dx, 0)
+        dbias += dx
     if BIAS:
-        tl.store(partial_ptr + program.to(tl.int64) * C + c, dbias, mask=c < C)
+        program = (tl.program_id(0) // tl.cdiv(C, TILE_C)).to(tl.int64)
+        tl.store(partial_ptr + program * C + c, tl.sum(dbias, 0), mask=c < C)
 
 
-def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int]]:
-    """M rows of C channels, and a program's tile of them; without a bias x is one row."""
+def _tiles(x: Tensor, bias: Tensor | None) -> tuple[int, int, dict[str, int], int, int]:
+    """Return M rows of C channels, a step's tile of them, chunks of channels, programs of each.
+
+    Without a bias x is one row, and a program takes one step.
+    """
+    tile = 8 * TILE if backend.target(x) == "interpreter" else TILE
     if bias is None:
-        return 1, x.numel(), {"ROWS": 1, "TILE_C": TILE}
-    TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(x.shape[-1]))
-    return x.numel() // x.shape[-1], x.shape[-1], {"ROWS": TILE // TILE_C, "TILE_C": TILE_C}
+        return 1, x.numel(), {"ROWS": 1, "TILE_C": tile}, triton.cdiv(x.numel(), tile), 1
+    C = x.shape[-1]
+    M = x.numel() // C
+    TILE_C = min(TILE_CHANNELS, triton.next_power_of_2(C))
+    ROWS = tile // TILE_C
+    chunks = triton.cdiv(C, TILE_C)
+    programs = max(1, BLOCKS * backend.multiprocessors(x) // chunks)
+    return M, C, {"ROWS": ROWS, "TILE_C": TILE_C}, chunks, min(programs, triton.cdiv(M, ROWS))
 
 
 def _gelu_torch(x: Tensor) -> Tensor:
@@ -103,9 +125,10 @@ def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
         u = wide(x) if bias is None else wide(x) + wide(bias)
         return _gelu_torch(u).to(x.dtype)
     y = torch.empty_like(x)
-    M, C, tiles = _tiles(x, bias)
-    grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(C, tiles["TILE_C"]),)
-    backend.launch(_gelu_fwd, grid, x, bias, y, M, C, BIAS=bias is not None, **tiles, num_warps=8)
+    M, C, tiles, chunks, programs = _tiles(x, bias)
+    args = (x, bias, y, M, C)
+    constants = dict(BIAS=bias is not None, **tiles, num_warps=8)
+    backend.launch(_gelu_fwd, (programs * chunks,), *args, **constants)
     return y
 
 
@@ -118,15 +141,11 @@ def _gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, 
         dx = torch.ops.aten.gelu_backward(wide(dy), wide(x) + wide(bias), approximate="tanh")
         return dx.to(x.dtype), dx.view(-1, dx.shape[-1]).sum(0).to(bias.dtype)
     dx = torch.empty_like(x)
-    M, C, tiles = _tiles(x, bias)
-    chunks = triton.cdiv(C, tiles["TILE_C"])
-    programs = triton.cdiv(M, tiles["ROWS"])
-    if bias is not None:
-        programs = min(programs, max(1, PROGRAMS // chunks))
+    M, C, tiles, chunks, programs = _tiles(x, bias)
     partial = x.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
-    grid = (programs * chunks,)
     args = (x, bias, dy, dx, partial, M, C)
-    backend.launch(_gelu_bwd, grid, *args, BIAS=bias is not None, **tiles, num_warps=8)
+    constants = dict(BIAS=bias is not None, **tiles, num_warps=8)
+    backend.launch(_gelu_bwd, (programs * chunks,), *args, **constants)
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 

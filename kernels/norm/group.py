@@ -19,15 +19,18 @@ from kernels.backend import triton
 from kernels.checks import check_dtype, check_eps, check_tensors, wide, wide_dtype
 from kernels.norm import group_tiles
 
-TILE = 2048  # elements of a program's step, so that nothing spills; not yet measured on a GPU
-PROGRAMS = 128  # that share the rows of a sample; not yet measured on a GPU
+TILE = 2048  # elements of a program's step; not yet measured on a GPU
+BLOCKS = 2  # programs of 8 warps a multiprocessor and sample; not yet measured on a GPU
 MOST_CHANNELS = 4096  # a row must fit in a program
 
 
 def _tiles(x: Tensor) -> dict[str, int]:
-    """Rows and padded channels of a program's step, and programs per sample."""
+    """Rows and padded channels of a program's step, and programs per sample.
+
+    Those of a sample are as many in any batch: its result is the same to the bit.
+    """
     TILE_C = triton.next_power_of_2(x.shape[1])
-    programs = 2 if backend.target(x) == "interpreter" else PROGRAMS
+    programs = BLOCKS * backend.multiprocessors(x)
     return {"ROWS": max(1, TILE // TILE_C), "TILE_C": TILE_C, "P": programs}
 
 
@@ -108,15 +111,15 @@ def _group_norm(
     mean, rstd = _empty_statistics(x, B, groups)
     part = x.new_empty(B, P, 2, C, dtype=torch.float32)
     args = (x, starts, part)
-    backend.launch(group_tiles._partial_statistics, (P, B), *args, C=C, **tiles, num_warps=4)
+    backend.launch(group_tiles._partial_statistics, (P, B), *args, C=C, **tiles, num_warps=8)
     args = (part, starts, mean, rstd, eps)
-    merge = dict(ROWS=tiles["ROWS"], TILE_W=triton.next_power_of_2(C // groups), P=P)
+    merge = dict(TILE_W=triton.next_power_of_2(C // groups), P=P)
     backend.launch(
         group_tiles._merge_statistics, (groups, B), *args, C=C, GROUPS=groups, **merge, num_warps=4
     )
     args = (x, weight, bias, starts, mean, rstd, y)
     constants = dict(C=C, GROUPS=groups, SILU=silu, **tiles)
-    backend.launch(group_tiles._group_norm_fwd, (P, B), *args, **constants, num_warps=4)
+    backend.launch(group_tiles._group_norm_fwd, (P, B), *args, **constants, num_warps=8)
     return y, mean, rstd
 
 
@@ -139,9 +142,7 @@ def _group_norm_backward(
     B = len(starts) - 1
     tiles = _tiles(x)
     grid = (tiles["P"], B)
-    # four warps of a wide row's six vectors spill in fp32 on sm_80
-    warps = 8 if tiles["TILE_C"] > 512 else 4
-    constants = dict(C=C, GROUPS=groups, SILU=silu, **tiles, num_warps=warps)
+    constants = dict(C=C, GROUPS=groups, SILU=silu, **tiles, num_warps=8)
     dx = torch.empty_like(x)
     part = x.new_empty(B, tiles["P"], 2, C, dtype=torch.float32)
     args = (x, weight, bias, starts, mean, rstd, dy)

@@ -15,13 +15,28 @@ from kernels.checks import check_dtype, check_eps, check_tensors, wide, wide_dty
 
 TILE = 4096  # elements per program; not yet measured on a GPU
 MOST_CHANNELS = 4096  # a row must fit in a program
-PROGRAMS = 512  # that share the gradient of a bias; not yet measured on a GPU
+WARP = 1024  # elements of a warp's step in the backward pass; not yet measured on a GPU
+BLOCKS = {1: 12, 2: 8, 4: 4}  # backward programs a multiprocessor by warps; not yet measured
 
 
 def _tiles(C: int) -> dict[str, int]:
     """Rows and padded channels of a program."""
     TILE_C = triton.next_power_of_2(C)
     return {"ROWS": max(1, TILE // TILE_C), "TILE_C": TILE_C}
+
+
+def _backward_tiles(x: Tensor) -> tuple[int, dict[str, int]]:
+    """Programs of the backward pass, and a step's tile.
+
+    A row of up to 1024 channels is one warp's, whose sums need no barrier.
+    """
+    N, C = x.shape
+    TILE_C = triton.next_power_of_2(C)
+    warps = triton.cdiv(TILE_C, WARP)
+    tile = TILE if backend.target(x) == "interpreter" else WARP
+    ROWS = max(1, tile // TILE_C)
+    programs = min(triton.cdiv(N, ROWS), BLOCKS[warps] * backend.multiprocessors(x))
+    return programs, {"ROWS": ROWS, "TILE_C": TILE_C, "num_warps": warps}
 
 
 @triton.jit
@@ -85,18 +100,19 @@ def _layer_norm_bwd(
     ROWS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
-    """A program: the gradient dx of tiles of ROWS rows, and its part of the bias's gradient.
+    """A program: the gradient dx of its share of the rows, and its part of the bias's gradient.
 
     The bias is added before the norm alone, so its gradient has no share of dsum.
     """
+    program = tl.program_id(0).to(tl.int64)
+    end = N * (program + 1) // tl.num_programs(0)
     c = tl.arange(0, TILE_C)
     dbias = tl.zeros([ROWS, TILE_C], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
-        n = tile * ROWS + tl.arange(0, ROWS)
-        n = n.to(tl.int64)
-        live = (n < N)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
+    for first in range(N * program // tl.num_programs(0), end, ROWS):
+        n = first + tl.arange(0, ROWS)
+        live = (n < end)[:, None] & (c < C)[None, :]  # [ROWS, TILE_C]
         at = n[:, None] * C + c[None, :]
-        rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)  # [ROWS]
+        rstd = tl.load(rstd_ptr + n, mask=n < end, other=0.0)  # [ROWS]
         y = tl.load(y_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
         mean = tl.sum(dy, 1) * (1.0 / C)  # [ROWS]
@@ -108,7 +124,7 @@ def _layer_norm_bwd(
             dx += tl.load(dsum_ptr + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
     if BIAS:
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(dbias, 0), mask=c < C)
+        tl.store(partial_ptr + program * C + c, tl.sum(dbias, 0), mask=c < C)
 
 
 def _empty_rstd(x: Tensor) -> Tensor:
@@ -176,15 +192,11 @@ def _layer_norm_backward(
         return _backward_torch(y, rstd, dy, dsum, bias)
     N, C = y.shape
     dx = torch.empty_like(y)
-    tiles = _tiles(C)
-    programs = triton.cdiv(N, tiles["ROWS"])
-    if bias is not None:
-        programs = min(programs, PROGRAMS)
+    programs, tiles = _backward_tiles(y)
     partial = y.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
     args = (y, rstd, dy, dsum, dx, partial, N)
     flags = dict(ADD=dsum is not None, BIAS=bias is not None)
-    warps = 4 if bias is None else 8
-    backend.launch(_layer_norm_bwd, (programs,), *args, C=C, **flags, **tiles, num_warps=warps)
+    backend.launch(_layer_norm_bwd, (programs,), *args, C=C, **flags, **tiles)
     return dx, y.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 

@@ -15,9 +15,10 @@ def load_taps(axis_ptr, q, rank, valid, R, DIM: tl.constexpr):
     i = tl.minimum(tl.maximum(q, 0.0), DIM - 2.0).to(tl.int32)
     w = q - i
     at = (axis_ptr + i * R)[:, :, None] + rank[None, None, :]
-    a = tl.load(at, valid, 0.0)
-    b = tl.load(at + R, valid, 0.0)
-    return i, w, a + w[:, :, None] * (b - a)
+    other = None if valid is None else 0.0
+    a = tl.load(at, valid, other)
+    b = tl.load(at + R, valid, other)
+    return i, w, tl.fma(w[:, :, None], b - a, a)
 
 
 @triton.jit
@@ -27,43 +28,73 @@ def along_ray(path_ptr, k, live):
     The increment of a coordinate stands 4 places behind that of the first sample.
     """
     first = tl.load(path_ptr, live, 0.0)
-    return first[:, None] + tl.load(path_ptr + 4, live, 0.0)[:, None] * k
+    return tl.fma(tl.load(path_ptr + 4, live, 0.0)[:, None], k.to(tl.float32), first[:, None])
+
+
+@triton.jit
+def inverse(x):
+    """Return 1 / x of x >= 1, in half the instructions of a quotient, as precise on a GPU."""
+    root = tl.rsqrt(x)
+    return root * root
 
 
 @triton.jit
 def softplus(s):
     """Return softplus, linear from 10 on, and its derivative."""
     decayed = tl.exp(-tl.abs(s))
-    inverse = 1 / (1 + decayed)
-    smooth = tl.maximum(s, 0.0) + tl.log(1 + decayed)
-    slope = tl.where(s < 0, decayed * inverse, inverse)
+    # log(1 + decayed) = 2 artanh(u) = 2 (u + u^3 / 3 + u^5 / 5 + ...)
+    u = decayed * inverse(2 + decayed)
+    series = tl.fma(u * u, 1 / 13, 1 / 11)
+    series = tl.fma(u * u, series, 1 / 9)
+    series = tl.fma(u * u, series, 1 / 7)
+    series = tl.fma(u * u, series, 1 / 5)
+    series = tl.fma(u * u, series, 1 / 3)
+    series = tl.fma(u * u, series, 1.0)
+    smooth = tl.fma(2 * u, series, tl.maximum(s, 0.0))
+    slope = tl.where(s < 0, decayed, 1.0) * inverse(1 + decayed)
     return tl.where(s < 10, smooth, s), tl.where(s < 10, slope, 1.0)
 
 
 @triton.jit
 def opacity(x):
     """Return min(1 - exp(-x), 0.999), by its series where the difference would cancel."""
-    series = x * (1 - x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120)))))
-    return tl.minimum(tl.where(x < 0.125, series, 1 - tl.exp(-x)), CLAMP)
+    series = tl.fma(-x, 1 / 120, 1 / 24)
+    series = tl.fma(-x, series, 1 / 6)
+    series = tl.fma(-x, series, 1 / 2)
+    series = tl.fma(-x, series, 1.0)
+    return tl.minimum(tl.where(x < 0.125, x * series, 1 - tl.exp(-x)), CLAMP)
 
 
 @triton.jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    return inverse(1 + tl.exp(-x))
 
 
 @triton.jit
-def tap_weights(i, w, DIM_P: tl.constexpr):
-    """Return the weight of every tap [L, K, DIM_P]: 1 - w at tap i, w at i + 1, else 0."""
-    tap = tl.arange(0, DIM_P)[None, None, :]
-    i = i[:, :, None]
-    w = w[:, :, None]
-    return tl.where(tap == i, 1 - w, tl.where(tap == i + 1, w, 0.0))
+def no_totals(L: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, COUNT: tl.constexpr):
+    """Return COUNT sums [L, K, RANKS] of nothing."""
+    totals = ()
+    for _ in tl.static_range(COUNT):
+        totals = totals + (tl.zeros([L, K, RANKS], tl.float32),)
+    return totals
 
 
 @triton.jit
-def contract(a, b, total, L: tl.constexpr, K: tl.constexpr, M: tl.constexpr, RANKS: tl.constexpr):
-    """Add the sum over the samples of a [L, K, M] times b [L, K, RANKS] to total, in fp32."""
-    a = tl.reshape(a, [L * K, M])
-    b = tl.reshape(b, [L * K, RANKS])
-    return tl.dot(tl.trans(a), b, total, input_precision="ieee")
+def spread(totals, i, w, grad, DIM: tl.constexpr):
+    """Add a gradient [L, K, RANKS] to the totals of the DIM taps, by their weights.
+
+    They are 1 - w at tap i, w at i + 1, else 0. All DIM sums stay in registers, each lane's own:
+    no lane can choose a register by its i.
+    """
+    added = ()
+    for tap in tl.static_range(DIM):
+        weight = tl.where(i == tap, 1 - w, tl.where(i == tap - 1, w, 0.0))
+        added = added + (tl.fma(weight[:, :, None], grad, totals[tap]),)
+    return added
+
+
+@triton.jit
+def store_totals(grad_ptr, totals, rank, R, COUNT: tl.constexpr):
+    """Write the sums of COUNT totals over all samples, R numbers each."""
+    for n in tl.static_range(COUNT):
+        tl.store(grad_ptr + n * R + rank, tl.sum(tl.sum(totals[n], 0), 0), rank < R)

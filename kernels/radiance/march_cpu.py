@@ -194,11 +194,11 @@ def march_torch(
     step: float,
     rank: int,
     dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Composite all rays, as kernels.radiance.march.march does."""
     field = _Field(voxels, step, rank, dim)
     bounds = segments.bounds.long()
-    used = torch.zeros_like(segments.samples)
+    used = torch.zeros_like(segments.ray)
     state = voxels.new_empty(len(segments.ray), 5)
     seen = voxels.new_zeros(5, len(bounds) - 1)  # transmittance, colour, depth so far
     seen[0] = 1
@@ -228,8 +228,9 @@ def march_torch(
         j += 1
         alive = alive[(leaving[0] >= STOP) & (bounds[alive] + j < bounds[alive + 1])]
     light, *color, depth = seen.view(5, -1, height, width).unbind()
-    image = torch.addcmul(torch.stack(color, 1), background[:, :, None, None], light[:, None])
-    return image, light.clone(), depth.clone(), used, state
+    picture = torch.stack([*color, light, depth], 1)
+    picture[:, :3].addcmul_(background[:, :, None, None], light[:, None])
+    return picture, used, state
 
 
 def march_torch_backward(
@@ -239,9 +240,7 @@ def march_torch_backward(
     path: Tensor,  # [S, 8]
     used: Tensor,  # [S] int32
     state: Tensor,  # [S, 5]
-    grad_image: Tensor,  # [V, 3, H, W]
-    grad_depth: Tensor,  # [V, H, W]
-    arriving: Tensor,  # [V, H, W]
+    pixels: Tensor,  # [V, 5, H, W]: gradient of colour, what the whole ray contributes, of depth
     step: float,
     rank: int,
     dim: int,
@@ -251,11 +250,9 @@ def march_torch_backward(
     ray, voxel, path, used, state = (
         t.index_select(0, visited) for t in (ray, voxel, path, used, state)
     )
-    # [4, segments]
-    upstream = (
-        torch.cat([grad_image.transpose(0, 1), grad_depth[None]]).flatten(1).index_select(1, ray)
-    )
-    behind = arriving.view(-1)[ray] - (upstream * state[:, 1:].t()).sum(0)
+    red, green, blue, arriving, depth = pixels.transpose(0, 1).flatten(1).index_select(1, ray)
+    upstream = torch.stack([red, green, blue, depth])  # [4, segments]
+    behind = arriving - (upstream * state[:, 1:].t()).sum(0)
     grad = torch.zeros_like(voxels)
     entering = state[:, 0].contiguous()
     for part, which in _parts(_Field(voxels, step, rank, dim), voxel, path, used):

@@ -45,8 +45,8 @@ def _raymarch(
     resolution: int,
     rank: int,
     dim: int,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return the image [V, 3, H, W], final transmittance and depth [V, H, W].
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the picture [V, 5, H, W]: colour, final transmittance and depth.
 
     The list holds what the backward needs of every segment.
     """
@@ -59,12 +59,12 @@ def _raymarch(
         _refuse(mistakes.tolist(), position, offset, resolution)
         with torch.autocast(voxels.device.type, enabled=False):
             s = find_segments_torch(*scene)
-            image, final, depth, used, state = march_torch(voxels, s, *rest)
+            picture, used, state = march_torch(voxels, s, *rest)
     else:
         s, wrong = find_segments(*scene, mistakes)
         _refuse(wrong, position, offset, resolution)
-        image, final, depth, used, state = march(voxels, s, *rest)
-    return image, final, depth, [s.ray, s.voxel, s.path, s.start, used, state]
+        picture, used, state = march(voxels, s, *rest)
+    return picture, [s.ray, s.facts, s.path, s.start, used, state]
 
 
 def _mistakes(position: Tensor, offset: Tensor, resolution: int) -> Tensor:
@@ -107,20 +107,17 @@ def _(voxels, position, cameras, offset, background, starts, view_scene, resolut
     V, H, W = offset.shape
     S = torch.library.get_ctx().new_dynamic_size()
     P = count_pairs(starts, view_scene)
-    ray, voxel, used = (voxels.new_empty(S, dtype=torch.int32) for _ in range(3))
+    ray, used = (voxels.new_empty(S, dtype=torch.int32) for _ in range(2))
+    facts = voxels.new_empty(S, 2, dtype=torch.int32)
     start = voxels.new_empty(P + 1, dtype=torch.int64)
-    saved = [ray, voxel, voxels.new_empty(S, 8), start, used, voxels.new_empty(S, 5)]
-    return voxels.new_empty(V, 3, H, W), torch.empty_like(offset), torch.empty_like(offset), saved
+    saved = [ray, facts, voxels.new_empty(S, 8), start, used, voxels.new_empty(S, 5)]
+    return voxels.new_empty(V, 5, H, W), saved
 
 
 @torch.library.custom_op("trislat::raymarch_backward", mutates_args=())
 def _raymarch_backward(
-    grad_image: Tensor,
-    grad_final: Tensor,
-    grad_depth: Tensor,
-    image: Tensor,
-    final: Tensor,
-    depth: Tensor,
+    grad: Tensor,
+    picture: Tensor,
     voxels: Tensor,
     saved: list[Tensor],
     starts: list[int],
@@ -130,34 +127,32 @@ def _raymarch_backward(
     dim: int,
 ) -> Tensor:
     """Return the gradient of the voxels [N, (3 n + 4) R]."""
-    ray, voxel, path, start, used, state = saved
-    grad_image = grad_image.contiguous()
-    grad_depth = grad_depth.contiguous()
-    arriving = (image * grad_image).sum(1).addcmul_(depth, grad_depth).addcmul_(final, grad_final)
-    rest = used, state, grad_image, grad_depth, arriving, 0.5 / (dim * resolution), rank, dim
+    ray, facts, path, start, used, state = saved
+    # the gradient of the final transmittance is needed only in what the whole ray contributes
+    pixels = grad.clone(memory_format=torch.contiguous_format)
+    pixels[:, 3] = (picture * grad).sum(1)
+    rest = used, state, pixels, 0.5 / (dim * resolution), rank, dim
     if backend.is_torch(voxels):
         with torch.autocast(voxels.device.type, enabled=False):
-            return march_torch_backward(voxels, ray, voxel, path, *rest)
+            return march_torch_backward(voxels, ray, facts[:, 0], path, *rest)
     table = make_view_table(starts, view_scene, voxels.device)
     return march_backward(voxels, table, ray, path, start, *rest)
 
 
 @_raymarch_backward.register_fake
-def _(grad_image, grad_final, grad_depth, image, final, depth, voxels, *rest):
+def _(grad, picture, voxels, *rest):
     return torch.empty_like(voxels)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     voxels, _, _, _, _, *ctx.rest = inputs
-    image, final, depth, saved = output
-    ctx.save_for_backward(image, final, depth, voxels, *saved)
+    picture, saved = output
+    ctx.save_for_backward(picture, voxels, *saved)
 
 
-def _backward(ctx, grad_image, grad_final, grad_depth, grad_saved):
-    image, final, depth, voxels, *saved = ctx.saved_tensors
-    grad = torch.ops.trislat.raymarch_backward(
-        grad_image, grad_final, grad_depth, image, final, depth, voxels, saved, *ctx.rest
-    )
+def _backward(ctx, grad, grad_saved):
+    picture, voxels, *saved = ctx.saved_tensors
+    grad = torch.ops.trislat.raymarch_backward(grad, picture, voxels, saved, *ctx.rest)
     # torch expects an empty list as the gradient of an empty list
     views = None if ctx.rest[1] else []
     return grad, None, None, None, None, None, views, None, None, None
@@ -235,10 +230,11 @@ def raymarch(
     fixed = (
         t.detach().to(dtype).contiguous() for t in (position, _pack(camera), offset, background)
     )
-    image, final, depth, _ = torch.ops.trislat.raymarch(
+    picture, _ = torch.ops.trislat.raymarch(
         voxels, *fixed, starts, view_scene, resolution, rank, dim
     )
-    return Image(color=image, alpha=1 - final[:, None], depth=depth[:, None])
+    color, final, depth = picture.split([3, 1, 1], 1)
+    return Image(color=color.contiguous(), alpha=1 - final, depth=depth.contiguous())
 
 
 def _pack(camera: Camera) -> Tensor:

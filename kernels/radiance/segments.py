@@ -139,15 +139,12 @@ def _segments(
     start_ptr,  # [P + 1]: read by the writing pass
     # results of the writing pass, see RaySegments and by_ray
     key_ptr,
-    samples_ptr,
-    voxel_ptr,
+    facts_ptr,
     path_ptr,
     W,
     H,
     resolution,
-    size,  # of a voxel
-    per_unit,  # samples per unit of length
-    scale,  # taps per unit of length
+    DIM: tl.constexpr,
     WRITE: tl.constexpr,
     PAIRS: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -159,6 +156,9 @@ def _segments(
     n = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     live = n < count
     rotation, o, focal, middle = _camera(cameras_ptr, v)
+    size = tl.div_rn(1.0, resolution.to(tl.float32))  # of a voxel
+    scale = (resolution * DIM).to(tl.float32)  # taps per unit of length
+    per_unit = 2 * scale  # samples
     p = position_ptr + (begin + n) * 3
     c0 = tl.floor(tl.load(p, live, 0.0) * resolution)
     c1 = tl.floor(tl.load(p + 1, live, 0.0) * resolution)
@@ -194,8 +194,8 @@ def _segments(
             first = tl.where(hit, first, 0.0)
             last = tl.where(hit, last, 0.0)
             tl.store(key_ptr + slot, (ray.to(tl.int64) << 32) + first.to(tl.int64), hit)
-            tl.store(samples_ptr + slot, (last - first + 1).to(tl.int32), hit)
-            tl.store(voxel_ptr + slot, (begin + n)[:, None].to(tl.int32) + tl.zeros_like(x), hit)
+            tl.store(facts_ptr + slot * 2, (begin + n)[:, None].to(tl.int32), hit)
+            tl.store(facts_ptr + slot * 2 + 1, (last - first + 1).to(tl.int32), hit)
             z = (first + offset) / per_unit
             path = path_ptr + slot * 8
             tl.store(path, ((o[0] - low[0])[:, None] + d[0] * z) * scale - 0.5, hit)
@@ -211,7 +211,7 @@ def _segments(
         beyond = tl.num_programs(1).to(tl.int64) * H * W  # behind the last ray
         for i in range(0, tl.max(end - found, 0)):
             tl.store(key_ptr + found + i, (beyond << 32) + tl.zeros_like(found), found + i < end)
-            tl.store(samples_ptr + found + i, tl.zeros([PAIRS], tl.int32), found + i < end)
+            tl.store(facts_ptr + (found + i) * 2 + 1, 0, found + i < end)
     else:
         tl.store(count_ptr + pair + n, found, live)
 
@@ -237,18 +237,10 @@ def find_segments(
     tiles = _tiles(backend.target(position))
     grid = triton.cdiv(table.most, tiles["PAIRS"]), V
     fixed = position, cameras, table.views, offset
-    sizes = (
-        width,
-        height,
-        resolution,
-        1 / resolution,
-        2.0 * dim * resolution,
-        float(dim * resolution),
-    )
+    sizes = width, height, resolution
     # the arguments that only the second pass uses stand in as `count` in the first
-    backend.launch(
-        _segments, grid, *fixed, *[count] * 6, *sizes, WRITE=False, **tiles, enable_fp_fusion=False
-    )
+    constants = dict(DIM=dim, WRITE=False, **tiles, enable_fp_fusion=False)
+    backend.launch(_segments, grid, *fixed, *[count] * 5, *sizes, **constants)
     start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     S, *wrong = torch.cat([start[-1:], mistakes]).tolist()
     if S >= 2**31:
@@ -257,12 +249,9 @@ def find_segments(
         )
     key = torch.empty(S, dtype=torch.int64, device=device)
     path = torch.empty(S, 8, device=device)
-    samples = torch.empty(S, dtype=torch.int32, device=device)
-    voxel = torch.empty_like(samples)
-    arrays = count, start, key, samples, voxel, path
-    backend.launch(
-        _segments, grid, *fixed, *arrays, *sizes, WRITE=True, **tiles, enable_fp_fusion=False
-    )
+    facts = torch.empty(S, 2, dtype=torch.int32, device=device)
+    arrays = count, start, key, facts, path
+    backend.launch(_segments, grid, *fixed, *arrays, *sizes, **(constants | {"WRITE": True}))
     ray = ((key + 2**31) >> 32).int()
     lists = by_ray(key, V * height * width)
-    return RaySegments(ray, samples, voxel, path, start, *lists), wrong
+    return RaySegments(ray, facts, path, start, *lists), wrong

@@ -147,4 +147,5 @@ def find_segments_torch(
     key, samples, voxel, path = (torch.cat(parts) for parts in zip(*found, strict=True))
     start = torch.nn.functional.pad(torch.cat([none, *counts]).cumsum(0), (1, 0))
     ray = ((key + 2**31) >> 32).int()
-    return RaySegments(ray, samples, voxel, path, start, *by_ray(key, V * H * W))
+    facts = torch.stack([voxel, samples], 1)
+    return RaySegments(ray, facts, path, start, *by_ray(key, V * H * W))

@@ -1,7 +1,5 @@
 """GELU, alone and fused with a bias, against its formula."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +32,7 @@ def test_gelu_of_a_sum_with_a_bias(device, shape, dtype):
 
 
 def test_the_programs_of_gelu_share_more_tiles_than_there_are_programs(device, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("kernels.norm.gelu"), "PROGRAMS", 5)
+    monkeypatch.setattr(backend, "multiprocessors", lambda tensor: 1)
     assert_same(
         gelu, gelu_reference, normal(23, 1030, device=device), normal(1030, device=device, seed=1)
     )

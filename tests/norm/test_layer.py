@@ -42,7 +42,7 @@ def test_layer_norm_of_a_sum_with_a_bias(device, N, C, dtype):
 
 
 def test_the_programs_of_layer_norm_share_more_tiles_than_there_are_programs(device, monkeypatch):
-    monkeypatch.setattr("kernels.norm.layer.PROGRAMS", 2)
+    monkeypatch.setattr(backend, "multiprocessors", lambda tensor: 1)
     x = normal(9, 4096, device=device)
     bias = normal(4096, device=device, seed=1)
     assert_same(
