@@ -48,12 +48,13 @@ from kernels.gaussian.ellipse import (
     tile_range,
     times3,
 )
-from kernels.gaussian.records import Projected
+from kernels.gaussian.records import PACKED, Bins, Projected
 from kernels.views import SH0, ViewTable
 
 NEAR = tl.constexpr(0.2)  # a Gaussian whose centre is nearer is not drawn
 VISIBLE = tl.constexpr(1.0 / 255.0)  # the least alpha that is blended
 SH_C0 = tl.constexpr(SH0)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _tiles() -> dict:
@@ -116,13 +117,13 @@ def _project(
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)
 
     p = pair + n
-    out = record_ptr + p * 9
+    out = record_ptr + p * 10
     tl.store(out, mx, live)
     tl.store(out + 1, my, live)
-    tl.store(out + 2, c / after, live)
-    tl.store(out + 3, -b / after, live)
-    tl.store(out + 4, a / after, live)
-    tl.store(out + 5, blended, live)
+    tl.store(out + 2, -0.5 * LOG2E * c / after, live)
+    tl.store(out + 3, LOG2E * b / after, live)
+    tl.store(out + 4, -0.5 * LOG2E * a / after, live)
+    tl.store(out + 5, tl.log2(blended), live)
     tl.store(out + 6, tl.maximum(f[0] * SH_C0 + 0.5, 0.0), live)
     tl.store(out + 7, tl.maximum(f[1] * SH_C0 + 0.5, 0.0), live)
     tl.store(out + 8, tl.maximum(f[2] * SH_C0 + 0.5, 0.0), live)
@@ -135,15 +136,17 @@ def _project(
 
 
 @triton.jit
-def _moments(moments_ptr, first_ptr, rect_ptr, p, live):
-    """Add up the nine sums of kernels.gaussian.blend over the tiles of each pair, in tile order.
+def _moments(moments_ptr, first_ptr, start_ptr, rect_ptr, p, live):
+    """Add up the nine sums of kernels.gaussian.blend over the slots of each pair, in order.
 
-    Returns sums 0 to 2, 3 to 5, 6 to 8, and whether the pair is in a tile.
+    Returns sums 0 to 2, 3 to 5, 6 to 8, and whether the pair is in a part of a tile.
     """
-    at = tl.load(first_ptr + p, live, 0)
     rect = rect_ptr + p * 4
     across = tl.load(rect + 2, live, 0) - tl.load(rect, live, 0)
-    count = across * (tl.load(rect + 3, live, 0) - tl.load(rect + 1, live, 0))
+    tiles = across * (tl.load(rect + 3, live, 0) - tl.load(rect + 1, live, 0))
+    start = start_ptr + tl.load(first_ptr + p, tiles > 0, 0)
+    at = tl.load(start, tiles > 0, 0).to(tl.int64)
+    count = tl.load(start + tiles, tiles > 0, 0) - at
     zero = tl.zeros(count.shape, tl.float32)
     c = (zero, zero, zero)
     d = (zero, zero, zero)
@@ -169,6 +172,7 @@ def _project_backward(
     # of the pairs and their instances
     rect_ptr,
     first_ptr,
+    start_ptr,
     moments_ptr,
     grad_ptr,  # result [G, 14]
     W,
@@ -195,7 +199,7 @@ def _project_backward(
         v = tl.load(by_scene_ptr + mine + i)
         p = tl.load(views_ptr + v * 3 + 2) + n
         first_order, second_order, color, drawn = _moments(
-            moments_ptr, first_ptr, rect_ptr, p, live
+            moments_ptr, first_ptr, start_ptr, rect_ptr, p, live
         )
         total, sx, sy = first_order  # not nested in the line above: Triton 3.6 cannot read that
 
@@ -273,7 +277,7 @@ def project(
 ) -> Projected:
     """Project all pairs in one launch."""
     P = table.pair_start[-1]
-    record = gaussians.new_empty(P, 9)
+    record = gaussians.new_empty(P, PACKED)
     depth = gaussians.new_empty(P)
     rect = gaussians.new_empty(P, 4, dtype=torch.int32)
     view = gaussians.new_empty(P, dtype=torch.int32)
@@ -304,8 +308,8 @@ def project_backward(
     height: int,
     kernel_size: float,
     rect: Tensor,  # [P, 4] int32
-    first: Tensor,  # [P] int64: the first of a pair's instances
-    moments: Tensor,  # [I, 9] sums over the pixels of each instance, see kernels.gaussian.blend
+    bins: Bins,
+    moments: Tensor,  # [., 9] sums over the pixels of each entry, see kernels.gaussian.blend
 ) -> Tensor:
     """Return the gradient of the Gaussians [G, 14].
 
@@ -322,7 +326,8 @@ def project_backward(
         table.scenes,
         table.by_scene,
         rect,
-        first,
+        bins.first,
+        bins.start,
         moments,
         grad,
         width,
