@@ -180,7 +180,12 @@ def _blend(
 
 @triton.jit
 def _product(a, b):
-    """Return a [K, pixels] times b [pixels, 8], a split into two factors of 11 bits."""
+    """Return a [K, pixels] times b [pixels, 8], a split into two factors of 11 bits.
+
+    The running sum along an axis of one changes nothing, but keeps Triton from computing all of
+    `a` in the layout of the product, where each row would pass through shared memory alone.
+    """
+    a = tl.reshape(tl.cumsum(tl.reshape(a, [1, a.shape[0], a.shape[1]]), 0), a.shape)
     high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return tl.dot(a - high, b, tl.dot(high, b))
 
