@@ -45,31 +45,27 @@ def _tiles() -> dict:
 
 
 @triton.jit
-def _touches(mx, my, h, faint, left, top, SIDE: tl.constexpr):
+def _touches(mx, my, shape, faint, left, top, SIDE: tl.constexpr):
     """Tell whether alpha may reach 1/255 in the square of SIDE pixels at (left, top).
 
-    The exponent of 2, h11 u^2 + h12 uv + h22 v^2, is greatest at its centre, or on an edge of the
-    square that faces it, and `faint` where alpha is 1/255. What rounds is allowed for, and where
-    the form is nearly singular the answer is yes.
+    The exponent of 2, p u^2 + q (v + r u)^2, is greatest at its centre, or on an edge of the square
+    that faces it, and `faint` where alpha is 1/255. What rounds is allowed for.
     """
-    h11, h12, h22 = h
+    p, r, q = shape
     ua = left - mx
     va = top - my
     ub = ua + (SIDE - 1)
     vb = va + (SIDE - 1)
     u = tl.minimum(tl.maximum(ua, 0.0), ub)
     v = tl.minimum(tl.maximum(va, 0.0), vb)
-    along = tl.minimum(tl.maximum(u * (-0.5 * h12 / h22), va), vb)
-    across = tl.minimum(tl.maximum(v * (-0.5 * h12 / h11), ua), ub)
-    most = tl.maximum(
-        u * (h11 * u + h12 * along) + h22 * along * along,
-        across * (h11 * across + h12 * v) + h22 * v * v,
-    )
+    along = tl.minimum(tl.maximum(-r * u, va), vb) + r * u
+    across = tl.minimum(tl.maximum(-v * (q * r / (p + q * r * r)), ua), ub)
+    slope = v + r * across
+    most = tl.maximum(p * u * u + q * along * along, p * across * across + q * slope * slope)
     u = tl.maximum(tl.abs(ua), tl.abs(ub))
-    v = tl.maximum(tl.abs(va), tl.abs(vb))
-    slack = 1e-3 + 4e-6 * (u * (tl.abs(h12) * v - h11 * u) - h22 * v * v)
-    plain = 4 * h11 * h22 - h12 * h12 > 4e-5 * h11 * h22
-    return ~(plain & (most < faint - slack))
+    v = tl.maximum(tl.abs(va), tl.abs(vb)) + tl.abs(r) * u
+    slack = 1e-3 - 4e-6 * (p * u * u + q * v * v)
+    return ~(most < faint - slack)
 
 
 @triton.jit(do_not_specialize=["P", "total", "steps", "TX", "TY", "W", "H"])
@@ -120,7 +116,7 @@ def _emit(
     record = record_ptr + p * 10
     mx = tl.load(record, live, 0.0)
     my = tl.load(record + 1, live, 0.0)
-    h = load3(record + 2, live)
+    shape = load3(record + 2, live)
     faint = LEAST - tl.load(record + 5, live, 0.0)
     marked = p.to(tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
@@ -128,7 +124,7 @@ def _emit(
     for q in tl.static_range(PARTS * PARTS):
         left = x * 16 + q % PARTS * SIDE
         top = y * 16 + q // PARTS * SIDE
-        seen = _touches(mx, my, h, faint, left, top, SIDE) & (left < W) & (top < H)
+        seen = _touches(mx, my, shape, faint, left, top, SIDE) & (left < W) & (top < H)
         marked |= tl.where(seen, 1 << (28 + q), 0)
         count += seen.to(tl.int32)
     tl.store(pair_ptr + n, marked, live)
@@ -233,7 +229,5 @@ def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins
     pair = torch.empty(Q * total, dtype=torch.int32, device=device)
     slot = torch.empty_like(pair)
     size = torch.empty(T, Q, dtype=torch.int32, device=device)
-    backend.launch(
-        _divide, (T,), place, marked, start, bounds, pair, slot, size, Q=Q, **tiles
-    )
+    backend.launch(_divide, (T,), place, marked, start, bounds, pair, slot, size, Q=Q, **tiles)
     return Bins(pair, slot, bounds, size, first, start)

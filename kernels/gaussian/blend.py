@@ -2,10 +2,14 @@
 
 I instances, lists and parts: see kernels.gaussian.binning. For each pixel and Gaussian:
     e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy
-    alpha = min(0.99, opacity exp(e)), skipped where e > 0 or alpha < 1/255
+    alpha = min(0.99, opacity exp(e)), skipped where alpha < 1/255
     stop (exclusive) where the transmittance T would fall below 1e-4
     image = sum color alpha T + T_final background.
-(Kerbl et al. 2023.) A part is a square of 8 x 8 pixels in one warp, 2 of a thread, so that a
+(Kerbl et al. 2023.) With a, b, c of the filtered covariance and its determinant D,
+    -2 e = dx^2 / a + a/D (dy - b/a dx)^2,
+which is never negative (theirs may round to e > 0, and is skipped there) and cancels least.
+
+A part is a square of 8 x 8 pixels in one warp, 2 of a thread, so that a
 program waits for nobody, a Gaussian costs few idle pixels, and what it loads serves them all.
 Gaussians are taken ROWS at a time as [ROWS, pixels]: 1 on a GPU, in an unrolled loop whose few live
 registers leave room for many warps; as many as there are in the interpreter, where products and
@@ -29,7 +33,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.records import TILE, Bins
+from kernels.gaussian.records import Bins
 
 OPAQUE = tl.constexpr(0.99)
 LEAST = tl.constexpr(1.0 / 255.0)
@@ -52,7 +56,8 @@ def _tiles(target: str, backward: bool) -> dict:
 
 @triton.jit
 def _pixels(part, W, H, SIDE: tl.constexpr):
-    """Return a part's tile, view, corner, its pixels x, y [SIDE^2], their place, which are inside.
+    """Return a part's tile, view and corner; x of its pixels [SIDE^2], y from the corner, their
+    place in a plane, and which are inside.
 
     Parts of a tile are neighbours: they read the same records.
     """
@@ -64,9 +69,9 @@ def _pixels(part, W, H, SIDE: tl.constexpr):
     top = tile // TX % TY * 16 + part // PARTS % PARTS * SIDE
     lane = tl.arange(0, SIDE * SIDE)
     x = left + lane % SIDE
-    y = top + lane // SIDE
+    y = lane // SIDE
     view = (tile // TX // TY).to(tl.int64)
-    return tile, view, left, top, x, y, y * W + x, (x < W) & (y < H)
+    return tile, view, left, top, x, y, (top + y) * W + x, (x < W) & (top + y < H)
 
 
 @triton.jit
@@ -92,21 +97,26 @@ def _records(record_ptr, pair_ptr, i, size, ROWS: tl.constexpr):
     live = n < size
     r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5
     mx, my = _two(r)
-    h11, h12 = _two(r + 1)
-    h22, strength = _two(r + 2)
+    across, shear = _two(r + 1)
+    down, strength = _two(r + 2)
     red, green = _two(r + 3)
     blue, _ = _two(r + 4)
-    return mx, my, h11, h12, h22, tl.where(live, strength, -float("inf")), red, green, blue
+    strength = tl.where(live, strength, -float("inf"))
+    return mx, my, (across, shear, down, strength), red, green, blue
 
 
 @triton.jit
-def _opacity(mx, my, h11, h12, h22, strength, x, y):
-    """Return opacity exp(e), 0 where skipped: [ROWS, pixels]."""
+def _opacity(mx, my, shape, x, y, top):
+    """Return opacity exp(e), 0 where skipped: [ROWS, pixels].
+
+    Pixels of a thread lie in one column, where all but y is the same. y and the mean are taken from
+    the part's first row, so that the sum rounds little.
+    """
+    across, shear, down, strength = shape
     dx = mx - x[None, :]
-    dy = my - y[None, :]
-    e = dx * (h11 * dx + h12 * dy) + (h22 * dy * dy + strength)  # exponent of 2
-    raw = tl.exp2(e)
-    return tl.where((e <= strength) & (raw >= LEAST), raw, 0.0)
+    t = shear * dx + (my - top) - y[None, :]
+    raw = tl.exp2(down * t * t + (across * dx * dx + strength))
+    return tl.where(raw >= LEAST, raw, 0.0)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -129,7 +139,7 @@ def _blend(
 ):
     part = tl.program_id(0)
     Q: tl.constexpr = (16 // SIDE) * (16 // SIDE)
-    tile, v, _, _, x, y, at, inside = _pixels(part, W, H, SIDE)
+    tile, v, _, top, x, y, at, inside = _pixels(part, W, H, SIDE)
     pair_ptr += _entries(bounds_ptr, tile, part, Q)
     size = tl.load(size_ptr + part)
     x = x.to(tl.float32)
@@ -144,10 +154,8 @@ def _blend(
     seen = 0
     while i < size:
         for k in tl.static_range(0, K, ROWS):
-            mx, my, h11, h12, h22, strength, r, g, b = _records(
-                record_ptr, pair_ptr, i + k, size, ROWS
-            )
-            raw = _opacity(mx, my, h11, h12, h22, strength, x, y)
+            mx, my, shape, r, g, b = _records(record_ptr, pair_ptr, i + k, size, ROWS)
+            raw = _opacity(mx, my, shape, x, y, top)
             alpha = tl.minimum(raw, OPAQUE)
             # (ROWS, pixels) transmittance behind each
             through = light[None, :] * tl.cumprod(1 - alpha, 0)
@@ -265,10 +273,9 @@ def _blend_backward(
     behind += tl.load(grad_final_ptr + v * plane + at, inside, 0.0) * final
     least = TAKEN * final
     light = tl.full([PIXELS], 1.0, tl.float32)
-    middle_x = left + 0.5 * (SIDE - 1)
-    middle_y = top + 0.5 * (SIDE - 1)
+    half: tl.constexpr = 0.5 * (SIDE - 1)
     column = tl.arange(0, 8)[None, :]
-    powers = _powers((x - middle_x)[:, None], (y - middle_y)[:, None], column)
+    powers = _powers((x - left)[:, None] - half, y[:, None] - half, column)
     halves = _halves(-gr[:, None], -gg[:, None], -gb[:, None], column)
     row = tl.arange(0, K)[:, None]
     for i in range(0, seen, K):
@@ -277,10 +284,8 @@ def _blend_backward(
         for j in tl.static_range(0, K, STEP):
             if i + j < seen:
                 for k in tl.static_range(j, j + STEP, ROWS):
-                    mx, my, h11, h12, h22, strength, r, g, b = _records(
-                        record_ptr, pair_ptr, i + k, seen, ROWS
-                    )
-                    raw = _opacity(mx, my, h11, h12, h22, strength, x, y)
+                    mx, my, shape, r, g, b = _records(record_ptr, pair_ptr, i + k, seen, ROWS)
+                    raw = _opacity(mx, my, shape, x, y, top)
                     alpha = tl.minimum(raw, OPAQUE)
                     through = light[None, :] * tl.cumprod(1 - alpha, 0)
                     kept = through >= least[None, :]
@@ -304,8 +309,8 @@ def _blend_backward(
         n = i + tl.arange(0, K)
         live = n < seen
         mx, my = _two(record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5)
-        ux = mx - middle_x
-        uy = my - middle_y
+        ux = mx - left - half
+        uy = my - top - half
         m = moments_ptr + tl.load(slot_ptr + n, live, 0).to(tl.int64) * 9
         s, sx, sy, sxx, sxy, syy, _, _ = _columns(_product(slopes, powers), K)
         # from the middle of the part to the Gaussian's centre

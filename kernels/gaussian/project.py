@@ -120,8 +120,8 @@ def _project(
     out = record_ptr + p * 10
     tl.store(out, mx, live)
     tl.store(out + 1, my, live)
-    tl.store(out + 2, -0.5 * LOG2E * c / after, live)
-    tl.store(out + 3, LOG2E * b / after, live)
+    tl.store(out + 2, -0.5 * LOG2E / a, live)
+    tl.store(out + 3, -b / a, live)
     tl.store(out + 4, -0.5 * LOG2E * a / after, live)
     tl.store(out + 5, tl.log2(blended), live)
     tl.store(out + 6, tl.maximum(f[0] * SH_C0 + 0.5, 0.0), live)

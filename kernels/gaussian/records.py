@@ -9,8 +9,8 @@ from torch import Tensor
 GAUSSIAN = 14
 # floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
 RECORD = 9
-# the same for the blend's kernels: mean 2, exponent of 2 as h11 dx^2 + h12 dx dy + h22 dy^2,
-# log2 of the opacity, colour 3, and one that pads to pairs of 8 bytes
+# the same for the blend's kernels: mean 2, exponent of 2 as across dx^2 + down (dy + shear dx)^2 in
+# the order across, shear, down, then log2 of the opacity, colour 3, and one that pads to 8 bytes
 PACKED = 10
 TILE = 16  # pixels along a side of a tile
 
