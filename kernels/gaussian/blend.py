@@ -24,7 +24,7 @@ projection's backward needs, of
     ge, ge dx, ge dy, ge dx^2, ge dx dy, ge dy^2, w g_r, w g_g, w g_b,
 are products of matrices: ge and w of K Gaussians, [K, pixels], times powers of the pixel's place
 about the middle of the part and times g. The powers are exact in TF32 and the other factors are
-split into two of its numbers, which leaves 22 bits. The sums go to the entry's own slot: no
+split into two of its numbers, which leaves 24 bits. The sums go to the entry's own slot: no
 atomics, and everything is linear in g, to the bit for powers of two.
 """
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
+from kernels.gaussian.columns import columns8
 from kernels.gaussian.records import Bins
 
 OPAQUE = tl.constexpr(0.99)
@@ -187,28 +188,21 @@ def _blend(
 
 
 @triton.jit
+def _short(a):
+    """Round to the 11 bits of TF32."""
+    return ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _product(a, b):
-    """Return a [K, pixels] times b [pixels, 8], a split into two factors of 11 bits.
+    """Return a [K, pixels] times b [pixels, 8], a split into two terms of TF32's 11 bits.
 
     The running sum along an axis of one changes nothing, but keeps Triton from computing all of
     `a` in the layout of the product, where each row would pass through shared memory alone.
     """
     a = tl.reshape(tl.cumsum(tl.reshape(a, [1, a.shape[0], a.shape[1]]), 0), a.shape)
-    high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return tl.dot(a - high, b, tl.dot(high, b))
-
-
-@triton.jit
-def _columns(a, K: tl.constexpr):
-    """Return the columns [K] of a [K, 8]."""
-    even, odd = tl.split(tl.reshape(a, [K, 2, 2, 2]))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    a0, a4 = tl.split(a)
-    a1, a5 = tl.split(b)
-    a2, a6 = tl.split(c)
-    a3, a7 = tl.split(d)
-    return a0, a1, a2, a3, a4, a5, a6, a7
+    high = _short(a)
+    return tl.dot(_short(a - high), b, tl.dot(high, b))
 
 
 @triton.jit
@@ -223,8 +217,8 @@ def _powers(u, v, column):
 def _halves(r, g, b, column):
     """Return r, g, b [pixels, 1] as columns [pixels, 8]: three of 11 bits, three of the rest."""
     a = tl.where(column % 3 == 0, r, tl.where(column % 3 == 1, g, b))
-    high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return tl.where(column < 3, high, tl.where(column < 6, a - high, 0.0))
+    high = _short(a)
+    return tl.where(column < 3, high, tl.where(column < 6, _short(a - high), 0.0))
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -312,7 +306,9 @@ def _blend_backward(
         ux = mx - left - half
         uy = my - top - half
         m = moments_ptr + tl.load(slot_ptr + n, live, 0).to(tl.int64) * 9
-        s, sx, sy, sxx, sxy, syy, _, _ = _columns(_product(slopes, powers), K)
+        s, sx, sy, sxx, sxy, syy, _, _ = columns8(
+            tl.reshape(_product(slopes, powers), [K, 2, 2, 2])
+        )
         # from the middle of the part to the Gaussian's centre
         gx = ux * s - sx
         gy = uy * s - sy
@@ -322,7 +318,7 @@ def _blend_backward(
         tl.store(m + 3, ux * gx - ux * sx + sxx, live)
         tl.store(m + 4, ux * gy - uy * sx + sxy, live)
         tl.store(m + 5, uy * gy - uy * sy + syy, live)
-        r0, g0, b0, r1, g1, b1, _, _ = _columns(_product(weights, halves), K)
+        r0, g0, b0, r1, g1, b1, _, _ = columns8(tl.reshape(_product(weights, halves), [K, 2, 2, 2]))
         tl.store(m + 6, r0 + r1, live)
         tl.store(m + 7, g0 + g1, live)
         tl.store(m + 8, b0 + b1, live)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
+from kernels.gaussian.columns import store_rows4, store_rows16
 from kernels.gaussian.ellipse import (
     add3,
     compensated,
@@ -44,7 +45,6 @@ from kernels.gaussian.ellipse import (
     rotated,
     rotation_gradient,
     scaled3,
-    store3,
     tile_range,
     times3,
 )
@@ -87,7 +87,7 @@ def _project(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     r, t, focal, centre = load_camera(cameras_ptr, v)
-    m, s, q, opacity, f = load_gaussian(gaussians_ptr + (first + n) * 14, live)
+    m, s, q, opacity, f = load_gaussian(gaussians_ptr, first + n, live, BLOCK)
 
     x = dot3(r[0], m) + t[0]
     y = dot3(r[1], m) + t[1]
@@ -117,22 +117,29 @@ def _project(
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)
 
     p = pair + n
-    out = record_ptr + p * 10
-    tl.store(out, mx, live)
-    tl.store(out + 1, my, live)
-    tl.store(out + 2, -0.5 * LOG2E / a, live)
-    tl.store(out + 3, -b / a, live)
-    tl.store(out + 4, -0.5 * LOG2E * a / after, live)
-    tl.store(out + 5, tl.log2(blended), live)
-    tl.store(out + 6, tl.maximum(f[0] * SH_C0 + 0.5, 0.0), live)
-    tl.store(out + 7, tl.maximum(f[1] * SH_C0 + 0.5, 0.0), live)
-    tl.store(out + 8, tl.maximum(f[2] * SH_C0 + 0.5, 0.0), live)
+    red = tl.maximum(f[0] * SH_C0 + 0.5, 0.0)
+    green = tl.maximum(f[1] * SH_C0 + 0.5, 0.0)
+    blue = tl.maximum(f[2] * SH_C0 + 0.5, 0.0)
+    down = -0.5 * LOG2E * a / after
+    zero = tl.zeros_like(a)
+    store_rows16(
+        record_ptr,
+        p,
+        live,
+        (mx, my, -0.5 * LOG2E / a, -b / a),
+        (down, tl.log2(blended), red, green),
+        (blue, zero, zero, zero),
+        (zero, zero, zero, zero),
+        BLOCK,
+        10,
+    )
     tl.store(depth_ptr + p, z, live)
     tl.store(view_ptr + p, tl.zeros_like(x0) + v, live)
-    tl.store(rect_ptr + p * 4, tl.where(drawn, x0, 0), live)
-    tl.store(rect_ptr + p * 4 + 1, tl.where(drawn, y0, 0), live)
-    tl.store(rect_ptr + p * 4 + 2, tl.where(drawn, x1, 0), live)
-    tl.store(rect_ptr + p * 4 + 3, tl.where(drawn, y1, 0), live)
+    x0 = tl.where(drawn, x0, 0)
+    y0 = tl.where(drawn, y0, 0)
+    x1 = tl.where(drawn, x1, 0)
+    y1 = tl.where(drawn, y1, 0)
+    store_rows4(rect_ptr, p, live, x0, y0, x1, y1, BLOCK)
 
 
 @triton.jit
@@ -187,7 +194,7 @@ def _project_backward(
     views = tl.load(scene + 3)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
-    m, s, q, opacity, f = load_gaussian(gaussians_ptr + (first + n) * 14, live)
+    m, s, q, opacity, f = load_gaussian(gaussians_ptr, first + n, live, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
     g_center = (zero, zero, zero)
     g_scale = (zero, zero, zero)
@@ -255,15 +262,20 @@ def _project_backward(
         g_center = add3(g_center, masked3(drawn, rotate_back(r, (gx, gy, gz))))
         g_color = add3(g_color, color)
 
-    out = grad_ptr + (first + n) * 14
-    store3(out, g_center, live)
-    store3(out + 3, g_scale, live)
-    tl.store(out + 6, g_qw, live)
-    store3(out + 7, g_q, live)
-    tl.store(out + 10, g_opacity, live)
-    tl.store(out + 11, tl.where(f[0] * SH_C0 + 0.5 >= 0, g_color[0] * SH_C0, 0.0), live)
-    tl.store(out + 12, tl.where(f[1] * SH_C0 + 0.5 >= 0, g_color[1] * SH_C0, 0.0), live)
-    tl.store(out + 13, tl.where(f[2] * SH_C0 + 0.5 >= 0, g_color[2] * SH_C0, 0.0), live)
+    g_red = tl.where(f[0] * SH_C0 + 0.5 >= 0, g_color[0] * SH_C0, 0.0)
+    g_green = tl.where(f[1] * SH_C0 + 0.5 >= 0, g_color[1] * SH_C0, 0.0)
+    g_blue = tl.where(f[2] * SH_C0 + 0.5 >= 0, g_color[2] * SH_C0, 0.0)
+    store_rows16(
+        grad_ptr,
+        first + n,
+        live,
+        (g_center[0], g_center[1], g_center[2], g_scale[0]),
+        (g_scale[1], g_scale[2], g_qw, g_q[0]),
+        (g_q[1], g_q[2], g_opacity, g_red),
+        (g_green, g_blue, zero, zero),
+        BLOCK,
+        14,
+    )
 
 
 def project(
