@@ -20,7 +20,6 @@ import torch
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.ellipse import load3
 from kernels.gaussian.records import TILE, Bins, Projected
 
 PAIRS = 1 << 28  # an instance's parts are the bits above
@@ -116,7 +115,12 @@ def _emit(
     record = record_ptr + p * 10
     mx = tl.load(record, live, 0.0)
     my = tl.load(record + 1, live, 0.0)
-    shape = load3(record + 2, live)
+    # past the end any shape that is one
+    shape = (
+        tl.load(record + 2, live, -1.0),
+        tl.load(record + 3, live, 0.0),
+        tl.load(record + 4, live, -1.0),
+    )
     faint = LEAST - tl.load(record + 5, live, 0.0)
     marked = p.to(tl.int32)
     count = tl.zeros([BLOCK], tl.int32)

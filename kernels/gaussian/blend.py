@@ -22,10 +22,10 @@ pixel stops where it did: alpha is 1/255 at least, so the transmittance of what 
 below 0.998 times the final one, however it rounds. The nine sums over the part's pixels that the
 projection's backward needs, of
     ge, ge dx, ge dy, ge dx^2, ge dx dy, ge dy^2, w g_r, w g_g, w g_b,
-are products of matrices: ge and w of K Gaussians, [K, pixels], times powers of the pixel's place
-about the middle of the part and times g. The powers are exact in TF32 and the other factors are
-split into two of its numbers, which leaves 24 bits. The sums go to the entry's own slot: no
-atomics, and everything is linear in g, to the bit for powers of two.
+are products of matrices: ge, ge dx, ge dy and w of K Gaussians, [K, pixels], times 1 and the
+pixel's place about the middle of the part, and times g. The places are exact in TF32 and the other
+factors are split into two of its numbers, which leaves 24 bits. The sums go to the entry's own
+slot: no atomics, and everything is linear in g, to the bit for powers of two.
 """
 
 import torch
@@ -202,15 +202,14 @@ def _product(a, b):
     """
     a = tl.reshape(tl.cumsum(tl.reshape(a, [1, a.shape[0], a.shape[1]]), 0), a.shape)
     high = _short(a)
-    return tl.dot(_short(a - high), b, tl.dot(high, b))
+    # two sums: the small terms would only add roundings to the large one
+    return tl.dot(high, b) + tl.dot(_short(a - high), b)
 
 
 @triton.jit
 def _powers(u, v, column):
-    """Return minus 1, u, v, u^2, uv, v^2 of pixels and twice 0 as columns [pixels, 8]."""
-    first = tl.where(column == 1, u, tl.where(column == 2, v, 1.0))
-    second = tl.where(column == 3, u * u, tl.where(column == 4, u * v, v * v))
-    return -tl.where(column < 3, first, tl.where(column < 6, second, 0.0))
+    """Return minus 1, u, v of pixels and five times 0 as columns [pixels, 8]."""
+    return -tl.where(column == 0, 1.0, tl.where(column == 1, u, tl.where(column == 2, v, 0.0)))
 
 
 @triton.jit
@@ -274,6 +273,8 @@ def _blend_backward(
     row = tl.arange(0, K)[:, None]
     for i in range(0, seen, K):
         slopes = tl.zeros([K, PIXELS], tl.float32)
+        slopes_x = tl.zeros([K, PIXELS], tl.float32)
+        slopes_y = tl.zeros([K, PIXELS], tl.float32)
         weights = tl.zeros([K, PIXELS], tl.float32)
         for j in tl.static_range(0, K, STEP):
             if i + j < seen:
@@ -298,7 +299,11 @@ def _blend_backward(
                         light = tl.min(through, 0)
                     # minus the gradient of e
                     slope = tl.where(kept, raw * inverse * (through * a + rest), 0.0)
+                    slope_x = slope * (mx - x[None, :])
+                    slope_y = slope * (my - top - y[None, :])
                     slopes = tl.where(row // ROWS == k // ROWS, slope, slopes)
+                    slopes_x = tl.where(row // ROWS == k // ROWS, slope_x, slopes_x)
+                    slopes_y = tl.where(row // ROWS == k // ROWS, slope_y, slopes_y)
                     weights = tl.where(row // ROWS == k // ROWS, weight, weights)
         n = i + tl.arange(0, K)
         live = n < seen
@@ -306,18 +311,17 @@ def _blend_backward(
         ux = mx - left - half
         uy = my - top - half
         m = moments_ptr + tl.load(slot_ptr + n, live, 0).to(tl.int64) * 9
-        s, sx, sy, sxx, sxy, syy, _, _ = columns8(
-            tl.reshape(_product(slopes, powers), [K, 2, 2, 2])
-        )
-        # from the middle of the part to the Gaussian's centre
-        gx = ux * s - sx
-        gy = uy * s - sy
-        tl.store(m, s, live)
+        total, _, _, _, _, _, _, _ = columns8(tl.reshape(_product(slopes, powers), [K, 2, 2, 2]))
+        gx, gxx, gxy, _, _, _, _, _ = columns8(tl.reshape(_product(slopes_x, powers), [K, 2, 2, 2]))
+        gy, _, gyy, _, _, _, _, _ = columns8(tl.reshape(_product(slopes_y, powers), [K, 2, 2, 2]))
+        tl.store(m, total, live)
         tl.store(m + 1, gx, live)
         tl.store(m + 2, gy, live)
-        tl.store(m + 3, ux * gx - ux * sx + sxx, live)
-        tl.store(m + 4, ux * gy - uy * sx + sxy, live)
-        tl.store(m + 5, uy * gy - uy * sy + syy, live)
+        # from the middle of the part to the Gaussian's centre, where second moments about the
+        # middle would lose twice as many digits
+        tl.store(m + 3, ux * gx - gxx, live)
+        tl.store(m + 4, uy * gx - gxy, live)
+        tl.store(m + 5, uy * gy - gyy, live)
         r0, g0, b0, r1, g1, b1, _, _ = columns8(tl.reshape(_product(weights, halves), [K, 2, 2, 2]))
         tl.store(m + 6, r0 + r1, live)
         tl.store(m + 7, g0 + g1, live)

@@ -54,7 +54,7 @@ from kernels.views import SH0, ViewTable
 NEAR = tl.constexpr(0.2)  # a Gaussian whose centre is nearer is not drawn
 VISIBLE = tl.constexpr(1.0 / 255.0)  # the least alpha that is blended
 SH_C0 = tl.constexpr(SH0)
-LOG2E = tl.constexpr(1.4426950408889634)
+FORM = tl.constexpr(-0.5 * 1.4426950408889634)  # a quadratic form as an exponent of 2
 
 
 def _tiles() -> dict:
@@ -120,14 +120,15 @@ def _project(
     red = tl.maximum(f[0] * SH_C0 + 0.5, 0.0)
     green = tl.maximum(f[1] * SH_C0 + 0.5, 0.0)
     blue = tl.maximum(f[2] * SH_C0 + 0.5, 0.0)
-    down = -0.5 * LOG2E * a / after
+    across = 1 / a * FORM
+    down = a / after * FORM
     zero = tl.zeros_like(a)
     store_rows16(
         record_ptr,
         p,
         live,
-        (mx, my, -0.5 * LOG2E / a, -b / a),
-        (down, tl.log2(blended), red, green),
+        (mx, my, across, -b / a),
+        (down, tl.log2(tl.maximum(blended, VISIBLE)), red, green),
         (blue, zero, zero, zero),
         (zero, zero, zero, zero),
         BLOCK,
