@@ -24,7 +24,7 @@ projection's backward needs, of
     ge, ge dx, ge dy, ge dx^2, ge dx dy, ge dy^2, w g_r, w g_g, w g_b,
 are products of matrices: ge, ge dx, ge dy and w of K Gaussians, [K, pixels], times 1 and the
 pixel's place about the middle of the part, and times g. The places are exact in TF32 and the other
-factors are split into two of its numbers, which leaves 24 bits. The sums go to the entry's own
+factors are split into two of its numbers, which leaves 23 bits. The sums go to the entry's own
 slot: no atomics, and everything is linear in g, to the bit for powers of two.
 """
 
@@ -203,7 +203,7 @@ def _product(a, b):
     a = tl.reshape(tl.cumsum(tl.reshape(a, [1, a.shape[0], a.shape[1]]), 0), a.shape)
     high = _short(a)
     # two sums: the small terms would only add roundings to the large one
-    return tl.dot(high, b) + tl.dot(_short(a - high), b)
+    return tl.dot(high, b) + tl.dot(a - high, b)
 
 
 @triton.jit
