@@ -1,13 +1,20 @@
-"""Lists of the Gaussians in each tile, near to far.
+"""Lists of the Gaussians that each part of a tile sees, near to far.
 
-P pairs, I instances (a pair in one tile), T tiles of all views.
+P pairs, I instances (a pair in one tile), T tiles of all views, Q parts of a tile.
 
 Pairs are sorted by depth first (P keys of 32 bits), emit their instances in that order, and a
-second stable sort by tile (I keys of 32 bits) keeps it: ties in depth stay in the order of the
-Gaussians. Both are torch.sort, a radix sort on a GPU; one sort of I 64-bit keys (tile, depth) would
-move about four times the bytes of the second. An instance's slot is its position before the second
-sort, where a pair's instances are neighbours: the backward pass writes there and reads once.
+second stable sort by tile (I keys of 16 bits where the tiles allow it) keeps it: ties in depth stay
+in the order of the Gaussians. Both are torch.sort, a radix sort on a GPU; one sort of I 64-bit keys
+(tile, depth) would move about eight times the bytes of the second.
+
+A tile is cut into square parts, one program of the blend each, because most Gaussians are smaller
+than a tile. An instance is marked with the parts in which its alpha reaches 1/255, from the least
+exponent over a part's square, and goes to their lists alone. Each of its entries has a slot for the
+sums of the backward pass. Slots are counted before the second sort, where a pair's instances are
+neighbours: the blend writes there and the projection reads once.
 """
+
+import math
 
 import torch
 
@@ -15,61 +22,171 @@ from kernels import backend
 from kernels.backend import tl, triton
 from kernels.gaussian.records import TILE, Bins, Projected
 
+PAIRS = 1 << 28  # an instance's parts are the bits above
+PAIR = tl.constexpr(PAIRS - 1)
+LEAST = tl.constexpr(-math.log2(255))  # log2 of the least alpha that is blended
+SHORT = 1 << 15  # tiles that keys of 16 bits count
+
+
+def parts(target: str) -> int:
+    """Return the parts along a side of a tile (not yet measured on a GPU).
+
+    Parts of 8 x 8 pixels, 2 of a thread: half the pixels of the listed ones are touched, for a
+    quarter in whole tiles, and smaller parts would load each Gaussian for too few. The interpreter
+    takes time by the program.
+    """
+    return 1 if target == "interpreter" else 2
+
 
 def _tiles() -> dict:
-    """Return the pairs of a program, one per thread (not yet measured on a GPU).
-
-    A program loops as often as its largest rectangle has tiles.
-    """
+    """Return the instances of a program of both kernels (not yet measured on a GPU)."""
     return {"BLOCK": 128, "num_warps": 4}
 
 
-@triton.jit(do_not_specialize=["P", "TX", "TY"])
+@triton.jit
+def _touches(mx, my, shape, faint, left, top, SIDE: tl.constexpr):
+    """Tell whether alpha may reach 1/255 in the square of SIDE pixels at (left, top).
+
+    The exponent of 2, p u^2 + q (v + r u)^2, is greatest at its centre, or on an edge of the square
+    that faces it, and `faint` where alpha is 1/255. What rounds is allowed for.
+    """
+    p, r, q = shape
+    ua = left - mx
+    va = top - my
+    ub = ua + (SIDE - 1)
+    vb = va + (SIDE - 1)
+    u = tl.minimum(tl.maximum(ua, 0.0), ub)
+    v = tl.minimum(tl.maximum(va, 0.0), vb)
+    along = tl.minimum(tl.maximum(-r * u, va), vb) + r * u
+    across = tl.minimum(tl.maximum(-v * (q * r / (p + q * r * r)), ua), ub)
+    slope = v + r * across
+    most = tl.maximum(p * u * u + q * along * along, p * across * across + q * slope * slope)
+    u = tl.maximum(tl.abs(ua), tl.abs(ub))
+    v = tl.maximum(tl.abs(va), tl.abs(vb)) + tl.abs(r) * u
+    slack = 1e-3 - 4e-6 * (p * u * u + q * v * v)
+    return ~(most < faint - slack)
+
+
+@triton.jit(do_not_specialize=["P", "total", "steps", "TX", "TY", "W", "H"])
 def _emit(
     # of the pairs: order by depth, end of the instances in that order; see Projected
     order_ptr,
     end_ptr,
     rect_ptr,
     view_ptr,
-    # results: first instance of a pair, tile and pair of an instance
+    record_ptr,
+    # results: first instance of a pair; tile, marked pair and number of parts of an instance
     first_ptr,
     tile_ptr,
     pair_ptr,
+    count_ptr,
     P,
+    total,
+    steps,
     TX,
     TY,
+    W,
+    H,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = n < P
-    p = tl.load(order_ptr + n, live, 0)
+    live = n < total
+    # the first pair whose instances end behind n
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + P
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        behind = tl.load(end_ptr + middle, live & (low < high), 0) <= n
+        low = tl.where(behind & (low < high), middle + 1, low)
+        high = tl.where(behind, high, middle)
+    p = tl.load(order_ptr + low, live, 0)
     rect = rect_ptr + p * 4
     x0 = tl.load(rect, live, 0)
     y0 = tl.load(rect + 1, live, 0)
-    across = tl.load(rect + 2, live, 0) - x0
+    across = tl.maximum(tl.load(rect + 2, live, 0) - x0, 1)
     down = tl.load(rect + 3, live, 0) - y0
-    count = across * down
-    at = tl.load(end_ptr + n, live, 0) - count
-    tl.store(first_ptr + p, at, live)
-    corner = (tl.load(view_ptr + p, live, 0) * TY + y0) * TX + x0
-    across = tl.maximum(across, 1)
-    for k in range(0, tl.max(count, 0)):
-        here = k < count
-        tl.store(tile_ptr + at + k, corner + k // across * TX + k % across, here)
-        tl.store(pair_ptr + at + k, p.to(tl.int32), here)
+    at = (n - tl.load(end_ptr + low, live, 0)).to(tl.int32) + across * down
+    tl.store(first_ptr + p, n, live & (at == 0))
+    x = x0 + at % across
+    y = y0 + at // across
+    tl.store(tile_ptr + n, (tl.load(view_ptr + p, live, 0) * TY + y) * TX + x, live)
+
+    record = record_ptr + p * 10
+    mx = tl.load(record, live, 0.0)
+    my = tl.load(record + 1, live, 0.0)
+    # past the end any shape that is one
+    shape = (
+        tl.load(record + 2, live, -1.0),
+        tl.load(record + 3, live, 0.0),
+        tl.load(record + 4, live, -1.0),
+    )
+    faint = LEAST - tl.load(record + 5, live, 0.0)
+    marked = p.to(tl.int32)
+    count = tl.zeros([BLOCK], tl.int32)
+    SIDE: tl.constexpr = 16 // PARTS
+    for q in tl.static_range(PARTS * PARTS):
+        left = x * 16 + q % PARTS * SIDE
+        top = y * 16 + q // PARTS * SIDE
+        seen = _touches(mx, my, shape, faint, left, top, SIDE) & (left < W) & (top < H)
+        marked |= tl.where(seen, 1 << (28 + q), 0)
+        count += seen.to(tl.int32)
+    tl.store(pair_ptr + n, marked, live)
+    tl.store(count_ptr + n, count, live)
+
+
+@triton.jit
+def _divide(
+    # of an instance: its place before the sort by tile, and what is there
+    place_ptr,
+    marked_ptr,
+    start_ptr,
+    bounds_ptr,
+    # results, see Bins
+    pair_ptr,
+    slot_ptr,
+    size_ptr,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    begin = tl.load(bounds_ptr + tile).to(tl.int64)
+    end = tl.load(bounds_ptr + tile + 1).to(tl.int64)
+    q = tl.arange(0, Q)
+    size = tl.zeros([Q], tl.int32)
+    list_at = Q * begin + q * (end - begin)
+    for i in range(begin, end, BLOCK):
+        n = i + tl.arange(0, BLOCK)
+        live = n < end
+        place = tl.load(place_ptr + n, live, 0)
+        marked = tl.load(marked_ptr + place, live, 0)
+        start = tl.load(start_ptr + place, live, 0)
+        seen = (marked[:, None] >> (28 + q)[None, :]) & 1  # (BLOCK, Q)
+        at = (list_at + size)[None, :] + tl.cumsum(seen, 0) - seen
+        slot = start[:, None] + tl.cumsum(seen, 1) - seen
+        tl.store(pair_ptr + at, (marked & PAIR)[:, None] + tl.zeros_like(seen), seen > 0)
+        tl.store(slot_ptr + at, slot, seen > 0)
+        size += tl.sum(seen, 0)
+    tl.store(size_ptr + tile * Q + q, size)
 
 
 def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins:
-    """Return the instances of all tiles.
+    """Return the lists of all tiles.
 
     Reads one number from the device, the number of instances, and waits for it: the only wait of
-    `splat`. Raises ValueError where that is more than an int32 counts.
+    `splat`. Raises ValueError where that is more than an int32 counts, and for too many pairs.
     """
     rect = projected.rect
     depth = projected.depth
+    device = rect.device
     TX = triton.cdiv(width, TILE)
     TY = triton.cdiv(height, TILE)
     P = len(depth)
+    T = views * TX * TY
+    if P > PAIRS:
+        raise ValueError(
+            f"{P} pairs (a Gaussian in a view) are more than {PAIRS}: render fewer views at once"
+        )
     order = torch.sort(depth, stable=True).indices
     end = ((rect[:, 2] - rect[:, 0]) * (rect[:, 3] - rect[:, 1]))[order].cumsum(0)
     total = int(end[-1]) if P else 0
@@ -78,25 +195,43 @@ def bin_tiles(projected: Projected, views: int, width: int, height: int) -> Bins
             f"{total} instances (a Gaussian in a tile) are more than {2**31 - 1}: render fewer "
             "views at once"
         )
-    tile = torch.empty(total, dtype=torch.int32, device=rect.device)
-    pair = torch.empty_like(tile)
+    side = parts(backend.target(rect))
+    Q = side * side
+    tile = torch.empty(total, dtype=torch.int16 if T < SHORT else torch.int32, device=device)
+    marked = torch.empty(total, dtype=torch.int32, device=device)
+    count = torch.empty(total, dtype=torch.int8, device=device)
     first = torch.empty_like(order)
     tiles = _tiles()
     backend.launch(
         _emit,
-        (triton.cdiv(P, tiles["BLOCK"]),),
+        (triton.cdiv(total, tiles["BLOCK"]),),
         order,
         end,
         rect,
         projected.view,
+        projected.record,
         first,
         tile,
-        pair,
+        marked,
+        count,
         P,
+        total,
+        P.bit_length(),
         TX,
         TY,
+        width,
+        height,
+        PARTS=side,
         **tiles,
     )
-    tile, slot = torch.sort(tile, stable=True)
-    edges = torch.arange(views * TX * TY + 1, dtype=torch.int32, device=rect.device)
-    return Bins(pair[slot], slot, torch.searchsorted(tile, edges, out_int32=True), first)
+    tile, place = torch.sort(tile, stable=True)
+    bounds = torch.searchsorted(
+        tile, torch.arange(T + 1, dtype=tile.dtype, device=device), out_int32=True
+    )
+    start = torch.zeros(total + 1, dtype=torch.int32, device=device)
+    torch.cumsum(count, 0, dtype=torch.int32, out=start[1:])
+    pair = torch.empty(Q * total, dtype=torch.int32, device=device)
+    slot = torch.empty_like(pair)
+    size = torch.empty(T, Q, dtype=torch.int32, device=device)
+    backend.launch(_divide, (T,), place, marked, start, bounds, pair, slot, size, Q=Q, **tiles)
+    return Bins(pair, slot, bounds, size, first, start)

@@ -1,22 +1,31 @@
-"""Front-to-back compositing and its backward, one program per tile of 16 x 16 pixels.
+"""Front-to-back compositing and its backward, one program per part of a tile of 16 x 16 pixels.
 
-I instances, see kernels.gaussian.binning. For each pixel and Gaussian:
+I instances, lists and parts: see kernels.gaussian.binning. For each pixel and Gaussian:
     e = -(c11 dx^2 + c22 dy^2) / 2 - c12 dx dy
-    alpha = min(0.99, opacity exp(e)), skipped where e > 0 or alpha < 1/255
+    alpha = min(0.99, opacity exp(e)), skipped where alpha < 1/255
     stop (exclusive) where the transmittance T would fall below 1e-4
     image = sum color alpha T + T_final background.
-(Kerbl et al. 2023.) A chunk is [K Gaussians, 256 pixels] with the K of a pixel in one thread, so
-the running products and sums along K are plain serial ones in registers (products of 1 - alpha, no
-logarithms: exact to rounding) while the loads of K records are in flight together and the
-reductions over pixels are shared by K Gaussians.
+(Kerbl et al. 2023.) With a, b, c of the filtered covariance and its determinant D,
+    -2 e = dx^2 / a + a/D (dy - b/a dx)^2,
+which is never negative (theirs may round to e > 0, and is skipped there) and cancels least.
+
+A part is a square of 8 x 8 pixels in one warp, 2 of a thread, so that a
+program waits for nobody, a Gaussian costs few idle pixels, and what it loads serves them all.
+Gaussians are taken ROWS at a time as [ROWS, pixels]: 1 on a GPU, in an unrolled loop whose few live
+registers leave room for many warps; as many as there are in the interpreter, where products and
+sums along them are scans.
 
 Backward, with a = <color, g>, w = alpha T, and B what arrives from behind (the sum of w a there,
 and of the background): gradient of e = o exp(e) (T a - B / (1 - alpha)), also where alpha was
-clamped to 0.99. B needs no second walk from the back: it is <image, g> less the running sum. The
-nine sums over a tile's pixels that the projection's backward needs, of
+clamped to 0.99. B needs no second walk from the back: it is <image, g> less the running sum. A
+pixel stops where it did: alpha is 1/255 at least, so the transmittance of what it did not take is
+below 0.998 times the final one, however it rounds. The nine sums over the part's pixels that the
+projection's backward needs, of
     ge, ge dx, ge dy, ge dx^2, ge dx dy, ge dy^2, w g_r, w g_g, w g_b,
-go to the instance's own slot: no atomics, and everything is linear in g, to the bit for powers of
-two.
+are products of matrices: ge, ge dx, ge dy and w of K Gaussians, [K, pixels], times 1 and the
+pixel's place about the middle of the part, and times g. The places are exact in TF32 and the other
+factors are split into two of its numbers, which leaves 23 bits. The sums go to the entry's own
+slot: no atomics, and everything is linear in g, to the bit for powers of two.
 """
 
 import torch
@@ -24,251 +33,367 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.records import TILE, Bins
+from kernels.gaussian.columns import columns8
+from kernels.gaussian.records import Bins
 
 OPAQUE = tl.constexpr(0.99)
 LEAST = tl.constexpr(1.0 / 255.0)
 STOP = tl.constexpr(1e-4)
-LOG2E = tl.constexpr(1.4426950408889634)
+STOP_BITS = tl.constexpr(0x38D1B717)
+TAKEN = tl.constexpr(0.998)
 
 
-def _tiles(target: str) -> dict:
-    """Return the Gaussians per chunk (not yet measured on a GPU).
+def _tiles(target: str, backward: bool) -> dict:
+    """Return the Gaussians per chunk and per step (not yet measured on a GPU).
 
-    Two warps give a thread 4 pixels, so that few threads load the same record. With K = 8 the
-    instructions per Gaussian are the same, but the backward has no registers left.
+    The backward's chunk is the rows of a tensor core's product.
     """
-    return {"K": 32 if target == "interpreter" else 4, "num_warps": 2}
+    if target == "interpreter":
+        tiles = {"K": 32, "ROWS": 32, "num_warps": 1}
+        return tiles | {"STEP": 32} if backward else tiles
+    tiles = {"ROWS": 1, "num_warps": 1}
+    return tiles | ({"K": 16, "STEP": 4} if backward else {"K": 4})
 
 
 @triton.jit
-def _pixels(tile, W, H):
-    """Return a tile's view, its pixels x, y [256], their place in a plane, and which are inside."""
+def _pixels(part, W, H, SIDE: tl.constexpr):
+    """Return a part's tile, view and corner; x of its pixels [SIDE^2], y from the corner, their
+    place in a plane, and which are inside.
+
+    Parts of a tile are neighbours: they read the same records.
+    """
+    PARTS: tl.constexpr = 16 // SIDE
     TX = tl.cdiv(W, 16)
     TY = tl.cdiv(H, 16)
-    lane = tl.arange(0, 256)
-    x = tile % TX * 16 + lane % 16
-    y = tile // TX % TY * 16 + lane // 16
-    return (tile // TX // TY).to(tl.int64), x, y, y * W + x, (x < W) & (y < H)
+    tile = part // (PARTS * PARTS)
+    left = tile % TX * 16 + part % PARTS * SIDE
+    top = tile // TX % TY * 16 + part // PARTS % PARTS * SIDE
+    lane = tl.arange(0, SIDE * SIDE)
+    x = left + lane % SIDE
+    y = lane // SIDE
+    view = (tile // TX // TY).to(tl.int64)
+    return tile, view, left, top, x, y, (top + y) * W + x, (x < W) & (top + y < H)
 
 
 @triton.jit
-def _records(record_ptr, pair_ptr, n, live):
-    """Load the nine numbers of K Gaussians; those past the end have opacity 0."""
-    r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 9
-    return (
-        tl.load(r, live, 0.0),
-        tl.load(r + 1, live, 0.0),
-        tl.load(r + 2, live, 0.0),
-        tl.load(r + 3, live, 0.0),
-        tl.load(r + 4, live, 0.0),
-        tl.load(r + 5, live, 0.0),
-        tl.load(r + 6, live, 0.0),
-        tl.load(r + 7, live, 0.0),
-        tl.load(r + 8, live, 0.0),
-    )
+def _entries(bounds_ptr, tile, part, Q: tl.constexpr):
+    """Return the first entry of a part's list."""
+    begin = tl.load(bounds_ptr + tile).to(tl.int64)
+    n = tl.load(bounds_ptr + tile + 1) - begin
+    return Q * begin + part % Q * n
 
 
 @triton.jit
-def _alpha(mx, my, c11, c12, c22, opacity, x, y):
-    """Return offsets, opacity exp(e) and the alpha that is blended, 0 where skipped: [K, 256]."""
-    dx = mx[:, None] - x.to(tl.float32)[None, :]
-    dy = my[:, None] - y.to(tl.float32)[None, :]
-    # [K]: cheaper here than per pixel
-    h11 = c11 * (-0.5 * LOG2E)
-    h12 = c12 * LOG2E
-    h22 = c22 * (-0.5 * LOG2E)
-    e = dx * (h11[:, None] * dx - h12[:, None] * dy) + h22[:, None] * dy * dy  # exponent of 2
-    raw = opacity[:, None] * tl.exp2(e)
-    alpha = tl.minimum(raw, OPAQUE)
-    return dx, dy, raw, tl.where((e <= 0) & (alpha >= LEAST), alpha, 0.0)
+def _two(ptr):
+    """Load two numbers of fp32 at once."""
+    both = tl.load(ptr)
+    low = both.to(tl.int32).to(tl.float32, bitcast=True)
+    return low, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _records(record_ptr, pair_ptr, i, size, ROWS: tl.constexpr):
+    """Load the numbers of Gaussians, scalars or [ROWS, 1]; past the end alpha is 0."""
+    n = i if ROWS == 1 else (i + tl.arange(0, ROWS))[:, None]
+    live = n < size
+    r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5
+    mx, my = _two(r)
+    across, shear = _two(r + 1)
+    down, strength = _two(r + 2)
+    red, green = _two(r + 3)
+    blue, _ = _two(r + 4)
+    strength = tl.where(live, strength, -float("inf"))
+    return mx, my, (across, shear, down, strength), red, green, blue
+
+
+@triton.jit
+def _opacity(mx, my, shape, x, y, top):
+    """Return opacity exp(e), 0 where skipped: [ROWS, pixels].
+
+    Pixels of a thread lie in one column, where all but y is the same. y and the mean are taken from
+    the part's first row, so that the sum rounds little.
+    """
+    across, shear, down, strength = shape
+    dx = mx - x[None, :]
+    t = shear * dx + (my - top) - y[None, :]
+    raw = tl.exp2(down * t * t + (across * dx * dx + strength))
+    return tl.where(raw >= LEAST, raw, 0.0)
 
 
 @triton.jit(do_not_specialize=["H"])
 def _blend(
-    record_ptr,  # [P, 9]
+    record_ptr,  # [P, 5] int64: two numbers each, see Projected
     # see Bins
     pair_ptr,
     bounds_ptr,
+    size_ptr,
     background_ptr,  # [V, 3]
     # results, see `blend`
     image_ptr,
     final_ptr,
-    reach_ptr,
+    seen_ptr,
     W,
     H,
+    SIDE: tl.constexpr,
     K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    v, x, y, at, inside = _pixels(tile, W, H)
-    begin = tl.load(bounds_ptr + tile)
-    end = tl.load(bounds_ptr + tile + 1)
-    # (256,) transmittance; below STOP for good once the pixel has stopped
+    part = tl.program_id(0)
+    Q: tl.constexpr = (16 // SIDE) * (16 // SIDE)
+    tile, v, _, top, x, y, at, inside = _pixels(part, W, H, SIDE)
+    pair_ptr += _entries(bounds_ptr, tile, part, Q)
+    size = tl.load(size_ptr + part)
+    x = x.to(tl.float32)
+    y = y.to(tl.float32)
+    # transmittance; below STOP for good once the pixel has stopped
     light = tl.where(inside, 1.0, 0.0)
-    final = tl.full([256], 1.0, tl.float32)
-    reach = tl.zeros([256], tl.int32)  # instances before the stop
-    red = tl.zeros([256], tl.float32)
-    green = tl.zeros([256], tl.float32)
-    blue = tl.zeros([256], tl.float32)
-    i = begin
-    while i < end:
-        n = i + tl.arange(0, K)
-        live = n < end
-        mx, my, c11, c12, c22, opacity, r, g, b = _records(record_ptr, pair_ptr, n, live)
-        _, _, _, alpha = _alpha(mx, my, c11, c12, c22, opacity, x, y)
-        through = light[None, :] * tl.cumprod(1 - alpha, 0)  # (K, 256) transmittance behind each
-        kept = through >= STOP
-        weight = tl.where(kept, alpha * (through / (1 - alpha)), 0.0)
-        red += tl.sum(weight * r[:, None], 0)
-        green += tl.sum(weight * g[:, None], 0)
-        blue += tl.sum(weight * b[:, None], 0)
-        final = tl.minimum(final, tl.min(tl.where(kept, through, 1.0), 0))
-        reach += tl.sum((kept & live[:, None]).to(tl.int32), 0)
-        light = tl.min(through, 0)
-        i = tl.where(tl.max(light, 0) >= STOP, i + K, end)
-    size = H * W
+    final = tl.full([SIDE * SIDE], 1.0, tl.float32)
+    red = tl.zeros([SIDE * SIDE], tl.float32)
+    green = tl.zeros([SIDE * SIDE], tl.float32)
+    blue = tl.zeros([SIDE * SIDE], tl.float32)
+    i = 0
+    seen = 0
+    while i < size:
+        for k in tl.static_range(0, K, ROWS):
+            mx, my, shape, r, g, b = _records(record_ptr, pair_ptr, i + k, size, ROWS)
+            raw = _opacity(mx, my, shape, x, y, top)
+            alpha = tl.minimum(raw, OPAQUE)
+            # (ROWS, pixels) transmittance behind each
+            through = light[None, :] * tl.cumprod(1 - alpha, 0)
+            kept = through >= STOP
+            if ROWS == 1:
+                behind = tl.where(kept, through, final[None, :])
+                weight = final[None, :] - behind
+                final = tl.sum(behind, 0)
+                light = tl.sum(tl.where(kept, through, 0.0), 0)
+            else:
+                weight = tl.where(kept, alpha * (through / (1 - alpha)), 0.0)
+                final = tl.minimum(final, tl.min(tl.where(kept, through, 1.0), 0))
+                light = tl.min(through, 0)
+            red += tl.sum(weight * r, 0)
+            green += tl.sum(weight * g, 0)
+            blue += tl.sum(weight * b, 0)
+        seen = tl.minimum(i + K, size)
+        # numbers from 0 on are ordered as their bits are
+        lightest = tl.max(light.to(tl.int32, bitcast=True), 0)
+        i = tl.where(lightest >= STOP_BITS, i + K, size)
+    tl.store(seen_ptr + part, seen)
+    plane = H * W
     background = background_ptr + v * 3
-    image = image_ptr + v * 3 * size
+    image = image_ptr + v * 3 * plane
     tl.store(image + at, red + final * tl.load(background), inside)
-    tl.store(image + size + at, green + final * tl.load(background + 1), inside)
-    tl.store(image + 2 * size + at, blue + final * tl.load(background + 2), inside)
-    tl.store(final_ptr + v * size + at, final, inside)
-    tl.store(reach_ptr + v * size + at, reach, inside)
+    tl.store(image + plane + at, green + final * tl.load(background + 1), inside)
+    tl.store(image + 2 * plane + at, blue + final * tl.load(background + 2), inside)
+    tl.store(final_ptr + v * plane + at, final, inside)
+
+
+@triton.jit
+def _short(a):
+    """Round to the 11 bits of TF32."""
+    return ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(a, b):
+    """Return a [K, pixels] times b [pixels, 8], a split into two terms of TF32's 11 bits.
+
+    The running sum along an axis of one changes nothing, but keeps Triton from computing all of
+    `a` in the layout of the product, where each row would pass through shared memory alone.
+    """
+    a = tl.reshape(tl.cumsum(tl.reshape(a, [1, a.shape[0], a.shape[1]]), 0), a.shape)
+    high = _short(a)
+    # two sums: the small terms would only add roundings to the large one
+    return tl.dot(high, b) + tl.dot(a - high, b)
+
+
+@triton.jit
+def _powers(u, v, column):
+    """Return minus 1, u, v of pixels and five times 0 as columns [pixels, 8]."""
+    return -tl.where(column == 0, 1.0, tl.where(column == 1, u, tl.where(column == 2, v, 0.0)))
+
+
+@triton.jit
+def _halves(r, g, b, column):
+    """Return r, g, b [pixels, 1] as columns [pixels, 8]: three of 11 bits, three of the rest."""
+    a = tl.where(column % 3 == 0, r, tl.where(column % 3 == 1, g, b))
+    high = _short(a)
+    return tl.where(column < 3, high, tl.where(column < 6, _short(a - high), 0.0))
 
 
 @triton.jit(do_not_specialize=["H"])
 def _blend_backward(
-    record_ptr,  # [P, 9]
+    record_ptr,  # [P, 5] int64: two numbers each, see Projected
     # see Bins
     pair_ptr,
     slot_ptr,
     bounds_ptr,
+    size_ptr,
     # results of the forward pass, and gradients of the first two
     image_ptr,
     final_ptr,
-    reach_ptr,
+    seen_ptr,
     grad_image_ptr,
     grad_final_ptr,
-    moments_ptr,  # result [I, 9]
+    moments_ptr,  # result [Q I, 9]
     W,
     H,
+    SIDE: tl.constexpr,
     K: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    v, x, y, at, inside = _pixels(tile, W, H)
-    begin = tl.load(bounds_ptr + tile)
-    end = tl.load(bounds_ptr + tile + 1)
-    size = H * W
-    image = image_ptr + v * 3 * size
-    grad = grad_image_ptr + v * 3 * size
-    gr = tl.load(grad + at, inside, 0.0)
-    gg = tl.load(grad + size + at, inside, 0.0)
-    gb = tl.load(grad + 2 * size + at, inside, 0.0)
-    # (256,) what arrives from behind, of the whole pixel at first
-    behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(image + size + at, inside, 0.0)
-    behind += gb * tl.load(image + 2 * size + at, inside, 0.0)
-    grad_final = tl.load(grad_final_ptr + v * size + at, inside, 0.0)
-    behind += grad_final * tl.load(final_ptr + v * size + at, inside, 0.0)
-    reach = begin + tl.load(reach_ptr + v * size + at, inside, 0)
-    light = tl.full([256], 1.0, tl.float32)
-    seen = tl.max(reach, 0)
-    for i in range(begin, seen, K):
+    part = tl.program_id(0)
+    Q: tl.constexpr = (16 // SIDE) * (16 // SIDE)
+    PIXELS: tl.constexpr = SIDE * SIDE
+    tile, v, left, top, x, y, at, inside = _pixels(part, W, H, SIDE)
+    first = _entries(bounds_ptr, tile, part, Q)
+    pair_ptr += first
+    slot_ptr += first
+    size = tl.load(size_ptr + part)
+    seen = tl.load(seen_ptr + part)
+    x = x.to(tl.float32)
+    y = y.to(tl.float32)
+    plane = H * W
+    image = image_ptr + v * 3 * plane
+    grad = grad_image_ptr + v * 3 * plane
+    gr = -tl.load(grad + at, inside, 0.0)
+    gg = -tl.load(grad + plane + at, inside, 0.0)
+    gb = -tl.load(grad + 2 * plane + at, inside, 0.0)
+    # (pixels,) what arrives from behind, of the whole pixel at first; signs are turned below
+    behind = gr * tl.load(image + at, inside, 0.0) + gg * tl.load(image + plane + at, inside, 0.0)
+    behind = -(behind + gb * tl.load(image + 2 * plane + at, inside, 0.0))
+    final = tl.load(final_ptr + v * plane + at, inside, 0.0)
+    behind += tl.load(grad_final_ptr + v * plane + at, inside, 0.0) * final
+    least = TAKEN * final
+    light = tl.full([PIXELS], 1.0, tl.float32)
+    half: tl.constexpr = 0.5 * (SIDE - 1)
+    column = tl.arange(0, 8)[None, :]
+    powers = _powers((x - left)[:, None] - half, y[:, None] - half, column)
+    halves = _halves(-gr[:, None], -gg[:, None], -gb[:, None], column)
+    row = tl.arange(0, K)[:, None]
+    for i in range(0, seen, K):
+        slopes = tl.zeros([K, PIXELS], tl.float32)
+        slopes_x = tl.zeros([K, PIXELS], tl.float32)
+        slopes_y = tl.zeros([K, PIXELS], tl.float32)
+        weights = tl.zeros([K, PIXELS], tl.float32)
+        for j in tl.static_range(0, K, STEP):
+            if i + j < seen:
+                for k in tl.static_range(j, j + STEP, ROWS):
+                    mx, my, shape, r, g, b = _records(record_ptr, pair_ptr, i + k, seen, ROWS)
+                    raw = _opacity(mx, my, shape, x, y, top)
+                    alpha = tl.minimum(raw, OPAQUE)
+                    through = light[None, :] * tl.cumprod(1 - alpha, 0)
+                    kept = through >= least[None, :]
+                    root = tl.rsqrt(1 - alpha)
+                    inverse = root * root
+                    before = light[None, :] if ROWS == 1 else through * inverse
+                    weight = tl.where(kept, alpha * before, 0.0)
+                    a = r * gr[None, :] + g * gg[None, :] + b * gb[None, :]
+                    if ROWS == 1:
+                        rest = behind[None, :] + weight * a
+                        behind = tl.sum(rest, 0)
+                        light = tl.sum(through, 0)
+                    else:
+                        rest = behind[None, :] + tl.cumsum(weight * a, 0)
+                        behind += tl.sum(weight * a, 0)
+                        light = tl.min(through, 0)
+                    # minus the gradient of e
+                    slope = tl.where(kept, raw * inverse * (through * a + rest), 0.0)
+                    slope_x = slope * (mx - x[None, :])
+                    slope_y = slope * (my - top - y[None, :])
+                    slopes = tl.where(row // ROWS == k // ROWS, slope, slopes)
+                    slopes_x = tl.where(row // ROWS == k // ROWS, slope_x, slopes_x)
+                    slopes_y = tl.where(row // ROWS == k // ROWS, slope_y, slopes_y)
+                    weights = tl.where(row // ROWS == k // ROWS, weight, weights)
         n = i + tl.arange(0, K)
         live = n < seen
-        mx, my, c11, c12, c22, opacity, r, g, b = _records(record_ptr, pair_ptr, n, live)
-        dx, dy, raw, alpha = _alpha(mx, my, c11, c12, c22, opacity, x, y)
-        # the stop of the forward pass, whatever rounds
-        alpha = tl.where(n[:, None] < reach[None, :], alpha, 0.0)
-        inverse = 1 / (1 - alpha)
-        through = light[None, :] * tl.cumprod(1 - alpha, 0)
-        before = through * inverse
-        weight = alpha * before
-        a = r[:, None] * gr[None, :] + g[:, None] * gg[None, :] + b[:, None] * gb[None, :]
-        arriving = weight * a
-        rest = behind[None, :] - tl.cumsum(arriving, 0)
-        behind -= tl.sum(arriving, 0)
-        ge = tl.where(alpha > 0, raw * (before * a - rest * inverse), 0.0)
-        light = tl.min(through, 0)
-        gx = ge * dx
-        gy = ge * dy
-        m = moments_ptr + tl.load(slot_ptr + n, live, 0) * 9
-        tl.store(m, tl.sum(ge, 1), live)
-        tl.store(m + 1, tl.sum(gx, 1), live)
-        tl.store(m + 2, tl.sum(gy, 1), live)
-        tl.store(m + 3, tl.sum(gx * dx, 1), live)
-        tl.store(m + 4, tl.sum(gx * dy, 1), live)
-        tl.store(m + 5, tl.sum(gy * dy, 1), live)
-        tl.store(m + 6, tl.sum(weight * gr[None, :], 1), live)
-        tl.store(m + 7, tl.sum(weight * gg[None, :], 1), live)
-        tl.store(m + 8, tl.sum(weight * gb[None, :], 1), live)
-    zero = tl.zeros([256], tl.float32)
-    for i in range(seen, end, 256):  # no pixel saw these
-        n = i + tl.arange(0, 256)
-        m = moments_ptr + tl.load(slot_ptr + n, n < end, 0) * 9
+        mx, my = _two(record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5)
+        ux = mx - left - half
+        uy = my - top - half
+        m = moments_ptr + tl.load(slot_ptr + n, live, 0).to(tl.int64) * 9
+        total, _, _, _, _, _, _, _ = columns8(tl.reshape(_product(slopes, powers), [K, 2, 2, 2]))
+        gx, gxx, gxy, _, _, _, _, _ = columns8(tl.reshape(_product(slopes_x, powers), [K, 2, 2, 2]))
+        gy, _, gyy, _, _, _, _, _ = columns8(tl.reshape(_product(slopes_y, powers), [K, 2, 2, 2]))
+        tl.store(m, total, live)
+        tl.store(m + 1, gx, live)
+        tl.store(m + 2, gy, live)
+        # from the middle of the part to the Gaussian's centre, where second moments about the
+        # middle would lose twice as many digits
+        tl.store(m + 3, ux * gx - gxx, live)
+        tl.store(m + 4, uy * gx - gxy, live)
+        tl.store(m + 5, uy * gy - gyy, live)
+        r0, g0, b0, r1, g1, b1, _, _ = columns8(tl.reshape(_product(weights, halves), [K, 2, 2, 2]))
+        tl.store(m + 6, r0 + r1, live)
+        tl.store(m + 7, g0 + g1, live)
+        tl.store(m + 8, b0 + b1, live)
+    zero = tl.zeros([32], tl.float32)
+    for i in range(seen, size, 32):  # no pixel saw these
+        n = i + tl.arange(0, 32)
+        m = moments_ptr + tl.load(slot_ptr + n, n < size, 0).to(tl.int64) * 9
         for j in tl.static_range(9):
-            tl.store(m + j, zero, n < end)
-
-
-def _tiles_of(width: int, height: int) -> int:
-    return triton.cdiv(width, TILE) * triton.cdiv(height, TILE)
+            tl.store(m + j, zero, n < size)
 
 
 def blend(
     record: Tensor, bins: Bins, background: Tensor, width: int, height: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the image [V, 3, H, W], the final transmittance [V, H, W] and the reach.
+    """Return the image [V, 3, H, W], the final transmittance [V, H, W] and what was seen.
 
-    The reach [V, H, W] int32 is the number of a tile's instances that a pixel takes before it
-    stops, which the backward needs.
+    That is the number of a part's entries [T, Q] int32 that were walked until all its pixels had
+    stopped, which the backward needs.
     """
     V = len(background)
     image = background.new_empty(V, 3, height, width)
     final = background.new_empty(V, height, width)
-    reach = torch.empty_like(final, dtype=torch.int32)
+    seen = torch.empty_like(bins.size)
     backend.launch(
         _blend,
-        (V * _tiles_of(width, height),),
-        record,
+        (bins.size.numel(),),
+        record.view(torch.int64),
         bins.pair,
         bins.bounds,
+        bins.size,
         background,
         image,
         final,
-        reach,
+        seen,
         width,
         height,
-        **_tiles(backend.target(record)),
+        SIDE=bins.side,
+        **_tiles(backend.target(record), backward=False),
     )
-    return image, final, reach
+    return image, final, seen
 
 
 def blend_backward(
-    record: Tensor,  # [P, 9]
+    record: Tensor,  # [P, 10]
     bins: Bins,
     image: Tensor,  # [V, 3, H, W]
     final: Tensor,  # [V, H, W]
-    reach: Tensor,  # [V, H, W] int32
+    seen: Tensor,  # [T, Q] int32
     grad_image: Tensor,  # [V, 3, H, W]
     grad_final: Tensor,  # [V, H, W]
 ) -> Tensor:
-    """Return the nine sums of every instance [I, 9], at its slot."""
-    V, _, height, width = image.shape
+    """Return the nine sums of every entry [Q I, 9], at its slot."""
+    _, _, height, width = image.shape
     moments = record.new_empty(len(bins.pair), 9)
     backend.launch(
         _blend_backward,
-        (V * _tiles_of(width, height),),
-        record,
+        (bins.size.numel(),),
+        record.view(torch.int64),
         bins.pair,
         bins.slot,
         bins.bounds,
+        bins.size,
         image,
         final,
-        reach,
+        seen,
         grad_image,
         grad_final,
         moments,
         width,
         height,
-        **_tiles(backend.target(record)),
+        SIDE=bins.side,
+        **_tiles(backend.target(record), backward=True),
     )
     return moments

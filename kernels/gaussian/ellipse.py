@@ -5,6 +5,7 @@ kernels.gaussian.project.
 """
 
 from kernels.backend import tl, triton
+from kernels.gaussian.columns import load_columns
 
 EPS = tl.constexpr(1e-6)
 
@@ -25,25 +26,12 @@ def load3(ptr, live):
 
 
 @triton.jit
-def store3(ptr, a, live):
-    tl.store(ptr, a[0], live)
-    tl.store(ptr + 1, a[1], live)
-    tl.store(ptr + 2, a[2], live)
-
-
-@triton.jit
-def load_gaussian(g, live):
+def load_gaussian(gaussians_ptr, row, live, N: tl.constexpr):
     """Load center, scale, rotation (w, x, y, z), opacity and colour coefficients."""
-    m = load3(g, live)
-    s = load3(g + 3, live)
-    f = load3(g + 11, live)
-    q = (
-        tl.load(g + 6, live, 0.0),
-        tl.load(g + 7, live, 0.0),
-        tl.load(g + 8, live, 0.0),
-        tl.load(g + 9, live, 0.0),
+    mx, my, mz, sx, sy, sz, qw, qx, qy, qz, opacity, r, g, b, _, _ = load_columns(
+        gaussians_ptr, row, live, N, 14
     )
-    return m, s, q, tl.load(g + 10, live, 0.0), f
+    return (mx, my, mz), (sx, sy, sz), (qw, qx, qy, qz), opacity, (r, g, b)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
+from kernels.gaussian.columns import store_rows4, store_rows16
 from kernels.gaussian.ellipse import (
     add3,
     compensated,
@@ -44,16 +45,16 @@ from kernels.gaussian.ellipse import (
     rotated,
     rotation_gradient,
     scaled3,
-    store3,
     tile_range,
     times3,
 )
-from kernels.gaussian.records import Projected
+from kernels.gaussian.records import PACKED, Bins, Projected
 from kernels.views import SH0, ViewTable
 
 NEAR = tl.constexpr(0.2)  # a Gaussian whose centre is nearer is not drawn
 VISIBLE = tl.constexpr(1.0 / 255.0)  # the least alpha that is blended
 SH_C0 = tl.constexpr(SH0)
+FORM = tl.constexpr(-0.5 * 1.4426950408889634)  # a quadratic form as an exponent of 2
 
 
 def _tiles() -> dict:
@@ -86,7 +87,7 @@ def _project(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     r, t, focal, centre = load_camera(cameras_ptr, v)
-    m, s, q, opacity, f = load_gaussian(gaussians_ptr + (first + n) * 14, live)
+    m, s, q, opacity, f = load_gaussian(gaussians_ptr, first + n, live, BLOCK)
 
     x = dot3(r[0], m) + t[0]
     y = dot3(r[1], m) + t[1]
@@ -116,34 +117,44 @@ def _project(
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)
 
     p = pair + n
-    out = record_ptr + p * 9
-    tl.store(out, mx, live)
-    tl.store(out + 1, my, live)
-    tl.store(out + 2, c / after, live)
-    tl.store(out + 3, -b / after, live)
-    tl.store(out + 4, a / after, live)
-    tl.store(out + 5, blended, live)
-    tl.store(out + 6, tl.maximum(f[0] * SH_C0 + 0.5, 0.0), live)
-    tl.store(out + 7, tl.maximum(f[1] * SH_C0 + 0.5, 0.0), live)
-    tl.store(out + 8, tl.maximum(f[2] * SH_C0 + 0.5, 0.0), live)
+    red = tl.maximum(f[0] * SH_C0 + 0.5, 0.0)
+    green = tl.maximum(f[1] * SH_C0 + 0.5, 0.0)
+    blue = tl.maximum(f[2] * SH_C0 + 0.5, 0.0)
+    across = 1 / a * FORM
+    down = a / after * FORM
+    zero = tl.zeros_like(a)
+    store_rows16(
+        record_ptr,
+        p,
+        live,
+        (mx, my, across, -b / a),
+        (down, tl.log2(tl.maximum(blended, VISIBLE)), red, green),
+        (blue, zero, zero, zero),
+        (zero, zero, zero, zero),
+        BLOCK,
+        10,
+    )
     tl.store(depth_ptr + p, z, live)
     tl.store(view_ptr + p, tl.zeros_like(x0) + v, live)
-    tl.store(rect_ptr + p * 4, tl.where(drawn, x0, 0), live)
-    tl.store(rect_ptr + p * 4 + 1, tl.where(drawn, y0, 0), live)
-    tl.store(rect_ptr + p * 4 + 2, tl.where(drawn, x1, 0), live)
-    tl.store(rect_ptr + p * 4 + 3, tl.where(drawn, y1, 0), live)
+    x0 = tl.where(drawn, x0, 0)
+    y0 = tl.where(drawn, y0, 0)
+    x1 = tl.where(drawn, x1, 0)
+    y1 = tl.where(drawn, y1, 0)
+    store_rows4(rect_ptr, p, live, x0, y0, x1, y1, BLOCK)
 
 
 @triton.jit
-def _moments(moments_ptr, first_ptr, rect_ptr, p, live):
-    """Add up the nine sums of kernels.gaussian.blend over the tiles of each pair, in tile order.
+def _moments(moments_ptr, first_ptr, start_ptr, rect_ptr, p, live):
+    """Add up the nine sums of kernels.gaussian.blend over the slots of each pair, in order.
 
-    Returns sums 0 to 2, 3 to 5, 6 to 8, and whether the pair is in a tile.
+    Returns sums 0 to 2, 3 to 5, 6 to 8, and whether the pair is in a part of a tile.
     """
-    at = tl.load(first_ptr + p, live, 0)
     rect = rect_ptr + p * 4
     across = tl.load(rect + 2, live, 0) - tl.load(rect, live, 0)
-    count = across * (tl.load(rect + 3, live, 0) - tl.load(rect + 1, live, 0))
+    tiles = across * (tl.load(rect + 3, live, 0) - tl.load(rect + 1, live, 0))
+    start = start_ptr + tl.load(first_ptr + p, tiles > 0, 0)
+    at = tl.load(start, tiles > 0, 0).to(tl.int64)
+    count = tl.load(start + tiles, tiles > 0, 0) - at
     zero = tl.zeros(count.shape, tl.float32)
     c = (zero, zero, zero)
     d = (zero, zero, zero)
@@ -169,6 +180,7 @@ def _project_backward(
     # of the pairs and their instances
     rect_ptr,
     first_ptr,
+    start_ptr,
     moments_ptr,
     grad_ptr,  # result [G, 14]
     W,
@@ -183,7 +195,7 @@ def _project_backward(
     views = tl.load(scene + 3)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
-    m, s, q, opacity, f = load_gaussian(gaussians_ptr + (first + n) * 14, live)
+    m, s, q, opacity, f = load_gaussian(gaussians_ptr, first + n, live, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
     g_center = (zero, zero, zero)
     g_scale = (zero, zero, zero)
@@ -195,7 +207,7 @@ def _project_backward(
         v = tl.load(by_scene_ptr + mine + i)
         p = tl.load(views_ptr + v * 3 + 2) + n
         first_order, second_order, color, drawn = _moments(
-            moments_ptr, first_ptr, rect_ptr, p, live
+            moments_ptr, first_ptr, start_ptr, rect_ptr, p, live
         )
         total, sx, sy = first_order  # not nested in the line above: Triton 3.6 cannot read that
 
@@ -251,15 +263,20 @@ def _project_backward(
         g_center = add3(g_center, masked3(drawn, rotate_back(r, (gx, gy, gz))))
         g_color = add3(g_color, color)
 
-    out = grad_ptr + (first + n) * 14
-    store3(out, g_center, live)
-    store3(out + 3, g_scale, live)
-    tl.store(out + 6, g_qw, live)
-    store3(out + 7, g_q, live)
-    tl.store(out + 10, g_opacity, live)
-    tl.store(out + 11, tl.where(f[0] * SH_C0 + 0.5 >= 0, g_color[0] * SH_C0, 0.0), live)
-    tl.store(out + 12, tl.where(f[1] * SH_C0 + 0.5 >= 0, g_color[1] * SH_C0, 0.0), live)
-    tl.store(out + 13, tl.where(f[2] * SH_C0 + 0.5 >= 0, g_color[2] * SH_C0, 0.0), live)
+    g_red = tl.where(f[0] * SH_C0 + 0.5 >= 0, g_color[0] * SH_C0, 0.0)
+    g_green = tl.where(f[1] * SH_C0 + 0.5 >= 0, g_color[1] * SH_C0, 0.0)
+    g_blue = tl.where(f[2] * SH_C0 + 0.5 >= 0, g_color[2] * SH_C0, 0.0)
+    store_rows16(
+        grad_ptr,
+        first + n,
+        live,
+        (g_center[0], g_center[1], g_center[2], g_scale[0]),
+        (g_scale[1], g_scale[2], g_qw, g_q[0]),
+        (g_q[1], g_q[2], g_opacity, g_red),
+        (g_green, g_blue, zero, zero),
+        BLOCK,
+        14,
+    )
 
 
 def project(
@@ -273,7 +290,7 @@ def project(
 ) -> Projected:
     """Project all pairs in one launch."""
     P = table.pair_start[-1]
-    record = gaussians.new_empty(P, 9)
+    record = gaussians.new_empty(P, PACKED)
     depth = gaussians.new_empty(P)
     rect = gaussians.new_empty(P, 4, dtype=torch.int32)
     view = gaussians.new_empty(P, dtype=torch.int32)
@@ -304,8 +321,8 @@ def project_backward(
     height: int,
     kernel_size: float,
     rect: Tensor,  # [P, 4] int32
-    first: Tensor,  # [P] int64: the first of a pair's instances
-    moments: Tensor,  # [I, 9] sums over the pixels of each instance, see kernels.gaussian.blend
+    bins: Bins,
+    moments: Tensor,  # [., 9] sums over the pixels of each entry, see kernels.gaussian.blend
 ) -> Tensor:
     """Return the gradient of the Gaussians [G, 14].
 
@@ -322,7 +339,8 @@ def project_backward(
         table.scenes,
         table.by_scene,
         rect,
-        first,
+        bins.first,
+        bins.start,
         moments,
         grad,
         width,

@@ -1,5 +1,6 @@
 """Tensors that the stages of the splat hand on: projected Gaussians, instances by tile."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 GAUSSIAN = 14
 # floats of a projected one: mean 2 (px), conic 3 (11, 12, 22), blended opacity 1, colour 3
 RECORD = 9
+# the same for the blend's kernels: mean 2, exponent of 2 as across dx^2 + down (dy + shear dx)^2 in
+# the order across, shear, down, then log2 of the opacity, colour 3, and one that pads to 8 bytes
+PACKED = 10
 TILE = 16  # pixels along a side of a tile
 
 
@@ -15,7 +19,7 @@ TILE = 16  # pixels along a side of a tile
 class Projected:
     """P Gaussians on the screens of their views."""
 
-    record: Tensor  # [P, 9]: mean (px), conic, blended opacity, colour
+    record: Tensor  # [P, RECORD], or [P, PACKED] of the kernels
     depth: Tensor  # [P] camera z
     rect: Tensor  # [P, 4] int32: tiles x0, y0, x1, y1; x1 <= x0 or y1 <= y0: not drawn
     view: Tensor  # [P] int32
@@ -23,9 +27,20 @@ class Projected:
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Instances (a pair in a tile), tile after tile."""
+    """Instances (a pair in a tile), and the lists of the Gaussians that each part of a tile sees.
 
-    pair: Tensor  # [I] int32
-    slot: Tensor  # [I] int64: position before the sort by tile
+    Q parts of a tile, row after row. Part q of tile t owns the entries
+    Q bounds[t] + q n : Q bounds[t] + q n + size[t, q], n = bounds[t + 1] - bounds[t], near to far.
+    """
+
+    pair: Tensor  # [Q I] int32, of an entry
+    slot: Tensor  # [Q I] int32: where an entry's sums go; those of a pair are neighbours
     bounds: Tensor  # [T + 1] int32: tile t owns the instances bounds[t] : bounds[t + 1]
-    first: Tensor  # [P] int64: the slot of a pair's first instance
+    size: Tensor  # [T, Q] int32
+    first: Tensor  # [P] int64: a pair's first instance before the sort by tile
+    start: Tensor  # [I + 1] int32: first slot of an instance before that sort
+
+    @property
+    def side(self) -> int:
+        """Pixels along a side of a part."""
+        return TILE // math.isqrt(self.size.shape[1])

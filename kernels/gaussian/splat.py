@@ -18,12 +18,12 @@ from torch import Tensor
 from kernels import backend
 from kernels.camera import Camera, Image, pack_cameras
 from kernels.checks import Host, check_floating, check_tensors
-from kernels.gaussian.binning import bin_tiles
+from kernels.gaussian.binning import bin_tiles, parts
 from kernels.gaussian.blend import blend, blend_backward
 from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
 from kernels.gaussian.project import project, project_backward
 from kernels.gaussian.project_cpu import project_torch, project_torch_backward
-from kernels.gaussian.records import GAUSSIAN, RECORD, TILE, Bins
+from kernels.gaussian.records import GAUSSIAN, PACKED, RECORD, TILE, Bins
 from kernels.views import (
     check_colors,
     check_scenes,
@@ -65,8 +65,9 @@ def _splat(
         return image, final, [p.record, p.depth.clone(), p.rect, *saved]
     p = project(gaussians, cameras, table, width, height, kernel_size)
     bins = bin_tiles(p, len(cameras), width, height)
-    image, final, reach = blend(p.record, bins, background, width, height)
-    return image, final, [p.record, p.rect, bins.pair, bins.slot, bins.bounds, bins.first, reach]
+    image, final, seen = blend(p.record, bins, background, width, height)
+    lists = [bins.pair, bins.slot, bins.bounds, bins.size, bins.first, bins.start]
+    return image, final, [p.record, p.rect, *lists, seen]
 
 
 def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,15 +102,18 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(dynamic()),
         ]
     else:
-        I = dynamic()
+        entries = dynamic()
         T = V * -(-width // TILE) * -(-height // TILE)
-        order = [
-            empty(I, dtype=i32),
-            empty(I, dtype=i64),
+        Q = parts(backend.target(gaussians)) ** 2
+        lists = [
+            empty(entries, dtype=i32),
+            empty(entries, dtype=i32),
             empty(T + 1, dtype=i32),
+            empty(T, Q, dtype=i32),
             empty(P, dtype=i64),
+            empty(dynamic(), dtype=i32),
         ]
-        saved = [empty(P, RECORD), rect, *order, empty(V, height, width, dtype=i32)]
+        saved = [empty(P, PACKED), rect, *lists, empty(T, Q, dtype=i32)]
     return empty(V, 3, height, width), empty(V, height, width), saved
 
 
@@ -155,11 +159,10 @@ def _splat_backward(
                 grad_final,
             )
             return project_torch_backward(*scene, rect, *grads)
-    record, rect, pair, slot, bounds, first, reach = saved
-    moments = blend_backward(
-        record, Bins(pair, slot, bounds, first), image, final, reach, grad_image, grad_final
-    )
-    return project_backward(*scene, rect, first, moments)
+    record, rect, *lists, seen = saved
+    bins = Bins(*lists)
+    moments = blend_backward(record, bins, image, final, seen, grad_image, grad_final)
+    return project_backward(*scene, rect, bins, moments)
 
 
 @_splat_backward.register_fake

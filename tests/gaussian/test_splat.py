@@ -5,9 +5,10 @@ import torch
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.gaussian import blend
+from kernels.gaussian import binning, blend
 from kernels.gaussian.project import project
 from kernels.gaussian.project_cpu import project_torch
+from kernels.gaussian.records import Projected
 from kernels.gaussian.reference import splat_reference
 from kernels.gaussian.splat import _pack, splat
 from kernels.views import make_view_table
@@ -28,7 +29,14 @@ CASES = [
     "gs_i_shell16_72",
 ]
 INPUTS = ["means3D", "scales", "rotations", "opacities", "shs"]
-BACKWARD = {"_project": 1, "_emit": 1, "_blend": 1, "_blend_backward": 1, "_project_backward": 1}
+BACKWARD = {
+    "_project": 1,
+    "_emit": 1,
+    "_divide": 1,
+    "_blend": 1,
+    "_blend_backward": 1,
+    "_project_backward": 1,
+}
 
 
 def golden_scene(case: str, device) -> tuple[dict, dict, list[torch.Tensor], Camera]:
@@ -67,8 +75,15 @@ def projected(inputs, view: Camera, kernel_size: float = 0.1, starts=None, view_
     """The projection stage of the implementation under test."""
     packed = torch.cat([t.detach().flatten(1) for t in inputs], 1)
     layout = make_view_table(starts or [0, len(packed)], list(view_scene), packed.device)
-    stage = project_torch if backend.is_torch(packed) else project
-    return stage(packed, _pack(view, packed.dtype), layout, view.width, view.height, kernel_size)
+    scene = packed, _pack(view, packed.dtype), layout, view.width, view.height, kernel_size
+    if backend.is_torch(packed):
+        return project_torch(*scene)
+    p = project(*scene)
+    mx, my, across, shear, down, strength, r, g, b, _ = p.record.unbind(1)
+    across, down = (-2 * math.log(2) * t for t in (across, down))
+    conic = across + down * shear**2, down * shear, down
+    record = torch.stack([mx, my, *conic, torch.exp2(strength), r, g, b], 1)
+    return Projected(record, p.depth, p.rect, p.view)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -270,8 +285,15 @@ def test_chunk_size_changes_only_rounding(kernel_device, monkeypatch, opaque):
             inputs[1].fill_(0.5)
             inputs[3].fill_(0.9999)
     images, gradients = [], []
-    for K in (4, 16):
-        monkeypatch.setattr(blend, "_tiles", lambda target, K=K: {"K": K, "num_warps": 2})
+    # whole tiles in scans, then parts of them with one Gaussian after the other
+    for parts, ROWS in ((1, 16), (2, 1)):
+        step = {"K": 16, "ROWS": ROWS, "num_warps": 1}
+        monkeypatch.setattr(binning, "parts", lambda target, parts=parts: parts)
+        monkeypatch.setattr(
+            blend,
+            "_tiles",
+            lambda target, backward, step=step: step | ({"STEP": 16} if backward else {}),
+        )
         images.append(splat(*inputs, [0, 30], view, [0], light))
         gradients.append(grads(images[-1], inputs))
     assert_close(images[0].color, images[1].color, 1e-6)
