@@ -123,7 +123,8 @@ MTL = {
     "d": "d '' is no number",
     "Kd": "Kd '' is no number",
     "Kd nan 0 0": "Kd 'nan 0 0' is no number",
-    "Tr": "could not convert",
+    "Tr": "Tr '' is no number",
+    "Ke inf": "Ke 'inf' is no number",
 }
 
 

@@ -62,6 +62,7 @@ def triangulate(points: np.ndarray, sizes: np.ndarray) -> Triangles:
     flat |= (sizes > 3) & (area <= FLAT * reach**2)
     along = (cross * normal[polygon]).sum(1) / np.maximum(length, 1e-300)[polygon]
     outside = np.bincount(polygon, np.maximum(-along, 0), M)
+    outside[length <= FLAT * area] = np.inf  # both halves cancel: a bow tie
     wrong = (sizes > 3) & ~flat & (outside > OVERLAP * length)
     if not wrong.any() and not flat.any():
         return Triangles(corners, polygon, 0, 0)

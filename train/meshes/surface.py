@@ -75,7 +75,8 @@ def assemble(
     Shared by the readers of all formats. Raises ValueError that names the file.
     """
     if len(faces) == 0:
-        raise ValueError(f"{name} has no faces")
+        why = "".join(f": {note.removeprefix(f'{name}: ')}" for note in list(notes)[-1:])
+        raise ValueError(f"{name} has no faces{why}")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"{name}: a face uses vertex {faces.max() + 1} of {len(vertices)}")
     used, faces = np.unique(faces, return_inverse=True)
@@ -86,7 +87,8 @@ def assemble(
             f"{name}: {len(bad)} of {len(vertices)} vertices are not finite, the first is "
             f"vertex {used[bad[0]] + 1}"
         )
-    if not all(np.isfinite([*m.color, *m.emission, m.opacity]).all() for m in materials):
+    numbers = np.array([[*m.color, *m.emission, m.opacity] for m in materials])
+    if not (np.abs(numbers) < HUGE).all():
         raise ValueError(f"{name}: a material's colour, emission or opacity is not finite")
     # of normals, texture coordinates and tints that are no numbers
     with np.errstate(over="ignore", invalid="ignore"):
