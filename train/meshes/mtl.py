@@ -80,6 +80,9 @@ def _parse_map(value: str) -> _Map:
             rest = rest[word.end() :]
         if option not in OPTIONS and option not in MOVES:
             unknown.append(option)
+            # its words end before the next option, if there is one
+            if words := re.match(r"(?:[^-\s]\S*\s+){0,3}(?=-[A-Za-z]+\s)", rest):
+                rest = rest[words.end() :]
     names.append(rest)
     for _ in range(UNKNOWN if unknown else 0):
         rest = rest.partition(" ")[2].strip()
