@@ -19,7 +19,7 @@ from train.meshes.gltf_data import GltfData
 from train.meshes.gltf_extensions import DRACO, INSTANCING, VISIBILITY, lost, refused
 from train.meshes.gltf_materials import Materials
 from train.meshes.pictures import Placement
-from train.meshes.surface import Finish, Mesh, assemble
+from train.meshes.surface import Finish, Mesh, assemble, no_faces
 from train.meshes.untrusted import MALFORMED, reason
 
 TRIANGLES = 4
@@ -83,7 +83,7 @@ class _Reader:
                 for primitive in mesh["primitives"]:
                     parts += self._parts(primitive, places, skin, weights)
         if not parts:
-            raise ValueError(f"{self.name} has no faces")
+            raise ValueError(no_faces(self.name, self.notes))
         first = np.cumsum([0, *(len(p.vertices) for p in parts)])
 
         def corners(field: str) -> np.ndarray:

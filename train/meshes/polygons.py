@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # shares of a polygon's area
-OVERLAP = 1e-9  # a fan that covers more than this twice, or outside, is not kept
+OVERLAP = 1e-7  # a fan that covers more than this twice, or outside, is not kept: not by rounding
 CROSSED = 1e-6  # ear clipping that covers more or less than this: the polygon's edges cross
 FLAT = 1e-12  # of the square of a polygon's extent: less area than this is none
 

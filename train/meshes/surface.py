@@ -1,5 +1,6 @@
 """Triangles with colours, whatever the file's format, and what the readers of formats share."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,8 +76,7 @@ def assemble(
     Shared by the readers of all formats. Raises ValueError that names the file.
     """
     if len(faces) == 0:
-        why = "".join(f": {note.removeprefix(f'{name}: ')}" for note in list(notes)[-1:])
-        raise ValueError(f"{name} has no faces{why}")
+        raise ValueError(no_faces(name, notes))
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"{name}: a face uses vertex {faces.max() + 1} of {len(vertices)}")
     used, faces = np.unique(faces, return_inverse=True)
@@ -103,6 +103,12 @@ def assemble(
             notes=list(notes),
             emission_uv=None if emission_uv is None else _finite(emission_uv),
         )
+
+
+def no_faces(name: str, notes: Iterable[str]) -> str:
+    """Say that a file has no faces, and what was noted last, which may be why."""
+    why = "".join(f": {note.removeprefix(f'{name}: ')}" for note in list(notes)[-1:])
+    return f"{name} has no faces{why}"
 
 
 def _finite(values) -> np.ndarray:
