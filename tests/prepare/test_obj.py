@@ -206,6 +206,7 @@ def test_vertex_colours_of_no_range(tmp_path, color, message):
 def test_vertex_colours_multiply_a_material(tmp_path):
     text = painted("0.5 0.5 1") + "usemtl m\nf 1 2 3 4\n"
     assert middle(write_obj(tmp_path, "q", text, "newmtl m\nKd 0.5 1 1\n")) == [0.25, 0.5, 1, 1]
+    assert middle(write_obj(tmp_path, "q", text, "newmtl m\nNs 10\n")) == [0.5, 0.5, 1, 1]
 
 
 # text
@@ -229,11 +230,12 @@ def test_byte_order_marks_and_padding(tmp_path, mark, first):
 
 def test_comments_continued_lines_and_the_number_of_a_bad_one(tmp_path):
     text = "v -1 -1 0 # the lower left one\nv 1 -1 0#\nv 1 1 \\\n0\nv -1 1 0\nf 1 2 \\\n3 4 # all\n"
-    path = write_obj(
-        tmp_path, "q", text + "usemtl a #1\nf 1 2 3\n", "newmtl a #1\nKd 1 0 0 # red\n"
-    )
-    mesh = read_mesh(path)
-    assert len(mesh.faces) == 3 and mesh.materials[0].color == (1, 0, 0) and not mesh.notes
+    for used, defined in (("a #1", "a #1"), ("a", "a # red"), ("a # red", "a")):
+        used = f"mtllib q.mtl # the materials\n{text}usemtl {used}\nf 1 2 3\n"
+        path = write_obj(tmp_path, "q", used)
+        (tmp_path / "q.mtl").write_text(f"newmtl {defined}\nKd 1 0 0 # red\n")
+        mesh = read_mesh(path)
+        assert len(mesh.faces) == 3 and mesh.materials[0].color == (1, 0, 0) and not mesh.notes
     with pytest.raises(ValueError, match="^q.obj, line 8: "):
         read_mesh(write_obj(tmp_path, "q", text + "f 1 2 x\n"))
 

@@ -76,7 +76,7 @@ def read_frames(file: Path) -> Frames:
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         frames = content["frames"]
         holdout = content.get("holdout")
         names = [str(frame["file_path"]) for frame in frames]

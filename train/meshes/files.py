@@ -24,11 +24,12 @@ def find(folders: Path | Iterable[Path], name: str) -> Path | None:
         if not path.name or "\0" in spelling:
             continue
         absolute = path.is_absolute() or PureWindowsPath(path).drive
-        for folder in folders:
-            for candidate in ([] if absolute else [folder / path]) + [folder / path.name]:
-                found = _like(candidate)
-                if found is not None:
-                    return found
+        candidates = [] if absolute else [folder / path for folder in folders]
+        candidates += [folder / path.name for folder in folders]
+        for candidate in candidates:
+            found = _like(candidate)
+            if found is not None:
+                return found
     return None
 
 

@@ -36,6 +36,7 @@ class TiledFinish(Finish):
     """A material as an OBJ uses it, with the tiles (UDIM) of its image by number, from 1001."""
 
     tiles: dict[int, Path] = field(default_factory=dict)
+    plain: bool = False  # it has no colour of its own: those of vertices count alone
 
 
 @dataclass
@@ -108,7 +109,9 @@ def _locate(value: str, folders: list[Path]) -> Path | None:
 def libraries(folder: Path, value: str) -> dict[str, Path | None]:
     """Find the files of one mtllib statement: a single name, which may hold blanks, or several."""
     whole = find(folder, value)
-    return {value.strip(): whole} if whole else {name: find(folder, name) for name in value.split()}
+    if whole:
+        return {value.strip(): whole}
+    return {name: find(folder, name) for name in value.partition(" #")[0].split()}
 
 
 def values(path: Path, keyword: str) -> list[str]:
@@ -161,12 +164,14 @@ class Library:
                 current = {"": path.name}
                 for spelling in spellings(value.strip()):
                     self._statements[spelling] = current
+                self._statements.setdefault(value.partition(" #")[0].strip(), current)
             elif keyword and not keyword.startswith("#"):
                 current[keyword.lower()] = value.strip()
 
     def finish(self, name: str) -> TiledFinish | None:
         """Make a material; None where no MTL defines it. Raises ValueError that names it."""
-        known = [spelling for spelling in spellings(name) if spelling in self._statements]
+        names = [*spellings(name), name.partition(" #")[0].strip()]
+        known = [spelling for spelling in names if spelling in self._statements]
         if not known:
             return None
         statements = self._statements[known[0]]
@@ -177,9 +182,9 @@ class Library:
             opacity = self._opacity(name, statements)
         except ValueError as error:
             raise ValueError(f"{owner}: material {name!r}: {error}") from error
-        made = TiledFinish(Material(color, min(max(opacity, 0.0), 1.0), emission=emission))
+        material = Material(color, min(max(opacity, 0.0), 1.0), emission=emission)
         shown = dict(self._maps(owner, name, statements))
-        material = made.material
+        made = TiledFinish(material, plain="kd" not in statements and "map_kd" not in shown)
         if "map_kd" in shown:
             own, path = shown["map_kd"]
             material.color = (1.0, 1.0, 1.0)

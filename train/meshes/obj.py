@@ -147,13 +147,17 @@ def read_obj(path: Path) -> Mesh:
     index = corners[triangles.corners]
     material = np.array(found.materials, np.int64)[triangles.polygon]
     material[material < 0] = len(found.names)  # faces before the first usemtl
-    finishes = [found.library.finish(name) for name in found.names] + [None]
-    tint = _tint(found, np.array([finish is None for finish in finishes])[material], index)
-    plain = GREY if tint is None else (1.0, 1.0, 1.0)
-    for name, finish in zip(found.names, finishes, strict=False):
+    finishes = []
+    for name in found.names:
+        finish = found.library.finish(name)
         if finish is None:
             found.note(f": material {name!r} is defined nowhere; shown grey")
-    finishes = [finish or TiledFinish(Material(plain)) for finish in finishes]
+        finishes.append(finish or TiledFinish(Material(), plain=True))
+    finishes.append(TiledFinish(Material(), plain=True))
+    tint = _tint(found, np.array([finish.plain for finish in finishes])[material], index)
+    for finish in finishes:
+        if finish.plain and tint is not None:
+            finish.material.color = (1.0, 1.0, 1.0)
     _note_bare(found, finishes, material[(index[..., 1] < 0).any(1)])
     uv = _pick(found.uvs, index[..., 1], 2)
     emission_uv = _placed(uv, material, [finish.emission_placement for finish in finishes])
@@ -177,7 +181,7 @@ def read_obj(path: Path) -> Mesh:
 def _tint(found: _Statements, plain: np.ndarray, index: np.ndarray) -> np.ndarray | None:
     """Colours [F, 3, 3] of the corners of faces; None where no vertex has one.
 
-    On faces without a material (`plain` [F]) a vertex without colour is grey.
+    On faces whose material has no colour (`plain` [F]) a vertex without one is grey.
     """
     try:
         tints = found.tints()

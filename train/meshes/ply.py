@@ -57,7 +57,7 @@ def read_ply(path: Path) -> Mesh:
     """Read a .ply; a ValueError names the file and what is wrong with it."""
     name = path.name
     try:
-        elements, order, body = _header(path.read_bytes())
+        elements, order, body = _header(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         read = _text if order == "" else _binary
         tables = read(body, elements, order)
     except MALFORMED as error:

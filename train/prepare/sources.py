@@ -64,7 +64,7 @@ def _in_folder(folder: Path) -> list[Source]:
 
 def _in_list(file: Path, root: Path) -> list[Source]:
     # as the names of files are read
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     sources = []
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
