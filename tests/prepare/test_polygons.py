@@ -177,3 +177,6 @@ def test_degenerate_and_crossing_polygons_are_counted(tmp_path):
     mesh = read_mesh(write_obj(tmp_path, "bow", text.replace("f 1 4 6 5", "f 1 4 5 6")))
     assert mesh.notes[1] == "bow.obj: 1 polygons cross their own edges and may cover too much"
     assert len(mesh.faces) == 2, "a twisted quad keeps both halves"
+    star = RING[[0, 2, 1, 3, 0, 2, 3, 1]]  # two bow ties whose areas cancel
+    cut = triangulate(np.pad(star, ((0, 0), (0, 1))), np.array([8]))
+    assert cut.crossed == 1 and len(cut.corners) == 6

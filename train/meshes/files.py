@@ -87,6 +87,8 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
             text = data.decode(encoding).rstrip("\0")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path.name} begins as {encoding} and is not: {error}") from error
+    if "\\" not in text:
+        return list(enumerate(text.splitlines(), 1))
     lines = []
     begun = ""
     first = 1

@@ -17,6 +17,7 @@ from train.meshes.surface import GREY, Material, Mesh, assemble
 NUMERIC = ("v", "vt", "vn", "f")  # statements that a comment may follow; names may hold a #
 # of what has no polygons: what a note calls it
 NOT_SHOWN = {"l": "lines", "p": "points", "curv": "curves", "curv2": "curves", "surf": "surfaces"}
+KNOWN = 1 << 16  # corners that are remembered: those of one vertex stand near each other
 TILES_ACROSS = 10  # UDIM: tile 1001 + u + 10 v
 
 
@@ -43,6 +44,7 @@ class _Statements:
         self.colored = array("q")  # the vertices that have them
         self.painted = array("d")  # colours of #MRGB lines, of the vertices in their order
         self.corners = array("q")  # (position, uv, normal) of each, -1 where absent
+        self.known: dict[str, tuple] = {}  # of late corners, what their words mean
         self.sizes = array("q")  # of polygons
         self.materials = array("q")  # of each, its number
         self.names: dict[str, int] = {}  # of materials
@@ -57,7 +59,7 @@ class _Statements:
         """Take in a line; ValueError or IndexError where it is malformed."""
         words = line.split()
         keyword = words[0]
-        if keyword in NUMERIC and "#" in line:
+        if "#" in line and keyword in NUMERIC:
             words = line.partition("#")[0].split()
         if keyword == "v":
             self._vertex(words)
@@ -67,9 +69,10 @@ class _Statements:
         elif keyword == "vn":
             self.normals.extend((float(words[1]), float(words[2]), float(words[3])))
         elif keyword == "f":
-            counts = (len(self.positions) // 3, len(self.uvs) // 2, len(self.normals) // 3)
+            known = self.known
             for word in words[1:]:
-                self.corners.extend(_corner(word, counts))
+                corner = known.get(word)
+                self.corners.extend(self._corner(word) if corner is None else corner)
             self.sizes.append(len(words) - 1)
             self.materials.append(self.current)
         elif keyword == "usemtl":
@@ -88,6 +91,25 @@ class _Statements:
             self._paint(number, words[1:])
         elif keyword in NOT_SHOWN:
             self.note(f": its {NOT_SHOWN[keyword]} are not shown")
+
+    def _corner(self, word: str) -> tuple[int, int, int]:
+        """`position/uv/normal`, each from 1, negative ones from the end; -1 where absent."""
+        counts = (len(self.positions) // 3, len(self.uvs) // 2, len(self.normals) // 3)
+        found = [-1, -1, -1]
+        for column, digits in enumerate(word.split("/")[:3]):
+            if digits:
+                i = int(digits)
+                size = counts[column]
+                found[column] = i - 1 if i > 0 else size + i
+                if not 0 <= found[column] < size:
+                    raise ValueError(f"{word!r} points at row {i} of {size}")
+        if found[0] < 0:
+            raise ValueError(f"{word!r} names no vertex")
+        if "-" not in word:  # the others depend on where they stand
+            if len(self.known) > KNOWN:
+                self.known.clear()
+            self.known[word] = tuple(found)
+        return tuple(found)
 
     def _vertex(self, words: list[str]) -> None:
         if len(words) < 4:
@@ -254,18 +276,3 @@ def _pick(table: array, rows: np.ndarray, width: int) -> np.ndarray:
     values = np.zeros((len(table) // width + 1, width))  # the last row answers -1
     values[:-1] = np.array(table).reshape(-1, width)
     return values[rows]
-
-
-def _corner(word: str, counts: tuple[int, int, int]) -> list[int]:
-    """`position/uv/normal` of a face, each from 1, negative ones from the end; -1 where absent."""
-    found = [-1, -1, -1]
-    for column, digits in enumerate(word.split("/")[:3]):
-        if digits:
-            i = int(digits)
-            size = counts[column]
-            found[column] = i - 1 if i > 0 else size + i
-            if not 0 <= found[column] < size:
-                raise ValueError(f"{word!r} points at row {i} of {size}")
-    if found[0] < 0:
-        raise ValueError(f"{word!r} names no vertex")
-    return found

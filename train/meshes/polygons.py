@@ -66,23 +66,46 @@ def triangulate(points: np.ndarray, sizes: np.ndarray) -> Triangles:
     wrong = (sizes > 3) & ~flat & (outside > OVERLAP * length)
     if not wrong.any() and not flat.any():
         return Triangles(corners, polygon, 0, 0)
+    quads = wrong & (sizes == 4)
+    crossed = _turn_quads(points, corners, polygon, quads, normal)
+    wrong &= ~quads
     kept = ~(flat | wrong)[polygon]
     cut = [corners[kept]]
     owner = [polygon[kept]]
-    crossed = 0
     for m in np.flatnonzero(wrong).tolist():
-        own = points[first[m] : first[m] + sizes[m]]
-        ears, error = _ears(own, normal[m])
-        if error > CROSSED * length[m]:
-            crossed += 1
-            # a twisted quad keeps both halves; of others, what is nearer to the polygon's area
-            if sizes[m] == 4 or error > 2 * outside[m]:
-                ears = corners[polygon == m] - first[m]
+        ears, error = _ears(points[first[m] : first[m] + sizes[m]], normal[m])
+        crossed += error > CROSSED * length[m]
+        if outside[m] == np.inf or error > 2 * outside[m]:  # the fan is nearer to its area
+            step = np.arange(1, sizes[m] - 1)
+            ears = np.stack([0 * step, step, step + 1], 1)
         cut.append(ears + first[m])
         owner.append(np.full(len(ears), m))
     owner = np.concatenate(owner)
     order = np.argsort(owner, kind="stable")  # in the order of the file
-    return Triangles(np.concatenate(cut)[order], owner[order], int(flat.sum()), crossed)
+    return Triangles(np.concatenate(cut)[order], owner[order], int(flat.sum()), int(crossed))
+
+
+def _turn_quads(
+    points: np.ndarray,
+    corners: np.ndarray,
+    polygon: np.ndarray,
+    quads: np.ndarray,
+    normal: np.ndarray,
+) -> int:
+    """Cut the `quads` [M] whose fan is wrong along their other diagonal, in place in `corners`.
+
+    Where that is wrong too, the quad is twisted and its fan stays; returns how many are.
+    """
+    rows = np.flatnonzero(quads[polygon]).reshape(-1, 2)
+    first = corners[rows[:, 0], 0]
+    other = np.array([[1, 2, 3], [1, 3, 0]]) + first[:, None, None]
+    a, b, c = np.moveaxis(points[other], 2, 0)
+    mean = normal[quads]
+    along = (np.cross(b - a, c - a) * mean[:, None]).sum(2)
+    square = (mean**2).sum(1)
+    good = (along >= -OVERLAP * square[:, None]).all(1) & (square > 0)
+    corners[rows[good]] = other[good]
+    return int((~good).sum())
 
 
 def _fans(sizes: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
