@@ -205,7 +205,7 @@ def test_skins_with_free_vertices_more_joints_and_other_primitives(tmp_path):
     vertices, notes = skinned(tmp_path / "a.glb", weights, joints, **more)
     moved = TRIANGLE + [[5, 4, 0], [5, 4, 0], [5, 2, 0]]
     assert np.allclose(vertices, [*moved, *SQUARE[:3]]), "a primitive without joints stays"
-    assert notes == ["a.glb: 1 vertices without weight follow their first joint"]
+    assert notes == ["a.glb: vertices without weight: 1, which follow their first joint"]
     weights[1][1] = np.nan
     with pytest.raises(ValueError, match="a.glb cannot be read: vertex 1 hangs on its joints by"):
         skinned(tmp_path / "a.glb", weights, joints)

@@ -164,7 +164,7 @@ COLORED = {  # vertices and faces: the colour in the middle, and the note
     painted("0.5 0.25 1") + "f 1 2 3 4": ([0.5, 0.25, 1, 1], None),
     painted("128 64 0") + "f 1 2 3 4": (
         [0.5, 0.25, 0, 1],
-        "colours of vertexs are taken as numbers from 0 to 255",
+        "vertex colours are taken as numbers from 0 to 255",
     ),
     BARE + "f 1 2 3 4\n#MRGB ff8040ffff8040ff\n#MRGB ff8040ffff8040ff": ([0.5, 0.25, 1, 1], None),
     BARE + "f 1 2 3 4\n#MRGB ff8040ffff8040ffff8040ff": (
@@ -185,7 +185,7 @@ def test_vertex_colours(tmp_path, text):
     path = write_obj(tmp_path, "q", text)
     if color is not None:
         assert np.allclose(middle(path), color, atol=0.01)
-    found = [said for said in read_mesh(path).notes if "area" not in said]
+    found = [said for said in read_mesh(path).notes if "without area" not in said]
     assert found == ([f"q.obj{'' if note[0] == ',' else ': '}{note}"] if note else [])
 
 

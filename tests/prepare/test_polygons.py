@@ -173,9 +173,9 @@ def test_degenerate_and_crossing_polygons_are_counted(tmp_path):
     text += "f 1 2\nf 1 2 3 4\nf 1 1 1 1\nf 1 4 6 5\n"  # only the last has an area
     mesh = read_mesh(write_obj(tmp_path, "flat", text))
     assert len(mesh.faces) == 2
-    assert mesh.notes == ["flat.obj: 3 polygons have no area and are not shown"]
+    assert mesh.notes == ["flat.obj: polygons without area: 3, not shown"]
     mesh = read_mesh(write_obj(tmp_path, "bow", text.replace("f 1 4 6 5", "f 1 4 5 6")))
-    assert mesh.notes[1] == "bow.obj: 1 polygons cross their own edges and may cover too much"
+    assert mesh.notes[1] == "bow.obj: polygons whose edges cross: 1, which may cover too much"
     assert len(mesh.faces) == 2, "a twisted quad keeps both halves"
     star = RING[[0, 2, 1, 3, 0, 2, 3, 1]]  # two bow ties whose areas cancel
     cut = triangulate(np.pad(star, ((0, 0), (0, 1))), np.array([8]))

@@ -28,10 +28,10 @@ def unit_colors(values: np.ndarray, what: str) -> tuple[np.ndarray, str | None]:
     if values.dtype.kind == "f" and top <= 1 + ROUNDING:
         return values.clip(0, 1).astype(float), None
     if whole and top <= 255:
-        return values / 255, f"colours of {what}s are taken as numbers from 0 to 255"
+        return values / 255, f"{what} colours are taken as numbers from 0 to 255"
     if values.dtype.kind in "iu" and top <= 65535:
         guessed = values.dtype.itemsize > 2
-        note = f"colours of {what}s are taken as numbers from 0 to 65535" if guessed else None
+        note = f"{what} colours are taken as numbers from 0 to 65535" if guessed else None
         return values / 65535, note
     row = int(np.flatnonzero((values == top).any(1))[0])
     raise ValueError(

@@ -299,7 +299,7 @@ class _Reader:
             raise ValueError(f"vertex {row} hangs on its joints by {weight[row].tolist()}")
         free = weight.sum(1) <= 0
         if free.any():
-            self.note(f"{int(free.sum())} vertices without weight follow their first joint")
+            self.note(f"vertices without weight: {free.sum()}, which follow their first joint")
             weight[free] = 0
             weight[free, 0] = 1
         joint[weight == 0] = 0  # exporters leave any number there

@@ -28,10 +28,10 @@ class Triangles:
         """Say what of the polygons of file `name` is not shown as they are."""
         lines = []
         if self.flat:
-            lines.append(f"{name}: {self.flat} polygons have no area and are not shown")
+            lines.append(f"{name}: polygons without area: {self.flat}, not shown")
         if self.crossed:
             lines.append(
-                f"{name}: {self.crossed} polygons cross their own edges and may cover too much"
+                f"{name}: polygons whose edges cross: {self.crossed}, which may cover too much"
             )
         return lines
 
