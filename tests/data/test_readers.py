@@ -154,8 +154,9 @@ def test_views_that_an_optimiser_has_rewritten(tmp_path):
 
 def test_a_table_that_a_spreadsheet_wrote(tmp_path):
     root = make(tmp_path)
-    (root / CSV).write_bytes(b"\xef\xbb\xbf" + (root / CSV).read_bytes())
-    assert opened(root).names == [AA, BB, CC]
+    for file in (CSV, JSON):
+        (root / file).write_bytes(b"\xef\xbb\xbf" + (root / file).read_bytes())
+    assert opened(root).names == [AA, BB, CC] and len(opened(root).item(AA).camera) == VIEWS
 
 
 NONE = dict(indices=np.zeros((0, 3), np.uint8), patchtokens=np.zeros((0, 6), np.float16))

@@ -160,7 +160,7 @@ def test_ply_names_of_colours_and_of_coordinates_without_a_texture(tmp_path):
     names = ("diffuse_red", "diffuse_green", "diffuse_blue", "s", "t")
     text += "".join(f"property float {name}\n" for name in names) + FACE + "end_header\n"
     text += "".join(f"{x:g} {y:g} 0 0.5 0.25 1 0 0\n" for x, y, _ in TRIANGLE) + "3 0 1 2\n"
-    (tmp_path / "a.ply").write_text(text)
+    (tmp_path / "a.ply").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as editors save it
     mesh = read_mesh(tmp_path / "a.ply")
     assert np.allclose(mesh.tint, [0.5, 0.25, 1])
     assert mesh.notes == ["a.ply: it has texture coordinates (s t) and no texture"]
