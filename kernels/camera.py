@@ -17,6 +17,8 @@ from kernels.checks import check_tensors, check_whole
 
 FOV = math.radians(40)  # of the published training views
 POLE = math.pi / 2 + 1e-6  # pi / 2 in fp32 is a little more than pi / 2
+# how far a camera's matrix may be from a rotation times a scale: what six digits leave
+ROUNDED = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,19 +148,22 @@ class Camera:
         along -z, y up). `fov_x` is the horizontal angle in radians (one number or [V]). Pixels are
         square.
 
-        Reads the matrices (on a GPU this waits). Raises ValueError where one cannot be inverted and
-        for an angle that is not between 0 and pi (unread on a GPU).
+        A matrix that scales all axes alike is normalised: its camera sees the same. Reads the
+        matrices (on a GPU this waits). Raises ValueError where one cannot be inverted, is mirrored,
+        stretched or skewed, and for an angle that is not between 0 and pi (unread on a GPU).
         """
         matrix = torch.as_tensor(transform_matrix)
         if matrix.ndim != 3 or tuple(matrix.shape[1:]) != (4, 4):
             raise ValueError(f"transform_matrix must be [V, 4, 4], not {list(matrix.shape)}")
         flip = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64, device=matrix.device)
-        inverse, failed = torch.linalg.inv_ex(matrix.double() * flip)
-        bad = failed.bool() | ~inverse.isfinite().all((1, 2))
+        matrix, warped = _without_scale(matrix.double())
+        inverse, failed = torch.linalg.inv_ex(matrix * flip)
+        failed = failed.bool() | ~inverse.isfinite().all((1, 2))
+        bad = failed | warped
         if bad.any():
-            raise ValueError(
-                f"transform_matrix {int(bad.int().argmax())} of {len(matrix)} cannot be inverted"
-            )
+            view = int(bad.int().argmax())
+            fault = "cannot be inverted" if failed[view] else "is mirrored, stretched or skewed"
+            raise ValueError(f"transform_matrix {view} of {len(matrix)} {fault}")
         fov = _numbers("fov_x", fov_x, 0, math.pi, "radians", matrix.device)
         return cls(inverse.float(), _intrinsics(fov, len(matrix), width, height), width, height)
 
@@ -204,6 +209,23 @@ class Camera:
         extrinsics[:, 2, 3] = radius  # -R eye
         height = width if height is None else height
         return cls(extrinsics.float(), _intrinsics(fov, len(yaw), width, height), width, height)
+
+
+def _without_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return matrices [V, 4, 4] whose axes have length 1, and where they are no rotation [V].
+
+    A scale is divided out only where it is more than rounding: others stay as they are.
+    """
+    axes = matrix[:, :3, :3]
+    volume = torch.linalg.det(axes)
+    scale = volume.abs() ** (1 / 3)
+    products = axes.mT @ axes / scale[:, None, None] ** 2
+    one = torch.eye(3, dtype=axes.dtype, device=axes.device)
+    # what is not finite compares as false
+    warped = (volume < 0) | ((products - one).abs() > ROUNDED).any((1, 2))
+    divisor = torch.where((scale - 1).abs() > ROUNDED, scale, torch.ones_like(scale))
+    rigid = torch.cat([axes / divisor[:, None, None], matrix[:, :3, 3:]], 2)
+    return torch.cat([rigid, matrix[:, 3:]], 1), warped
 
 
 def _numbers(

@@ -33,6 +33,16 @@ def test_from_blender_inverts_a_general_pose_and_takes_one_angle_per_view():
     assert_close(again.intrinsics[:, 0, 0], 0.5 / torch.tan(torch.linspace(0.2, 0.3, 5)), 1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.01, 2.0, 300.0])
+def test_a_scale_changes_no_camera(scale):
+    camera = Camera.orbit(torch.rand(3) * 6, torch.rand(3) - 0.5, 1.7, 0.5, 64)
+    matrix = torch.linalg.inv(camera.extrinsics.double()) * torch.tensor([1.0, -1, -1, 1]).double()
+    matrix[1:, :3, :3] *= scale
+    again = Camera.from_blender(matrix, 0.5, 64, 64)
+    assert_close(again.extrinsics, camera.extrinsics, 1e-6)
+    assert_close(again.center, camera.center, 1e-6)
+
+
 def test_orbit_follows_the_published_axes():
     yaw, pitch = torch.tensor([0.3, -2.0, 4.0]), torch.tensor([0.2, -1.2, 0.0])
     camera = Camera.orbit(yaw, pitch, 2.0, math.radians(30), 48)
@@ -122,7 +132,17 @@ def test_select_join_and_move():
         ),
         (
             lambda e, k: Camera.from_blender(e * torch.tensor([1.0, 0])[:, None, None], 0.7, 8, 8),
-            "transform_matrix 1 of 2",
+            "transform_matrix 1 of 2 cannot be inverted",
+        ),
+        (
+            lambda e, k: Camera.from_blender(
+                e @ torch.diag(torch.tensor([1.0, 1, -1, 1])), 0.7, 8, 8
+            ),
+            "transform_matrix 0 of 2 is mirrored, stretched or skewed",
+        ),
+        (
+            lambda e, k: Camera.from_blender(e + torch.eye(4).roll(1, 1) * 0.2, 0.7, 8, 8),
+            "transform_matrix 0 of 2 is mirrored, stretched or skewed",
         ),
         (
             lambda e, k: Camera.from_blender(e, torch.ones(3), 8, 8),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.datasets import AA, BB, CC, JSON, PNG, RES, SIZE, VIEWS, enormous, make, opened
+from train.data.readers import read_frames, read_picture
 
 
 def test_an_item_is_what_the_files_say(tmp_path):
@@ -112,10 +113,50 @@ def frame(key, value):
     return breaker
 
 
+def turned(change, last=(0, 0, 0, 1)):
+    """Multiply the camera of frame 1 by a matrix in its own axes."""
+
+    def breaker(root):
+        pose = read_frames(root / JSON).matrix[1] @ change
+        pose[3] = last
+        frame("transform_matrix", pose.tolist())(root)
+
+    return breaker
+
+
+def test_a_camera_that_is_scaled_is_the_camera(tmp_path):
+    root = make(tmp_path, [AA])
+    before = opened(root).item(AA).camera
+    turned(np.diag([2, 2, 2, 1]))(root)
+    after = opened(root).item(AA).camera
+    assert torch.allclose(after.extrinsics, before.extrinsics, atol=1e-6)
+
+
+def test_views_that_an_optimiser_has_rewritten(tmp_path):
+    root = make(tmp_path, [AA])
+    pixels = np.zeros((SIZE, SIZE, 4), np.uint8)
+    pixels[:9] = (70, 70, 70, 255)
+    pixels[9:12] = (70, 70, 70, 128)
+    grey = np.stack([pixels[..., 0], pixels[..., 3]], -1)
+    palette = Image.fromarray(pixels[..., 3]).convert("P")  # as many colours as alphas
+    palette.putpalette([0, 0, 0] * 128 + [70, 70, 70] * 128)
+    for image, options in (
+        (Image.fromarray(pixels), {}),
+        (Image.fromarray(grey), {}),
+        (palette, {"transparency": bytes(range(256))}),
+    ):
+        image.save(root / PNG, **options)
+        with Image.open(root / PNG) as stored:
+            assert stored.mode == image.mode
+        read = read_picture(root / PNG, SIZE, (SIZE, SIZE))
+        assert np.array_equal(read.permute(1, 2, 0).numpy(), pixels)
+
+
 def test_a_table_that_a_spreadsheet_wrote(tmp_path):
     root = make(tmp_path)
-    (root / CSV).write_bytes(b"\xef\xbb\xbf" + (root / CSV).read_bytes())
-    assert opened(root).names == [AA, BB, CC]
+    for file in (CSV, JSON):
+        (root / file).write_bytes(b"\xef\xbb\xbf" + (root / file).read_bytes())
+    assert opened(root).names == [AA, BB, CC] and len(opened(root).item(AA).camera) == VIEWS
 
 
 NONE = dict(indices=np.zeros((0, 3), np.uint8), patchtokens=np.zeros((0, 6), np.float16))
@@ -228,6 +269,26 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
         frame("transform_matrix", [[0.0] * 4] * 4),
         JSON,
         ": frame 1 has no usable camera",
+    ),
+    "matrix mirrored": (
+        turned(np.diag([-1, 1, 1, 1])),
+        JSON,
+        ": frame 1: its transform_matrix is mirrored",
+    ),
+    "matrix stretched": (
+        turned(np.diag([1, 2, 1, 1])),
+        JSON,
+        r": frame 1: its transform_matrix is stretched or skewed \(axes of length 1 2 1\)",
+    ),
+    "matrix skewed": (
+        turned(np.eye(4) + np.eye(4, k=1) * [0, 0.1, 0, 0]),
+        JSON,
+        ": frame 1: its transform_matrix is stretched or skewed",
+    ),
+    "matrix projective": (
+        turned(np.eye(4), [0, 0, 0.1, 1]),
+        JSON,
+        ": frame 1: its transform_matrix has another last row than 0 0 0 1",
     ),
     "angle too wide": (
         frame("camera_angle_x", math.pi),

@@ -29,11 +29,6 @@ BAD = {
         "newmtl m\nmap_Kd bad.obj\n",
         "bad.obj: bad.mtl: texture 'bad.obj' of material 'm' cannot be read",
     ),
-    "no mtl": (
-        "mtllib gone.mtl\n" + GOOD + "f 1 2 3\n",
-        "",
-        "bad.obj, line 1: material file 'gone.mtl' does not exist",
-    ),
     "empty": ("", "", "bad.obj is empty"),
     "index": (GOOD + "f 1 2 4\n", "", "bad.obj, line 4: '4' points at row 4 of 3"),
     "words": ("v 0 0 zero\n", "", "bad.obj, line 1: could not convert string to float: 'zero'"),
@@ -125,7 +120,8 @@ def test_objects_are_the_same_only_with_their_materials_and_textures(tmp_path, c
 def test_a_broken_copy_does_not_stand_for_a_good_one(tmp_path, capsys):
     good = textured(tmp_path / "in/good", 10)
     (tmp_path / "in/bad").mkdir()
-    (tmp_path / "in/bad/cube.obj").write_bytes(good.read_bytes())  # without its materials
+    for name in ("cube.obj", "cube.mtl"):  # without its texture
+        shutil.copy(good.with_name(name), tmp_path / "in/bad" / name)
     box_file = write_obj(tmp_path, "box", box()[0])
     (tmp_path / "box.ply").write_bytes(box_file.read_bytes())
     assert (
@@ -134,7 +130,7 @@ def test_a_broken_copy_does_not_stand_for_a_good_one(tmp_path, capsys):
     )
     output = capsys.readouterr().out
     assert (
-        f"skipped {tmp_path}/in/bad/cube.obj, line 1: material file" in output
+        f"skipped {tmp_path}/in/bad/cube.obj: cube.mtl: texture 'cube.png'" in output
         and f"skipped {tmp_path}/box.ply" in output
     )
     assert "2 objects (2 made, 0 there already), 8 views, 2 skipped" in output
@@ -175,8 +171,8 @@ def test_impossible_settings(pair, tmp_path, capsys, flags, message):
 
 def test_no_meshes_and_no_embree(tmp_path, capsys, monkeypatch):
     assert command(tmp_path, "--out", tmp_path / "o") == 2
-    assert f"{tmp_path} holds no .obj, .glb, .gltf, .ply file" in capsys.readouterr().err
+    assert f"{tmp_path} holds no .obj, .glb, .gltf, .ply, .fbx" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "embreex", None)
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
     assert command(tmp_path, "--out", tmp_path / "o") == 2
-    assert "needs embreex: pip install '.[prepare]'" in capsys.readouterr().err
+    assert "needs embreex and mapbox-earcut: pip install '.[prepare]'" in capsys.readouterr().err

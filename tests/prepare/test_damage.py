@@ -30,8 +30,8 @@ from tests.helpers.mesh_files import (
 )
 from tests.helpers.prepare import command, metadata
 from tests.helpers.source_files import SOURCES
+from train.meshes.pictures import decode
 from train.meshes.read import content_hash, read_mesh
-from train.meshes.surface import decode
 
 SMALL = (
     "--size",
@@ -123,7 +123,8 @@ MTL = {
     "d": "d '' is no number",
     "Kd": "Kd '' is no number",
     "Kd nan 0 0": "Kd 'nan 0 0' is no number",
-    "Tr": "could not convert",
+    "Tr": "Tr '' is no number",
+    "Ke inf": "Ke 'inf' is no number",
 }
 
 

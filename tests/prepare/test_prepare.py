@@ -85,6 +85,14 @@ def test_features_see_the_training_views_only(tmp_path):
         assert np.allclose(made, grid.result(), atol=1e-2) == same
 
 
+def test_features_that_no_training_accepts_are_refused():
+    grid = Features(np.array([[1, 2, 3]]), np.array([[2, 4, 6]]), 4)
+    inside = np.array([[1.1, 2.1, 3.1]]) / 4 - 0.5
+    grid.add_view(inside, np.ones(1), np.full((1, 3), np.nan), np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"the features of voxel \[1, 2, 3\] are not finite"):
+        grid.result()
+
+
 # the dataset
 
 

@@ -313,8 +313,8 @@ def bad_files(folder: Path) -> dict[str, str]:
     said["nan.ply"] = "1 of 5 vertices are not finite, the first is vertex 5"
     ply(name("index.ply"), "ascii", FACES, rows, [MIXED[0], ("B3i", (3, 0, 1, 5))])
     said["index.ply"] = "a face uses vertex 5 of 5"
-    ply(name("edge.ply"), "ascii", FACES, rows, [MIXED[0], ("B2i", (2, 0, 1))])
-    said["edge.ply"] = "face 1 has 2 corners"
+    ply(name("edge.ply"), "ascii", FACES, rows, [("B1i", (1, 0)), ("B2i", (2, 0, 1))])
+    said["edge.ply"] = "has no faces: polygons without area: 2, not shown"
     ply(name("picture.ply"), "ascii", "comment TextureFile a b.png\n" + FACES, rows, MIXED)
     said["picture.ply"] = (
         "cannot be read: its texture 'a b.png' is not supported: convert it to GLB"

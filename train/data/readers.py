@@ -32,6 +32,8 @@ from train.meshes.ply import read_ply
 from train.meshes.untrusted import MALFORMED, VIEWS, load_picture, open_picture, reason
 
 LARGEST = 1 << 31  # bytes of an object's features: a small archive can announce any number
+# how far a camera's matrix may be from a rotation times a scale: what six digits leave
+ROUNDED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 def read_frames(file: Path) -> Frames:
     """Read a transforms.json.
 
-    Raises ValueError where it is missing, truncated or without frames, where a frame has no usable
-    camera, where its `holdout` is not a number of its frames, and where a file_path leads out of
-    the folder.
+    A matrix that scales all axes alike is normalised: its camera sees the same. Raises ValueError
+    where the file is missing, truncated or without frames, where a frame has no usable camera or
+    one that is mirrored, stretched or skewed, where its `holdout` is not a number of its frames,
+    and where a file_path leads out of the folder.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         frames = content["frames"]
         holdout = content.get("holdout")
         names = [str(frame["file_path"]) for frame in frames]
@@ -105,6 +108,7 @@ def read_frames(file: Path) -> Frames:
             f"{file}: frame {frame} has no usable camera (angle {fov[frame]}, matrix "
             f"{matrix[frame].tolist()})"
         )
+    matrix = _rigid(matrix, file)
     if holdout is not None and not (type(holdout) is int and 0 <= holdout <= len(names)):
         raise ValueError(f"{file}: holdout {holdout!r} is not a number of its {len(names)} frames")
     try:
@@ -112,6 +116,32 @@ def read_frames(file: Path) -> Frames:
     except ValueError as error:
         raise ValueError(f"{file}: file_path {error}") from error
     return Frames(files, matrix, fov, holdout)
+
+
+def _rigid(matrix: np.ndarray, file: Path) -> np.ndarray:
+    """Matrices [n, 4, 4] without their scale; ValueError that names a frame whose axes are none."""
+    axes = matrix[:, :3, :3]
+    lengths = np.linalg.norm(axes, axis=1)
+    scale = np.cbrt(np.linalg.det(axes))
+    products = axes.transpose(0, 2, 1) @ axes / scale[:, None, None] ** 2
+    skewed = np.abs(products - np.eye(3)).max((1, 2)) > ROUNDED
+    projective = np.abs(matrix[:, 3] - [0, 0, 0, 1]).max(1) > ROUNDED
+    for wrong, what in (
+        (scale < 0, "is mirrored"),
+        (skewed, "is stretched or skewed"),
+        (projective, "has another last row than 0 0 0 1"),
+    ):
+        if wrong.any():
+            frame = int(wrong.argmax())
+            shown = " ".join(f"{length:.4g}" for length in lengths[frame])
+            raise ValueError(
+                f"{file}: frame {frame}: its transform_matrix {what} (axes of length {shown}), so "
+                "it is no camera's"
+            )
+    scaled = np.abs(scale - 1) > ROUNDED
+    rigid = matrix.copy()
+    rigid[scaled, :3, :3] /= scale[scaled, None, None]
+    return rigid
 
 
 def picture_size(file: Path) -> tuple[int, int]:
@@ -128,7 +158,8 @@ def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
     of its object's first.
     """
     with _opened(file) as picture:
-        if picture.mode != "RGBA":
+        # optimisers write the same pixels as a palette, as grey, or with one transparent colour
+        if not picture.has_transparency_data:
             raise ValueError(f"{file} has mode {picture.mode}: views need colour and alpha (RGBA)")
         if picture.size != like:
             raise ValueError(
@@ -140,6 +171,7 @@ def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
             load_picture(picture)
         except ValueError as error:
             raise ValueError(f"{file} is truncated or damaged: {error}") from error
+        picture = picture.convert("RGBA")
         color = picture.convert("RGB")
         alpha = picture.getchannel("A")
         if picture.size != (size, size):

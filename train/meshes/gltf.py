@@ -1,24 +1,27 @@
 """GLB and glTF 2.0 files as triangles (Khronos specification 2.0).
 
-Scene transforms, instances and skins are applied. Of a material the base colour is taken: texture
-times factor times vertex colour, multiplied in linear light as the specification says (textures are
-sRGB, factors and vertex colours linear); of the old specular-glossiness extension, the diffuse
-colour. What cannot be shown as meant is a ValueError with the file's name (compressed geometry, an
-unknown required extension) or a note (points and lines, morph targets, texture borders that do not
-repeat).
+Scene transforms, instances, skins and the default weights of morph targets are applied. The base
+colour is texture times factor times vertex colour, multiplied in linear light as the specification
+says (textures are sRGB, factors and vertex colours linear). What cannot be shown as meant is a
+ValueError with the file's name (compressed geometry, an unknown required extension) or a note
+(points and lines, extensions that are not applied).
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 
-from train.meshes.gltf_data import GLOSSINESS, UNDERSTOOD, GltfData
-from train.meshes.surface import GREY, Material, Mesh, assemble, decode, find
+from train.meshes.colors import unit_colors
+from train.meshes.gltf_data import GltfData
+from train.meshes.gltf_extensions import DRACO, INSTANCING, VISIBILITY, lost, refused
+from train.meshes.gltf_materials import Materials
+from train.meshes.pictures import Placement
+from train.meshes.surface import Finish, Mesh, assemble, no_faces
 from train.meshes.untrusted import MALFORMED, reason
 
-REPEAT = 10497
 TRIANGLES = 4
 STRIP = 5
 FAN = 6
@@ -37,11 +40,7 @@ def read_gltf(path: Path) -> Mesh:
 
 def gltf_files(path: Path) -> list[Path | None]:
     """List the buffers and images that a .glb or .gltf names; None for one that is absent."""
-    document = GltfData(path).document
-    entries = [entry for table in ("buffers", "images") for entry in document.get(table) or []]
-    uris = [entry["uri"] for entry in entries if "uri" in entry]
-    names = [unquote(uri) for uri in uris if not uri.startswith("data:")]
-    return [find(path.parent, name) for name in names]
+    return GltfData(path).files()
 
 
 @dataclass
@@ -52,8 +51,9 @@ class _Part:
     faces: np.ndarray  # [F, 3]
     normals: np.ndarray  # [P, 3], zero where the file gives none
     uv: np.ndarray  # [P, 2], v downwards
+    emission_uv: np.ndarray  # [P, 2]
     tint: np.ndarray  # [P, 3] linear
-    material: Material
+    finish: Finish
 
 
 class _Reader:
@@ -61,28 +61,29 @@ class _Reader:
         self.data = data
         self.name = data.path.name
         self.notes: dict[str, None] = {}  # an ordered set
-        self.pictures: dict[int, np.ndarray] = {}
-        required = set(data.document.get("extensionsRequired", ()))
-        unknown = {
-            e for e in required if e not in UNDERSTOOD and not e.startswith("KHR_materials_")
-        }
-        if unknown:
-            raise ValueError(f"it needs {', '.join(sorted(unknown))}, which is not supported")
+        self.materials = Materials(data, self.note)
+        if unknown := refused(data.document):
+            raise ValueError(f"it needs {', '.join(unknown)}, which is not supported")
+        for extension in lost(data.document):
+            self.note(f"what {extension} adds is not shown")
 
     def note(self, text: str) -> None:
         self.notes[f"{self.name}: {text}"] = None
 
     def mesh(self) -> Mesh:
-        world = self._world()
+        world, shown = self._world()
         parts = []
-        for number, matrix in world.items():
+        for number in shown:
             node = self.data.entry("nodes", number)
             if "mesh" in node:
                 skin = self._skin(node["skin"], world) if "skin" in node else None
-                for primitive in self.data.entry("meshes", node["mesh"])["primitives"]:
-                    parts += self._part(primitive, matrix, skin)
+                mesh = self.data.entry("meshes", node["mesh"])
+                weights = node.get("weights", mesh.get("weights"))
+                places = self._instances(node, world[number])
+                for primitive in mesh["primitives"]:
+                    parts += self._parts(primitive, places, skin, weights)
         if not parts:
-            raise ValueError(f"{self.name} has no faces")
+            raise ValueError(no_faces(self.name, self.notes))
         first = np.cumsum([0, *(len(p.vertices) for p in parts)])
 
         def corners(field: str) -> np.ndarray:
@@ -90,6 +91,10 @@ class _Reader:
 
         uv = corners("uv")
         uv[..., 1] = 1 - uv[..., 1]
+        emission_uv = corners("emission_uv")
+        emission_uv[..., 1] = 1 - emission_uv[..., 1]
+        finishes = list({id(p.finish): p.finish for p in parts}.values())
+        rows = {id(finish): row for row, finish in enumerate(finishes)}
         return assemble(
             self.name,
             np.concatenate([p.vertices for p in parts]),
@@ -97,57 +102,109 @@ class _Reader:
             corners("normals"),
             uv,
             corners("tint"),
-            np.repeat(np.arange(len(parts)), [len(p.faces) for p in parts]),
-            [p.material for p in parts],
+            np.repeat([rows[id(p.finish)] for p in parts], [len(p.faces) for p in parts]),
+            [finish.material for finish in finishes],
             self.notes,
+            emission_uv=None if np.array_equal(uv, emission_uv) else emission_uv,
         )
 
     # the scene
 
-    def _world(self) -> dict[int, np.ndarray]:
-        """Transforms [4, 4] of all nodes of the scene to show, by node number."""
+    def _world(self) -> tuple[dict[int, np.ndarray], list[int]]:
+        """Transforms [4, 4] of all nodes, by their numbers, and the nodes that the scene shows.
+
+        Joints may stand outside the scene.
+        """
         nodes = self.data.document.get("nodes") or []
+        children = {c for node in nodes for c in node.get("children", ())}
+        top = sorted(set(range(len(nodes))) - children)
+        roots = top
         if self.data.document.get("scenes"):
             roots = self.data.entry("scenes", self.data.document.get("scene", 0)).get("nodes", [])
-        else:
-            roots = sorted(
-                set(range(len(nodes))) - {c for node in nodes for c in node.get("children", ())}
-            )
         world = {}
-        todo = [(number, np.eye(4)) for number in reversed(roots)]
+        shown = []
+        todo = [(number, np.eye(4), True) for number in reversed(roots)]
         while todo:
-            number, parent = todo.pop()
+            number, parent, visible = todo.pop()
             node = self.data.entry("nodes", number)
             if number in world:
                 raise ValueError(f"node {number} has two places in the scene")
             world[number] = parent @ _local(node)
-            todo += [(child, world[number]) for child in reversed(node.get("children", []))]
-        return world
+            visible &= node.get("extensions", {}).get(VISIBILITY, {}).get("visible", True)
+            if visible:
+                shown.append(number)
+            below = reversed(node.get("children", []))
+            todo += [(child, world[number], visible) for child in below]
+        todo = [(number, np.eye(4)) for number in top if number not in world]
+        while todo:
+            number, parent = todo.pop()
+            if number not in world:
+                node = self.data.entry("nodes", number)
+                world[number] = parent @ _local(node)
+                todo += [(child, world[number]) for child in node.get("children", [])]
+        return world, shown
+
+    def _instances(self, node: dict, matrix: np.ndarray) -> list[np.ndarray]:
+        """The transforms [4, 4] at which a node's mesh is shown."""
+        extension = node.get("extensions", {}).get(INSTANCING)
+        if extension is None or "skin" in node:
+            return [matrix]
+        columns = {
+            name: self.data.accessor(extension["attributes"][key]).astype(float)
+            for name, key in (
+                ("translation", "TRANSLATION"),
+                ("rotation", "ROTATION"),
+                ("scale", "SCALE"),
+            )
+            if key in extension["attributes"]
+        }
+        counts = sorted({len(values) for values in columns.values()})
+        if len(counts) != 1:
+            raise ValueError(f"its instances have columns of {counts} rows")
+        return [
+            matrix @ _local({name: values[row] for name, values in columns.items()})
+            for row in range(counts[0])
+        ]
 
     def _skin(self, number: int, world: dict[int, np.ndarray]) -> np.ndarray:
         """The matrices [J, 4, 4] by which joints move a vertex."""
         skin = self.data.entry("skins", number)
+        outside = [joint for joint in skin["joints"] if joint not in world]
+        if outside:
+            raise ValueError(f"joint {outside[0]} of skin {number} is no node with a place")
         joints = np.stack([world[j] for j in skin["joints"]])
         if "inverseBindMatrices" in skin:
             inverse = self.data.accessor(skin["inverseBindMatrices"]).reshape(-1, 4, 4)
-            joints = joints @ inverse.transpose(0, 2, 1)  # columns first in the file
+            if len(inverse) < len(joints):
+                raise ValueError(
+                    f"skin {number} has {len(inverse)} inverse bind matrices for {len(joints)} "
+                    "joints"
+                )
+            # columns first in the file
+            joints = joints @ inverse[: len(joints)].transpose(0, 2, 1)
         return joints
 
-    def _part(self, primitive: dict, matrix: np.ndarray, skin: np.ndarray | None) -> list[_Part]:
-        """The triangles of a primitive in world space; none where it shows nothing."""
+    # a primitive
+
+    def _parts(
+        self,
+        primitive: dict,
+        places: list[np.ndarray],
+        skin: np.ndarray | None,
+        weights: list[float] | None,
+    ) -> Iterator[_Part]:
+        """The triangles of a primitive at each of its places; none where it shows nothing."""
         mode = primitive.get("mode", TRIANGLES)
         attributes = primitive["attributes"]
         if mode not in (TRIANGLES, STRIP, FAN):
             self.note("its points and lines are not shown")
-            return []
+            return
         if "POSITION" not in attributes:
             self.note("a primitive without positions is not shown")
-            return []
-        if primitive.get("targets"):
-            self.note("morph targets are not applied")
-        vertices = self._attribute(attributes, "POSITION")
-        normals = self._attribute(attributes, "NORMAL")
-        color = self._attribute(attributes, "COLOR_0")
+            return
+        self._refuse_draco(primitive)
+        vertices = self._attribute(primitive, "POSITION", weights)
+        normals = self._attribute(primitive, "NORMAL", weights)
         P = len(vertices)
         index = np.arange(P)
         if "indices" in primitive:
@@ -155,117 +212,119 @@ class _Reader:
         if len(index) and index.max() >= P:
             raise ValueError(f"a face uses vertex {index.max()} of {P}")
         faces = _triangles(index, mode)
-        if skin is not None:  # the node's own transform does not apply
-            matrix = self._skinned(attributes, skin)
-        linear = matrix[..., :3, :3]
-        vertices = np.einsum("...ij,...j->...i", linear, vertices) + matrix[..., :3, 3]
-        if normals is None:
-            normals = np.zeros((P, 3))
-        else:
-            normals = np.einsum("...ji,...j->...i", np.linalg.pinv(linear), normals)
-        material, place = self._material(primitive.get("material"), color is not None)
-        uv = self._uv(attributes, place, material, P)
-        tint = np.ones((P, 3)) if color is None else color[:, :3]
-        if color is not None and color.shape[1] == 4 and color[:, 3].min() < 1:
-            self.note("the alpha of vertex colours is not shown")
-        return [_Part(vertices, faces, normals, uv, tint, material)]
+        if skin is not None:
+            moved = self._skinned(attributes, skin)
+            if moved is not None:  # the node's own transform does not apply
+                places = [moved]
+        color = self._attribute(primitive, "COLOR_0", weights, raw=True)
+        tint = np.ones((P, 3)) if color is None else self._tint(color)
+        finish = self.materials[primitive.get("material"), color is not None]
+        material = finish.material
+        uv = self._uv(primitive, weights, finish.placement, material.texture is not None, P)
+        glows = material.emission_texture is not None
+        emission_uv = uv
+        if glows:
+            emission_uv = self._uv(primitive, weights, finish.emission_placement, glows, P)
+        for matrix in places:
+            linear = matrix[..., :3, :3]
+            placed = np.einsum("...ij,...j->...i", linear, vertices) + matrix[..., :3, 3]
+            turned = np.zeros((P, 3))
+            if normals is not None:
+                turned = np.einsum("...ji,...j->...i", np.linalg.pinv(linear), normals)
+            yield _Part(placed, faces, turned, uv, emission_uv, tint, finish)
 
-    def _attribute(self, attributes: dict, name: str) -> np.ndarray | None:
+    def _refuse_draco(self, primitive: dict) -> None:
+        """ValueError for a primitive whose data are compressed; some have others beside."""
+        used = [*primitive["attributes"].values()]
+        if "indices" in primitive:
+            used.append(primitive["indices"])
+        entries = [self.data.entry("accessors", number) for number in used]
+        plain = all("bufferView" in entry or "sparse" in entry for entry in entries)
+        if DRACO in primitive.get("extensions", {}) and not plain:
+            raise ValueError(f"its geometry is compressed ({DRACO}), which is not supported")
+
+    def _attribute(
+        self, primitive: dict, name: str, weights: list[float] | None, raw: bool = False
+    ) -> np.ndarray | None:
+        """An attribute, moved by the morph targets that have a weight; None where it is absent.
+
+        Floating point, but as the file has it if `raw`.
+        """
+        attributes = primitive["attributes"]
         if name not in attributes:
             return None
-        return self.data.accessor(attributes[name]).astype(float)
+        values = self.data.accessor(attributes[name])
+        values = values if raw else values.astype(float)
+        targets = primitive.get("targets") or []
+        if not targets or not weights:
+            return values
+        if len(weights) != len(targets):
+            raise ValueError(f"{len(weights)} weights for {len(targets)} morph targets")
+        for weight, target in zip(weights, targets, strict=True):
+            if weight and name in target:
+                change = self.data.accessor(target[name])
+                if change.shape != values.shape:
+                    raise ValueError(
+                        f"a morph target changes {len(change)} rows of the {len(values)} of {name}"
+                    )
+                values = values + float(weight) * change
+        return values
 
-    def _skinned(self, attributes: dict, skin: np.ndarray) -> np.ndarray:
-        """The transform [P, 4, 4] of each vertex that joints move."""
-        weight = self._attribute(attributes, "WEIGHTS_0")
-        joint = self._attribute(attributes, "JOINTS_0")
-        if weight is None or joint is None:
-            raise ValueError("a primitive that a skin moves has no WEIGHTS_0 or no JOINTS_0")
-        if len(joint) and joint.max() >= len(skin):
-            raise ValueError(f"a vertex hangs on joint {joint.max():.0f} of {len(skin)}")
-        matrix = np.einsum("pk,pkij->pij", weight, skin[joint.astype(int)])
-        return matrix / np.maximum(weight.sum(1), 1e-12)[:, None, None]
+    def _tint(self, color: np.ndarray) -> np.ndarray:
+        """Vertex colours [P, 3] in [0, 1], linear."""
+        if color.shape[1] == 4:
+            alpha, _ = unit_colors(color[:, 3:], "alpha of vertex")
+            if len(alpha) and alpha.min() < 1:
+                self.note("the alpha of vertex colours is not shown")
+        tint, note = unit_colors(color[:, :3], "vertex")
+        if note:
+            self.note(note)
+        return tint
 
-    def _uv(self, attributes: dict, place: dict, material: Material, P: int) -> np.ndarray:
-        """Texture coordinates [P, 2], v downwards."""
-        uv = self._attribute(attributes, f"TEXCOORD_{place.get('texCoord', 0)}")
-        if uv is None and material.texture is not None:
-            self.note("faces of a textured material have no texture coordinates")
+    def _skinned(self, attributes: dict, skin: np.ndarray) -> np.ndarray | None:
+        """The transform [P, 4, 4] of each vertex that joints move; None where none are named.
+
+        Four joints and weights a set, in as many sets as there are.
+        """
+        sets = sorted(int(n[8:]) for n in attributes if re.fullmatch(r"WEIGHTS_\d+", n))
+        sets = [n for n in sets if f"JOINTS_{n}" in attributes]
+        if not sets:
+            return None
+        weight = np.concatenate([self.data.accessor(attributes[f"WEIGHTS_{n}"]) for n in sets], 1)
+        joint = np.concatenate([self.data.accessor(attributes[f"JOINTS_{n}"]) for n in sets], 1)
+        weight = weight.astype(float)
+        joint = joint.astype(np.int64)
+        if not np.isfinite(weight).all():
+            row = int(np.flatnonzero(~np.isfinite(weight).all(1))[0])
+            raise ValueError(f"vertex {row} hangs on its joints by {weight[row].tolist()}")
+        free = weight.sum(1) <= 0
+        if free.any():
+            self.note(f"vertices without weight: {free.sum()}, which follow their first joint")
+            weight[free] = 0
+            weight[free, 0] = 1
+        joint[weight == 0] = 0  # exporters leave any number there
+        if joint.size and joint.max() >= len(skin):
+            raise ValueError(f"a vertex hangs on joint {joint.max()} of {len(skin)}")
+        matrix = np.zeros((len(weight), 4, 4))
+        for column in range(weight.shape[1]):
+            matrix += weight[:, column, None, None] * skin[joint[:, column]]
+        return matrix / weight.sum(1)[:, None, None]
+
+    def _uv(
+        self,
+        primitive: dict,
+        weights: list[float] | None,
+        placement: Placement,
+        textured: bool,
+        P: int,
+    ) -> np.ndarray:
+        """Texture coordinates [P, 2], v downwards, where a material places its texture."""
+        uv = self._attribute(primitive, f"TEXCOORD_{placement.coordinates}", weights)
         if uv is None:
-            uv = np.zeros((P, 2))
-        else:
-            uv = uv * place.get("scale", (1, 1)) + place.get("offset", (0, 0))
-        outside = len(uv) and not (-1e-3 <= uv.min() and uv.max() <= 1 + 1e-3)
-        if place.get("clamped") and outside:
-            self.note("a texture that ends at its border is repeated instead")
-        return uv
-
-    # materials
-
-    def _material(self, number: int | None, colored: bool) -> tuple[Material, dict]:
-        """A material, and how its texture is placed: texCoord, offset, scale, clamped."""
-        if number is None:
-            return Material((1.0, 1.0, 1.0), linear=True) if colored else Material(GREY), {}
-        material = self.data.entry("materials", number)
-        base = material.get("pbrMetallicRoughness", {})
-        factor = "baseColorFactor"
-        slot = "baseColorTexture"
-        if GLOSSINESS in material.get("extensions", {}):
-            base = material["extensions"][GLOSSINESS]
-            factor = "diffuseFactor"
-            slot = "diffuseTexture"
-        r, g, b, opacity = (float(x) for x in base.get(factor, (1, 1, 1, 1)))
-        texture = None
-        place = {}
-        mode = material.get("alphaMode", "OPAQUE")
-        if slot in base:
-            texture, place = self._texture(base[slot], material.get("name", number))
-        if mode == "MASK":
-            cutoff = material.get("alphaCutoff", 0.5)
-            if texture is None:
-                opacity = float(opacity >= cutoff)
-            else:
-                texture[..., 3] = np.where(texture[..., 3] / 255 * opacity >= cutoff, 255, 0)
-                opacity = 1.0
-        elif mode != "BLEND":
-            opacity = 1.0
-            if texture is not None:
-                texture[..., 3] = 255
-        return Material((r, g, b), min(max(opacity, 0.0), 1.0), texture, linear=True), place
-
-    def _texture(self, info: dict, material) -> tuple[np.ndarray, dict]:
-        texture = self.data.entry("textures", info["index"])
-        place = dict(info)
-        place |= info.get("extensions", {}).get("KHR_texture_transform", {})
-        if place.get("rotation"):
-            raise ValueError(
-                f"texture of material {material!r} is turned by {place['rotation']}, which is "
-                "not supported"
-            )
-        sampler = {}
-        if "sampler" in texture:
-            sampler = self.data.entry("samplers", texture["sampler"])
-        place["clamped"] = {sampler.get("wrapS", REPEAT), sampler.get("wrapT", REPEAT)} != {REPEAT}
-        webp = texture.get("extensions", {}).get("EXT_texture_webp", {})
-        source = webp.get("source", texture.get("source"))
-        if source is None:
-            raise ValueError(
-                f"texture of material {material!r} is in no format that can be read: {texture}"
-            )
-        if source not in self.pictures:
-            self.pictures[source] = self._picture(source, material)
-        return self.pictures[source].copy(), place
-
-    def _picture(self, number: int, material) -> np.ndarray:
-        image = self.data.entry("images", number)
-        if "bufferView" in image:
-            data = self.data.view(image["bufferView"])
-        else:
-            data = self.data.file(image["uri"])
-        uri = image.get("uri", "")
-        short_uri = uri if len(uri) < 99 else ""
-        label = repr(image.get("name") or short_uri or number)
-        return decode(data, self.name, f"{label} of material {material!r}")
+            if textured:
+                self.note("faces of a textured material have no texture coordinates")
+            return np.zeros((P, 2))
+        return placement(uv)
 
 
 def _triangles(index: np.ndarray, mode: int) -> np.ndarray:

@@ -12,20 +12,14 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from train.meshes.surface import find
+from train.meshes.files import find
+from train.meshes.gltf_extensions import APPLIED, DRACO, MESHOPT
 from train.meshes.untrusted import MALFORMED, expect, reason
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 
 
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
-
-
-GLOSSINESS = "KHR_materials_pbrSpecularGlossiness"
-
-
-# of those that a file may require
-UNDERSTOOD = {"KHR_texture_transform", "EXT_texture_webp", "KHR_mesh_quantization"}
 
 
 TABLES = (
@@ -63,7 +57,17 @@ KINDS = {  # of the fields of their entries that are read, wherever they stand i
         "texCoord",
         "inverseBindMatrices",
     ),
-    list: ("children", "nodes", "joints", "primitives", "baseColorFactor", "diffuseFactor"),
+    list: (
+        "children",
+        "nodes",
+        "joints",
+        "primitives",
+        "targets",
+        "weights",
+        "baseColorFactor",
+        "diffuseFactor",
+        "emissiveFactor",
+    ),
     dict: (
         "attributes",
         "extensions",
@@ -71,6 +75,7 @@ KINDS = {  # of the fields of their entries that are read, wherever they stand i
         "pbrMetallicRoughness",
         "baseColorTexture",
         "diffuseTexture",
+        "emissiveTexture",
     ),
 }
 
@@ -106,10 +111,22 @@ class GltfData:
                 return base64.b64decode(body, validate=True)
             except binascii.Error as error:
                 raise ValueError(f"data of {head} is not base64: {error}") from error
-        found = find(self.path.parent, unquote(uri))
+        found = self.find(uri)
         if found is None:
             raise ValueError(f"{unquote(uri)!r} does not exist")
         return found.read_bytes()
+
+    def find(self, uri: str) -> Path | None:
+        """Find a file that the document names; None for one that is absent."""
+        return find(self.path.parent, unquote(uri))
+
+    def files(self) -> list[Path | None]:
+        """List the buffers and images that the document names; None for one that is absent."""
+        entries = [
+            entry for table in ("buffers", "images") for entry in self.document.get(table) or []
+        ]
+        uris = [entry["uri"] for entry in entries if "uri" in entry]
+        return [self.find(uri) for uri in uris if not uri.startswith("data:")]
 
     def buffer(self, number: int) -> bytes:
         """Read a buffer."""
@@ -132,6 +149,11 @@ class GltfData:
     def view(self, number: int) -> bytes:
         """Read a buffer view."""
         view = self.entry("bufferViews", number)
+        for extension in MESHOPT:
+            buffer = self.entry("buffers", view["buffer"])
+            given = "uri" in buffer or (view["buffer"] == 0 and self.binary is not None)
+            if extension in view.get("extensions", {}) and not given:
+                raise ValueError(f"its data are compressed ({extension}), which is not supported")
         begin = view.get("byteOffset", 0)
         length = view["byteLength"]
         data = self.buffer(view["buffer"])[begin : begin + length]
@@ -209,7 +231,7 @@ def _document(path: Path) -> tuple[dict, bytes | None]:
                 raise ValueError(f"no JSON chunk in its {length} bytes")
             data = chunks[b"JSON"]
             binary = chunks.get(b"BIN\0")
-        document = json.loads(data)
+        document = json.loads(data.rstrip(b"\0"))
         if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
             raise ValueError("it is not glTF 2.0")
         for table in TABLES:
@@ -229,7 +251,7 @@ def _check(value, where: str) -> None:
             if name == "extensions":  # others may mean other things by the same names
                 inner = {
                     extension: inner[extension]
-                    for extension in (GLOSSINESS, *UNDERSTOOD)
+                    for extension in (*APPLIED, DRACO)
                     if extension in inner
                 }
             if name != "extras":

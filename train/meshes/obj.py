@@ -1,244 +1,278 @@
 """OBJ files as triangles, with their MTL files and images."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from train.meshes.surface import Material, Mesh, assemble, decode, find
+from train.meshes.colors import unit_colors
+from train.meshes.files import read_lines
+from train.meshes.mtl import Library, TiledFinish, libraries, mtl_files, values
+from train.meshes.pictures import Placement, Sampler
+from train.meshes.polygons import triangulate
+from train.meshes.surface import GREY, Material, Mesh, assemble
 
-MAP_OPTIONS = {
-    "-blendu": 1,
-    "-blendv": 1,
-    "-boost": 1,
-    "-bm": 1,
-    "-cc": 1,
-    "-clamp": 1,
-    "-imfchan": 1,
-    "-texres": 1,
-    "-mm": 2,
-}
-
-
-def _text(path: Path) -> list[str]:
-    """The lines of a file, those that a backslash continues joined."""
-    text = path.read_bytes().decode("utf-8", "surrogateescape")
-    return text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines()
+NUMERIC = ("v", "vt", "vn", "f")  # statements that a comment may follow; names may hold a #
+# of what has no polygons: what a note calls it
+NOT_SHOWN = {"l": "lines", "p": "points", "curv": "curves", "curv2": "curves", "surf": "surfaces"}
+KNOWN = 1 << 16  # corners that are remembered: those of one vertex stand near each other
+TILES_ACROSS = 10  # UDIM: tile 1001 + u + 10 v
 
 
 def obj_files(path: Path) -> list[Path | None]:
     """List the MTL files and images that an OBJ names; None for one that is absent."""
     found = []
-    for value in _values(path, "mtllib"):
-        for library in _libraries(path.parent, value).values():
+    for value in values(path, "mtllib"):
+        for library in libraries(path.parent, value).values():
             found.append(library)
             if library:
-                maps = _values(library, "map_Kd") + _values(library, "map_d")
-                found += [find(library.parent, _map_name(value)[0]) for value in maps]
+                found += mtl_files(library, path.parent)
     return found
 
 
-def _values(path: Path, keyword: str) -> list[str]:
-    """The rest of every line that begins with a keyword."""
-    lines = [line.split(None, 1) for line in _text(path)]
-    return [words[1] for words in lines if len(words) == 2 and words[0].lower() == keyword.lower()]
-
-
-def _libraries(folder: Path, value: str) -> dict[str, Path | None]:
-    """The files of one mtllib statement: a single name, which may hold blanks, or several."""
-    whole = find(folder, value)
-    return {value.strip(): whole} if whole else {name: find(folder, name) for name in value.split()}
-
-
-def _map_name(value: str) -> tuple[str, str | None]:
-    """The file name of a map statement, and the first option that moves the image."""
-    words = value.split()
-    moved = None
-    while words and words[0].startswith("-") and len(words) > 1:
-        option = words.pop(0)
-        if option in ("-s", "-o", "-t"):
-            moved = moved or option
-            while len(words) > 1 and words[0].lstrip("-").replace(".", "", 1).isdigit():
-                words.pop(0)
-        else:
-            del words[: MAP_OPTIONS.get(option, 0)]
-    return (" ".join(words) if len(words) != len(value.split()) else value.strip()), moved
-
-
-def _image(folder: Path, owner: str, value: str, material: str) -> np.ndarray:
-    name, moved = _map_name(value)
-    if moved:
-        raise ValueError(
-            f"{owner}: texture option {moved} of material {material!r} is not supported"
-        )
-    path = find(folder, name)
-    if path is None:
-        raise ValueError(f"{owner}: texture {name!r} of material {material!r} does not exist")
-    return decode(path, owner, f"{name!r} of material {material!r}")
-
-
-def _read_mtl(path: Path) -> dict[str, dict[str, str]]:
-    """The statements of every material: name -> lower-case keyword -> rest of the line.
-
-    The last of a repeated statement counts.
-    """
-    found = {}
-    current = {}
-    for line in _text(path):
-        keyword, _, value = line.strip().replace("\t", " ").partition(" ")
-        if keyword == "newmtl":
-            current = found[value.strip()] = {"": path.name}
-        elif keyword and not keyword.startswith("#"):
-            current[keyword.lower()] = value.strip()
-    return found
-
-
-def _numbers(keyword: str, words: list[str]) -> tuple[float, ...]:
-    """The numbers of a statement; ValueError where there is none or one is not finite."""
-    numbers = tuple(map(float, words))
-    if not numbers or not np.isfinite(numbers).all():
-        raise ValueError(f"{keyword} {' '.join(words)!r} is no number")
-    return numbers
-
-
-def _material(folder: Path, name: str, statements: dict[str, str]) -> Material:
-    """Make a material: map_Kd replaces Kd; opacity is d, or 1 - Tr, times image alpha or map_d."""
-    owner = statements[""]
-    try:
-        color = _numbers("Kd", statements.get("kd", "0.8 0.8 0.8").split()[:3])
-        if "d" in statements:
-            opacity = _numbers("d", statements["d"].split()[-1:])[0]
-        else:
-            opacity = 1 - _numbers("Tr", [statements.get("tr", "0")])[0]
-    except ValueError as error:
-        raise ValueError(f"{owner}: material {name!r}: {error}") from error
-    texture = None
-    if "map_kd" in statements:
-        color = (1.0, 1.0, 1.0)
-        texture = _image(folder, owner, statements["map_kd"], name)
-    if "map_d" in statements and statements["map_d"] != statements.get("map_kd"):
-        mask = Image.fromarray(_image(folder, owner, statements["map_d"], name)).convert("L")
-        if texture is None:
-            texture = np.full((mask.height, mask.width, 4), 255, np.uint8)
-        mask = np.asarray(mask.resize(texture.shape[1::-1]), np.float32) / 255
-        texture = np.concatenate(
-            [texture[..., :3], np.rint(texture[..., 3:] * mask[..., None]).astype(np.uint8)], -1
-        )
-    if len(color) != 3:  # one number is a grey
-        color = color[:1] * 3
-    return Material(color, min(max(opacity, 0.0), 1.0), texture)
-
-
-@dataclass
 class _Statements:
     """The statements of an OBJ file, as they stand."""
 
-    positions: list[list[float]] = field(default_factory=list)
-    tints: list[Sequence[float]] = field(default_factory=list)  # a colour for each position
-    uvs: list[list[float]] = field(default_factory=list)
-    normals: list[list[float]] = field(default_factory=list)
-    # of triangles: three corners (position, uv, normal), and the number of the material
-    corners: list[tuple] = field(default_factory=list)
-    materials: list[int | None] = field(default_factory=list)
-    names: dict[str, int] = field(default_factory=dict)  # of materials, numbered
-    libraries: dict[str, dict[str, str]] = field(default_factory=dict)
-    current: int | None = None  # the material in use
+    def __init__(self, path: Path):
+        self.path = path
+        self.positions = array("d")
+        self.uvs = array("d")
+        self.normals = array("d")
+        self.colors = array("d")
+        self.colored = array("q")  # the vertices that have them
+        self.painted = array("d")  # colours of #MRGB lines, of the vertices in their order
+        self.corners = array("q")  # (position, uv, normal) of each, -1 where absent
+        self.known: dict[str, tuple] = {}  # of late corners, what their words mean
+        self.sizes = array("q")  # of polygons
+        self.materials = array("q")  # of each, its number
+        self.names: dict[str, int] = {}  # of materials
+        self.current = -1  # the material in use
+        self.library = Library(path)
+        self.notes: dict[str, None] = {}  # an ordered set
 
-    def add(self, words: list[str], line: str, folder: Path) -> None:
-        """Take in a line, split into words; ValueError or IndexError where it is malformed."""
+    def note(self, text: str) -> None:
+        self.notes[f"{self.path.name}{text}"] = None
+
+    def add(self, number: int, line: str) -> None:
+        """Take in a line; ValueError or IndexError where it is malformed."""
+        words = line.split()
         keyword = words[0]
+        if "#" in line and keyword in NUMERIC:
+            words = line.partition("#")[0].split()
         if keyword == "v":
-            self.positions.append([float(x) for x in words[1:4]])
-            tint = [float(x) for x in words[4:7]] if len(words) >= 7 else (1.0, 1.0, 1.0)
-            self.tints.append(tint)
-            if len(words) < 4:
-                raise ValueError(f"a vertex of {len(words) - 1} numbers")
+            self._vertex(words)
         elif keyword == "vt":
-            self.uvs.append([float(words[1]), float(words[2]) if len(words) > 2 else 0.0])
+            self.uvs.append(float(words[1]))
+            self.uvs.append(float(words[2]) if len(words) > 2 else 0.0)
         elif keyword == "vn":
-            self.normals.append([float(words[1]), float(words[2]), float(words[3])])
+            self.normals.extend((float(words[1]), float(words[2]), float(words[3])))
         elif keyword == "f":
-            tables = (self.positions, self.uvs, self.normals)
-            polygon = [_corner(word, tables) for word in words[1:]]
-            # a fan: exact for the convex polygons that OBJ files hold
-            for i in range(1, len(polygon) - 1):
-                self.corners.append((polygon[0], polygon[i], polygon[i + 1]))
-                self.materials.append(self.current)
+            known = self.known
+            for word in words[1:]:
+                corner = known.get(word)
+                self.corners.extend(self._corner(word) if corner is None else corner)
+            self.sizes.append(len(words) - 1)
+            self.materials.append(self.current)
         elif keyword == "usemtl":
             name = line.split(None, 1)[1].strip() if len(words) > 1 else ""
             self.current = self.names.setdefault(name, len(self.names))
         elif keyword == "mtllib":
-            for entry, library in _libraries(folder, line.split(None, 1)[1]).items():
+            if len(words) < 2:
+                self.note(f", line {number}: mtllib names no file")
+                return
+            for entry, library in libraries(self.path.parent, line.split(None, 1)[1]).items():
                 if library is None:
-                    raise ValueError(f"material file {entry!r} does not exist")
-                self.libraries |= _read_mtl(library)
+                    self.note(f", line {number}: material file {entry!r} does not exist")
+                else:
+                    self.library.read(library)
+        elif keyword == "#MRGB":
+            self._paint(number, words[1:])
+        elif keyword in NOT_SHOWN:
+            self.note(f": its {NOT_SHOWN[keyword]} are not shown")
+
+    def _corner(self, word: str) -> tuple[int, int, int]:
+        """`position/uv/normal`, each from 1, negative ones from the end; -1 where absent."""
+        counts = (len(self.positions) // 3, len(self.uvs) // 2, len(self.normals) // 3)
+        found = [-1, -1, -1]
+        for column, digits in enumerate(word.split("/")[:3]):
+            if digits:
+                i = int(digits)
+                size = counts[column]
+                found[column] = i - 1 if i > 0 else size + i
+                if not 0 <= found[column] < size:
+                    raise ValueError(f"{word!r} points at row {i} of {size}")
+        if found[0] < 0:
+            raise ValueError(f"{word!r} names no vertex")
+        if "-" not in word:  # the others depend on where they stand
+            if len(self.known) > KNOWN:
+                self.known.clear()
+            self.known[word] = tuple(found)
+        return tuple(found)
+
+    def _vertex(self, words: list[str]) -> None:
+        if len(words) < 4:
+            raise ValueError(f"a vertex of {len(words) - 1} numbers")
+        self.positions.extend((float(words[1]), float(words[2]), float(words[3])))
+        if len(words) >= 7:
+            color = [float(word) for word in words[4:7]]
+            if not np.isfinite(color).all():
+                raise ValueError(f"the vertex colour {' '.join(words[4:7])!r} is no number")
+            self.colors.extend(color)
+            self.colored.append(len(self.positions) // 3 - 1)
+
+    def _paint(self, number: int, words: list[str]) -> None:
+        """Take in the colours that ZBrush writes: MMRRGGBB of vertex after vertex."""
+        digits = "".join(words)
+        if len(digits) % 8 or not re.fullmatch("[0-9a-fA-F]*", digits):
+            self.note(f", line {number}: #MRGB is not understood")
+            return
+        data = bytes.fromhex(digits)
+        self.painted.extend(value / 255 for i, value in enumerate(data) if i % 4)
+
+    def tints(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Colours [P, 3] of all vertices, and which have one [P]; None where no vertex has."""
+        P = len(self.positions) // 3
+        colors = np.ones((P, 3))
+        known = np.zeros(P, bool)
+        if self.colored:
+            rows = np.array(self.colored)
+            given, note = unit_colors(np.array(self.colors).reshape(-1, 3), "vertex")
+            colors[rows] = given
+            known[rows] = True
+            if note:
+                self.note(f": {note}")
+        elif self.painted:
+            given = np.array(self.painted).reshape(-1, 3)
+            if len(given) != P:
+                self.note(f": #MRGB lines have {len(given)} colours for {P} vertices")
+            colors[: len(given)] = given[:P]
+            known[: len(given)] = True
+        return (colors, known) if known.any() else None
 
 
 def read_obj(path: Path) -> Mesh:
     """Read a .obj with its MTL files and images; a ValueError names the file and the line."""
-    found = _Statements()
-    for number, line in enumerate(_text(path), 1):
-        words = line.split()
-        if not words:
+    found = _Statements(path)
+    for number, line in read_lines(path):
+        if not line or line.isspace():
             continue
         try:
-            found.add(words, line, path.parent)
+            found.add(number, line)
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
-    notes = [
-        f"{path.name}: material {name!r} is defined nowhere; shown grey"
-        for name in found.names
-        if name not in found.libraries
-    ]
-    materials = [
-        _material(path.parent, name, found.libraries[name])
-        if name in found.libraries
-        else Material()
-        for name in found.names
-    ]
-    materials.append(Material())  # of faces before the first usemtl
-    # [F, corner, (position, uv, normal)], -1 where absent
-    index = np.array(found.corners, np.int64).reshape(-1, 3, 3)
-    used = [len(materials) - 1 if m is None else m for m in found.materials]
-    material = np.array(used, np.int32)
-    bare = set(material[(index[..., 1] < 0).any(1)])
-    notes += [
-        f"{path.name}: faces of textured material {name!r} have no texture coordinates"
-        for name, m in found.names.items()
-        if m in bare and materials[m].texture is not None
-    ]
-    tint = np.array(found.tints, np.float32).reshape(-1, 3)
+    positions = np.array(found.positions).reshape(-1, 3)
+    # [N, (position, uv, normal)], -1 where absent
+    corners = np.array(found.corners, np.int64).reshape(-1, 3)
+    triangles = triangulate(positions[corners[:, 0]], np.array(found.sizes, np.int64))
+    index = corners[triangles.corners]
+    material = np.array(found.materials, np.int64)[triangles.polygon]
+    material[material < 0] = len(found.names)  # faces before the first usemtl
+    finishes = []
+    for name in found.names:
+        finish = found.library.finish(name)
+        if finish is None:
+            found.note(f": material {name!r} is defined nowhere; shown grey")
+        finishes.append(finish or TiledFinish(Material(), plain=True))
+    finishes.append(TiledFinish(Material(), plain=True))
+    tint = _tint(found, np.array([finish.plain for finish in finishes])[material], index)
+    for finish in finishes:
+        if finish.plain and tint is not None:
+            finish.material.color = (1.0, 1.0, 1.0)
+    _note_bare(found, finishes, material[(index[..., 1] < 0).any(1)])
+    uv = _pick(found.uvs, index[..., 1], 2)
+    emission_uv = _placed(uv, material, [finish.emission_placement for finish in finishes])
+    uv = _placed(uv, material, [finish.placement for finish in finishes])
+    for number, name in enumerate(found.names):
+        _use_tiles(found, finishes, name, material, uv, np.flatnonzero(material == number))
     return assemble(
         path.name,
-        np.array(found.positions, np.float64).reshape(-1, 3),
+        positions,
         index[..., 0],
         _pick(found.normals, index[..., 2], 3),
-        _pick(found.uvs, index[..., 1], 2),
-        tint[index[..., 0]] if len(tint) else tint.reshape(0, 3, 3),
+        uv,
+        np.ones(index.shape) if tint is None else tint,
         material,
-        materials,
-        notes,
+        [finish.material for finish in finishes],
+        [*found.notes, *found.library.notes, *triangles.notes(path.name)],
+        emission_uv=None if np.array_equal(emission_uv, uv) else emission_uv,
     )
 
 
-def _pick(table: list, rows: np.ndarray, width: int) -> np.ndarray:
+def _tint(found: _Statements, plain: np.ndarray, index: np.ndarray) -> np.ndarray | None:
+    """Colours [F, 3, 3] of the corners of faces; None where no vertex has one.
+
+    On faces whose material has no colour (`plain` [F]) a vertex without one is grey.
+    """
+    try:
+        tints = found.tints()
+    except ValueError as error:
+        raise ValueError(f"{found.path.name}: {error}") from error
+    if tints is None:
+        return None
+    colors, known = tints
+    grey = plain[:, None] & ~known[index[..., 0]]
+    return np.where(grey[..., None], GREY, colors[index[..., 0]])
+
+
+def _note_bare(found: _Statements, finishes: list[TiledFinish], bare: np.ndarray) -> None:
+    """Note the textured materials of faces without texture coordinates: `bare`, their numbers."""
+    bare = set(bare.tolist())
+    for number, name in enumerate(found.names):
+        material = finishes[number].material
+        textured = material.texture is not None or material.emission_texture is not None
+        if number in bare and textured:
+            found.note(f": faces of textured material {name!r} have no texture coordinates")
+
+
+def _placed(uv: np.ndarray, material: np.ndarray, placements: list[Placement]) -> np.ndarray:
+    """Move texture coordinates [F, 3, 2] to where each face's material places its image."""
+    moved = uv
+    for number, placement in enumerate(placements):
+        if placement != Placement():
+            if moved is uv:
+                moved = uv.copy()
+            here = material == number
+            moved[here] = placement(uv[here])
+    return moved
+
+
+def _use_tiles(
+    found: _Statements,
+    finishes: list[TiledFinish],
+    name: str,
+    material: np.ndarray,
+    uv: np.ndarray,
+    faces: np.ndarray,
+) -> None:
+    """Give the faces of a material that lie in other tiles of its image materials with those.
+
+    Changes `material` [F] and `uv` [F, 3, 2] in place, and appends to `finishes`. A tile is left
+    out where its image is absent: a single image is repeated, as everywhere.
+    """
+    own = finishes[found.names[name]]
+    if len(own.tiles) < 2 or not len(faces):
+        return
+    square = np.floor(uv[faces].mean(1)).astype(np.int64)
+    number = 1001 + square[:, 0] + TILES_ACROSS * square[:, 1]
+    number[(square < 0).any(1) | (square[:, 0] >= TILES_ACROSS)] = 0  # in no tile
+    for tile in np.unique(number).tolist():
+        if tile not in own.tiles:
+            where = f"tile {tile}" if tile else "tiles that cannot be"
+            found.note(f": {where} of material {name!r} does not exist; tile 1001 is shown")
+            continue
+        here = faces[number == tile]
+        uv[here] -= square[number == tile][:, None]
+        if tile != 1001:
+            texture = found.library.tile(name, own.tiles[tile])
+            finishes.append(replace(own, material=replace(own.material, texture=texture)))
+            material[here] = len(finishes) - 1
+        finishes[material[here[0]]].material.sampler = Sampler(wrap=("clamp", "clamp"))
+
+
+def _pick(table: array, rows: np.ndarray, width: int) -> np.ndarray:
     """Rows of a table of `width` numbers; zeros for row -1."""
-    values = np.array([*table, [0.0] * width], np.float64)  # the last row answers -1
+    values = np.zeros((len(table) // width + 1, width))  # the last row answers -1
+    values[:-1] = np.array(table).reshape(-1, width)
     return values[rows]
-
-
-def _corner(word: str, tables) -> tuple[int, int, int]:
-    """`position/uv/normal` of a face, each from 1, negative ones from the end; -1 where absent."""
-    found = [-1, -1, -1]
-    for column, digits in enumerate(word.split("/")[:3]):
-        if digits:
-            i = int(digits)
-            size = len(tables[column])
-            found[column] = i - 1 if i > 0 else size + i
-            if not 0 <= found[column] < size:
-                raise ValueError(f"{word!r} points at row {i} of {size}")
-    if found[0] < 0:
-        raise ValueError(f"{word!r} names no vertex")
-    return tuple(found)

@@ -1,4 +1,4 @@
-"""PLY files as triangles: ASCII and binary, polygons, vertex or face colours.
+"""PLY files as triangles: ASCII and binary, polygons, strips, vertex or face colours.
 
 Colours are display values, and z is up. That is how the published datasets, Blender's exporter and
 train.prepare's own mesh.ply write them.
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.meshes.colors import unit_colors
+from train.meshes.polygons import triangulate
 from train.meshes.surface import GREY, Z_UP, Material, Mesh, assemble
 from train.meshes.untrusted import MALFORMED, reason
 
@@ -32,8 +34,14 @@ TYPES = {
     "float64": "f8",
 }
 FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
-RGB = ("red", "green", "blue")
-NUMBERS = {"x", "y", "z", "nx", "ny", "nz", "alpha", *RGB}  # properties that are no lists
+COLORS = (  # the names that writers give to red, green and blue
+    ("red", "green", "blue"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue"),
+    ("r", "g", "b"),
+)
+# properties that are no lists
+NUMBERS = {"x", "y", "z", "nx", "ny", "nz", "alpha", *(name for rgb in COLORS for name in rgb)}
+COORDINATES = (("s", "t"), ("u", "v"), ("texture_u", "texture_v"), ("texcoord",))
 CORNERS = ("vertex_indices", "vertex_index")  # and that is one
 
 
@@ -49,41 +57,40 @@ def read_ply(path: Path) -> Mesh:
     """Read a .ply; a ValueError names the file and what is wrong with it."""
     name = path.name
     try:
-        elements, order, body = _header(path.read_bytes())
+        elements, order, body = _header(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         read = _text if order == "" else _binary
         tables = read(body, elements, order)
     except MALFORMED as error:
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
     vertex = tables.get("vertex", {})
     face = tables.get("face", {})
-    polygons = next((face[field] for field in CORNERS if field in face), [])
     if not {"x", "y", "z"} <= vertex.keys():
         raise ValueError(f"{name} has no vertices with x, y and z")
-    if not len(polygons):
-        raise ValueError(f"{name} has no faces: {len(vertex['x'])} vertices alone are no surface")
     vertices = np.stack([vertex[axis] for axis in "xyz"], 1).astype(float)
-    sizes = np.array([len(p) for p in polygons])
-    if sizes.min() < 3:
-        raise ValueError(f"{name}: face {sizes.argmin()} has {sizes.min()} corners")
-    faces, owner = _fan(polygons, sizes)
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        wrong = faces.min() if faces.min() < 0 else faces.max()
+    corners, sizes = _corners(face)
+    strips = _strips(tables.get("tristrips", {}))
+    if not len(sizes) and not len(strips):
+        raise ValueError(f"{name} has no faces: {len(vertices)} vertices alone are no surface")
+    used = np.concatenate([corners, strips.ravel()])
+    if used.size and (used.min() < 0 or used.max() >= len(vertices)):
+        wrong = used.min() if used.min() < 0 else used.max()
         raise ValueError(f"{name}: a face uses vertex {wrong} of {len(vertices)}")
+    try:
+        triangles = triangulate(vertices[corners], sizes)
+        faces = np.concatenate([corners[triangles.corners], strips])
+        tint, notes = _tint(vertex, face, faces, triangles.polygon)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     F = len(faces)
-    notes = []
     normals = np.zeros((F, 3, 3))
     if {"nx", "ny", "nz"} <= vertex.keys():
         normals = np.stack([vertex[axis] for axis in ("nx", "ny", "nz")], 1).astype(float)[faces]
-    tint = np.ones((F, 3, 3))
-    color = (1.0, 1.0, 1.0)
-    if set(RGB) <= vertex.keys():
-        tint = _unit(vertex)[faces]
-    elif set(RGB) <= face.keys():
-        tint = _unit(face)[owner][:, None].repeat(3, 1)
-    else:
-        color = GREY
-    if any("alpha" in table and (_scaled(table["alpha"]) < 1).any() for table in (vertex, face)):
-        notes.append(f"{name}: the alpha of its colours is not shown")
+    color = GREY if tint is None else (1.0, 1.0, 1.0)
+    tint = np.ones((F, 3, 3)) if tint is None else tint
+    for names in COORDINATES:
+        if set(names) <= vertex.keys() | face.keys():
+            notes.append(f"it has texture coordinates ({' '.join(names)}) and no texture")
+    notes = [f"{name}: {note}" for note in notes] + triangles.notes(name)
     uv = np.zeros((F, 3, 2))
     material = np.zeros(F, int)
     return assemble(
@@ -91,20 +98,60 @@ def read_ply(path: Path) -> Mesh:
     )
 
 
-def _scaled(values: np.ndarray) -> np.ndarray:
-    return values / np.iinfo(values.dtype).max if values.dtype.kind in "iu" else values
+def _tint(
+    vertex: dict, face: dict, faces: np.ndarray, polygon: np.ndarray
+) -> tuple[np.ndarray | None, list[str]]:
+    """Colours [F, 3, 3] of corners, None without any, and what of the file's is not shown.
+
+    The first faces are of the polygons `polygon`, the others of strips. ValueError for a colour
+    out of range.
+    """
+    notes = []
+    for table in (vertex, face):
+        if "alpha" in table:
+            alpha, _ = unit_colors(table["alpha"][:, None], "alpha of row")
+            if (alpha < 1).any() and not notes:
+                notes.append("the alpha of its colours is not shown")
+    for table, what in ((vertex, "vertex"), (face, "face")):
+        names = next((rgb for rgb in COLORS if set(rgb) <= table.keys()), None)
+        if names is None:
+            continue
+        colors, note = unit_colors(np.stack([table[channel] for channel in names], 1), what)
+        if note:
+            notes.append(note)
+        if what == "vertex":
+            return colors[faces], notes
+        tint = np.ones((len(faces), 3, 3)) * GREY
+        tint[: len(polygon)] = colors[polygon][:, None]
+        return tint, notes
+    return None, notes
 
 
-def _unit(table: dict) -> np.ndarray:
-    return np.stack([_scaled(table[channel]) for channel in RGB], 1).clip(0, 1)
+def _corners(face: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The vertices [N] of all polygons, one after the other, and how many each has [M]."""
+    polygons = next((face[field] for field in CORNERS if field in face), [])
+    if isinstance(polygons, np.ndarray):
+        return polygons.ravel().astype(np.int64), np.full(len(polygons), polygons.shape[1])
+    sizes = np.array([len(p) for p in polygons], np.int64)
+    corners = np.concatenate([np.zeros(0, np.int64), *polygons]).astype(np.int64)
+    return corners, sizes
 
 
-def _fan(polygons, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Triangles [F, 3] of convex polygons, and the polygon of each [F]."""
-    if (sizes == 3).all():
-        return np.asarray(polygons, np.int64).reshape(-1, 3), np.arange(len(sizes))
-    triangles = [(p[0], p[i], p[i + 1]) for p in polygons for i in range(1, len(p) - 1)]
-    return np.array(triangles, np.int64), np.repeat(np.arange(len(sizes)), sizes - 2)
+def _strips(element: dict) -> np.ndarray:
+    """Triangles [F, 3] of strips: every other one is turned, and -1 begins another strip."""
+    found = [np.zeros((0, 3), np.int64)]
+    for strips in next((element[field] for field in CORNERS if field in element), []):
+        row = np.asarray(strips, np.int64)
+        ends = np.flatnonzero(np.append(row, -1) == -1)
+        for begin, end in zip(np.append(0, ends[:-1] + 1), ends, strict=True):
+            strip = row[begin:end]
+            k = np.arange(max(len(strip) - 2, 0))
+            odd = k % 2
+            triangles = np.stack([strip[k], strip[k + 1 + odd], strip[k + 2 - odd]], 1)
+            a, b, c = triangles.T
+            # a corner twice: writers join strips so
+            found.append(triangles[(a != b) & (b != c) & (c != a)])
+    return np.concatenate(found)
 
 
 def _header(data: bytes) -> tuple[list[_Element], str, bytes]:

@@ -18,10 +18,17 @@ from train.meshes.surface import Mesh
 from train.meshes.untrusted import reading
 
 READABLE = (".obj", ".glb", ".gltf", ".ply")
+# by an application, which makes GLB of them
+CONVERTIBLE = (".fbx", ".usd", ".usda", ".usdc", ".usdz", ".blend", ".dae", ".3ds")
 
 
 def read_mesh(path: Path) -> Mesh:
     """Read one file of READABLE; a ValueError names the file and what is wrong with it."""
+    if path.suffix.lower() in CONVERTIBLE:
+        raise ValueError(
+            f"{path.name}: {path.suffix} needs Blender: python -m train.prepare --blender PROGRAM "
+            "converts it, PROGRAM being the path of your Blender"
+        )
     if path.suffix.lower() not in READABLE:
         raise ValueError(
             f"{path.name}: unknown extension {path.suffix or '(none)'}; known are "

@@ -1,11 +1,11 @@
 """Triangles with colours, whatever the file's format, and what the readers of formats share."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from train.meshes.untrusted import TEXTURES, load_picture, open_picture
+from train.meshes.pictures import Placement, Sampler
 
 HUGE = 1e15
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
@@ -16,9 +16,9 @@ Z_UP = np.eye(3)
 
 @dataclass
 class Material:
-    """The colour of a surface: a texture times `color` and `opacity`.
+    """The colour of a surface: a texture times `color` and `opacity`, and the light that it emits.
 
-    `texture` is uint8 RGBA [H, W, 4], rows from the top.
+    Textures are uint8 RGBA [H, W, 4], rows from the top. Emission is `emission` times its texture.
     """
 
     color: tuple[float, float, float] = GREY
@@ -26,6 +26,20 @@ class Material:
     texture: np.ndarray | None = None
     # glTF: colours multiply in linear light; `color` and the mesh's `tint` are given in it
     linear: bool = False
+    sampler: Sampler = Sampler()  # of `texture`
+    emission: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    emission_texture: np.ndarray | None = None
+    emission_sampler: Sampler = Sampler()
+    unlit: bool = False  # no light falls on it: its colour is what is seen
+
+
+@dataclass
+class Finish:
+    """A material, and where its textures lie on a surface."""
+
+    material: Material
+    placement: Placement = Placement()
+    emission_placement: Placement = Placement()
 
 
 @dataclass
@@ -40,17 +54,29 @@ class Mesh:
     material: np.ndarray  # [F] int32 into `materials`
     materials: list[Material]
     notes: list[str] = field(default_factory=list)
+    # [F, 3, 2] float32 of emission textures; None: as `uv`
+    emission_uv: np.ndarray | None = None
 
 
 def assemble(
-    name: str, vertices, faces, normals, uv, tint, material, materials, notes=(), up=Y_UP
+    name: str,
+    vertices,
+    faces,
+    normals,
+    uv,
+    tint,
+    material,
+    materials,
+    notes=(),
+    up=Y_UP,
+    emission_uv=None,
 ) -> Mesh:
     """Check triangles, drop unused vertices and turn the mesh to z-up.
 
     Shared by the readers of all formats. Raises ValueError that names the file.
     """
     if len(faces) == 0:
-        raise ValueError(f"{name} has no faces")
+        raise ValueError(no_faces(name, notes))
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"{name}: a face uses vertex {faces.max() + 1} of {len(vertices)}")
     used, faces = np.unique(faces, return_inverse=True)
@@ -61,8 +87,9 @@ def assemble(
             f"{name}: {len(bad)} of {len(vertices)} vertices are not finite, the first is "
             f"vertex {used[bad[0]] + 1}"
         )
-    if not all(np.isfinite([*m.color, m.opacity]).all() for m in materials):
-        raise ValueError(f"{name}: a material's colour or opacity is not finite")
+    numbers = np.array([[*m.color, *m.emission, m.opacity] for m in materials])
+    if not (np.abs(numbers) < HUGE).all():
+        raise ValueError(f"{name}: a material's colour, emission or opacity is not finite")
     # of normals, texture coordinates and tints that are no numbers
     with np.errstate(over="ignore", invalid="ignore"):
         return Mesh(
@@ -74,39 +101,16 @@ def assemble(
             material=np.asarray(material, np.int32),
             materials=materials,
             notes=list(notes),
+            emission_uv=None if emission_uv is None else _finite(emission_uv),
         )
+
+
+def no_faces(name: str, notes: Iterable[str]) -> str:
+    """Say that a file has no faces, and what was noted last, which may be why."""
+    why = "".join(f": {note.removeprefix(f'{name}: ')}" for note in list(notes)[-1:])
+    return f"{name} has no faces{why}"
 
 
 def _finite(values) -> np.ndarray:
     """In float32, 0 for what is not finite or has no finite square there."""
     return np.where(np.abs(values) < HUGE, values, 0).astype(np.float32)
-
-
-def find(folder: Path, name: str) -> Path | None:
-    """Find a file that another one names, with either slash and in any case.
-
-    Such files travelled through Windows. An absolute path is of the author's machine: only the file
-    of that name beside the mesh is taken for it.
-    """
-    path = PurePosixPath(name.strip().strip('"').replace("\\", "/"))
-    absolute = path.is_absolute() or PureWindowsPath(path).drive
-    for candidate in ([] if absolute else [folder / path]) + [folder / path.name]:
-        if candidate.is_file():
-            return candidate
-        if candidate.parent.is_dir():
-            for found in sorted(candidate.parent.iterdir()):
-                if found.name.lower() == candidate.name.lower() and found.is_file():
-                    return found
-    return None
-
-
-def decode(data: Path | bytes, owner: str, name: str) -> np.ndarray:
-    """Decode a picture: uint8 RGBA [H, W, 4].
-
-    Raises ValueError, "OWNER: texture NAME ...", where it cannot be read.
-    """
-    try:
-        with open_picture(data, TEXTURES) as image:
-            return np.asarray(load_picture(image).convert("RGBA"))
-    except ValueError as error:
-        raise ValueError(f"{owner}: texture {name} cannot be read: {error}") from error

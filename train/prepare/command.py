@@ -5,8 +5,9 @@
     python -m train.prepare MESHES... --out DIR
     python -m train.prepare MESHES... --out DIR --resolution 16    # for demo
 
-MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, folders that are searched for them, or
-lists: text files (.txt) of lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the
+MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, with --blender also FBX, USD, BLEND,
+DAE and 3DS files (kept as OUT/converted/*/NAME.glb), folders that are searched for them, or lists:
+text files (.txt) of lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the
 paths relative to --root. What comes out:
 
     metadata.csv                        one row an object; columns below
@@ -54,20 +55,29 @@ from train.data.metadata import (
     read_metadata,
     write_metadata,
 )
+from train.prepare.blender import convert_all
 from train.prepare.objects import Result, Settings, prepare_object
 from train.prepare.sources import Source, collect, hash_sources, with_path
 from train.run.progress import Progress
 from train.workers import answers
 
+NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, and their packages
 
-def prepare_all(sources: list[Source], settings: Settings, workers: int) -> int:
-    """Prepare all sources and print what happened.
+
+def prepare_all(
+    sources: list[Source], settings: Settings, workers: int, blender: str | None = None
+) -> int:
+    """Prepare all sources and print what happened; `blender` converts those that need it.
 
     Returns the exit code: 0, 1 if nothing could be used, 130 if interrupted.
     """
     start = time.perf_counter()
     code = 0
-    objects, refused = hash_sources(sources)
+    usable, refused = sources, []
+    if blender is not None:
+        usable, refused = convert_all(sources, blender, settings.out, workers)
+    objects, unread = hash_sources(usable)
+    refused += unread
     results = []
     if objects:
         try:
@@ -204,6 +214,11 @@ def parser() -> argparse.ArgumentParser:
     workers = (
         f"processes, each with an object (default: {cores}, the cores; 0: none, all in this one)"
     )
+    p.add_argument(
+        "--blender",
+        metavar="PROGRAM",
+        help="your Blender, which converts FBX, USD, BLEND, DAE and 3DS files (default: refused)",
+    )
     p.add_argument("--workers", type=int, default=cores, help=workers)
     p.add_argument(
         "--seed",
@@ -217,8 +232,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
-    if importlib.util.find_spec("embreex") is None:
-        print("python -m train.prepare needs embreex: pip install '.[prepare]'", file=sys.stderr)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        named = " and ".join(NEEDED[name] for name in missing)
+        print(f"python -m train.prepare needs {named}: pip install '.[prepare]'", file=sys.stderr)
         return 2
     try:
         features = None if args.features == "none" else args.features
@@ -226,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings(
             args.out, tuple(dict.fromkeys(args.resolution)), *frames, features, args.seed
         )
-        return prepare_all(collect(args.meshes, args.root), settings, args.workers)
+        return prepare_all(collect(args.meshes, args.root), settings, args.workers, args.blender)
     except (ValueError, OSError) as error:
         print(f"python -m train.prepare: {error}", file=sys.stderr)
         return 2

@@ -96,7 +96,7 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         counts = _finished(settings, source.sha256)
         if counts is not None:
             return Result(source, _row(source, settings, counts))
-        mesh = read_mesh(source.path)
+        mesh = read_mesh(source.file)
         scale, offset = normalize(mesh)
         # as mesh.ply stores them
         mesh.vertices = mesh.vertices.astype(np.float32).astype(np.float64)

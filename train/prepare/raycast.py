@@ -3,12 +3,14 @@
 A view is an RGBA image and the surface points behind it. Light does not move with the camera: a key
 light, a top and a bottom light as wide as the sky, and 0.3 of ambient; both sides of every face
 reflect, by Lambert's law, without shadows. Light multiplies display values, and so do an OBJ's
-colours; glTF's base colour is first made in linear light, as its specification says.
+colours; glTF's base colour is first made in linear light, as its specification says. Emission is
+added to what is reflected: an OBJ's in display values, glTF's in linear light.
 """
 
 import numpy as np
 
-from train.meshes.surface import Mesh
+from train.meshes.pictures import sample
+from train.meshes.surface import Material, Mesh
 
 RADIUS = 2.0
 FOV = np.deg2rad(40)
@@ -154,22 +156,48 @@ class Caster:
         normal = normal * (np.where((normal * flat).sum(1) < 0, -1.0, 1.0) * towards)[:, None]
         light = AMBIENT + KEY * np.maximum(normal @ KEY_DIRECTION, 0)
         light = light + TOP * (1 + normal[:, 2]) / 2 + BOTTOM * (1 - normal[:, 2]) / 2
-        albedo = np.einsum("mk,mkc->mc", corner, mesh.tint[face])
-        alpha = np.ones(len(face))
+        tint = np.einsum("mk,mkc->mc", corner, mesh.tint[face])
         uv = np.einsum("mk,mkc->mc", corner, mesh.uv[face])
+        emission_uv = uv
+        if mesh.emission_uv is not None:
+            emission_uv = np.einsum("mk,mkc->mc", corner, mesh.emission_uv[face])
+        color = np.zeros((len(face), 3))
+        alpha = np.ones(len(face))
         used = mesh.material[face]
         for m in np.unique(used):
-            material = mesh.materials[m]
             here = used == m
-            albedo[here] *= material.color
-            alpha[here] = material.opacity
-            if material.texture is not None:
-                texel = sample(material.texture, uv[here])
-                albedo[here] *= to_linear(texel[:, :3]) if material.linear else texel[:, :3]
-                alpha[here] *= texel[:, 3]
-            if material.linear:
-                albedo[here] = to_display(albedo[here])
-        return (albedo * light[:, None]).clip(0, 1), alpha, normal
+            material = mesh.materials[m]
+            albedo, alpha[here] = _albedo(material, tint[here], uv[here])
+            seen = albedo if material.unlit else albedo * light[here, None]
+            color[here] = _with_emission(material, seen, emission_uv[here])
+        return color.clip(0, 1), alpha, normal
+
+
+def _albedo(material: Material, tint: np.ndarray, uv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Display colour [M, 3] and opacity [M] of a material at M points, before any light."""
+    albedo = tint.copy()
+    albedo *= material.color
+    alpha = np.full(len(tint), material.opacity)
+    if material.texture is not None:
+        texel = sample(material.texture, uv, material.sampler)
+        albedo *= to_linear(texel[:, :3]) if material.linear else texel[:, :3]
+        alpha *= texel[:, 3]
+    if material.linear:
+        albedo[:] = to_display(albedo)
+    return albedo, alpha
+
+
+def _with_emission(material: Material, seen: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """Add what a material emits to the display colours [M, 3] that it reflects."""
+    if not any(material.emission):
+        return seen
+    emitted = np.broadcast_to(material.emission, seen.shape)
+    if material.emission_texture is not None:
+        texel = sample(material.emission_texture, uv, material.emission_sampler)[:, :3]
+        emitted = emitted * (to_linear(texel) if material.linear else texel)
+    if material.linear:
+        return to_display(to_linear(seen.clip(0, 1)) + emitted)
+    return seen + emitted
 
 
 def to_linear(color: np.ndarray) -> np.ndarray:
@@ -181,27 +209,3 @@ def to_display(light: np.ndarray) -> np.ndarray:
     """Linear light, clipped to [0, 1], to display values: `to_linear` backwards."""
     light = light.clip(0, 1)
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
-
-
-def sample(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """Look up uv [M, 2] in an RGBA uint8 texture [H, W, 4]: straight RGBA [M, 4] in [0, 1].
-
-    Bilinear; uv wraps, with v upwards. Texels are weighted by their alpha, so that the colour
-    hidden in transparent ones does not bleed out.
-    """
-    H, W = texture.shape[:2]
-    x = (uv[:, 0] % 1) * W - 0.5
-    y = (1 - uv[:, 1] % 1) * H - 0.5
-    x0 = np.floor(x).astype(np.int64)
-    y0 = np.floor(y).astype(np.int64)
-    fx = x - x0
-    fy = y - y0
-    total = np.zeros((len(uv), 4))
-    for dy, wy in ((0, 1 - fy), (1, fy)):
-        for dx, wx in ((0, 1 - fx), (1, fx)):
-            texel = texture[(y0 + dy) % H, (x0 + dx) % W] / 255.0
-            weight = wx * wy
-            total[:, :3] += texel[:, :3] * (texel[:, 3] * weight)[:, None]
-            total[:, 3] += texel[:, 3] * weight
-    total[:, :3] /= np.maximum(total[:, 3:], 1e-12)
-    return total

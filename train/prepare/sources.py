@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.data.metadata import inside
-from train.meshes.read import READABLE, content_hash
+from train.meshes.read import CONVERTIBLE, READABLE, content_hash
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,12 @@ class Source:
     split: str = "train"
     caption: str = ""
     sha256: str = ""  # of its content; empty until it is read
+    converted: Path | None = None  # the file that is read in place of `path`
+
+    @property
+    def file(self) -> Path:
+        """The file that is read."""
+        return self.converted or self.path
 
 
 @dataclass
@@ -48,16 +54,17 @@ def collect(inputs: list[Path], root: Path) -> list[Source]:
 
 
 def _in_folder(folder: Path) -> list[Source]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in READABLE)
+    known = READABLE + CONVERTIBLE
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in known)
     found = sorted(path for path in files if path.is_file())
     if not found:
-        raise ValueError(f"{folder} holds no {', '.join(READABLE)} file")
+        raise ValueError(f"{folder} holds no {', '.join(known)} file")
     return [Source(path, path.relative_to(folder).as_posix()) for path in found]
 
 
 def _in_list(file: Path, root: Path) -> list[Source]:
     # as the names of files are read
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     sources = []
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
@@ -96,7 +103,7 @@ def hash_sources(sources: list[Source]) -> tuple[list[list[Source]], list[Result
             # names of files can be any bytes
             if source.identifier.encode(errors="replace").decode() != source.identifier:
                 raise ValueError("its name is not UTF-8")
-            hashed = replace(source, sha256=content_hash(source.path))
+            hashed = replace(source, sha256=content_hash(source.file))
         except OSError as error:
             reason = error.strerror or str(error)
             if error.filename is not None and Path(error.filename) != source.path:

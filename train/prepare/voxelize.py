@@ -164,7 +164,7 @@ class Features:
         self.sub_seen += seen[:, 3] > SEEN
 
     def result(self) -> np.ndarray:
-        """[V, 50] float16."""
+        """[V, 50] float16; ValueError where one is not finite, which no training would accept."""
         V = len(self.ids)
         views = max(self.views, 1)
         sub = (self.sub[:, :3] / np.maximum(self.sub[:, 3:], 1e-12)).reshape(V, 24)
@@ -176,4 +176,8 @@ class Features:
             self.sub_seen.reshape(V, 8) / views,
             self.occupied.reshape(V, 8),
         ]
-        return np.concatenate(parts, 1).astype(np.float16)
+        tokens = np.concatenate(parts, 1).astype(np.float16)
+        if not np.isfinite(tokens).all():
+            row = int(np.flatnonzero(~np.isfinite(tokens).all(1))[0])
+            raise ValueError(f"the features of voxel {self.cells[row].tolist()} are not finite")
+        return tokens

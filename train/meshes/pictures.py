@@ -1,0 +1,131 @@
+"""Pictures on surfaces: decoded by their mode, looked up, and where on a surface they lie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from train.meshes.untrusted import TEXTURES, load_picture, open_picture
+
+SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16-bit grey
+THROUGH_RGB = ("CMYK", "YCbCr", "HSV")
+TEXEL = 1e-3  # of a texel: a coordinate on its edge may have been rounded down
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The filter of a picture between its texels, and what lies beyond its borders."""
+
+    nearest: bool = False  # False: bilinear
+    # beyond the left and right border, and beyond the upper and lower: repeat, clamp or mirror
+    wrap: tuple[str, str] = ("repeat", "repeat")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The part of a picture that a surface shows: uv' = turn(uv * scale) + offset."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
+    rotation: float = 0.0  # radians, counter-clockwise where v points down
+    coordinates: int = 0  # the number of the set of texture coordinates
+
+    def __call__(self, uv: np.ndarray) -> np.ndarray:
+        """Move texture coordinates [..., 2]."""
+        if (self.scale, self.offset, self.rotation) == ((1.0, 1.0), (0.0, 0.0), 0.0):
+            return uv
+        moved = uv * self.scale
+        if self.rotation:
+            cos, sin = np.cos(self.rotation), np.sin(self.rotation)
+            u, v = moved[..., 0], moved[..., 1]
+            moved = np.stack([cos * u + sin * v, cos * v - sin * u], -1)
+        return moved + self.offset
+
+
+def decode(data: Path | bytes, owner: str, name: str) -> np.ndarray:
+    """Decode a picture: uint8 RGBA [H, W, 4].
+
+    16-bit grey is scaled to 8 bits, and so are numbers of floating point in [0, 1]. Raises
+    ValueError, "OWNER: texture NAME ...", where it cannot be read or has other values.
+    """
+    try:
+        with open_picture(data, TEXTURES) as image:
+            return _rgba(load_picture(image))
+    except ValueError as error:
+        raise ValueError(f"{owner}: texture {name} cannot be read: {error}") from error
+
+
+def _rgba(image: Image.Image) -> np.ndarray:
+    """The pixels of a picture of any mode, uint8 [H, W, 4]; ValueError for one without a rule."""
+    if image.mode in SIXTEEN:
+        values = np.asarray(image).astype(np.uint16)
+        grey = np.rint(values / 257.0).astype(np.uint8)
+        alpha = np.full_like(grey, 255)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            alpha[values == clear] = 0
+        return np.stack([grey, grey, grey, alpha], -1)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"mode F, numbers from {values.min():.4g} to {values.max():.4g}: floating point is "
+                "read from 0 to 1"
+            )
+        grey = np.rint(values * 255).astype(np.uint8)
+        return np.stack([grey, grey, grey, np.full_like(grey, 255)], -1)
+    if image.mode == "I":
+        raise ValueError("mode I, 32-bit integers, which has no range")
+    if image.mode in THROUGH_RGB:
+        image = image.convert("RGB")
+    return np.asarray(image.convert("RGBA"))
+
+
+def sample(texture: np.ndarray, uv: np.ndarray, sampler: Sampler = Sampler()) -> np.ndarray:
+    """Look up uv [M, 2] in an RGBA uint8 texture [H, W, 4]: straight RGBA [M, 4] in [0, 1].
+
+    v points upwards. Bilinear, unless the sampler says nearest: texels are then weighted by their
+    alpha, so that the colour hidden in transparent ones does not bleed out.
+    """
+    H, W = texture.shape[:2]
+    across, down = sampler.wrap
+    x = _unwrapped(uv[:, 0], across) * W
+    y = (1 - _unwrapped(uv[:, 1], down)) * H
+    if sampler.nearest:
+        column = _wrapped(np.floor(x + TEXEL).astype(np.int64), W, across)
+        row = _wrapped(np.floor(y + TEXEL).astype(np.int64), H, down)
+        return texture[row, column] / 255.0
+    x = x - 0.5
+    y = y - 0.5
+    x0 = np.floor(x).astype(np.int64)
+    y0 = np.floor(y).astype(np.int64)
+    fx = x - x0
+    fy = y - y0
+    total = np.zeros((len(uv), 4))
+    for dy, wy in ((0, 1 - fy), (1, fy)):
+        row = _wrapped(y0 + dy, H, down)
+        for dx, wx in ((0, 1 - fx), (1, fx)):
+            texel = texture[row, _wrapped(x0 + dx, W, across)] / 255.0
+            weight = wx * wy
+            total[:, :3] += texel[:, :3] * (texel[:, 3] * weight)[:, None]
+            total[:, 3] += texel[:, 3] * weight
+    total[:, :3] /= np.maximum(total[:, 3:], 1e-12)
+    return total
+
+
+def _unwrapped(u: np.ndarray, wrap: str) -> np.ndarray:
+    """Coordinates brought near [0, 1], however large: into the period, or to the border."""
+    if wrap == "clamp":
+        return u.clip(0, 1)
+    return u % (2 if wrap == "mirror" else 1)
+
+
+def _wrapped(index: np.ndarray, size: int, wrap: str) -> np.ndarray:
+    """Numbers of texels beyond the border as numbers of those that are seen there."""
+    if wrap == "clamp":
+        return index.clip(0, size - 1)
+    if wrap == "mirror":
+        index = index % (2 * size)
+        return np.minimum(index, 2 * size - 1 - index)
+    return index % size
