@@ -4,6 +4,8 @@
     # for the presets small and base (with --features rgb)
     python -m train.prepare MESHES... --out DIR
     python -m train.prepare MESHES... --out DIR --resolution 16    # for demo
+    # the published features, of these objects or (without MESHES) of those that DIR has already
+    python -m train.prepare MESHES... --out DIR --features dinov2_vitl14_reg --weights FILE
 
 MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, folders that are searched for them, or
 lists: text files (.txt) of lines `path`, `path<tab>split` or `path<tab>split<tab>caption`, the
@@ -22,6 +24,7 @@ paths relative to --root. What comes out:
                                         voxels_R for other sizes
     features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens float16 [V, 50]
                                         (train.prepare.voxelize); features/rgb_R
+    features/NAME/SHA.npz               the same of a network (train.prepare.features)
 
 SHA is the sha256 of the mesh file and of the materials, textures and buffers that it names: objects
 that differ in any of them are different objects, and copies are made once. (So an edited mesh is a
@@ -50,24 +53,35 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from models.dinov2 import command
 from train.data.metadata import (
     read_metadata,
     write_metadata,
 )
+from train.prepare.features import ImageFeatures, add_features, parse_name
 from train.prepare.objects import Result, Settings, prepare_object
+from train.prepare.parts import WHOLE, Part
 from train.prepare.sources import Source, collect, hash_sources, with_path
+from train.prepare.summary import summary
+from train.run.machine import named_device
 from train.run.progress import Progress
 from train.workers import answers
 
 
-def prepare_all(sources: list[Source], settings: Settings, workers: int) -> int:
-    """Prepare all sources and print what happened.
+def prepare_all(
+    sources: list[Source], settings: Settings, workers: int, part: Part = WHOLE
+) -> tuple[int, list[dict]]:
+    """Prepare the sources of a part and print what happened.
 
-    Returns the exit code: 0, 1 if nothing could be used, 130 if interrupted.
+    Returns the exit code (0, 1 if nothing could be used, 130 if interrupted) and the rows of what
+    is there then.
     """
     start = time.perf_counter()
     code = 0
     objects, refused = hash_sources(sources)
+    own = part.of(copies[0].sha256 for copies in objects)
+    objects = [copies for copies in objects if copies[0].sha256 in own]
+    refused = refused[part.number - 1 :: part.count]
     results = []
     if objects:
         try:
@@ -76,10 +90,11 @@ def prepare_all(sources: list[Source], settings: Settings, workers: int) -> int:
             raise ValueError(
                 f"--out {settings.out} cannot be a folder: {error.strerror}"
             ) from error
-        if (settings.out / "metadata.csv").is_file():
+        if (settings.out / part.table).is_file():
             # what stands in the way of another row shows before the work
-            read_metadata(settings.out)
-    bar = Progress(len(sources), unit="object")
+            read_metadata(settings.out, part.table)
+    total = len(refused) + sum(map(len, objects))
+    bar = Progress(total, unit="object")
     try:
         for result in chain(refused, _results(objects, settings, workers)):
             results.append(result)
@@ -90,26 +105,18 @@ def prepare_all(sources: list[Source], settings: Settings, workers: int) -> int:
         code = 130
     finally:
         bar.close()
-        rows = [r.row for r in results if r.row]
+        rows = sorted((r.row for r in results if r.row), key=lambda row: row["file_identifier"])
         if rows:
-            write_metadata(settings.out, sorted(rows, key=lambda row: row["file_identifier"]))
-    made = sum(r.made for r in results)
-    failed = sum(bool(r.failure) for r in results)
-    print(
-        f"{len(rows)} objects ({made} made, {len(rows) - made} there already), "
-        f"{made * settings.views} views, "
-        f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
-    )
+            write_metadata(settings.out, rows, part.table)
+    print("\n".join(summary(results, settings, time.perf_counter() - start)))
     # the presets of the training hold out as many
     held = settings.holdout_views
     usual = Settings.holdout_views
-    if rows and settings.features and 0 < held < usual:
+    if rows and 0 < held < usual:
         print(f"the training must be told: --holdout-views {held} (its default is {usual})")
     if code == 130:
-        print(
-            f"interrupted with {len(sources) - len(results)} meshes to do: the same command goes on"
-        )
-    return code or int(not rows)
+        print(f"interrupted with {total - len(results)} meshes to do: the same command goes on")
+    return code or int(not rows), rows
 
 
 def _results(objects: list[list[Source]], settings: Settings, workers: int) -> Iterator[Result]:
@@ -155,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "meshes",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="MESHES",
         help="files, folders, or .txt lists of files",
@@ -194,11 +201,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--supersample", type=int, default=2, help="rays a pixel: this number squared (default: 2)"
     )
+    networks = "a network of dinov2_vit{s,b,l}14[_reg], with --weights"
     p.add_argument(
         "--features",
-        choices=["rgb", "none"],
         default="rgb",
-        help="per-voxel features (default: rgb)",
+        metavar="NAME",
+        help=f"per-voxel features: rgb, none, or {networks} (default: rgb)",
+    )
+    p.add_argument("--weights", type=Path, help="file with the official weights of the network")
+    p.add_argument("--device", help="of the network: cpu, cuda, cuda:1 ... (default: a GPU)")
+    p.add_argument(
+        "--part",
+        default="1/1",
+        metavar="K/N",
+        help="the K-th of N parts of the objects, for N machines (default: all)",
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = (
@@ -217,16 +233,47 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
-    if importlib.util.find_spec("embreex") is None:
-        print("python -m train.prepare needs embreex: pip install '.[prepare]'", file=sys.stderr)
-        return 2
     try:
-        features = None if args.features == "none" else args.features
-        frames = (args.views, args.holdout_views, args.size, args.supersample)
-        settings = Settings(
-            args.out, tuple(dict.fromkeys(args.resolution)), *frames, features, args.seed
-        )
-        return prepare_all(collect(args.meshes, args.root), settings, args.workers)
+        return run(args)
     except (ValueError, OSError) as error:
         print(f"python -m train.prepare: {error}", file=sys.stderr)
         return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the flags say; returns the exit code. Raises ValueError for what cannot be."""
+    part = Part.parse(args.part)
+    network = _network(args)
+    frames = (args.views, args.holdout_views, args.size, args.supersample)
+    rgb = "rgb" if args.features == "rgb" else None
+    resolution = tuple(dict.fromkeys(args.resolution))
+    settings = Settings(args.out, resolution, *frames, rgb, args.seed)
+    code = 0
+    if args.meshes:
+        if importlib.util.find_spec("embreex") is None:
+            raise ValueError("meshes need embreex: pip install '.[prepare]'")
+        code, rows = prepare_all(collect(args.meshes, args.root), settings, args.workers, part)
+    elif network:
+        rows = read_metadata(args.out)
+        own = part.of(row["sha256"] for row in rows)
+        rows = [row for row in rows if row["sha256"] in own]
+    else:
+        raise ValueError("no MESHES; without them, --features of a network and --weights")
+    if network and code == 0:
+        code = add_features(network, rows, resolution, part.table)
+    if absent := part.join(args.out):
+        done = part.count - len(absent)
+        print(f"{part.table}; metadata.csv when all parts are there ({done} of {part.count} are)")
+    return code
+
+
+def _network(args: argparse.Namespace) -> ImageFeatures | None:
+    """The features of a network that the flags ask for, None where they are others."""
+    if args.features in ("rgb", "none"):
+        if args.weights:
+            raise ValueError(f"--weights are for a network, not for --features {args.features}")
+        return None
+    model, _ = parse_name(args.features)
+    if args.weights is None:
+        raise ValueError(f"--features {args.features} need --weights FILE: {command(model)}")
+    return ImageFeatures(args.out, args.features, args.weights, named_device(args.device))
