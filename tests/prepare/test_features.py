@@ -159,7 +159,7 @@ def test_flags_that_cannot_be(tmp_path, pair, weights, capsys):
     )
     assert "27 pixels are not a multiple of 14" in refused(*flags(weights, "dinov2_tiny-27"))
     assert "features 'rgb-28' are none of" in refused(*flags(weights, "rgb-28"))
-    assert "no MESHES; without them" in refused(*SMALL)
+    assert "no MESHES, no --fetch" in refused(*SMALL)
     assert "--weights are for a network, not for --features rgb" in refused(
         pair, *SMALL, "--weights", weights
     )

@@ -4,6 +4,8 @@
     # for the presets small and base (with --features rgb)
     python -m train.prepare MESHES... --out DIR
     python -m train.prepare MESHES... --out DIR --resolution 16    # for demo
+    # 820 models with their split and credits
+    python -m train.prepare --fetch sweethome --out DIR
     # the published features, of these objects or (without MESHES) of those that DIR has already
     python -m train.prepare MESHES... --out DIR --features dinov2_vitl14_reg --weights FILE
 
@@ -58,6 +60,7 @@ from train.data.metadata import (
     read_metadata,
     write_metadata,
 )
+from train.prepare import sweethome
 from train.prepare.features import ImageFeatures, add_features, parse_name
 from train.prepare.objects import Result, Settings, prepare_object
 from train.prepare.parts import WHOLE, Part
@@ -168,6 +171,12 @@ def parser() -> argparse.ArgumentParser:
         help="files, folders, or .txt lists of files",
     )
     p.add_argument(
+        "--fetch",
+        choices=["sweethome"],
+        help="get 820 textured models first (120 MB, CC0 and CC BY; train.prepare.sweethome)",
+    )
+    p.add_argument("--archive", type=Path, help="their package on disk, instead of the network")
+    p.add_argument(
         "--out",
         type=Path,
         required=True,
@@ -244,21 +253,26 @@ def run(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code. Raises ValueError for what cannot be."""
     part = Part.parse(args.part)
     network = _network(args)
+    if args.archive and not args.fetch:
+        raise ValueError(f"--archive {args.archive} is for --fetch")
     frames = (args.views, args.holdout_views, args.size, args.supersample)
     rgb = "rgb" if args.features == "rgb" else None
     resolution = tuple(dict.fromkeys(args.resolution))
     settings = Settings(args.out, resolution, *frames, rgb, args.seed)
     code = 0
-    if args.meshes:
+    if args.meshes or args.fetch:
         if importlib.util.find_spec("embreex") is None:
             raise ValueError("meshes need embreex: pip install '.[prepare]'")
-        code, rows = prepare_all(collect(args.meshes, args.root), settings, args.workers, part)
+        tag = f".{part.number}" if part.count > 1 else ""
+        fetched = sweethome.sources(args.out, args.archive, tag) if args.fetch else []
+        given = collect(args.meshes, args.root) if args.meshes else []
+        code, rows = prepare_all(fetched + given, settings, args.workers, part)
     elif network:
         rows = read_metadata(args.out)
         own = part.of(row["sha256"] for row in rows)
         rows = [row for row in rows if row["sha256"] in own]
     else:
-        raise ValueError("no MESHES; without them, --features of a network and --weights")
+        raise ValueError("no MESHES, no --fetch, no --features of a network with --weights")
     if network and code == 0:
         code = add_features(network, rows, resolution, part.table)
     if absent := part.join(args.out):
