@@ -163,8 +163,8 @@ class Features:
         self.views = 0
         self.ids = cell_id(cells, resolution)
         V = len(cells)
-        self.cell = np.zeros((V, 10))  # weighted sums of colour, normal, offset; weight
-        self.sub = np.zeros((8 * V, 4))  # weighted sum of colour; weight
+        self.cell = np.zeros((10, V))  # weighted sums of colour, normal, offset; weight
+        self.sub = np.zeros((4, 8 * V))  # weighted sum of colour; weight
         self.cell_seen = np.zeros(V)
         self.sub_seen = np.zeros(8 * V)
         self.occupied = np.zeros(8 * V)
@@ -192,29 +192,30 @@ class Features:
         sub_cell = np.floor(position * 2).astype(np.int64).clip(0, 2 * self.resolution - 1)
         row, s, known = self._rows(sub_cell)
         # rounding can put a point beyond the face of the last cell it belongs to
-        known &= self.occupied[row * 8 + s] > 0
-        row = row[known]
-        s = s[known]
-        w = weights[known]
-        offset = (position[known] - sub_cell[known] // 2 - 0.5).clip(-0.5, 0.5)
-        # one after the other: numpy is slow along short axes
-        columns = [*colors[known].T, *normals[known].T, *offset.T]
+        kept = np.flatnonzero(known & (self.occupied[row * 8 + s] > 0))
+        row = row[kept]
+        sub_row = row * 8 + s[kept]
+        w = weights[kept]
+        offset = (position.take(kept, 0) - sub_cell.take(kept, 0) // 2 - 0.5).clip(-0.5, 0.5)
+        # channel by channel: numpy is slow along short axes
+        columns = [*colors.take(kept, 0).T, *normals.take(kept, 0).T, *offset.T]
         values = [column * w for column in columns] + [w]
         V = len(self.ids)
-        seen = np.stack([np.bincount(row, x, V) for x in values], 1)
-        self.cell += seen
-        self.cell_seen += seen[:, 9] > SEEN
-        sub_row = row * 8 + s
-        seen = np.stack([np.bincount(sub_row, values[c], 8 * V) for c in (0, 1, 2, 9)], 1)
-        self.sub += seen
-        self.sub_seen += seen[:, 3] > SEEN
+        for channel, x in enumerate(values):
+            seen = np.bincount(row, x, V)
+            self.cell[channel] += seen
+        self.cell_seen += seen > SEEN
+        for channel, x in enumerate((*values[:3], w)):
+            seen = np.bincount(sub_row, x, 8 * V)
+            self.sub[channel] += seen
+        self.sub_seen += seen > SEEN
 
     def result(self) -> np.ndarray:
         """[V, 50] float16."""
         V = len(self.ids)
         views = max(self.views, 1)
-        sub = (self.sub[:, :3] / np.maximum(self.sub[:, 3:], 1e-12)).reshape(V, 24)
-        cell = self.cell[:, :9] / np.maximum(self.cell[:, 9:], 1e-12)
+        sub = (self.sub[:3] / np.maximum(self.sub[3], 1e-12)).T.reshape(V, 24)
+        cell = (self.cell[:9] / np.maximum(self.cell[9], 1e-12)).T
         parts = [
             cell,
             self.cell_seen[:, None] / views,
