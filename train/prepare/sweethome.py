@@ -55,7 +55,7 @@ class Model:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """What nearly equal models share."""
+        """Creator, category and name, which nearly equal models share."""
         stem = re.sub(r"[\d_-]+$", "", PurePosixPath(self.identifier).stem)
         return self.creator, self.category, stem.lower()
 
@@ -148,13 +148,13 @@ def properties(file: Path) -> dict[str, str]:
     for line in text.splitlines():
         key, equals, value = line.partition("=")
         if equals and not line.lstrip().startswith(("#", "!")):
-            found[key.strip()] = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", _unescaped, value.strip())
+            found[_unescaped(key)] = _unescaped(value)
     return found
 
 
-def _unescaped(match: re.Match) -> str:
-    code = match[1]
-    return chr(int(code[1:], 16)) if len(code) == 5 else code
+def _unescaped(text: str) -> str:
+    code = lambda match: chr(int(match[1][1:], 16)) if len(match[1]) == 5 else match[1]
+    return re.sub(r"\\(u[0-9a-fA-F]{4}|.)", code, text.strip())
 
 
 def splits(models: list[Model]) -> dict[Model, str]:
