@@ -262,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
     code = 0
     if args.meshes or args.fetch:
         if importlib.util.find_spec("embreex") is None:
-            raise ValueError("meshes need embreex: pip install '.[prepare]'")
+            raise ValueError("drawing meshes needs embreex: pip install '.[prepare]'")
         tag = f".{part.number}" if part.count > 1 else ""
         fetched = sweethome.sources(args.out, args.archive, tag) if args.fetch else []
         given = collect(args.meshes, args.root) if args.meshes else []
