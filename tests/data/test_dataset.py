@@ -170,8 +170,9 @@ def test_no_more_views_are_held_out_than_the_features_never_saw(tmp_path):
     shutil.copytree(root / "features" / f"rgb_{RES}", root / "features" / f"dino_{RES}")
     rows = [{"sha256": AA, f"feature_dino_{RES}": "True", f"feature_rgb_{RES}": "True"}]
     write_metadata(root, rows)
-    # of other features it says nothing
-    assert opened(root, features="dino", holdout_views=3).names == [AA]
+    assert opened(root, features="dino", holdout_views=2).names == [AA]
+    with pytest.raises(ValueError, match=message.replace("rgb", "dino")):
+        opened(root, features="dino", holdout_views=3)
     write_metadata(root, rows + [rows[0] | {"sha256": BB}])
     record_holdout(root, BB, 1)
     data = opened(root, holdout_views=2)

@@ -53,6 +53,32 @@ def test_poses_look_at_the_origin_with_z_up():
     assert (pixels[:, 1, 1] < 16).all(), "a point above the origin is shown below it"
 
 
+@pytest.mark.parametrize("distance", [2.0, 0.6, 0.3])
+@pytest.mark.parametrize(("size", "samples"), [(33, 1), (20, 3)])
+def test_rays_that_are_not_cast_would_have_missed(monkeypatch, size, samples, distance):
+    """A small triangle, seen in all places of the picture, from afar and from within its box."""
+    monkeypatch.setattr(raycast, "RAYS", 200)  # several bands
+    rng = np.random.default_rng([size, samples])
+    shown = 0
+    for _ in range(12):
+        vertices = rng.uniform(-0.6, 0.6, (1, 3)) + rng.normal(0, 0.1, (3, 3))
+        corners = (np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), np.ones((1, 3, 3)))
+        one = np.zeros(1, np.int32)
+        mesh = Mesh(vertices, np.array([[0, 1, 2]], np.int32), *corners, one, [Material()])
+        pose = camera_to_world(*rng.uniform(-1.5, 1.5, 2))
+        pose[:3, 3] *= distance / 2
+        caster = Caster(mesh)
+        image, points = caster.render(pose, size, samples)
+        with monkeypatch.context() as patched:
+            patched.setattr(Caster, "_window", lambda self, pose, size: (0, size, 0, size))
+            whole, all_points = caster.render(pose, size, samples)
+        assert np.array_equal(image, whole)
+        assert all(np.array_equal(a, b) for a, b in zip(points, all_points, strict=True))
+        top, bottom, left, right = caster._window(pose, size)
+        shown += bool(image.any()) and (bottom - top) * (right - left) < size * size
+    assert shown or distance < 0.5
+
+
 def test_held_out_views_are_spread_and_come_last():
     order = frame_order(20, 4)
     assert sorted(order) == list(range(20)) and order[-4:] == [2, 7, 12, 17]

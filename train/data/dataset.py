@@ -42,12 +42,12 @@ class Dataset(torch.utils.data.Dataset):
     by reason, `summary()` says it in a line.
 
     The last `holdout_views` frames of every object are kept apart: views="holdout" sees only them,
-    "train" only the rest. `holdout` in transforms.json is the number of last frames that the `rgb`
-    features were made without; holdout_views may not exceed it, or the features would show the
-    model what it is scored on. `dataset[index, draw]` picks its views by (seed, draw, index) alone;
-    `dataset[index]` is draw 0. A broken object raises ValueError that names its file; no other
-    object ever takes its place. `cache=True` keeps what was decoded in memory. `meshes=True` reads
-    every object's mesh.ply too.
+    "train" only the rest. `holdout` in transforms.json is the number of last frames that
+    train.prepare makes features without; holdout_views may not exceed it, or the features would
+    show the model what it is scored on. `dataset[index, draw]` picks its views by (seed, draw,
+    index) alone; `dataset[index]` is draw 0. A broken object raises ValueError that names its file;
+    no other object ever takes its place. `cache=True` keeps what was decoded in memory.
+    `meshes=True` reads every object's mesh.ply too.
 
     Raises ValueError for a folder that is no dataset, one without these features, where no object
     is left (unless `required` is False), and for a first object of a folder whose transforms.json
@@ -265,11 +265,11 @@ class Dataset(torch.utils.data.Dataset):
                 f"{file} lists {count} frames: {held} held-out views leave none to train on: "
                 "use fewer --holdout-views"
             )
-        if self.features == "rgb" and frames.holdout is not None and held > frames.holdout:
+        if frames.holdout is not None and held > frames.holdout:
             again = "; prepare it again with train.prepare --holdout-views"
             raise ValueError(
-                f"{file}: {held} held-out views, but its rgb features were made without only "
-                f"{frames.holdout} of {count} frames: "
+                f"{file}: {held} held-out views, but its {self.features} features were made "
+                f"without only {frames.holdout} of {count} frames: "
                 f"use --holdout-views {frames.holdout} or fewer{'' if frames.holdout else again}"
             )
         first_held = count - held

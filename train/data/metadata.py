@@ -36,14 +36,14 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_metadata(root: Path) -> list[dict[str, str]]:
-    """Read the rows of ROOT/metadata.csv; an absent cell is "".
+def read_metadata(root: Path, name: str = "metadata.csv") -> list[dict[str, str]]:
+    """Read the rows of ROOT/metadata.csv or another table there; an absent cell is "".
 
     Raises ValueError without the folder, the file or its sha256 column, and for a row whose sha256
     is not 64 digits 0-9 a-f: it is part of file names. (Capitals are refused as well: where case
     does not count, two rows would share their files.)
     """
-    file = root / "metadata.csv"
+    file = root / name
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: no dataset there")
     if not file.is_file():
@@ -67,15 +67,16 @@ def read_metadata(root: Path) -> list[dict[str, str]]:
     return rows
 
 
-def write_metadata(out: Path, rows: list[dict]) -> None:
-    """Merge rows into metadata.csv by sha256.
+def write_metadata(out: Path, rows: list[dict], name: str = "metadata.csv", tag: str = "") -> None:
+    """Merge rows into metadata.csv, or another table, by sha256.
 
-    Rows and columns of earlier runs stay where `rows` say nothing of them.
+    Rows and columns of earlier runs stay where `rows` say nothing of them. `tag` tells writers
+    apart that may meet at one table.
     """
-    path = out / "metadata.csv"
+    path = out / name
     merged = {}
     if path.is_file():
-        merged = {row["sha256"]: row for row in read_metadata(out)}
+        merged = {row["sha256"]: row for row in read_metadata(out, name)}
     for row in rows:
         was = merged.get(row["sha256"], {})
         row = {k: v for k, v in row.items() if v not in ("", "[]")}
@@ -84,7 +85,8 @@ def write_metadata(out: Path, rows: list[dict]) -> None:
             merged[row["sha256"]]["aesthetic_score"] = was["aesthetic_score"]
     seen = dict.fromkeys(key for row in merged.values() for key in row)
     columns = PUBLISHED + sorted(k for k in seen if k not in PUBLISHED)
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    opened = whole(path, tag=tag)
+    with opened as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(merged.values())

@@ -7,7 +7,7 @@ Every error names its file.
     ROOT/renders/SHA/transforms.json     frames: file_path, camera_angle_x (radians),
                                          transform_matrix (4 x 4, camera to world, OpenGL axes);
                                          holdout, where train.prepare made it: how many of the last
-                                             frames no `rgb` feature saw
+                                             frames no feature of ours saw
     ROOT/renders/SHA/000.png ...         square RGBA pictures, straight alpha
     ROOT/renders/SHA/mesh.ply            the object as triangles, in the same z-up unit cube
     ROOT/features/NAME/SHA.npz           indices [V, 3] integers, patchtokens [V, C]; NAME_R where
@@ -43,7 +43,7 @@ class Frames:
     files: list[Path]
     matrix: np.ndarray  # [n, 4, 4] float64, camera to world, OpenGL axes
     fov: np.ndarray  # [n] float64, radians
-    # the last frames that `rgb` features were made without; None where the file does not say
+    # the last frames that features were made without; None where the file does not say
     holdout: int | None = None
 
 

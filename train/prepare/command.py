@@ -4,6 +4,10 @@
     # for the presets small and base (with --features rgb)
     python -m train.prepare MESHES... --out DIR
     python -m train.prepare MESHES... --out DIR --resolution 16    # for demo
+    # 820 models with their split and credits
+    python -m train.prepare --fetch sweethome --out DIR
+    # the published features, of these objects or (without MESHES) of those that DIR has already
+    python -m train.prepare MESHES... --out DIR --features dinov2_vitl14_reg --weights FILE
 
 MESHES are OBJ (with MTL and images), GLB, glTF or PLY files, with --blender also FBX, USD, BLEND,
 DAE and 3DS files (kept as OUT/converted/*/NAME.glb), folders that are searched for them, or lists:
@@ -23,6 +27,7 @@ paths relative to --root. What comes out:
                                         voxels_R for other sizes
     features/rgb/SHA.npz                indices uint8 [V, 3], patchtokens float16 [V, 50]
                                         (train.prepare.voxelize); features/rgb_R
+    features/NAME/SHA.npz               the same of a network (train.prepare.features)
 
 SHA is the sha256 of the mesh file and of the materials, textures and buffers that it names: objects
 that differ in any of them are different objects, and copies are made once. (So an edited mesh is a
@@ -51,13 +56,19 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from models.dinov2 import command
 from train.data.metadata import (
     read_metadata,
     write_metadata,
 )
+from train.prepare import sweethome
 from train.prepare.blender import convert_all
+from train.prepare.features import ImageFeatures, add_features, parse_name
 from train.prepare.objects import Result, Settings, prepare_object
+from train.prepare.parts import WHOLE, Part
 from train.prepare.sources import Source, collect, hash_sources, with_path
+from train.prepare.summary import summary
+from train.run.machine import named_device
 from train.run.progress import Progress
 from train.workers import answers
 
@@ -65,11 +76,18 @@ NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, an
 
 
 def prepare_all(
-    sources: list[Source], settings: Settings, workers: int, blender: str | None = None
-) -> int:
-    """Prepare all sources and print what happened; `blender` converts those that need it.
+    sources: list[Source],
+    settings: Settings,
+    workers: int,
+    part: Part = WHOLE,
+    blender: str | None = None,
+) -> tuple[int, list[dict]]:
+    """Prepare the sources of a part and print what happened.
 
-    Returns the exit code: 0, 1 if nothing could be used, 130 if interrupted.
+    `blender` converts those that need it.
+
+    Returns the exit code (0, 1 if nothing could be used, 130 if interrupted) and the rows of what
+    is there then.
     """
     start = time.perf_counter()
     code = 0
@@ -77,7 +95,9 @@ def prepare_all(
     if blender is not None:
         usable, refused = convert_all(sources, blender, settings.out, workers)
     objects, unread = hash_sources(usable)
-    refused += unread
+    own = part.of(copies[0].sha256 for copies in objects)
+    objects = [copies for copies in objects if copies[0].sha256 in own]
+    refused = (refused + unread)[part.number - 1 :: part.count]
     results = []
     if objects:
         try:
@@ -86,10 +106,11 @@ def prepare_all(
             raise ValueError(
                 f"--out {settings.out} cannot be a folder: {error.strerror}"
             ) from error
-        if (settings.out / "metadata.csv").is_file():
+        if (settings.out / part.table).is_file():
             # what stands in the way of another row shows before the work
-            read_metadata(settings.out)
-    bar = Progress(len(sources), unit="object")
+            read_metadata(settings.out, part.table)
+    total = len(refused) + sum(map(len, objects))
+    bar = Progress(total, unit="object")
     try:
         for result in chain(refused, _results(objects, settings, workers)):
             results.append(result)
@@ -100,26 +121,18 @@ def prepare_all(
         code = 130
     finally:
         bar.close()
-        rows = [r.row for r in results if r.row]
+        rows = sorted((r.row for r in results if r.row), key=lambda row: row["file_identifier"])
         if rows:
-            write_metadata(settings.out, sorted(rows, key=lambda row: row["file_identifier"]))
-    made = sum(r.made for r in results)
-    failed = sum(bool(r.failure) for r in results)
-    print(
-        f"{len(rows)} objects ({made} made, {len(rows) - made} there already), "
-        f"{made * settings.views} views, "
-        f"{failed} skipped, {time.perf_counter() - start:.1f} s -> {settings.out}"
-    )
+            write_metadata(settings.out, rows, part.table)
+    print("\n".join(summary(results, settings, time.perf_counter() - start)))
     # the presets of the training hold out as many
     held = settings.holdout_views
     usual = Settings.holdout_views
-    if rows and settings.features and 0 < held < usual:
+    if rows and 0 < held < usual:
         print(f"the training must be told: --holdout-views {held} (its default is {usual})")
     if code == 130:
-        print(
-            f"interrupted with {len(sources) - len(results)} meshes to do: the same command goes on"
-        )
-    return code or int(not rows)
+        print(f"interrupted with {total - len(results)} meshes to do: the same command goes on")
+    return code or int(not rows), rows
 
 
 def _results(objects: list[list[Source]], settings: Settings, workers: int) -> Iterator[Result]:
@@ -165,11 +178,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "meshes",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="MESHES",
         help="files, folders, or .txt lists of files",
     )
+    p.add_argument(
+        "--fetch",
+        choices=["sweethome"],
+        help="get 820 textured models first (120 MB, CC0 and CC BY; train.prepare.sweethome)",
+    )
+    p.add_argument("--archive", type=Path, help="their package on disk, instead of the network")
     p.add_argument(
         "--out",
         type=Path,
@@ -204,11 +223,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--supersample", type=int, default=2, help="rays a pixel: this number squared (default: 2)"
     )
+    networks = "a network of dinov2_vit{s,b,l}14[_reg], with --weights"
     p.add_argument(
         "--features",
-        choices=["rgb", "none"],
         default="rgb",
-        help="per-voxel features (default: rgb)",
+        metavar="NAME",
+        help=f"per-voxel features: rgb, none, or {networks} (default: rgb)",
+    )
+    p.add_argument("--weights", type=Path, help="file with the official weights of the network")
+    p.add_argument("--device", help="of the network: cpu, cuda, cuda:1 ... (default: a GPU)")
+    p.add_argument(
+        "--part",
+        default="1/1",
+        metavar="K/N",
+        help="the K-th of N parts of the objects, for N machines (default: all)",
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = (
@@ -232,18 +260,54 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        named = " and ".join(NEEDED[name] for name in missing)
-        print(f"python -m train.prepare needs {named}: pip install '.[prepare]'", file=sys.stderr)
-        return 2
     try:
-        features = None if args.features == "none" else args.features
-        frames = (args.views, args.holdout_views, args.size, args.supersample)
-        settings = Settings(
-            args.out, tuple(dict.fromkeys(args.resolution)), *frames, features, args.seed
-        )
-        return prepare_all(collect(args.meshes, args.root), settings, args.workers, args.blender)
+        return run(args)
     except (ValueError, OSError) as error:
         print(f"python -m train.prepare: {error}", file=sys.stderr)
         return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the flags say; returns the exit code. Raises ValueError for what cannot be."""
+    part = Part.parse(args.part)
+    network = _network(args)
+    if args.archive and not args.fetch:
+        raise ValueError(f"--archive {args.archive} is for --fetch")
+    frames = (args.views, args.holdout_views, args.size, args.supersample)
+    rgb = "rgb" if args.features == "rgb" else None
+    resolution = tuple(dict.fromkeys(args.resolution))
+    settings = Settings(args.out, resolution, *frames, rgb, args.seed)
+    code = 0
+    if args.meshes or args.fetch:
+        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+        if missing:
+            named = " and ".join(NEEDED[name] for name in missing)
+            raise ValueError(f"drawing meshes needs {named}: pip install '.[prepare]'")
+        tag = f".{part.number}" if part.count > 1 else ""
+        fetched = sweethome.sources(args.out, args.archive, tag) if args.fetch else []
+        given = collect(args.meshes, args.root) if args.meshes else []
+        code, rows = prepare_all(fetched + given, settings, args.workers, part, args.blender)
+    elif network:
+        rows = read_metadata(args.out)
+        own = part.of(row["sha256"] for row in rows)
+        rows = [row for row in rows if row["sha256"] in own]
+    else:
+        raise ValueError("no MESHES, no --fetch, no --features of a network with --weights")
+    if network and code == 0:
+        code = add_features(network, rows, resolution, part.table)
+    if absent := part.join(args.out):
+        done = part.count - len(absent)
+        print(f"{part.table}; metadata.csv when all parts are there ({done} of {part.count} are)")
+    return code
+
+
+def _network(args: argparse.Namespace) -> ImageFeatures | None:
+    """The features of a network that the flags ask for, None where they are others."""
+    if args.features in ("rgb", "none"):
+        if args.weights:
+            raise ValueError(f"--weights are for a network, not for --features {args.features}")
+        return None
+    model, _ = parse_name(args.features)
+    if args.weights is None:
+        raise ValueError(f"--features {args.features} need --weights FILE: {command(model)}")
+    return ImageFeatures(args.out, args.features, args.weights, named_device(args.device))

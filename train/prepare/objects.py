@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def prepare_object(source: Source, settings: Settings) -> Result:
     Bad input ends in `Result.failure`, never in an exception.
     """
     partial = settings.partial(source.sha256)
+    start = time.perf_counter()
     try:
         counts = _finished(settings, source.sha256)
         if counts is not None:
@@ -131,7 +133,8 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         partial.rename(folder)
         counts = {R: len(own) for R, own in cells.items()}
         notes = tuple(with_path(source, note) for note in mesh.notes)
-        return Result(source, _row(source, settings, counts), notes=notes, made=True)
+        row = _row(source, settings, counts)
+        return Result(source, row, "", notes, made=True, seconds=time.perf_counter() - start)
     except (OSError, *MALFORMED) as error:
         shutil.rmtree(partial, ignore_errors=True)
         return Result(source, failure=with_path(source, reason(error)))

@@ -23,6 +23,7 @@ KEY_DIRECTION = np.array([4.0, 1.0, 6.0]) / np.sqrt(53.0)
 LAYERS = 16  # transparent surfaces that one ray can pass
 CLEAR = 1 / 512  # light below this share of a pixel is not followed
 STEP = 1e-5  # how far behind a transparent surface a ray goes on
+NEAR = 0.1  # world units: a mesh that comes closer to the camera can be seen anywhere
 RAYS = 1 << 18  # rays cast at once: some 100 MB of intermediates
 
 
@@ -85,56 +86,88 @@ class Caster:
         grid = (np.arange(size * samples) + 0.5) / (size * samples) * 2 - 1
         tangent = np.tan(FOV / 2)
         band = max(1, RAYS // (size * samples * samples)) * samples  # whole rows of pixels
+        top, bottom, left, right = self._window(pose, size)
+        x = grid[left * samples : right * samples]
         image = np.zeros((size, size, 4))
         points = []
         for row in range(0, size * samples, band):
-            y = grid[row : row + band]
+            first = max(row, top * samples)
+            last = min(row + band, bottom * samples)
+            if first >= last or left >= right:
+                continue
+            y = grid[first:last]
             rays = np.stack(
-                np.broadcast_arrays(grid[None] * tangent, -y[:, None] * tangent, -1.0), -1
+                np.broadcast_arrays(x[None] * tangent, -y[:, None] * tangent, -1.0), -1
             ).reshape(-1, 3)
-            rays = rays / np.linalg.norm(rays, axis=1, keepdims=True) @ pose[:3, :3].T
-            color, hits = self._cast(
-                np.broadcast_to(pose[:3, 3], rays.shape).astype(np.float32), rays.astype(np.float32)
-            )
-            pixels = color.reshape(len(y) // samples, samples, size, samples, 4).mean((1, 3))
-            image[row // samples : (row + len(y)) // samples] = pixels
+            rays = rays / np.sqrt(_dot(rays, rays))[:, None] @ pose[:3, :3].T
+            color, hits = self._cast(pose[:3, 3].astype(np.float32), rays.astype(np.float32))
+            pixels = color.reshape(4, len(y) // samples, samples, right - left, samples)
+            rows = slice(first // samples, last // samples)
+            for i, j in np.ndindex(samples, samples):
+                image[rows, left:right] += pixels[:, :, i, :, j].transpose(1, 2, 0)
             points += [(p, w / samples**2, c, n) for p, w, c, n in hits]
-        image[..., :3] /= np.maximum(image[..., 3:], 1e-12)
+        seen = image[top:bottom, left:right]
+        seen /= samples**2
+        seen[..., :3] /= np.maximum(seen[..., 3:], 1e-12)
         empty = (np.zeros((0, 3)), np.zeros(0), np.zeros((0, 3)), np.zeros((0, 3)))
         gathered = tuple(np.concatenate(column) for column in zip(empty, *points, strict=True))
-        image = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
-        image[image[..., 3] == 0] = 0
-        return image, gathered
+        pixels = np.zeros((size, size, 4), np.uint8)
+        pixels[top:bottom, left:right] = np.rint(seen.clip(0, 1) * 255)
+        pixels[pixels[..., 3] == 0] = 0
+        return pixels, gathered
+
+    def _window(self, pose: np.ndarray, size: int) -> tuple[int, int, int, int]:
+        """Find the rows and columns of pixels that the mesh can be seen in: rays miss elsewhere.
+
+        Returns (first row, row after the last, first column, column after the last).
+        """
+        local = (self.mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
+        depth = -local[:, 2]
+        if not depth.min(initial=1) > NEAR:
+            return 0, size, 0, size
+        place = local[:, :2] / depth[:, None] / np.tan(FOV / 2) * [1, -1]  # right, down
+        low = np.floor((place.min(0, initial=1) + 1) / 2 * size).astype(int) - 1
+        high = np.ceil((place.max(0, initial=-1) + 1) / 2 * size).astype(int) + 1
+        (left, top), (right, bottom) = low.clip(0, size).tolist(), high.clip(0, size).tolist()
+        return top, max(top, bottom), left, max(left, right)
 
     def _cast(self, origin: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, list]:
-        """Cast N rays front to back through transparent layers.
+        """Cast N rays [N, 3] from one origin [3] front to back through transparent layers.
 
-        Returns premultiplied RGBA [N, 4], and each layer's points.
+        Returns premultiplied RGBA [4, N], and each layer's points. (`take`, and channels one by
+        one: numpy is several times slower where it picks rows by an array in brackets.)
         """
-        result = np.zeros((len(ray), 4))
+        result = np.zeros((4, len(ray)))
         through = np.ones(len(ray))
         hits = []
         live = np.arange(len(ray))
         last = np.full(len(ray), -1)
+        origin = np.broadcast_to(origin, ray.shape).copy()
+        towards = ray
         for _ in range(LAYERS):
-            found = self.scene.run(origin, ray[live], output=True)
-            hit = found["primID"] >= 0
+            found = self.scene.run(origin, towards, output=True)
+            hit = np.flatnonzero(found["primID"] >= 0)
             live = live[hit]
             face = found["primID"][hit]
             last = last[hit]
             if len(live) == 0:
                 break
-            point = origin[hit] + found["tfar"][hit, None] * ray[live]
-            color, alpha, normal = self._shade(face, found["u"][hit], found["v"][hit], ray[live])
+            towards = towards.take(hit, 0)
+            point = origin.take(hit, 0) + found["tfar"][hit, None] * towards
+            color, alpha, normal = self._shade(face, found["u"][hit], found["v"][hit], towards)
             # the same face again is rounding, not a second layer
             alpha = np.where(face == last, 0, alpha)
             weight = through[live] * alpha
-            result[live] += np.concatenate([color, np.ones((len(color), 1))], 1) * weight[:, None]
+            for channel in range(3):
+                result[channel][live] += color[:, channel] * weight
+            result[3][live] += weight
             through[live] -= weight
-            shown = weight > CLEAR
-            hits.append((point[shown], weight[shown], color[shown], normal[shown]))
-            onward = through[live] > CLEAR
-            origin = (point + STEP * ray[live])[onward].astype(np.float32)
+            shown = np.flatnonzero(weight > CLEAR)
+            seen = (x.take(shown, 0) for x in (point, weight, color, normal))
+            hits.append(tuple(seen))
+            onward = np.flatnonzero(through[live] > CLEAR)
+            towards = towards.take(onward, 0)
+            origin = (point.take(onward, 0) + STEP * towards).astype(np.float32)
             last = face[onward]
             live = live[onward]
         return result, hits
@@ -146,14 +179,14 @@ class Caster:
         """
         corner = np.stack([1 - u - v, u, v], 1)
         mesh = self.mesh
-        flat = self.flat[face]
-        smooth = np.einsum("mk,mkc->mc", corner, mesh.normals[face])
-        length = np.linalg.norm(smooth, axis=1, keepdims=True)
+        flat = self.flat.take(face, 0)
+        smooth = np.einsum("mk,mkc->mc", corner, mesh.normals.take(face, 0))
+        length = np.sqrt(_dot(smooth, smooth))[:, None]
         normal = np.where(length > 1e-6, smooth / np.maximum(length, 1e-6), flat)
         # files disagree on which way faces turn: the smooth normal follows the flat one, and that
         # the viewer
-        towards = np.where((flat * ray).sum(1) > 0, -1.0, 1.0)
-        normal = normal * (np.where((normal * flat).sum(1) < 0, -1.0, 1.0) * towards)[:, None]
+        towards = np.where(_dot(flat, ray) > 0, -1.0, 1.0)
+        normal = normal * (np.where(_dot(normal, flat) < 0, -1.0, 1.0) * towards)[:, None]
         light = AMBIENT + KEY * np.maximum(normal @ KEY_DIRECTION, 0)
         light = light + TOP * (1 + normal[:, 2]) / 2 + BOTTOM * (1 - normal[:, 2]) / 2
         tint = np.einsum("mk,mkc->mc", corner, mesh.tint[face])
@@ -198,6 +231,11 @@ def _with_emission(material: Material, seen: np.ndarray, uv: np.ndarray) -> np.n
     if material.linear:
         return to_display(to_linear(seen.clip(0, 1)) + emitted)
     return seen + emitted
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Row by row product of a and b [M, 3]: [M]. numpy's own sums are slow along short axes."""
+    return a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2]
 
 
 def to_linear(color: np.ndarray) -> np.ndarray:

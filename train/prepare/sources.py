@@ -33,6 +33,7 @@ class Result:
     failure: str = ""
     notes: tuple[str, ...] = ()
     made: bool = False  # False: an earlier run had finished it
+    seconds: float = 0.0  # that it took
 
 
 def collect(inputs: list[Path], root: Path) -> list[Source]:

@@ -26,7 +26,7 @@ import numpy as np
 
 CHANNELS = 50
 SEEN = 1 / 255  # summed over a view: a trace that no 8-bit image shows is not seen
-PAIRS = 1 << 18  # triangle-cell pairs tested at once: a few tens of MB
+PAIRS = 1 << 16  # triangle-cell pairs tested at once: a few tens of MB, fastest of 2^12 to 2^18
 CORNERS = np.stack(np.meshgrid(*[[0, 1]] * 3, indexing="ij"), -1).reshape(8, 3)
 NEAR = np.stack(np.meshgrid(*[[0, 1, 2]] * 3, indexing="ij"), -1).reshape(27, 3)
 
@@ -42,8 +42,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
     limit = 0.5 - 1e-6
     clipped = np.clip(np.asarray(vertices, np.float64), -limit, limit)
-    triangles = ((clipped + 0.5) * resolution)[faces]  # in cells
-    extent = np.ptp(triangles, axis=1).max(1)
+    triangles = Triangles(((clipped + 0.5) * resolution)[faces])  # in cells
+    extent = (triangles.high - triangles.low).max(1)
     # a block is 2^level cells wide, not less than the triangle
     level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)
     pairs = np.zeros(0, np.int64)
@@ -52,8 +52,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         size = 1 << size_log
         born = np.flatnonzero(level == size_log)
         # closed boxes: the one that only touches counts
-        low = np.ceil(triangles[born].min(1) / size).astype(np.int64) - 1
-        high = np.floor(triangles[born].max(1) / size).astype(np.int64)
+        low = np.ceil(triangles.low[born] / size).astype(np.int64) - 1
+        high = np.floor(triangles.high[born] / size).astype(np.int64)
         first = low[:, None] + NEAR
         inside = ((first <= high[:, None]) & (first >= 0) & (first * size < resolution)).all(-1)
         owner = np.broadcast_to(born[:, None], inside.shape)[inside]
@@ -64,8 +64,8 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         pairs = pairs[keep]
         blocks = blocks[keep]
         meets = [
-            _overlap(
-                triangles[pairs[i : i + PAIRS]], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size
+            triangles.overlap(
+                pairs[i : i + PAIRS], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size
             )
             for i in range(0, len(pairs), PAIRS)
         ]
@@ -78,30 +78,76 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
     ).astype(np.int32)
 
 
+class Triangles:
+    """Triangles [F, 3, 3] that are tested against cubes.
+
+    Coordinates are kept one by one: numpy is slow along axes of three.
+    """
+
+    def __init__(self, corners: np.ndarray):
+        # of each corner and axis [F]
+        self.corners = [
+            [np.ascontiguousarray(corners[:, i, a]) for a in range(3)] for i in range(3)
+        ]
+        columns = list(zip(*self.corners, strict=True))
+        self.low = np.stack([_least(*axis) for axis in columns], 1)  # [F, 3]
+        self.high = np.stack([_most(*axis) for axis in columns], 1)
+
+    def overlap(self, which: np.ndarray, centers: np.ndarray, half: float) -> np.ndarray:
+        """Test triangles [T] against their closed cubes (centre [T, 3], half side): [T].
+
+        13 separating axes in float64, the cheap ones first. Akenine-Moller, "Fast 3D triangle-box
+        overlap testing", 2001.
+        """
+        meets = np.ones(len(which), bool)
+        for a in range(3):
+            meets &= self.low[which, a] - centers[:, a] <= half
+            meets &= self.high[which, a] - centers[:, a] >= -half
+        near = np.flatnonzero(meets)
+        t = [
+            [self.corners[i][a][which[near]] - centers[near, a] for a in range(3)] for i in range(3)
+        ]
+        edges = [[t[(i + 1) % 3][a] - t[i][a] for a in range(3)] for i in range(3)]
+        meets[near] = _planes(t, edges, half)
+        return meets
+
+
+def _planes(t: list, edges: list, half: float) -> np.ndarray:
+    """Test triangles against cubes at the origin by the axes other than the cubes' own: [T].
+
+    t and edges hold the coordinates of three corners and edges, each [T].
+    """
+    normal = []
+    for a in range(3):
+        b = (a + 1) % 3
+        c = (a + 2) % 3
+        normal.append(edges[0][b] * edges[1][c] - edges[0][c] * edges[1][b])
+    height = normal[0] * t[0][0] + normal[1] * t[0][1] + normal[2] * t[0][2]
+    reach = np.abs(normal[0]) + np.abs(normal[1]) + np.abs(normal[2])
+    meets = np.abs(height) <= half * reach
+    for edge in edges:  # the cross products of the box's axes with the triangle's edges
+        size = [np.abs(x) for x in edge]
+        for axis in range(3):
+            a = (axis + 1) % 3
+            b = (axis + 2) % 3
+            p = [edge[a] * corner[b] - edge[b] * corner[a] for corner in t]
+            radius = half * (size[a] + size[b])
+            meets &= (_least(*p) <= radius) & (_most(*p) >= -radius)
+    return meets
+
+
+def _least(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    return np.minimum(np.minimum(a, b), c)
+
+
+def _most(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    return np.maximum(np.maximum(a, b), c)
+
+
 def cell_id(cells: np.ndarray, resolution: int) -> np.ndarray:
     """[..., 3] integer cells to [...] int64 numbers whose order is that of (x, y, z)."""
     cells = np.asarray(cells, np.int64)
     return (cells[..., 0] * resolution + cells[..., 1]) * resolution + cells[..., 2]
-
-
-def _overlap(triangles: np.ndarray, centers: np.ndarray, half: float) -> np.ndarray:
-    """Test T triangles [T, 3, 3] against their closed cubes (centre [T, 3], half side): [T].
-
-    13 separating axes in float64. Akenine-Moller, "Fast 3D triangle-box overlap testing", 2001.
-    """
-    t = triangles - centers[:, None]
-    meets = ((t.min(1) <= half) & (t.max(1) >= -half)).all(-1)
-    edges = t[:, [1, 2, 0]] - t
-    normal = np.cross(edges[:, 0], edges[:, 1])
-    meets &= np.abs((normal * t[:, 0]).sum(-1)) <= half * np.abs(normal).sum(-1)
-    for i in range(3):  # the cross products of the box's axes with the triangle's edges
-        for axis in range(3):
-            a = (axis + 1) % 3
-            b = (axis + 2) % 3
-            p = edges[:, i, None, a] * t[:, :, b] - edges[:, i, None, b] * t[:, :, a]
-            radius = half * (np.abs(edges[:, i, a]) + np.abs(edges[:, i, b]))
-            meets &= (p.min(1) <= radius) & (p.max(1) >= -radius)
-    return meets
 
 
 class Features:
@@ -117,8 +163,8 @@ class Features:
         self.views = 0
         self.ids = cell_id(cells, resolution)
         V = len(cells)
-        self.cell = np.zeros((V, 10))  # weighted sums of colour, normal, offset; weight
-        self.sub = np.zeros((8 * V, 4))  # weighted sum of colour; weight
+        self.cell = np.zeros((10, V))  # weighted sums of colour, normal, offset; weight
+        self.sub = np.zeros((4, 8 * V))  # weighted sum of colour; weight
         self.cell_seen = np.zeros(V)
         self.sub_seen = np.zeros(8 * V)
         self.occupied = np.zeros(8 * V)
@@ -146,29 +192,30 @@ class Features:
         sub_cell = np.floor(position * 2).astype(np.int64).clip(0, 2 * self.resolution - 1)
         row, s, known = self._rows(sub_cell)
         # rounding can put a point beyond the face of the last cell it belongs to
-        known &= self.occupied[row * 8 + s] > 0
-        row = row[known]
-        s = s[known]
-        w = weights[known]
-        offset = (position[known] - sub_cell[known] // 2 - 0.5).clip(-0.5, 0.5)
-        values = (
-            np.concatenate([colors[known], normals[known], offset, np.ones((len(w), 1))], 1)
-            * w[:, None]
-        )
+        kept = np.flatnonzero(known & (self.occupied[row * 8 + s] > 0))
+        row = row[kept]
+        sub_row = row * 8 + s[kept]
+        w = weights[kept]
+        offset = (position.take(kept, 0) - sub_cell.take(kept, 0) // 2 - 0.5).clip(-0.5, 0.5)
+        # channel by channel: numpy is slow along short axes
+        columns = [*colors.take(kept, 0).T, *normals.take(kept, 0).T, *offset.T]
+        values = [column * w for column in columns] + [w]
         V = len(self.ids)
-        seen = np.stack([np.bincount(row, x, V) for x in values.T], 1)
-        self.cell += seen
-        self.cell_seen += seen[:, 9] > SEEN
-        seen = np.stack([np.bincount(row * 8 + s, values[:, c], 8 * V) for c in (0, 1, 2, 9)], 1)
-        self.sub += seen
-        self.sub_seen += seen[:, 3] > SEEN
+        for channel, x in enumerate(values):
+            seen = np.bincount(row, x, V)
+            self.cell[channel] += seen
+        self.cell_seen += seen > SEEN
+        for channel, x in enumerate((*values[:3], w)):
+            seen = np.bincount(sub_row, x, 8 * V)
+            self.sub[channel] += seen
+        self.sub_seen += seen > SEEN
 
     def result(self) -> np.ndarray:
         """[V, 50] float16; ValueError where one is not finite, which no training would accept."""
         V = len(self.ids)
         views = max(self.views, 1)
-        sub = (self.sub[:, :3] / np.maximum(self.sub[:, 3:], 1e-12)).reshape(V, 24)
-        cell = self.cell[:, :9] / np.maximum(self.cell[:, 9:], 1e-12)
+        sub = (self.sub[:3] / np.maximum(self.sub[3], 1e-12)).T.reshape(V, 24)
+        cell = (self.cell[:9] / np.maximum(self.cell[9], 1e-12)).T
         parts = [
             cell,
             self.cell_seen[:, None] / views,

@@ -64,7 +64,11 @@ class Machine:
         return values
 
 
-def _device(name: str | None) -> torch.device:
+def named_device(name: str | None) -> torch.device:
+    """The device of a --device flag; without one a GPU, if there is one.
+
+    Raises ValueError for a name that is none, and for a GPU that is absent.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name is None:
@@ -123,7 +127,7 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
 
     Raises ValueError for a device that is absent.
     """
-    chosen = _device(device)
+    chosen = named_device(device)
     rank = int(os.environ.get("RANK", 0))
     world = world_size()
     before = (

@@ -44,12 +44,12 @@ class Progress:
         self.begin = clock()
         self.last: float | None = None  # when the last line was written
 
-    def update(self, note: str = "", now: bool = False) -> None:
-        """One more is done; `note` says what else there is to know, `now` that a line is due."""
-        self.done += 1
+    def update(self, note: str = "", now: bool = False, count: int = 1) -> None:
+        """Count more as done; `note` says what else there is to know, `now` that a line is due."""
+        self.done += count
         if self.bar:
             self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
+            self.bar.update(count)
         if self.bar or not self.shown:
             return
         seconds = self.clock()
@@ -60,6 +60,12 @@ class Progress:
             times = f"{tqdm.format_interval(spent)}, {tqdm.format_interval(left)} to go"
             parts = [f"{self.unit} {self.done:,} of {self.total:,}", note, times]
             print("  ".join(part for part in parts if part), file=self.stream, flush=True)
+
+    def expect(self, more: int) -> None:
+        """Add to the total, or take from it where `more` is negative."""
+        self.total += more
+        if self.bar:
+            self.bar.total = self.total
 
     @staticmethod
     def write(line: str) -> None:
