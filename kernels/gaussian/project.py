@@ -115,6 +115,9 @@ def _project(
     x0, x1 = tile_range(mx, radius, 1.001 * tl.sqrt(fading * a) + 0.01, tl.cdiv(W, 16))
     y0, y1 = tile_range(my, radius, 1.001 * tl.sqrt(fading * c) + 0.01, tl.cdiv(H, 16))
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)
+    # a colour that is not finite would spread over every pixel of its tiles
+    most = float("inf")
+    drawn = drawn & (tl.abs(f[0]) < most) & (tl.abs(f[1]) < most) & (tl.abs(f[2]) < most)
 
     p = pair + n
     red = tl.maximum(f[0] * SH_C0 + 0.5, 0.0)

@@ -161,7 +161,8 @@ def project_torch(
         (pairs.mean + radius + TILE - 1) / TILE, torch.floor((pairs.mean + reach) / TILE) + 1
     ).clamp(min=0)
     rect = torch.cat([torch.minimum(low, most), torch.minimum(high, most)])
-    rect = torch.where(pairs.seen & (opacity >= VISIBLE), rect, 0).int()
+    drawn = pairs.seen & (opacity >= VISIBLE) & pairs.sh.isfinite().all(0)
+    rect = torch.where(drawn, rect, 0).int()
     rect = torch.where((rect[2:] > rect[:2]).all(0), rect, 0).t().contiguous()
     color = (SH0 * pairs.sh + 0.5).clamp(min=0)
     record = torch.cat([pairs.mean, pairs.conic, opacity[None], color]).t()  # planes, as all here

@@ -216,9 +216,9 @@ def splat(
 
     Differentiable, to first order, in the five tensors of the Gaussians; the camera and the
     background get no gradient. Computes in fp32 (16-bit inputs are converted; float64 only on the
-    torch path). Same inputs, same bits. A Gaussian whose geometry is not finite, or whose centre is
-    nearer than 0.2, is not drawn. On a GPU the host waits once, for the number of (tile, Gaussian)
-    instances.
+    torch path). Same inputs, same bits. A Gaussian whose geometry or colour is not finite, or whose
+    centre is nearer than 0.2, is not drawn. On a GPU the host waits once, for the number of (tile,
+    Gaussian) instances.
 
     Raises ValueError: wrong shapes, dtypes or devices; starts that do not run from 0 to G; a
     view_scene of another length than the camera or naming no scene; colour coefficients above

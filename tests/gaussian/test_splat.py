@@ -249,18 +249,20 @@ def test_a_gaussian_that_is_not_finite_is_not_drawn(device):
     inputs = scene(20, device)
     view = camera(1, 20, 20, device)
     light = colors(1, device)
-    rest = [torch.cat([t[5:]]).detach().requires_grad_() for t in inputs]
-    want = splat(*rest, [0, 15], view, [0], light)
+    rest = [torch.cat([t[7:]]).detach().requires_grad_() for t in inputs]
+    want = splat(*rest, [0, 13], view, [0], light)
     with torch.no_grad():
         inputs[0][0, 1] = float("nan")
         inputs[1][1, 0] = float("inf")
         inputs[2][2] = float("nan")
         inputs[3][3] = float("nan")
         inputs[0][4] = float("inf")
+        inputs[4][5, 0, 1] = float("nan")
+        inputs[4][6, 0, 2] = float("-inf")
     image = splat(*inputs, [0, 20], view, [0], light)
     assert torch.equal(image.color, want.color)
     for got, expected in zip(grads(image, inputs), grads(want, rest), strict=True):
-        assert torch.equal(got[:5], torch.zeros_like(got[:5])) and torch.equal(got[5:], expected)
+        assert torch.equal(got[:7], torch.zeros_like(got[:7])) and torch.equal(got[7:], expected)
 
 
 def test_twice_the_same_bits_and_linear_in_the_upstream_gradient(device):
