@@ -1,9 +1,11 @@
 """Tables and a figure of counted work, for notebooks: what binds a kernel, ours beside peers'.
 
 A file of counts is {meta, rows}. A row is one pass of an op by one implementation: op, N or G (rows
-or Gaussians), passe ("fwd", "bwd", "dx", "dw"), target, who, config (of tiles, where several were
-tried), bound_us, bottleneck, instr_M (millions of warp instructions), tensor_GF, dram_MB,
-registers, spilled, occupancy. Every time is a bound of counted work, not a measurement.
+or Gaussians), passe ("fwd", "bwd", "dx", "dw"), target, who ("trislat", "trislat COMMIT" at an
+earlier one, "trislat variant" with tiles that were tried, or a peer), config (of tiles), bound_us,
+copy_us (of rows gathered and scattered, which a peer needs beside its kernels), bottleneck, instr_M
+(millions of warp instructions), tensor_GF, dram_MB, registers, spilled, occupancy. Every time is a
+bound of counted work, not a measurement.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 OURS = "trislat"
-VARIANT = "trislat variant"
+OTHERS = "trislat "  # ours at an earlier commit, or with other tiles
 
 
 def read(file: Path | str) -> dict:
@@ -29,15 +31,20 @@ def case(row: dict) -> tuple:
     return row["op"], row.get("N", row.get("G", 0)), row["passe"], row["target"]
 
 
+def time(row: dict) -> float:
+    """Return the bound in us of all that an implementation does, its copies too."""
+    return row["bound_us"] + row.get("copy_us", 0.0)
+
+
 def pairs(counted: dict) -> Iterator[tuple[dict, dict]]:
     """Yield our row of every case with the best peer's, in order."""
     best: dict = {}
     for row in counted["rows"]:
-        if row["who"] == VARIANT:
+        if row["who"].startswith(OTHERS):
             continue
         found = best.setdefault(case(row), {})
         side = "ours" if row["who"] == OURS else "peer"
-        if side not in found or row["bound_us"] < found[side]["bound_us"]:
+        if side not in found or time(row) < time(found[side]):
             found[side] = row
     for _, found in sorted(best.items()):
         if len(found) == 2:
@@ -52,9 +59,27 @@ def ahead(counted: dict, target: str) -> str:
         if where != target:
             continue
         lines.append(
-            f"{op:<22} {size:>7} {which:<4} {ours['bound_us']:>9.1f} us {ours['bottleneck']:<8}"
-            f"{peer['bound_us']:>9.1f} us {peer['bottleneck']:<8}"
-            f"{peer['bound_us'] / ours['bound_us']:>6.2f} x  {peer['who']}"
+            f"{op:<22} {size:>7} {which:<4} {time(ours):>9.1f} us {ours['bottleneck']:<8}"
+            f"{time(peer):>9.1f} us {peer['bottleneck']:<8}"
+            f"{time(peer) / time(ours):>6.2f} x  {peer['who']}"
+        )
+    return "\n".join(lines)
+
+
+def progress(counted: dict) -> str:
+    """Write a line for every case that was counted before and after a change."""
+    now = {case(row): row for row in counted["rows"] if row["who"] == OURS}
+    lines = []
+    for row in counted["rows"]:
+        op, size, which, where = case(row)
+        after = now.get((op, size, which, where))
+        if after is None or not row["who"].startswith(OTHERS) or "variant" in row["who"]:
+            continue
+        lines.append(
+            f"{op:<22} {size:>7} {which:<4} {where:<7}{row['bound_us']:>9.1f} -> "
+            f"{after['bound_us']:>7.1f} us {100 * after['bound_us'] / row['bound_us']:>5.0f} %  "
+            f"{row['instr_M']:>7.2f} -> {after['instr_M']:>6.2f} M instructions  "
+            f"{row['registers']} -> {after['registers']} registers"
         )
     return "\n".join(lines)
 
@@ -81,7 +106,7 @@ def advantage(counted: dict, target: str) -> Figure:
     figure = Figure(figsize=(7, 0.3 * len(found) + 1.2), layout="constrained")
     axes = figure.subplots()
     names = [f"{op} {size} {which}" for (op, size, which, _), _, _ in found]
-    axes.barh(names, [peer["bound_us"] / ours["bound_us"] for _, ours, peer in found])
+    axes.barh(names, [time(peer) / time(ours) for _, ours, peer in found])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel(f"best peer's bound / ours, {target} (a bound of counted work)")
