@@ -91,12 +91,15 @@ def tiles(counted: dict, target: str, size: int, which: str) -> str:
         for row in counted["rows"]
         if row["op"].startswith("conv") and case(row)[1:] == (size, which, target)
     ]
-    return "\n".join(
-        f"{row['bound_us']:>8.1f} us {row['bottleneck']:<7} {row['tensor_GF']:>6.1f} GFLOP "
-        f"{row['instr_M']:>6.1f} M instructions {row['registers']:>4} registers "
-        f"{100 * row['occupancy']:>3.0f} % occupied  {row['who']} {row.get('config', '')}"
-        for row in sorted(found, key=lambda row: row["bound_us"])
-    )
+    lines = []
+    for row in sorted(found, key=lambda row: row["bound_us"]):
+        occupied = f"{100 * row['occupancy']:.0f} %" if "occupancy" in row else "?"
+        lines.append(
+            f"{row['bound_us']:>8.1f} us {row['bottleneck']:<7} {row['tensor_GF']:>6.1f} GFLOP "
+            f"{row['instr_M']:>6.1f} M instructions {row['registers']:>4} registers "
+            f"{occupied:>4} occupied  {row['who']} {row.get('config', '')}"
+        )
+    return "\n".join(lines)
 
 
 def advantage(counted: dict, target: str) -> Figure:
