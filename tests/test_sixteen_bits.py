@@ -46,6 +46,8 @@ WITHOUT = {
     "to_device",
     "octant_order",
     "tap_order",
+    "conv_tables",
+    "octant_tables",
     "opposite_vertices",
     "make_mesh_layout",
     "face_camera",

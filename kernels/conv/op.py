@@ -133,9 +133,10 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-    *args, tables = *ctx.saved_tensors[:4], ctx.subdivided, list(ctx.saved_tensors[4:])
+    saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+    tables = list(saved[4:])
     dx, dweight = torch.ops.trislat.sparse_conv_backward(
-        grad.contiguous(), *args, tables, of_x, of_weight
+        grad.contiguous(), *saved[:4], ctx.subdivided, tables, of_x, of_weight
     )
     dbias = None
     if of_bias:
@@ -246,7 +247,9 @@ def octant_weights(
     x = axis[:, None, None, :, None, None, :, None, None]
     y = axis[:, None, None, :, None, None, :, None]
     z = axis[:, None, None, :, None, None, :]
-    with torch.autocast(weight.device.type, enabled=False):
+    # the weights keep their type; a device without autocast has none to switch off
+    known = torch.amp.is_autocast_available(weight.device.type)
+    with torch.autocast(weight.device.type if known else "cpu", enabled=False):
         return (x * y * z).view(64, 27) @ weight.flatten(1, 3)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.camera import Camera, Image, pack_cameras
 from kernels.checks import Host, check_floating, check_tensors
-from kernels.gaussian.binning import bin_tiles, parts
+from kernels.gaussian.binning import bin_tiles
 from kernels.gaussian.blend import blend, blend_backward
 from kernels.gaussian.blend_cpu import composite_torch, composite_torch_backward
 from kernels.gaussian.project import project, project_backward
@@ -104,7 +104,7 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
     else:
         entries = dynamic()
         T = V * -(-width // TILE) * -(-height // TILE)
-        Q = parts(backend.target(gaussians)) ** 2
+        Q = dynamic()  # the device, which decides it, is not asked while tracing
         lists = [
             empty(entries, dtype=i32),
             empty(entries, dtype=i32),

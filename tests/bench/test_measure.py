@@ -109,7 +109,7 @@ def test_backward_is_timed_over_rotated_inputs_that_ours_differentiates():
         inputs=lambda seed: (torch.full((3,), float(seed), requires_grad=True),),
         ours=lambda x: x * x,
     )
-    call = measure._backward_call(case, Impl(case.ours), [case.inputs(0), case.inputs(1)])
+    call = measure.backward_call(case, Impl(case.ours), [case.inputs(0), case.inputs(1)])
     for i in range(3):
         seen.append(float(call(i)[0].abs().max()))
     assert seen[0] == seen[2] == 0 and seen[1] > 0
@@ -161,5 +161,5 @@ def test_the_gpu_clock_counts_calls_and_not_the_wait_before_them():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_baseline_is_differentiated_again_and_again():
     x = torch.randn(64, 32, requires_grad=True)
-    call = measure._backward_call(square(), Impl(inductor(eager_gelu)), [(x,)])
+    call = measure.backward_call(square(), Impl(inductor(eager_gelu)), [(x,)])
     assert torch.equal(call(0)[0], call(1)[0])

@@ -173,7 +173,7 @@ def test_rows_are_summed_in_several_steps(device, monkeypatch):
     """More channels and more rows than a step; the weight's gradient in several shares."""
     tile = launch.Tile(16, 16, 64, 4, 1)
     monkeypatch.setattr(launch, "product_tiles", lambda *_: [tile])
-    monkeypatch.setattr(launch, "_gradient_tile", lambda *_: launch.Tile(16, 4, 64, 4, 1))
+    monkeypatch.setattr(launch, "_gradient_tile", lambda *_: launch.Tile(16, 8, 64, 4, 1))
     monkeypatch.setattr(backend, "multiprocessors", lambda _: 54)
     monkeypatch.setattr("kernels.conv.tables.PAIRED", 16)
     monkeypatch.setattr("kernels.conv.cpu.CHUNK", 16)
