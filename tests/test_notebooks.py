@@ -142,15 +142,18 @@ COUNTED |= dict(instr_M=1.0, registers=32, occupancy=0.5, bound_us=4.0, who="tri
 
 
 def test_counts_are_read_and_compared(tmp_path):
-    """Of every case the best peer is shown; a variant of ours is neither."""
-    others = [("slow", 9.0), ("fast", 6.0), (counts.VARIANT, 1.0)]
+    """Of every case the best peer is shown, its copies included; ours at other times is none."""
+    others = [("slow", 9.0), ("fast", 6.0), ("trislat variant", 1.0), ("trislat 1234567", 8.0)]
     rows = [COUNTED, *(COUNTED | {"who": who, "bound_us": us} for who, us in others)]
+    rows.append(COUNTED | {"who": "copies", "bound_us": 3.0, "copy_us": 5.0})
     (tmp_path / "counted.json").write_text(json.dumps({"meta": {}, "rows": rows}))
     assert plots.read(tmp_path) == {}
     found = counts.read(tmp_path / "counted.json")
     (line,) = counts.ahead(found, "sm_90").splitlines()
     assert "4.0 us" in line and "6.0 us" in line and line.endswith("1.50 x  fast")
     assert counts.ahead(found, "sm_80") == ""
+    (line,) = counts.progress(found).splitlines()
+    assert "8.0 ->     4.0 us    50 %" in line
     (bar,) = counts.advantage(found, "sm_90").axes[0].patches
     assert bar.get_width() == 1.5
     kernel = dict(kernel="_sort", bound_us=2.0) | {"pass": "forward"}
