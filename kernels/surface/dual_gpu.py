@@ -336,4 +336,7 @@ def _launch(kernel, rows: str, count: int, g: Geometry, *tensors: Tensor) -> Non
     warps = 2 if kernel is _vertex_bwd and target.startswith("sm_8") else 4  # 4 spill there
     M = g.values.shape[1] - 1
     args = (g.values, g.weights, g.cube_coords, g.cube_corners, *tensors, count, g.resolution)
-    backend.launch(kernel, (triton.cdiv(count, TILE),), *args, M=M, TILE=TILE, num_warps=warps)
+    constants = dict(M=M, TILE=TILE, num_warps=warps)
+    # lanes hold copies of its sums, and a fused product rounds in one of them alone
+    constants["enable_fp_fusion"] = kernel is not _vertex_bwd
+    backend.launch(kernel, (triton.cdiv(count, TILE),), *args, **constants)
