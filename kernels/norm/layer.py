@@ -17,6 +17,8 @@ TILE = 4096  # elements per program; not yet measured on a GPU
 MOST_CHANNELS = 4096  # a row must fit in a program
 WARP = 1024  # elements of a warp's step in the backward pass; not yet measured on a GPU
 BLOCKS = {1: 12, 2: 8, 4: 4}  # backward programs a multiprocessor by warps; not yet measured
+# lanes may hold copies of a row's sum of products, and a fused product rounds in one of them alone
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def _tiles(C: int) -> dict[str, int]:
@@ -151,7 +153,7 @@ def _forward(
     grid = (triton.cdiv(N, tiles["ROWS"]),)
     args = (x, h, bias, total, y, rstd, N, eps)
     flags = dict(ADD=h is not None, BIAS=bias is not None)
-    backend.launch(_layer_norm_fwd, grid, *args, C=C, **flags, **tiles, num_warps=4)
+    backend.launch(_layer_norm_fwd, grid, *args, C=C, **flags, **tiles, num_warps=4, **UNFUSED)
     return total, y, rstd
 
 
@@ -196,7 +198,7 @@ def _layer_norm_backward(
     partial = y.new_empty(0 if bias is None else programs, C, dtype=torch.float32)
     args = (y, rstd, dy, dsum, dx, partial, N)
     flags = dict(ADD=dsum is not None, BIAS=bias is not None)
-    backend.launch(_layer_norm_bwd, (programs,), *args, C=C, **flags, **tiles)
+    backend.launch(_layer_norm_bwd, (programs,), *args, C=C, **flags, **tiles, **UNFUSED)
     return dx, y.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 
