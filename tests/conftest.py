@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 from tests.helpers.hardware import (  # noqa: E402
     COMPILED,
+    DEVICES,
     EMULATED,
     GPU,
     implementation,
@@ -116,7 +117,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["triton"] if COMPILED else ["torch", "interpreter"])
+@pytest.fixture(params=DEVICES)
 def device(request):
     """The device of a kernel test's tensors, with the implementation under test chosen."""
     with implementation(request.param) as found:

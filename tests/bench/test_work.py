@@ -25,6 +25,8 @@ LARGE = (
     "cache_hit",
     "isosurface",
     "render_mesh",
+    "sparse_conv",
+    "subdivide_conv",
 )
 # Voxels at 64^3 and the most in a window of 8^3: the published times are of these sets
 VOXELS = {
@@ -116,10 +118,20 @@ def test_bytes_of_a_surface_and_its_picture_by_hand():
     assert picture.reference is not None and picture.naive
 
 
+def check_case(op, size):
+    case = next(iter(OPS[op](size, ["fp32"], CPU)))
+    assert case.op == op and case.forward and case.size
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op != "splat"])
 def test_every_op_has_cases_of_both_sizes(op):
     for size in ("small", "base"):
         if op in LARGE and size == "base":
             continue  # seconds of voxelising or extracting at 256^3
-        case = next(iter(OPS[op](size, ["fp32"], CPU)))
-        assert case.op == op and case.forward and case.size
+        check_case(op, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", LARGE)
+def test_large_cases(op):
+    check_case(op, "base")

@@ -15,6 +15,7 @@ from kernels.views import make_view_table
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.gaussians import both, camera, colors, grads, scene
 from tests.helpers.golden import golden
+from tests.helpers.hardware import with_long_cases
 
 CASES = [
     "gs_a_init_64",
@@ -26,7 +27,7 @@ CASES = [
     "gs_e_outside_64",
     "gs_g_all_culled_32",
     "gs_h_straddle_64",
-    "gs_i_shell16_72",
+    "gs_i_shell16_72",  # the largest
 ]
 INPUTS = ["means3D", "scales", "rotations", "opacities", "shs"]
 BACKWARD = {
@@ -46,7 +47,9 @@ def golden_scene(case: str, device) -> tuple[dict, dict, list[torch.Tensor], Cam
     return note, tensors, inputs, view.to(device)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("device", "case"), with_long_cases(CASES[:-1], CASES[-1:]), indirect=["device"]
+)
 def test_published_images_and_gradients(device, case):
     note, tensors, inputs, view = golden_scene(case, device)
     image = splat(

@@ -14,6 +14,17 @@ COMPILED = GPU or bool(EMULATED)
 # for tests of whole models, which the interpreter takes minutes for, and the emulator too
 SLOW = [pytest.param("triton" if EMULATED else "interpreter", marks=pytest.mark.slow)]
 SLOW_IF_INTERPRETED = ["triton"] if GPU else SLOW if EMULATED else ["torch", *SLOW]
+DEVICES = ["triton"] if COMPILED else ["torch", "interpreter"]
+
+
+def with_long_cases(short: list[str], long: list[str]) -> list:
+    """Pair devices and cases for `parametrize`; the long ones are slow where interpreted."""
+    pairs = [pytest.param(device, case) for case in short for device in DEVICES]
+    for case in long:
+        for device in DEVICES:
+            marks = [pytest.mark.slow] if device == "interpreter" else []
+            pairs.append(pytest.param(device, case, marks=marks))
+    return pairs
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from models.layers import Block, block_windows, position_embedding
 from models.vae import load_weights as load_into
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import golden, load_weights
+from tests.helpers.hardware import with_long_cases
 from tests.helpers.models import (
     REPRESENTATION,
     T1,
@@ -40,7 +41,11 @@ def row_projections(model, x):
     return out, [h @ torch.linspace(-1, 1, h.shape[1], device=h.device) for h in found]
 
 
-@pytest.mark.parametrize("case", ["enc_swin_w4_hd16", "enc_swin_w8_hd64"])
+@pytest.mark.parametrize(
+    ("device", "case"),
+    with_long_cases(["enc_swin_w8_hd64"], ["enc_swin_w4_hd16"]),
+    indirect=["device"],
+)
 def test_encoder_matches_published(case, device):
     model, x, tensors = build(case, device)
     posterior, rows = row_projections(model, x)
@@ -55,7 +60,11 @@ def test_encoder_matches_published(case, device):
     check_gradients(model, x, tensors, torch.cat([posterior.mean, posterior.logvar], dim=1))
 
 
-@pytest.mark.parametrize("case", ["gs_swin_w4", "gs_official_rep"])
+@pytest.mark.parametrize(
+    ("device", "case"),
+    with_long_cases(["gs_official_rep"], ["gs_swin_w4"]),
+    indirect=["device"],
+)
 def test_gaussian_decoder_matches_published(case, device):
     model, x, tensors = build(case, device)
     raw = model.fields(x).feats
