@@ -47,7 +47,7 @@ def product_tiles(dtype: torch.dtype, target: str) -> list[Tile]:
         big = [Tile(256, 96, 192, 8, 4), Tile(128, 96, 192, 8, 7)]
         return [*big, Tile(64, 96, 96, 4, 7), Tile(64, 96, 64, 4, 7)]
     if target == "sm_100":
-        return [Tile(128, 96, 192, 8, 4), Tile(64, 96, 64, 4, 4)]
+        return [Tile(128, 64, 192, 8, 4), Tile(64, 64, 64, 4, 4)]
     small = [Tile(64, 32, 96, 4, 7), Tile(64, 32, 64, 4, 7), Tile(32, 32, 96, 4, 7)]
     # elsewhere the cache keeps up with tensor cores, and larger tiles spill
     return [Tile(128, 32, 192, 8, 7), *small] if target == "sm_80" else small
@@ -167,7 +167,9 @@ def product(
         tiles = [t for t in tiles if t.rows < 256] or tiles
     tile = tile or _choose(tiles, R, C, G, x)
     wide, narrow = _widths(C, tile.widest, x)
-    step, steps = _steps(A, tile.step)
+    # several products a turn take registers, of which the largest sums leave none
+    large = tile.rows * (wide + narrow) >= 256 * 192
+    step, steps = _steps(A, min(tile.step, 64) if large else tile.step)
     # one turn ahead is enough where a turn is of several products
     stages = tile.num_stages if steps == 1 else min(4, tile.num_stages)
     lists = _list_taps(taps, tile.rows)
