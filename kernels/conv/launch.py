@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     """The tile of a program, of a product or of a weight gradient."""
 
     rows: int  # rows; of a weight gradient, output channels
-    step: int  # input channels at a time; of a weight gradient, pairs of rows
+    step: int  # input channels of a turn, at most; of a weight gradient, pairs of rows
     widest: int  # channels of the output; of a weight gradient, of the input
     num_warps: int
     num_stages: int
@@ -44,8 +44,8 @@ def product_tiles(dtype: torch.dtype, target: str) -> list[Tile]:
     # A row is the third load of a chain (list, taps, row): Triton gives each load of a chain the
     # same share of the stages, so that 7 stages put a row two steps ahead, 4 stages one step.
     if target == "sm_90":
-        big = [Tile(256, 64, 192, 8, 4), Tile(128, 64, 192, 8, 7)]
-        return [*big, Tile(64, 64, 96, 4, 7), Tile(64, 64, 64, 4, 7)]
+        big = [Tile(256, 96, 192, 8, 4), Tile(128, 96, 192, 8, 7)]
+        return [*big, Tile(64, 96, 96, 4, 7), Tile(64, 96, 64, 4, 7)]
     if target == "sm_100":
         return [Tile(128, 64, 192, 8, 4), Tile(64, 64, 64, 4, 4)]
     small = [Tile(64, 32, 96, 4, 7), Tile(64, 32, 64, 4, 7), Tile(32, 32, 96, 4, 7)]
@@ -63,17 +63,34 @@ def _gradient_tile(dtype: torch.dtype, target: str) -> Tile:
         return Tile(64, 32, 96, 4, 2)
     # a row is the second load of a chain (pairs, row)
     if target in ("sm_90", "sm_100"):
-        return Tile(64, 64, 192, 4, 5)
+        return Tile(64, 64, 192, 4, 3)
     return Tile(64, 32, 96, 4, 5)
 
 
-def _widths(channels: int, widest: int) -> tuple[int, int]:
+def _widths(channels: int, widest: int, like: Tensor) -> tuple[int, int]:
     """The wide and the narrow part of a program's channels.
 
-    They cover all channels with the least padding, then with the fewest programs.
+    They cover all channels with the least padding, then with the fewest programs, which read the
+    rows again: where products are fast, that weighs more.
     """
+    again = 64 if _reuse(like) > 128 else 16
     fitting = [w for w in WIDTHS if sum(w) <= widest]
-    return min(fitting, key=lambda w: triton.cdiv(channels, sum(w)) * (sum(w) + 16))
+    return min(fitting, key=lambda w: triton.cdiv(channels, sum(w)) * (sum(w) + again))
+
+
+def _steps(channels: int, most: int) -> tuple[int, int]:
+    """Input channels of a product, and products of a turn: together at most `most`.
+
+    They cover all channels with little padding and few products.
+    """
+    powers = [1 << i for i in range(4, most.bit_length())]
+    step = min(powers, key=lambda p: (triton.cdiv(channels, p) * (p + 16), -p))
+    products = triton.cdiv(channels, step)
+    return step, max(n for n in range(1, most // step + 1) if products % n == 0)
+
+
+def _reuse(like: Tensor) -> int:
+    return REUSE.get(backend.target(like), 33) if like.dtype != torch.float32 else 8
 
 
 def _choose(tiles: list[Tile], rows: int, channels: int, groups: int, like: Tensor) -> Tile:
@@ -83,10 +100,10 @@ def _choose(tiles: list[Tile], rows: int, channels: int, groups: int, like: Tens
     not: 1/8 more products in 128 rows is what surfaces of 10k to 100k voxels have.
     """
     units = backend.multiprocessors(like)
-    reuse = REUSE.get(backend.target(like), 33)
+    reuse = _reuse(like)
 
     def cost(tile: Tile) -> float:
-        width = sum(_widths(channels, tile.widest))
+        width = sum(_widths(channels, tile.widest, like))
         programs = triton.cdiv(rows, tile.rows) * triton.cdiv(channels, width) * groups
         work = max(tile.rows * width, reuse * (tile.rows + width))
         return triton.cdiv(programs, units) * work * (1 + tile.rows / 1024)
@@ -94,15 +111,21 @@ def _choose(tiles: list[Tile], rows: int, channels: int, groups: int, like: Tens
     return min(tiles, key=cost)
 
 
-def _shares(programs: int, most: int, units: int) -> int:
-    """Shares of the pairs of a weight gradient: 2 programs a multiprocessor or more, all busy.
+def _shares(programs: int, rows: int, like: Tensor) -> int:
+    """Shares of the pairs of a weight gradient: 1.5 programs a multiprocessor or more, all busy.
 
-    Each share writes a whole gradient, which is read again: few are better.
+    Each share writes a whole gradient, which is read again: as long as products of some rows take.
+    In fp32, where products are slow, more shares cost little, and shorter sums are more exact.
     """
-    least = triton.cdiv(2 * units, programs)
-    counts = range(least, 2 * least + 2)
-    even = min(counts, key=lambda n: triton.cdiv(n * programs, units) / n * (1 + n / 16))
-    return max(1, min(even, most))
+    units = backend.multiprocessors(like)
+    sums = 4 * _reuse(like)
+    busy = 8 * units if like.dtype == torch.float32 else 3 * units // 2
+    least = triton.cdiv(busy, programs)
+
+    def cost(n: int) -> float:
+        return triton.cdiv(n * programs, units) * rows / n + sums * n * programs / units
+
+    return min(range(least, 4 * least + 1), key=cost)
 
 
 def _list_taps(taps: TapRows, rows: int) -> Tensor:
@@ -143,7 +166,12 @@ def product(
     if parts > 1:  # sums that go on from the part before take registers
         tiles = [t for t in tiles if t.rows < 256] or tiles
     tile = tile or _choose(tiles, R, C, G, x)
-    wide, narrow = _widths(C, tile.widest)
+    wide, narrow = _widths(C, tile.widest, x)
+    # several products a turn take registers, of which the largest sums leave none
+    large = tile.rows * (wide + narrow) >= 256 * 192
+    step, steps = _steps(A, min(tile.step, 64) if large else tile.step)
+    # one turn ahead is enough where a turn is of several products
+    stages = tile.num_stages if steps == 1 else min(4, tile.num_stages)
     lists = _list_taps(taps, tile.rows)
     grid = (triton.cdiv(R, tile.rows) * triton.cdiv(C, wide + narrow), G)
     out = x.new_empty(R * G, C)
@@ -165,12 +193,13 @@ def product(
             BACK=back,
             MIRROR=mirror,
             ROWS=tile.rows,
-            STEP=min(tile.step, max(16, triton.next_power_of_2(A))),
+            STEP=step,
+            STEPS=steps,
             WIDE=wide,
             NARROW=narrow,
-            STAGES=tile.num_stages,
+            STAGES=stages,
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=stages,
         )
     return out
 
@@ -181,13 +210,14 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: TapPairs) -> Tensor:
     CO = grad.shape[1]
     M, R = pairs.rows.shape[1:]
     tile = _gradient_tile(x.dtype, backend.target(x))
-    wide, narrow = _widths(CI, tile.widest)
+    wide, narrow = _widths(CI, tile.widest, x)
     high = min(tile.rows, max(16, triton.next_power_of_2(CO)))
     # a warpgroup's products (wgmma, tcgen05) have 64 rows or more
     if CO % high and high == 64 and backend.target(x) not in ("sm_90", "sm_100"):
         high = 32
     blocks = triton.cdiv(CO, high) * triton.cdiv(CI, wide + narrow)
-    shares = _shares(blocks * M, triton.cdiv(R, 4 * tile.step), backend.multiprocessors(x))
+    shares = _shares(blocks * M, R, x)
+    shares = min(shares, triton.cdiv(R, 4 * tile.step))
     part = x.new_empty(shares, CO, M, CI, dtype=torch.float32)
     args = (x, grad, pairs.rows, pairs.count, part, R)
     backend.launch(

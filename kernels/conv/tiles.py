@@ -89,6 +89,7 @@ def _conv_product(
     MIRROR: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
+    STEPS: tl.constexpr,
     WIDE: tl.constexpr,
     NARROW: tl.constexpr,
     STAGES: tl.constexpr,
@@ -96,7 +97,7 @@ def _conv_product(
     """A program: ROWS rows of a group, WIDE + NARROW channels, the taps of one of PARTS parts.
 
     The sum goes on from before, that of the parts before. BACK: from CO to CI channels; MIRROR:
-    matrix m belongs to tap M - 1 - m.
+    matrix m belongs to tap M - 1 - m. A turn of the loop: STEPS products of STEP channels.
     """
     IN: tl.constexpr = CO if BACK else CI
     OUT: tl.constexpr = CI if BACK else CO
@@ -104,7 +105,7 @@ def _conv_product(
     IN_STRIDE: tl.constexpr = M * CI if BACK else 1
     OUT_STRIDE: tl.constexpr = 1 if BACK else M * CI
     BLOCKS: tl.constexpr = (OUT + WIDE + NARROW - 1) // (WIDE + NARROW)
-    STEPS: tl.constexpr = (IN + STEP - 1) // STEP
+    TURNS: tl.constexpr = (IN + STEP * STEPS - 1) // (STEP * STEPS)
     tile = tl.program_id(0) // BLOCKS
     g = tl.program_id(1)
     q = g * PARTS + part
@@ -116,33 +117,38 @@ def _conv_product(
     row = row.to(tl.int64) * G + g
     entries = list_ptr + (q * (tl.num_programs(0) // BLOCKS) + tile).to(tl.int64) * (1 + T)
     c = tl.program_id(0) % BLOCKS * (WIDE + NARROW) + tl.arange(0, WIDE)
-    mask = live[:, None] & (c < OUT)[None, :]
+    fits = (c < OUT) | (OUT % (WIDE + NARROW) == 0)  # compiled away where all channels fit
+    mask = live[:, None] & fits[None, :]
     if before_ptr is None:
         total = tl.zeros([ROWS, WIDE], tl.float32)
     else:
         total = tl.load(before_ptr + row[:, None] * OUT + c[None, :], mask=mask, other=0.0)
     if NARROW > 0:
         c2 = tl.program_id(0) % BLOCKS * (WIDE + NARROW) + WIDE + tl.arange(0, NARROW)
-        mask2 = live[:, None] & (c2 < OUT)[None, :]
+        fits2 = (c2 < OUT) | (OUT % (WIDE + NARROW) == 0)
+        mask2 = live[:, None] & fits2[None, :]
         if before_ptr is None:
             total2 = tl.zeros([ROWS, NARROW], tl.float32)
         else:
             total2 = tl.load(before_ptr + row[:, None] * OUT + c2[None, :], mask=mask2, other=0.0)
-    for i in tl.range(0, tl.load(entries) * STEPS, num_stages=STAGES):
-        m = q * T + tl.load(entries + 1 + i // STEPS)
+    for i in tl.range(0, tl.load(entries) * TURNS, num_stages=STAGES):
+        m = q * T + tl.load(entries + 1 + i // TURNS)
         near = tl.load(rows_ptr + m.to(tl.int64) * R + at, mask=live, other=-1)  # [ROWS]
-        a = i % STEPS * STEP + tl.arange(0, STEP)
-        in_mask = a < IN
-        x_at = x_ptr + near.to(tl.int64)[:, None] * IN + a[None, :]
-        x = tl.load(x_at, mask=(near >= 0)[:, None] & in_mask[None, :], other=0.0)
-        at_a = weight_ptr + (M - 1 - m if MIRROR else m) * CI + a[:, None] * IN_STRIDE
-        w_mask = in_mask[:, None] & (c < OUT)[None, :]
-        w = tl.load(at_a + c[None, :] * OUT_STRIDE, mask=w_mask, other=0.0)  # [STEP, WIDE]
-        total = tl.dot(x, w, total, input_precision="ieee")
-        if NARROW > 0:
-            w2_mask = in_mask[:, None] & (c2 < OUT)[None, :]
-            w2 = tl.load(at_a + c2[None, :] * OUT_STRIDE, mask=w2_mask, other=0.0)
-            total2 = tl.dot(x, w2, total2, input_precision="ieee")
+        some = (near >= 0)[:, None]
+        x_row = x_ptr + near.to(tl.int64)[:, None] * IN
+        w_m = weight_ptr + (M - 1 - m if MIRROR else m) * CI
+        for s in tl.static_range(STEPS):  # the row is found once for all of them
+            a = (i % TURNS * STEPS + s) * STEP + tl.arange(0, STEP)
+            inside = (a < IN) | (IN % STEP == 0)
+            x = tl.load(x_row + a[None, :], mask=some & inside[None, :], other=0.0)
+            w_a = w_m + a[:, None] * IN_STRIDE
+            w_mask = inside[:, None] & fits[None, :]
+            w = tl.load(w_a + c[None, :] * OUT_STRIDE, mask=w_mask, other=0.0)  # [STEP, WIDE]
+            total = tl.dot(x, w, total, input_precision="ieee")
+            if NARROW > 0:
+                w2_mask = inside[:, None] & fits2[None, :]
+                w2 = tl.load(w_a + c2[None, :] * OUT_STRIDE, mask=w2_mask, other=0.0)
+                total2 = tl.dot(x, w2, total2, input_precision="ieee")
     if bias_ptr is not None:
         total += tl.load(bias_ptr + c, mask=c < OUT, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + row[:, None] * OUT
