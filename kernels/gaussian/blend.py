@@ -96,7 +96,7 @@ def _records(record_ptr, pair_ptr, i, size, ROWS: tl.constexpr):
     """Load the numbers of Gaussians, scalars or [ROWS, 1]; past the end alpha is 0."""
     n = i if ROWS == 1 else (i + tl.arange(0, ROWS))[:, None]
     live = n < size
-    r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5
+    r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 8
     mx, my = _two(r)
     across, shear = _two(r + 1)
     down, strength = _two(r + 2)
@@ -122,7 +122,7 @@ def _opacity(mx, my, shape, x, y, top):
 
 @triton.jit(do_not_specialize=["H"])
 def _blend(
-    record_ptr,  # [P, 5] int64: two numbers each, see Projected
+    record_ptr,  # [P, 8] int64: two numbers each, see PACKED
     # see Bins
     pair_ptr,
     bounds_ptr,
@@ -222,7 +222,7 @@ def _halves(r, g, b, column):
 
 @triton.jit(do_not_specialize=["H"])
 def _blend_backward(
-    record_ptr,  # [P, 5] int64: two numbers each, see Projected
+    record_ptr,  # [P, 8] int64: two numbers each, see PACKED
     # see Bins
     pair_ptr,
     slot_ptr,
@@ -234,7 +234,7 @@ def _blend_backward(
     seen_ptr,
     grad_image_ptr,
     grad_final_ptr,
-    moments_ptr,  # result [Q I, 9]
+    moments_ptr,  # result [slots, 9]
     W,
     H,
     SIDE: tl.constexpr,
@@ -307,7 +307,7 @@ def _blend_backward(
                     weights = tl.where(row // ROWS == k // ROWS, weight, weights)
         n = i + tl.arange(0, K)
         live = n < seen
-        mx, my = _two(record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5)
+        mx, my = _two(record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 8)
         ux = mx - left - half
         uy = my - top - half
         m = moments_ptr + tl.load(slot_ptr + n, live, 0).to(tl.int64) * 9
@@ -366,7 +366,7 @@ def blend(
 
 
 def blend_backward(
-    record: Tensor,  # [P, 10]
+    record: Tensor,  # [P, PACKED]
     bins: Bins,
     image: Tensor,  # [V, 3, H, W]
     final: Tensor,  # [V, H, W]
@@ -374,9 +374,9 @@ def blend_backward(
     grad_image: Tensor,  # [V, 3, H, W]
     grad_final: Tensor,  # [V, H, W]
 ) -> Tensor:
-    """Return the nine sums of every entry [Q I, 9], at its slot."""
+    """Return the nine sums of every entry [slots, 9], at its slot."""
     _, _, height, width = image.shape
-    moments = record.new_empty(len(bins.pair), 9)
+    moments = record.new_empty(bins.slots, 9)
     backend.launch(
         _blend_backward,
         (bins.size.numel(),),
