@@ -34,6 +34,14 @@ def load_columns(ptr, row, live, N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def store_rows8(ptr, row, live, a0, a1, a2, a3, a4, a5, a6, a7, N: tl.constexpr):
+    """Store eight columns [N] as rows of a table."""
+    table = tl.join(rows4(a0, a2, a4, a6), rows4(a1, a3, a5, a7))
+    column = tl.arange(0, 8)[None, :]
+    tl.store(ptr + row[:, None] * 8 + column, tl.reshape(table, [N, 8]), live[:, None])
+
+
+@triton.jit
 def rows4(a, b, c, d):
     """Return rows [N, 2, 2] of four columns."""
     return tl.join(tl.join(a, c), tl.join(b, d))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.columns import store_rows16
+from kernels.gaussian.columns import columns8, store_rows16
 from kernels.gaussian.ellipse import (
     add3,
     cell_range,
@@ -36,7 +36,6 @@ from kernels.gaussian.ellipse import (
     dot3,
     filtered,
     linearised,
-    load3,
     load_camera,
     load_gaussian,
     masked3,
@@ -57,12 +56,15 @@ SH_C0 = tl.constexpr(SH0)
 FORM = tl.constexpr(-0.5 * 1.4426950408889634)  # a quadratic form as an exponent of 2
 
 
-def _tiles() -> dict:
+def _tiles(target: str) -> dict:
     """Return the Gaussians of a program, one per thread (not yet measured on a GPU).
 
-    Few, because a program loops as often as its largest Gaussian needs.
+    One warp: a program loops as often as its largest Gaussian needs, and rows go to columns
+    without a barrier.
     """
-    return {"BLOCK": 64, "num_warps": 2}
+    if target == "interpreter":
+        return {"BLOCK": 256, "num_warps": 1}
+    return {"BLOCK": 64 if target.startswith("gfx9") else 32, "num_warps": 1}
 
 
 @triton.jit
@@ -155,27 +157,27 @@ def _project(
 
 
 @triton.jit
-def _moments(moments_ptr, first_ptr, start_ptr, tiles_ptr, p, live):
+def _moments(moments_ptr, last_ptr, first_ptr, start_ptr, tiles_ptr, p, live, N: tl.constexpr):
     """Add up the nine sums of kernels.gaussian.blend over the slots of each pair, in order.
 
     Returns sums 0 to 2, 3 to 5, 6 to 8, and whether the pair is in a part of a tile.
     """
     tiles = tl.load(tiles_ptr + p, live, 0)
     start = start_ptr + tl.load(first_ptr + p, tiles > 0, 0)
-    at = tl.load(start, tiles > 0, 0).to(tl.int64)
+    at = tl.load(start, tiles > 0, 0)
     count = tl.load(start + tiles, tiles > 0, 0) - at
-    zero = tl.zeros(count.shape, tl.float32)
-    c = (zero, zero, zero)
-    d = (zero, zero, zero)
-    e = (zero, zero, zero)
-    f = count > 0
+    at = at.to(tl.int64)
+    rows = moments_ptr + at[:, None] * 8 + tl.arange(0, 8)[None, :]
+    left = count[:, None]
+    end = at + count
+    sums = tl.zeros([N, 8], tl.float32)
+    last = tl.zeros([N], tl.float32)
     for k in range(0, tl.max(count, 0)):
-        here = moments_ptr + (at + k) * 9
-        mask = k < count
-        c = add3(c, load3(here, mask))
-        d = add3(d, load3(here + 3, mask))
-        e = add3(e, load3(here + 6, mask))
-    return c, d, e, f
+        sums += tl.load(rows + k * 8, k < left, 0.0)
+        # a mask of its own: one in two layouts would pass through shared memory every time
+        last += tl.load(last_ptr + at + k, at + k < end, 0.0)
+    a0, a1, a2, a3, a4, a5, a6, a7 = columns8(tl.reshape(sums, [N, 2, 2, 2]))
+    return (a0, a1, a2), (a3, a4, a5), (a6, a7, last), count > 0
 
 
 @triton.jit(do_not_specialize=["W", "H"])
@@ -191,6 +193,7 @@ def _project_backward(
     first_ptr,
     start_ptr,
     moments_ptr,
+    last_ptr,
     grad_ptr,  # result [G, 14]
     W,
     H,
@@ -216,7 +219,7 @@ def _project_backward(
         v = tl.load(by_scene_ptr + mine + i)
         p = tl.load(views_ptr + v * 3 + 2) + n
         first_order, second_order, color, drawn = _moments(
-            moments_ptr, first_ptr, start_ptr, tiles_ptr, p, live
+            moments_ptr, last_ptr, first_ptr, start_ptr, tiles_ptr, p, live, BLOCK
         )
         total, sx, sy = first_order  # not nested in the line above: Triton 3.6 cannot read that
 
@@ -303,8 +306,9 @@ def project(
     depth = gaussians.new_empty(P)
     tiles = gaussians.new_empty(P, dtype=torch.int32)
     cells = torch.empty_like(tiles)
-    side = parts(backend.target(gaussians))
-    block = _tiles()
+    target = backend.target(gaussians)
+    side = parts(target)
+    block = _tiles(target)
     backend.launch(
         _project,
         (triton.cdiv(table.most, block["BLOCK"]), len(table.view_scene)),
@@ -333,14 +337,16 @@ def project_backward(
     kernel_size: float,
     tiles: Tensor,  # [P] int32, see Packed
     bins: Bins,
-    moments: Tensor,  # [slots, 9] sums over the pixels of each entry, see kernels.gaussian.blend
+    # sums over the pixels of each entry, see kernels.gaussian.blend
+    moments: Tensor,  # [slots, 8]
+    last: Tensor,  # [slots]
 ) -> Tensor:
     """Return the gradient of the Gaussians [G, 14].
 
     Each is written once, without atomics: the same bits every time.
     """
     grad = torch.empty_like(gaussians)
-    block = _tiles()
+    block = _tiles(backend.target(gaussians))
     backend.launch(
         _project_backward,
         (triton.cdiv(table.most, block["BLOCK"]), len(table.scenes)),
@@ -353,6 +359,7 @@ def project_backward(
         bins.first,
         bins.start,
         moments,
+        last,
         grad,
         width,
         height,

@@ -163,8 +163,8 @@ def _splat_backward(
             return project_torch_backward(*scene, rect, *grads)
     record, tiles, *lists, seen, slots = saved
     bins = Bins(*lists, slots.item())
-    moments = blend_backward(record, bins, image, final, seen, grad_image, grad_final)
-    return project_backward(*scene, tiles, bins, moments)
+    sums = blend_backward(record, bins, image, final, seen, grad_image, grad_final)
+    return project_backward(*scene, tiles, bins, *sums)
 
 
 @_splat_backward.register_fake
