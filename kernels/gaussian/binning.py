@@ -11,7 +11,9 @@ A tile is cut into square parts, one program of the blend each, because most Gau
 than a tile. An instance is marked with the parts in which its alpha reaches 1/255, from the least
 exponent over a part's square, and goes to their lists alone. Each of its entries has a slot for the
 sums of the backward pass. Slots are counted before the second sort, where a pair's instances are
-neighbours: the blend writes there and the projection reads once.
+neighbours: the blend writes there and the projection reads once. How many there are the host does
+not know; the parts in the rectangles of all pairs, 1.7 to 2.7 times I on shells of Gaussians, are
+room enough.
 """
 
 import math
