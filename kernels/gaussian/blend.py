@@ -33,7 +33,8 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.columns import columns8
+from kernels.gaussian.columns import columns8, store_rows8
+from kernels.gaussian.products import halves, powers, product
 from kernels.gaussian.records import Bins
 
 OPAQUE = tl.constexpr(0.99)
@@ -96,7 +97,7 @@ def _records(record_ptr, pair_ptr, i, size, ROWS: tl.constexpr):
     """Load the numbers of Gaussians, scalars or [ROWS, 1]; past the end alpha is 0."""
     n = i if ROWS == 1 else (i + tl.arange(0, ROWS))[:, None]
     live = n < size
-    r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5
+    r = record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 8
     mx, my = _two(r)
     across, shear = _two(r + 1)
     down, strength = _two(r + 2)
@@ -122,7 +123,7 @@ def _opacity(mx, my, shape, x, y, top):
 
 @triton.jit(do_not_specialize=["H"])
 def _blend(
-    record_ptr,  # [P, 5] int64: two numbers each, see Projected
+    record_ptr,  # [P, 8] int64: two numbers each, see PACKED
     # see Bins
     pair_ptr,
     bounds_ptr,
@@ -154,6 +155,10 @@ def _blend(
     i = 0
     seen = 0
     while i < size:
+        # of these K alone, for fewer roundings: the backward subtracts from the pixel
+        new_red = tl.zeros([SIDE * SIDE], tl.float32)
+        new_green = tl.zeros([SIDE * SIDE], tl.float32)
+        new_blue = tl.zeros([SIDE * SIDE], tl.float32)
         for k in tl.static_range(0, K, ROWS):
             mx, my, shape, r, g, b = _records(record_ptr, pair_ptr, i + k, size, ROWS)
             raw = _opacity(mx, my, shape, x, y, top)
@@ -170,9 +175,12 @@ def _blend(
                 weight = tl.where(kept, alpha * (through / (1 - alpha)), 0.0)
                 final = tl.minimum(final, tl.min(tl.where(kept, through, 1.0), 0))
                 light = tl.min(through, 0)
-            red += tl.sum(weight * r, 0)
-            green += tl.sum(weight * g, 0)
-            blue += tl.sum(weight * b, 0)
+            new_red += tl.sum(weight * r, 0)
+            new_green += tl.sum(weight * g, 0)
+            new_blue += tl.sum(weight * b, 0)
+        red += new_red
+        green += new_green
+        blue += new_blue
         seen = tl.minimum(i + K, size)
         # numbers from 0 on are ordered as their bits are
         lightest = tl.max(light.to(tl.int32, bitcast=True), 0)
@@ -187,42 +195,9 @@ def _blend(
     tl.store(final_ptr + v * plane + at, final, inside)
 
 
-@triton.jit
-def _short(a):
-    """Round to the 11 bits of TF32."""
-    return ((a.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _product(a, b):
-    """Return a [K, pixels] times b [pixels, 8], a split into two terms of TF32's 11 bits.
-
-    The running sum along an axis of one changes nothing, but keeps Triton from computing all of
-    `a` in the layout of the product, where each row would pass through shared memory alone.
-    """
-    a = tl.reshape(tl.cumsum(tl.reshape(a, [1, a.shape[0], a.shape[1]]), 0), a.shape)
-    high = _short(a)
-    # two sums: the small terms would only add roundings to the large one
-    return tl.dot(high, b) + tl.dot(a - high, b)
-
-
-@triton.jit
-def _powers(u, v, column):
-    """Return minus 1, u, v of pixels and five times 0 as columns [pixels, 8]."""
-    return -tl.where(column == 0, 1.0, tl.where(column == 1, u, tl.where(column == 2, v, 0.0)))
-
-
-@triton.jit
-def _halves(r, g, b, column):
-    """Return r, g, b [pixels, 1] as columns [pixels, 8]: three of 11 bits, three of the rest."""
-    a = tl.where(column % 3 == 0, r, tl.where(column % 3 == 1, g, b))
-    high = _short(a)
-    return tl.where(column < 3, high, tl.where(column < 6, _short(a - high), 0.0))
-
-
 @triton.jit(do_not_specialize=["H"])
 def _blend_backward(
-    record_ptr,  # [P, 5] int64: two numbers each, see Projected
+    record_ptr,  # [P, 8] int64: two numbers each, see PACKED
     # see Bins
     pair_ptr,
     slot_ptr,
@@ -234,7 +209,9 @@ def _blend_backward(
     seen_ptr,
     grad_image_ptr,
     grad_final_ptr,
-    moments_ptr,  # result [Q I, 9]
+    # results [slots, 8] and [slots], see `blend_backward`
+    moments_ptr,
+    last_ptr,
     W,
     H,
     SIDE: tl.constexpr,
@@ -268,8 +245,8 @@ def _blend_backward(
     light = tl.full([PIXELS], 1.0, tl.float32)
     half: tl.constexpr = 0.5 * (SIDE - 1)
     column = tl.arange(0, 8)[None, :]
-    powers = _powers((x - left)[:, None] - half, y[:, None] - half, column)
-    halves = _halves(-gr[:, None], -gg[:, None], -gb[:, None], column)
+    places = powers((x - left)[:, None] - half, y[:, None] - half, column)
+    colors = halves(-gr[:, None], -gg[:, None], -gb[:, None], column)
     row = tl.arange(0, K)[:, None]
     for i in range(0, seen, K):
         slopes = tl.zeros([K, PIXELS], tl.float32)
@@ -307,31 +284,29 @@ def _blend_backward(
                     weights = tl.where(row // ROWS == k // ROWS, weight, weights)
         n = i + tl.arange(0, K)
         live = n < seen
-        mx, my = _two(record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 5)
+        mx, my = _two(record_ptr + tl.load(pair_ptr + n, live, 0).to(tl.int64) * 8)
         ux = mx - left - half
         uy = my - top - half
-        m = moments_ptr + tl.load(slot_ptr + n, live, 0).to(tl.int64) * 9
-        total, _, _, _, _, _, _, _ = columns8(tl.reshape(_product(slopes, powers), [K, 2, 2, 2]))
-        gx, gxx, gxy, _, _, _, _, _ = columns8(tl.reshape(_product(slopes_x, powers), [K, 2, 2, 2]))
-        gy, _, gyy, _, _, _, _, _ = columns8(tl.reshape(_product(slopes_y, powers), [K, 2, 2, 2]))
-        tl.store(m, total, live)
-        tl.store(m + 1, gx, live)
-        tl.store(m + 2, gy, live)
+        slot = tl.load(slot_ptr + n, live, 0).to(tl.int64)
+        total, _, _, _, _, _, _, _ = columns8(tl.reshape(product(slopes, places), [K, 2, 2, 2]))
+        gx, gxx, gxy, _, _, _, _, _ = columns8(tl.reshape(product(slopes_x, places), [K, 2, 2, 2]))
+        gy, _, gyy, _, _, _, _, _ = columns8(tl.reshape(product(slopes_y, places), [K, 2, 2, 2]))
         # from the middle of the part to the Gaussian's centre, where second moments about the
         # middle would lose twice as many digits
-        tl.store(m + 3, ux * gx - gxx, live)
-        tl.store(m + 4, uy * gx - gxy, live)
-        tl.store(m + 5, uy * gy - gyy, live)
-        r0, g0, b0, r1, g1, b1, _, _ = columns8(tl.reshape(_product(weights, halves), [K, 2, 2, 2]))
-        tl.store(m + 6, r0 + r1, live)
-        tl.store(m + 7, g0 + g1, live)
-        tl.store(m + 8, b0 + b1, live)
-    zero = tl.zeros([32], tl.float32)
+        gxx = ux * gx - gxx
+        gxy = uy * gx - gxy
+        gyy = uy * gy - gyy
+        r0, g0, b0, r1, g1, b1, _, _ = columns8(tl.reshape(product(weights, colors), [K, 2, 2, 2]))
+        red = r0 + r1
+        green = g0 + g1
+        store_rows8(moments_ptr, slot, live, total, gx, gy, gxx, gxy, gyy, red, green, K)
+        tl.store(last_ptr + slot, b0 + b1, live)
     for i in range(seen, size, 32):  # no pixel saw these
         n = i + tl.arange(0, 32)
-        m = moments_ptr + tl.load(slot_ptr + n, n < size, 0).to(tl.int64) * 9
-        for j in tl.static_range(9):
-            tl.store(m + j, zero, n < size)
+        slot = tl.load(slot_ptr + n, n < size, 0).to(tl.int64)
+        rows = moments_ptr + slot[:, None] * 8 + column
+        tl.store(rows, tl.zeros([32, 8], tl.float32), (n < size)[:, None])
+        tl.store(last_ptr + slot, tl.zeros([32], tl.float32), n < size)
 
 
 def blend(
@@ -366,17 +341,21 @@ def blend(
 
 
 def blend_backward(
-    record: Tensor,  # [P, 10]
+    record: Tensor,  # [P, PACKED]
     bins: Bins,
     image: Tensor,  # [V, 3, H, W]
     final: Tensor,  # [V, H, W]
     seen: Tensor,  # [T, Q] int32
     grad_image: Tensor,  # [V, 3, H, W]
     grad_final: Tensor,  # [V, H, W]
-) -> Tensor:
-    """Return the nine sums of every entry [Q I, 9], at its slot."""
+) -> tuple[Tensor, Tensor]:
+    """Return the first eight sums of every entry [slots, 8], at its slot, and the last [slots].
+
+    Eight are a whole sector of memory.
+    """
     _, _, height, width = image.shape
-    moments = record.new_empty(len(bins.pair), 9)
+    moments = record.new_empty(bins.slots, 8)
+    last = record.new_empty(bins.slots)
     backend.launch(
         _blend_backward,
         (bins.size.numel(),),
@@ -391,9 +370,10 @@ def blend_backward(
         grad_image,
         grad_final,
         moments,
+        last,
         width,
         height,
         SIDE=bins.side,
         **_tiles(backend.target(record), backward=True),
     )
-    return moments
+    return moments, last

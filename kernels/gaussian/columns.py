@@ -23,8 +23,10 @@ def columns8(a):
 @triton.jit
 def load_columns(ptr, row, live, N: tl.constexpr, WIDTH: tl.constexpr):
     """Load rows [N] of a table with WIDTH <= 16 columns, 0 where not live: 16 columns [N]."""
-    column = tl.arange(0, 16)[None, :]
-    table = tl.load(ptr + row[:, None] * WIDTH + column, live[:, None] & (column < WIDTH), 0)
+    # not [N, 16], which would read in as wide pieces as store_rows16 writes
+    column = tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    at = row[:, None, None] * WIDTH + column
+    table = tl.load(ptr + at, live[:, None, None] & (column < WIDTH), 0)
     even, odd = tl.split(tl.reshape(table, [N, 2, 2, 2, 2]))
     a0, a2, a4, a6, a8, a10, a12, a14 = columns8(even)
     a1, a3, a5, a7, a9, a11, a13, a15 = columns8(odd)
@@ -32,16 +34,17 @@ def load_columns(ptr, row, live, N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def rows4(a, b, c, d):
-    """Return rows [N, 2, 2] of four columns."""
-    return tl.join(tl.join(a, c), tl.join(b, d))
+def store_rows8(ptr, row, live, a0, a1, a2, a3, a4, a5, a6, a7, N: tl.constexpr):
+    """Store eight columns [N] as rows of a table."""
+    table = tl.join(rows4(a0, a2, a4, a6), rows4(a1, a3, a5, a7))
+    column = tl.arange(0, 8)[None, :]
+    tl.store(ptr + row[:, None] * 8 + column, tl.reshape(table, [N, 8]), live[:, None])
 
 
 @triton.jit
-def store_rows4(ptr, row, live, a, b, c, d, N: tl.constexpr):
-    """Store four columns [N] as rows of a table."""
-    column = tl.arange(0, 4)[None, :]
-    tl.store(ptr + row[:, None] * 4 + column, tl.reshape(rows4(a, b, c, d), [N, 4]), live[:, None])
+def rows4(a, b, c, d):
+    """Return rows [N, 2, 2] of four columns."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit

@@ -117,16 +117,19 @@ def compensated(before, after):
 
 
 @triton.jit
-def tile_range(mean, radius, reach, tiles):
-    """Return the first tile and the end of the tiles along one axis.
+def cell_range(mean, radius, reach, size, PARTS: tl.constexpr):
+    """Return the first part of a tile and the end of the parts along an axis of `size` pixels.
 
-    They are the tiles that a square of `radius` touches by the published rule, less those farther
-    than `reach`, where alpha is below 1/255 in every pixel. The clamp before the conversion keeps
-    it defined for any float.
+    They are the parts of the tiles that a square of `radius` touches by the published rule, less
+    those farther than `reach`, where alpha is below 1/255 in every pixel. The clamp before the
+    conversion keeps it defined for any float.
     """
-    low = tl.maximum((mean - radius) / 16, tl.floor((mean - reach) / 16))
-    high = tl.minimum((mean + radius + 15) / 16, tl.floor((mean + reach) / 16) + 1)
-    most = tiles * 1.0
+    SIDE: tl.constexpr = 16 // PARTS
+    most = tl.cdiv(size, SIDE) * 1.0
+    low = tl.floor(tl.minimum(tl.maximum((mean - radius) / 16, 0.0), most)) * PARTS
+    high = tl.floor(tl.minimum(tl.maximum((mean + radius + 15) / 16, 0.0), most)) * PARTS
+    low = tl.maximum(low, tl.floor((mean - reach) / SIDE))
+    high = tl.minimum(high, tl.floor((mean + reach) / SIDE) + 1)
     first = tl.minimum(tl.maximum(low, 0.0), most).to(tl.int32)
     end = tl.minimum(tl.maximum(high, 0.0), most).to(tl.int32)
     return first, end

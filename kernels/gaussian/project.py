@@ -26,16 +26,16 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import tl, triton
-from kernels.gaussian.columns import store_rows4, store_rows16
+from kernels.gaussian.columns import columns8, store_rows16
 from kernels.gaussian.ellipse import (
     add3,
+    cell_range,
     compensated,
     covariance_gradient,
     cross3,
     dot3,
     filtered,
     linearised,
-    load3,
     load_camera,
     load_gaussian,
     masked3,
@@ -45,10 +45,9 @@ from kernels.gaussian.ellipse import (
     rotated,
     rotation_gradient,
     scaled3,
-    tile_range,
     times3,
 )
-from kernels.gaussian.records import PACKED, Bins, Projected
+from kernels.gaussian.records import PACKED, Bins, Packed, parts
 from kernels.views import SH0, ViewTable
 
 NEAR = tl.constexpr(0.2)  # a Gaussian whose centre is nearer is not drawn
@@ -57,12 +56,21 @@ SH_C0 = tl.constexpr(SH0)
 FORM = tl.constexpr(-0.5 * 1.4426950408889634)  # a quadratic form as an exponent of 2
 
 
-def _tiles() -> dict:
+def _tiles(target: str) -> dict:
     """Return the Gaussians of a program, one per thread (not yet measured on a GPU).
 
-    Few, because a program loops as often as its largest Gaussian needs.
+    One warp: a program loops as often as its largest Gaussian needs, and rows go to columns
+    without a barrier.
     """
-    return {"BLOCK": 64, "num_warps": 2}
+    if target == "interpreter":
+        return {"BLOCK": 256, "num_warps": 1}
+    return {"BLOCK": 64 if target.startswith("gfx9") else 32, "num_warps": 1}
+
+
+@triton.jit
+def _bits(n):
+    """Return whole numbers as floats of the same bits."""
+    return n.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["W", "H"])
@@ -70,14 +78,15 @@ def _project(
     gaussians_ptr,  # [G, 14]
     cameras_ptr,  # [V, 16]
     views_ptr,  # [V, 3], see ViewTable
-    # results, see Projected
+    # results, see Packed
     record_ptr,
     depth_ptr,
-    rect_ptr,
-    view_ptr,
+    tiles_ptr,
+    cells_ptr,
     W,
     H,
     kernel_size,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     v = tl.program_id(1)
@@ -112,8 +121,8 @@ def _project(
     radius = tl.ceil(3 * tl.sqrt(0.5 * (a + c) + tl.sqrt(tl.maximum(0.1, half * half + b * b))))
     # alpha = 1/255 where the exponent is -fading / 2
     fading = 2 * tl.log(tl.maximum(blended * 255, 1.0))
-    x0, x1 = tile_range(mx, radius, 1.001 * tl.sqrt(fading * a) + 0.01, tl.cdiv(W, 16))
-    y0, y1 = tile_range(my, radius, 1.001 * tl.sqrt(fading * c) + 0.01, tl.cdiv(H, 16))
+    x0, x1 = cell_range(mx, radius, 1.001 * tl.sqrt(fading * a) + 0.01, W, PARTS)
+    y0, y1 = cell_range(my, radius, 1.001 * tl.sqrt(fading * c) + 0.01, H, PARTS)
     drawn = seen & (blended >= VISIBLE) & (x1 > x0) & (y1 > y0)
     # a colour that is not finite would spread over every pixel of its tiles
     most = float("inf")
@@ -123,53 +132,52 @@ def _project(
     red = tl.maximum(f[0] * SH_C0 + 0.5, 0.0)
     green = tl.maximum(f[1] * SH_C0 + 0.5, 0.0)
     blue = tl.maximum(f[2] * SH_C0 + 0.5, 0.0)
-    across = 1 / a * FORM
-    down = a / after * FORM
+    shape = 1 / a * FORM, -b / a, a / after * FORM
+    x0 = tl.where(drawn, x0, 0)
+    y0 = tl.where(drawn, y0, 0)
+    x1 = tl.where(drawn, x1, 0)
+    y1 = tl.where(drawn, y1, 0)
     zero = tl.zeros_like(a)
     store_rows16(
         record_ptr,
         p,
         live,
-        (mx, my, across, -b / a),
-        (down, tl.log2(tl.maximum(blended, VISIBLE)), red, green),
-        (blue, zero, zero, zero),
-        (zero, zero, zero, zero),
+        (mx, my, shape[0], shape[1]),
+        (shape[2], tl.log2(tl.maximum(blended, VISIBLE)), red, green),
+        (blue, _bits(x0), _bits(y0), _bits(x1)),
+        (_bits(y1), _bits(tl.zeros_like(x0) + v), zero, zero),
         BLOCK,
-        10,
+        16,
     )
     tl.store(depth_ptr + p, z, live)
-    tl.store(view_ptr + p, tl.zeros_like(x0) + v, live)
-    x0 = tl.where(drawn, x0, 0)
-    y0 = tl.where(drawn, y0, 0)
-    x1 = tl.where(drawn, x1, 0)
-    y1 = tl.where(drawn, y1, 0)
-    store_rows4(rect_ptr, p, live, x0, y0, x1, y1, BLOCK)
+    across = tl.cdiv(x1, PARTS) - x0 // PARTS
+    tiles = across * (tl.cdiv(y1, PARTS) - y0 // PARTS)
+    tl.store(tiles_ptr + p, tiles, live)
+    tl.store(cells_ptr + p, (x1 - x0) * (y1 - y0), live)
 
 
 @triton.jit
-def _moments(moments_ptr, first_ptr, start_ptr, rect_ptr, p, live):
+def _moments(moments_ptr, last_ptr, first_ptr, start_ptr, tiles_ptr, p, live, N: tl.constexpr):
     """Add up the nine sums of kernels.gaussian.blend over the slots of each pair, in order.
 
     Returns sums 0 to 2, 3 to 5, 6 to 8, and whether the pair is in a part of a tile.
     """
-    rect = rect_ptr + p * 4
-    across = tl.load(rect + 2, live, 0) - tl.load(rect, live, 0)
-    tiles = across * (tl.load(rect + 3, live, 0) - tl.load(rect + 1, live, 0))
+    tiles = tl.load(tiles_ptr + p, live, 0)
     start = start_ptr + tl.load(first_ptr + p, tiles > 0, 0)
-    at = tl.load(start, tiles > 0, 0).to(tl.int64)
+    at = tl.load(start, tiles > 0, 0)
     count = tl.load(start + tiles, tiles > 0, 0) - at
-    zero = tl.zeros(count.shape, tl.float32)
-    c = (zero, zero, zero)
-    d = (zero, zero, zero)
-    e = (zero, zero, zero)
-    f = count > 0
+    at = at.to(tl.int64)
+    rows = moments_ptr + at[:, None] * 8 + tl.arange(0, 8)[None, :]
+    left = count[:, None]
+    end = at + count
+    sums = tl.zeros([N, 8], tl.float32)
+    last = tl.zeros([N], tl.float32)
     for k in range(0, tl.max(count, 0)):
-        here = moments_ptr + (at + k) * 9
-        mask = k < count
-        c = add3(c, load3(here, mask))
-        d = add3(d, load3(here + 3, mask))
-        e = add3(e, load3(here + 6, mask))
-    return c, d, e, f
+        sums += tl.load(rows + k * 8, k < left, 0.0)
+        # a mask of its own: one in two layouts would pass through shared memory every time
+        last += tl.load(last_ptr + at + k, at + k < end, 0.0)
+    a0, a1, a2, a3, a4, a5, a6, a7 = columns8(tl.reshape(sums, [N, 2, 2, 2]))
+    return (a0, a1, a2), (a3, a4, a5), (a6, a7, last), count > 0
 
 
 @triton.jit(do_not_specialize=["W", "H"])
@@ -181,10 +189,11 @@ def _project_backward(
     scenes_ptr,
     by_scene_ptr,
     # of the pairs and their instances
-    rect_ptr,
+    tiles_ptr,
     first_ptr,
     start_ptr,
     moments_ptr,
+    last_ptr,
     grad_ptr,  # result [G, 14]
     W,
     H,
@@ -210,7 +219,7 @@ def _project_backward(
         v = tl.load(by_scene_ptr + mine + i)
         p = tl.load(views_ptr + v * 3 + 2) + n
         first_order, second_order, color, drawn = _moments(
-            moments_ptr, first_ptr, start_ptr, rect_ptr, p, live
+            moments_ptr, last_ptr, first_ptr, start_ptr, tiles_ptr, p, live, BLOCK
         )
         total, sx, sy = first_order  # not nested in the line above: Triton 3.6 cannot read that
 
@@ -290,30 +299,33 @@ def project(
     width: int,
     height: int,
     kernel_size: float,
-) -> Projected:
+) -> Packed:
     """Project all pairs in one launch."""
     P = table.pair_start[-1]
     record = gaussians.new_empty(P, PACKED)
     depth = gaussians.new_empty(P)
-    rect = gaussians.new_empty(P, 4, dtype=torch.int32)
-    view = gaussians.new_empty(P, dtype=torch.int32)
-    tiles = _tiles()
+    tiles = gaussians.new_empty(P, dtype=torch.int32)
+    cells = torch.empty_like(tiles)
+    target = backend.target(gaussians)
+    side = parts(target)
+    block = _tiles(target)
     backend.launch(
         _project,
-        (triton.cdiv(table.most, tiles["BLOCK"]), len(table.view_scene)),
+        (triton.cdiv(table.most, block["BLOCK"]), len(table.view_scene)),
         gaussians,
         cameras,
         table.views,
         record,
         depth,
-        rect,
-        view,
+        tiles,
+        cells,
         width,
         height,
         kernel_size,
-        **tiles,
+        PARTS=side,
+        **block,
     )
-    return Projected(record, depth, rect, view)
+    return Packed(record, depth, tiles, cells, side)
 
 
 def project_backward(
@@ -323,32 +335,35 @@ def project_backward(
     width: int,
     height: int,
     kernel_size: float,
-    rect: Tensor,  # [P, 4] int32
+    tiles: Tensor,  # [P] int32, see Packed
     bins: Bins,
-    moments: Tensor,  # [., 9] sums over the pixels of each entry, see kernels.gaussian.blend
+    # sums over the pixels of each entry, see kernels.gaussian.blend
+    moments: Tensor,  # [slots, 8]
+    last: Tensor,  # [slots]
 ) -> Tensor:
     """Return the gradient of the Gaussians [G, 14].
 
     Each is written once, without atomics: the same bits every time.
     """
     grad = torch.empty_like(gaussians)
-    tiles = _tiles()
+    block = _tiles(backend.target(gaussians))
     backend.launch(
         _project_backward,
-        (triton.cdiv(table.most, tiles["BLOCK"]), len(table.scenes)),
+        (triton.cdiv(table.most, block["BLOCK"]), len(table.scenes)),
         gaussians,
         cameras,
         table.views,
         table.scenes,
         table.by_scene,
-        rect,
+        tiles,
         bins.first,
         bins.start,
         moments,
+        last,
         grad,
         width,
         height,
         kernel_size,
-        **tiles,
+        **block,
     )
     return grad

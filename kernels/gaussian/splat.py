@@ -67,7 +67,8 @@ def _splat(
     bins = bin_tiles(p, len(cameras), width, height)
     image, final, seen = blend(p.record, bins, background, width, height)
     lists = [bins.pair, bins.slot, bins.bounds, bins.size, bins.first, bins.start]
-    return image, final, [p.record, p.rect, *lists, seen]
+    # the number of slots is kept on the host: asking the device again would wait for it
+    return image, final, [p.record, p.tiles, *lists, seen, torch.tensor(bins.slots)]
 
 
 def _fields(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +85,6 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
     empty = lambda *size, dtype=gaussians.dtype: gaussians.new_empty(size, dtype=dtype)
     i32 = torch.int32
     i64 = torch.int64
-    rect = empty(P, 4, dtype=i32)
     if backend.is_torch(gaussians):
         S = dynamic()
         lists = [
@@ -95,7 +95,7 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
         saved = [
             empty(RECORD, P).t(),
             empty(P),
-            rect,
+            empty(P, 4, dtype=i32),
             *lists,
             empty(dynamic(), 16),
             empty(S, 16),
@@ -113,7 +113,9 @@ def _(gaussians, cameras, background, starts, view_scene, width, height, kernel_
             empty(P, dtype=i64),
             empty(dynamic(), dtype=i32),
         ]
-        saved = [empty(P, PACKED), rect, *lists, empty(T, Q, dtype=i32)]
+        tiles = empty(P, dtype=i32)
+        slots = torch.empty((), dtype=i64)
+        saved = [empty(P, PACKED), tiles, *lists, empty(T, Q, dtype=i32), slots]
     return empty(V, 3, height, width), empty(V, height, width), saved
 
 
@@ -159,10 +161,10 @@ def _splat_backward(
                 grad_final,
             )
             return project_torch_backward(*scene, rect, *grads)
-    record, rect, *lists, seen = saved
-    bins = Bins(*lists)
-    moments = blend_backward(record, bins, image, final, seen, grad_image, grad_final)
-    return project_backward(*scene, rect, bins, moments)
+    record, tiles, *lists, seen, slots = saved
+    bins = Bins(*lists, slots.item())
+    sums = blend_backward(record, bins, image, final, seen, grad_image, grad_final)
+    return project_backward(*scene, tiles, bins, *sums)
 
 
 @_splat_backward.register_fake

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.gaussian.binning import bin_tiles
-from kernels.gaussian.records import Projected
+from kernels.gaussian.records import Packed
 from kernels.gaussian.splat import _pack, splat
 from tests.helpers.gaussians import both, camera, colors, grads, scene
 
@@ -94,10 +94,8 @@ def test_wrong_input_says_what_is_wrong(change, message):
 
 
 def test_too_many_instances_are_refused(kernel_device):
-    rect = torch.tensor([[0, 0, 30000, 30000]] * 3, dtype=torch.int32, device=kernel_device)
-    p = Projected(
-        torch.zeros(3, 9), torch.ones(3, device=kernel_device), rect, torch.zeros_like(rect[:, 0])
-    )
+    tiles = torch.full((3,), 30000**2, dtype=torch.int32, device=kernel_device)
+    p = Packed(torch.zeros(3, 16), torch.ones(3, device=kernel_device), tiles, tiles, parts=1)
     with pytest.raises(ValueError, match="2700000000 instances .* more than 2147483647"):
         bin_tiles(p, 1, 480000, 480000)
 

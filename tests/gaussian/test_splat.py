@@ -5,7 +5,8 @@ import torch
 
 from kernels import backend
 from kernels.camera import Camera
-from kernels.gaussian import binning, blend
+from kernels.gaussian import blend
+from kernels.gaussian import project as projection
 from kernels.gaussian.project import project
 from kernels.gaussian.project_cpu import project_torch
 from kernels.gaussian.records import Projected
@@ -82,11 +83,14 @@ def projected(inputs, view: Camera, kernel_size: float = 0.1, starts=None, view_
     if backend.is_torch(packed):
         return project_torch(*scene)
     p = project(*scene)
-    mx, my, across, shear, down, strength, r, g, b, _ = p.record.unbind(1)
+    mx, my, across, shear, down, strength, r, g, b = p.record[:, :9].unbind(1)
+    rect = p.record.view(torch.int32)[:, 9:13]
+    rect = torch.cat([rect[:, :2] // p.parts, -(-rect[:, 2:] // p.parts)], 1)
     across, down = (-2 * math.log(2) * t for t in (across, down))
     conic = across + down * shear**2, down * shear, down
     record = torch.stack([mx, my, *conic, torch.exp2(strength), r, g, b], 1)
-    return Projected(record, p.depth, p.rect, p.view)
+    assert torch.equal(p.tiles, (rect[:, 2:] - rect[:, :2]).prod(1, dtype=torch.int32))
+    return Projected(record, p.depth, rect, p.record.view(torch.int32)[:, 13])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -293,7 +297,7 @@ def test_chunk_size_changes_only_rounding(kernel_device, monkeypatch, opaque):
     # whole tiles in scans, then parts of them with one Gaussian after the other
     for parts, ROWS in ((1, 16), (2, 1)):
         step = {"K": 16, "ROWS": ROWS, "num_warps": 1}
-        monkeypatch.setattr(binning, "parts", lambda target, parts=parts: parts)
+        monkeypatch.setattr(projection, "parts", lambda target, parts=parts: parts)
         monkeypatch.setattr(
             blend,
             "_tiles",
