@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kernels import backend
 from models.files import whole, write_whole
+from models.reading import entry, parse_json, read_bytes, shown
 from train.config import OPTIMIZERS, Config
 from train.run.machine import Machine
 
@@ -89,6 +90,22 @@ def note(row: Mapping[str, float]) -> str:
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 
 
+def _step_of(line: str, before: int, where: str) -> int:
+    """The step of a row of log.jsonl; ValueError where it is no row, or not after that step."""
+    try:
+        row = parse_json(line, where)
+        step = entry(row, "step", int, where)
+        entry(row, "seconds", float, where)
+        for name in row.keys() - {"step", "seconds"}:
+            if row[name] is not None:
+                entry(row, name, float, where)
+        if step <= before:
+            raise ValueError(f"step {shown(step)} follows step {before}")
+    except ValueError as error:
+        raise ValueError(f"{where} is not a row of a run: {line[:80].rstrip()}") from error
+    return step
+
+
 class Log:
     """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
 
@@ -102,17 +119,16 @@ class Log:
         self.stride = 1
         kept = []
         if file.is_file():
-            for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
-                try:
-                    if not line.endswith("\n") or json.loads(line)["step"] > step:
-                        # half a row, where the run was killed while writing it, or a step after the
-                        # checkpoint
-                        break
-                except (json.JSONDecodeError, TypeError, KeyError) as error:
-                    raise ValueError(
-                        f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}"
-                    ) from error
+            before = -1
+            lines = read_bytes(file).decode(errors="backslashreplace").splitlines(keepends=True)
+            for number, line in enumerate(lines, 1):
+                if not line.endswith("\n"):
+                    break  # half a row, where the run was killed while writing it
+                now = _step_of(line, before, f"{file}, line {number}")
+                if now > step:
+                    break  # after the checkpoint
                 kept.append(line)
+                before = now
         write_whole(file, "".join(kept))
         for line in kept:
             self._remember(json.loads(line))
