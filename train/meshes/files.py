@@ -1,5 +1,7 @@
 """Files that mesh files name, and the lines of text files: one way for readers and content hash."""
 
+import os
+import stat
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -9,6 +11,35 @@ BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16-le",
     b"\xfe\xff": "utf-16-be",
 }
+
+
+def below(root: Path, path: Path) -> Path:
+    """Return `path` if the place that it leads to, links followed, is `root` or lies below it.
+
+    Links on the way to `root` itself are those of its owner, and count for both. Raises ValueError
+    that names the path and that place for one that leads elsewhere.
+    """
+    try:
+        place = Path(os.path.realpath(path))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no path: {error}") from error
+    if not place.is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"{str(path)!r} leads out of {root}, to {str(place)!r}")
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file; ValueError for anything else: a pipe or a device would never end."""
+    # a pipe must not wait here for its writer
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    number = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError(f"{path.name} is not a file")
+        with open(number, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(number)
 
 
 def find(folders: Path | Iterable[Path], name: str) -> Path | None:
