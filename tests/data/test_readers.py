@@ -263,7 +263,7 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
     "matrix 3 x 4": (
         text(JSON, ", [0.0, 0.0, 0.0, 1.0]]", "]"),
         JSON,
-        r": transform_matrix has shape \[3, 4\], not \[4, 4\]",
+        r": frame 0: transform_matrix has shape \[3, 4\], not \[4, 4\]",
     ),
     "matrix singular": (
         frame("transform_matrix", [[0.0] * 4] * 4),

@@ -245,10 +245,11 @@ def test_a_texture_of_too_many_pixels(tmp_path):
 
 def test_features_that_a_small_archive_makes_enormous(tmp_path, monkeypatch):
     root = make(tmp_path)
-    monkeypatch.setattr("train.data.readers.LARGEST", 300)
+    monkeypatch.setattr("train.meshes.budget.FREE", 0)
+    monkeypatch.setattr("train.meshes.budget.A_BYTE", 0)
     with pytest.raises(
         ValueError,
-        match=r"a{64}.npz cannot be read: its arrays take \d+ bytes, over the limit of 300",
+        match="a{64}.npz cannot be read: its arrays would take 1 MB of memory, over the limit of 0",
     ):
         opened(root).item(AA)
 

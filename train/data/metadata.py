@@ -15,9 +15,8 @@ from models.files import whole, write_whole
 from models.reading import check_file, shown
 from train.meshes.files import below
 
-CELLS = (
-    1 << 22
-)  # of a table beyond the bytes of its file: short lines have cells that are not there
+# cells of a table beyond the bytes of its file: a row has them even where its line is too short
+CELLS = 1 << 22
 LONGEST = 255  # bytes of a name: file systems have no longer ones
 PUBLISHED = [
     "sha256",
@@ -76,9 +75,8 @@ def _rows(reader: csv.DictReader, file: Path) -> list[dict[str, str]]:
     """The rows of a table; each has a cell in every column, however short its line is."""
     columns = reader.fieldnames or []
     if "sha256" not in columns:
-        raise ValueError(
-            f"{file} has no column sha256, only: {shown(columns) if columns else 'nothing'}"
-        )
+        held = ", ".join(columns)[:200] or "nothing"
+        raise ValueError(f"{file} has no column sha256, only: {held}")
     most = CELLS + file.stat().st_size
     rows = []
     for row in reader:
