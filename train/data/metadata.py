@@ -18,6 +18,7 @@ from train.meshes.files import below
 # cells of a table beyond the bytes of its file: a row has them even where its line is too short
 CELLS = 1 << 22
 LONGEST = 255  # bytes of a name: file systems have no longer ones
+DEEPEST = 64  # parts of a path
 PUBLISHED = [
     "sha256",
     "file_identifier",
@@ -44,6 +45,8 @@ def inside(folder: Path, name: str) -> Path:
         longest = max(len(os.fsencode(part)) for part in parts)
     except UnicodeEncodeError as error:  # half a surrogate pair
         raise ValueError(f"{shown(name)} is no name of a file: {error.reason}") from error
+    if len(parts) > DEEPEST:
+        raise ValueError(f"{shown(name)} has {len(parts)} parts, over {DEEPEST}")
     if longest > LONGEST:
         raise ValueError(
             f"{shown(name)} has a part of {longest} bytes, over the {LONGEST} of names"

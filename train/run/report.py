@@ -118,7 +118,7 @@ class Log:
         self.rows: list[dict] = []
         self.stride = 1
         kept = []
-        if file.is_file():
+        if file.exists():
             before = -1
             lines = read_bytes(file).decode(errors="backslashreplace").splitlines(keepends=True)
             for number, line in enumerate(lines, 1):
