@@ -326,5 +326,5 @@ def _data_files(folder: Path) -> dict[str, bytes]:
 def _package() -> dict[str, bytes]:
     """A pickle as that of the LPIPS package, of one layer."""
     layer = {"kernel": np.ones((3, 3, 3, 4), np.float32), "bias": np.ones(4, np.float32)}
-    data = pickle.dumps({"VGG16_0": {"Conv_0": layer}}, protocol=2)
+    data = pickle.dumps({"VGG16_0": {"Conv_0": layer}}, protocol=3)
     return {"vgg16.ckpt": data.replace(b"numpy._core", b"numpy.core")}

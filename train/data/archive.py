@@ -4,6 +4,7 @@ numpy.load makes an array as large as its header says, and unpacks a megabyte to
 """
 
 import math
+import tokenize
 import zipfile
 from dataclasses import dataclass
 from io import BytesIO
@@ -91,8 +92,9 @@ class Archive:
         try:
             with self._zip.open(member) as stream:
                 header = _header(stream)
-        except (zipfile.BadZipFile, OSError, NotImplementedError, *MALFORMED) as error:
-            raise self._refusal(f"{member.filename}: {reason(error)}") from error
+        # the second: numpy looks for the numbers of Python 2 in a header that it cannot parse
+        except (zipfile.BadZipFile, tokenize.TokenError, OSError, *MALFORMED) as error:
+            raise self._refusal(f"{shown(member.filename)}: {reason(error)}") from error
         if header.start + header.size != member.file_size:
             raise self._refusal(
                 f"{member.filename} announces {header}, {header.size} bytes, but has "
