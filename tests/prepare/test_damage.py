@@ -102,9 +102,13 @@ GLTF = {
     ),
     "accessors[0].count is True, not a whole number": put("accessors", 0, "count", value=True),
     "bufferViews[0].byteOffset is -4, not": put("bufferViews", 0, "byteOffset", value=-4),
-    "it uses number 7 of its 1 meshes": put("nodes", 0, "mesh", value=7),
-    "accessor 0 has 1099511627776 rows but no data": put("accessors", 0, value=NO_DATA),
-    "it has no 'attributes'": put("meshes", 0, "primitives", value=[{}]),
+    "node 0, mesh 7: it uses number 7 of its 1 meshes": put("nodes", 0, "mesh", value=7),
+    "node 0, mesh 0, primitive 0: accessor 0, of 1099511627776 rows but no data, would take": put(
+        "accessors", 0, value=NO_DATA
+    ),
+    "node 0, mesh 0, primitive 0: it has no 'attributes'": put(
+        "meshes", 0, "primitives", value=[{}]
+    ),
     "it has no 'asset'": lambda document: document.pop("asset"),
 }
 
