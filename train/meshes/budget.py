@@ -11,6 +11,11 @@ from pathlib import Path
 
 from train.meshes.files import read_file
 
+try:
+    import resource
+except ImportError:  # Windows has none, and no /proc either
+    resource = None
+
 FREE = 500_000_000  # bytes
 A_BYTE = 50  # so many more for each byte of the file and of those that it names
 FACE = 400  # bytes that a triangle takes while it is read, drawn and made voxels
@@ -24,6 +29,7 @@ class Budget:
     def __init__(self):
         self.size = 0  # bytes of the files
         self.taken = 0
+        self._held: int | None = None  # what the process had when the limit began to be enforced
         self._known: set[str] = set()
 
     @property
@@ -42,6 +48,7 @@ class Budget:
         if place not in self._known:
             self._known.add(place)
             self.size += path.stat().st_size
+            self._hold()
 
     def check(self, size: int, what: str) -> None:
         """Raise ValueError, naming `what`, where so many bytes more are too many."""
@@ -61,37 +68,38 @@ class Budget:
         size = faces * FACE + vertices * VERTEX
         self.take(size, f"a mesh of {faces} faces and {vertices} vertices")
 
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Let this process take no more than the limit: what no check foresaw is a MemoryError.
+
+        Only Linux does so; elsewhere, and below a lower limit of the user's, nothing changes.
+        """
+        self._held = _private()
+        before = resource.getrlimit(resource.RLIMIT_DATA) if self._held else None
+        try:
+            self._hold()
+            yield
+        finally:
+            self._held = None
+            if before:
+                resource.setrlimit(resource.RLIMIT_DATA, before)
+
+    def _hold(self) -> None:
+        if self._held is not None:
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            most = self._held + self.limit
+            if hard == resource.RLIM_INFINITY or most < hard:
+                resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
 
 def _megabytes(size: int) -> int:
     return -(-size // 1_000_000)
 
 
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    """Let this process take at most so many bytes more than it has; beyond is a MemoryError.
-
-    For what no check foresees. Only Linux does so; elsewhere, and under a lower limit of the
-    user's, nothing changes.
-    """
-    used = _private()
-    if used is None:
-        yield
-        return
-    import resource  # not on Windows
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [used + size, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
 def _private() -> int | None:
     """The bytes of this process that RLIMIT_DATA counts; None where the system does not tell."""
     status = Path("/proc/self/status")
-    if not status.is_file():
+    if resource is None or not status.is_file():
         return None
     lines = (line.split() for line in status.read_text().splitlines())
     return next((int(words[1]) * KIB for words in lines if words[:1] == ["VmData:"]), None)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.meshes.budget import Budget
 from train.meshes.colors import unit_colors
 from train.meshes.gltf_data import GltfData
 from train.meshes.gltf_extensions import DRACO, INSTANCING, VISIBILITY, lost, refused
@@ -29,12 +30,12 @@ TRANSFORMS = {"matrix", "rotation", "scale", "translation"}
 PLACE = 600  # bytes of a matrix and of what a part of the mesh takes beside its arrays
 
 
-def read_gltf(path: Path, root: Path) -> Mesh:
+def read_gltf(path: Path, root: Path, budget: Budget) -> Mesh:
     """Read a .glb or .gltf; a ValueError names the file and what is wrong with it.
 
     The files that it names lie below `root`.
     """
-    data = GltfData(path, root)
+    data = GltfData(path, root, budget)
     try:
         return _Reader(data).mesh()
     except MALFORMED as error:
@@ -43,9 +44,9 @@ def read_gltf(path: Path, root: Path) -> Mesh:
         raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
-def gltf_files(path: Path, root: Path) -> list[Path | None]:
+def gltf_files(path: Path, root: Path, budget: Budget) -> list[Path | None]:
     """List the buffers and images that a .glb or .gltf names; None for one that is absent."""
-    return GltfData(path, root).files()
+    return GltfData(path, root, budget).files()
 
 
 @dataclass

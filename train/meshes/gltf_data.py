@@ -29,9 +29,9 @@ class GltfData:
     The files that it names lie below `root`, as a rule its own folder.
     """
 
-    def __init__(self, path: Path, root: Path):
+    def __init__(self, path: Path, root: Path, budget: Budget):
         self.path = path
-        self.budget = Budget()
+        self.budget = budget
         self._places = Places((path.parent,), root)
         self.document, self.binary = _document(path, self.budget.read(path))
         self._buffers: dict[int, memoryview] = {}

@@ -39,10 +39,10 @@ def obj_files(path: Path, root: Path) -> Iterator[Path | None]:
 class _Statements:
     """The statements of an OBJ file, as they stand."""
 
-    def __init__(self, path: Path, root: Path):
+    def __init__(self, path: Path, root: Path, budget: Budget):
         self.path = path
         self.places = Places((path.parent,), root)
-        self.budget = Budget()
+        self.budget = budget
         self.budget.count(path)
         self.positions = array("d")
         self.uvs = array("d")
@@ -159,12 +159,12 @@ class _Statements:
         return (colors, known) if known.any() else None
 
 
-def read_obj(path: Path, root: Path) -> Mesh:
+def read_obj(path: Path, root: Path, budget: Budget) -> Mesh:
     """Read a .obj with its MTL files and images; a ValueError names the file and the line.
 
     The files that it names lie below `root`.
     """
-    found = _Statements(path, root)
+    found = _Statements(path, root, budget)
     for number, line in read_lines(path):
         if not line or line.isspace():
             continue

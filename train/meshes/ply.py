@@ -66,10 +66,13 @@ class _Lists:
     sizes: np.ndarray  # [rows] int64
 
 
-def read_ply(path: Path) -> Mesh:
-    """Read a .ply; a ValueError names the file and what is wrong with it."""
+def read_ply(path: Path, root: Path | None = None, budget: Budget | None = None) -> Mesh:
+    """Read a .ply; a ValueError names the file and what is wrong with it.
+
+    It names no files that are read, so that `root` does not count.
+    """
     name = path.name
-    budget = Budget()
+    budget = Budget() if budget is None else budget
     try:
         elements, order, body = _header(budget.read(path).removeprefix(b"\xef\xbb\xbf"))
         tables = _text(body, elements) if order == "" else _binary(body, elements, order)

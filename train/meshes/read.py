@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.meshes.budget import Budget
 from train.meshes.files import read_file
 from train.meshes.gltf import gltf_files, read_gltf
 from train.meshes.obj import obj_files, read_obj
@@ -41,12 +42,12 @@ def read_mesh(path: Path, root: Path | None = None) -> Mesh:
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
     root = path.parent if root is None else root
-    # what is not finite is refused
-    with reading(path.name), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if path.suffix.lower() == ".ply":
-            return read_ply(path)
-        reader = read_obj if path.suffix.lower() == ".obj" else read_gltf
-        return reader(path, root)
+    budget = Budget()
+    reader = {".obj": read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
+    with reading(path.name), budget.enforced():
+        # what is not finite is refused
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return reader(path, root, budget)
 
 
 def content_hash(path: Path, root: Path | None = None) -> str:
@@ -57,21 +58,23 @@ def content_hash(path: Path, root: Path | None = None) -> str:
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is not a file")  # a pipe or a device would never end
-    with reading(path.name):
-        return _digest(path, path.parent if root is None else root)
+    budget = Budget()
+    budget.count(path)
+    with reading(path.name), budget.enforced():
+        return _digest(path, path.parent if root is None else root, budget)
 
 
-def _digest(path: Path, root: Path) -> str:
+def _digest(path: Path, root: Path, budget: Budget) -> str:
     digest = hashlib.sha256(read_file(path))
     parts = []
     if path.suffix.lower() == ".obj":
         parts = obj_files(path, root)
     elif path.suffix.lower() in (".glb", ".gltf"):
-        parts = gltf_files(path, root)
+        parts = gltf_files(path, root, budget)
     known = {None: b"absent"}
     for part in parts:  # each by its own digest: where one ends counts, and whether it is there
         if part not in known:
-            known[part] = hashlib.sha256(read_file(part)).digest()
+            known[part] = hashlib.sha256(budget.read(part)).digest()
         digest.update(known[part])
     return digest.hexdigest()
 
