@@ -8,6 +8,7 @@ import numpy as np
 from train.meshes.pictures import Placement, Sampler
 
 HUGE = 1e15
+CHUNK = 1 << 16  # rows
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
 # (x, y, z) becomes (x, -z, y); the datasets are z-up
 Y_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)
@@ -79,7 +80,10 @@ def assemble(
         raise ValueError(no_faces(name, notes))
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"{name}: a face uses vertex {faces.max() + 1} of {len(vertices)}")
-    used, faces = np.unique(faces, return_inverse=True)
+    known = np.zeros(len(vertices), bool)
+    known[faces] = True
+    used = np.flatnonzero(known)
+    faces = (np.cumsum(known) - 1).astype(np.int32)[faces]
     vertices = vertices[used]
     bad = np.flatnonzero(~np.isfinite(vertices).all(1))
     if len(bad):
@@ -94,14 +98,14 @@ def assemble(
     with np.errstate(over="ignore", invalid="ignore"):
         return Mesh(
             vertices=vertices @ up.T,
-            faces=faces.reshape(-1, 3).astype(np.int32),
-            normals=_finite(normals @ up.T),
-            uv=_finite(uv),
-            tint=_finite(tint),
+            faces=faces.reshape(-1, 3),
+            normals=finite(normals, up),
+            uv=finite(uv),
+            tint=finite(tint),
             material=np.asarray(material, np.int32),
             materials=materials,
             notes=list(notes),
-            emission_uv=None if emission_uv is None else _finite(emission_uv),
+            emission_uv=None if emission_uv is None else finite(emission_uv),
         )
 
 
@@ -111,6 +115,15 @@ def no_faces(name: str, notes: Iterable[str]) -> str:
     return f"{name} has no faces{why}"
 
 
-def _finite(values) -> np.ndarray:
-    """In float32, 0 for what is not finite or has no finite square there."""
-    return np.where(np.abs(values) < HUGE, values, 0).astype(np.float32)
+def finite(values: np.ndarray, turn: np.ndarray | None = None) -> np.ndarray:
+    """Values in float32, 0 for what is not finite or has no finite square there.
+
+    Vectors are turned by the matrix `turn` [3, 3] if there is one. Values that are float32 already
+    are changed in place.
+    """
+    made = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
+    for first in range(0, len(values), CHUNK):  # a few MB at once, and not the file's times ten
+        rows = slice(first, first + CHUNK)
+        part = values[rows] if turn is None else values[rows] @ turn.T
+        made[rows] = np.where(np.abs(part) < HUGE, part, 0)
+    return made
