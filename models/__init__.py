@@ -19,7 +19,7 @@ from models.mesh import MeshVAE as MeshVAE
 from models.radiance import RadianceDecoder as RadianceDecoder
 from models.radiance import RadianceScene as RadianceScene
 from models.radiance import RadianceVAE as RadianceVAE
-from models.reading import shown
+from models.reading import first_line, shown
 from models.scene import Scene as Scene
 from models.scene import penalties as penalties
 from models.scene import render as render
@@ -66,7 +66,9 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
         with torch.device("meta"):  # which takes no memory, whatever the sizes
             planned = model_class(**args)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{prefix}.json: arguments do not fit {name}: {error}") from error
+        raise ValueError(
+            f"{prefix}.json: arguments do not fit {name}: {first_line(error)}"
+        ) from error
     check_weights(planned, weights, f"{prefix}.safetensors")
     model = model_class(**args)
     load_weights(model, weights, f"{prefix}.safetensors")

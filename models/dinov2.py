@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.reading import check_file, read_safetensors, shown
+from models.reading import check_file, first_line, read_safetensors, shown
 from models.vae import load_weights
 
 PATCH = 14  # pixels a side
@@ -246,8 +246,7 @@ def _read(file: Path, name: str) -> dict[str, Tensor]:
         AssertionError,
         ArithmeticError,
     ) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file} is truncated or holds no weights: {first}") from error
+        raise ValueError(f"{file} is truncated or holds no weights: {first_line(error)}") from error
     tensors = isinstance(content, dict) and content
     if not tensors or not all(
         type(name) is str and isinstance(value, Tensor) for name, value in content.items()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LINE = 300  # characters
 KINDS = {
     bool: "true or false",
     dict: "an object",
@@ -30,6 +31,12 @@ _short.maxstring = _short.maxother = 80
 def shown(value: object) -> str:
     """Show a value in a message: short however long it is, however deep its lists."""
     return _short.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """Word an error in a line; torch and safetensors write several, or long ones."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LINE else f"{line[:LINE]}..."
 
 
 def check_file(file: Path, absent: str = "is missing") -> None:
@@ -108,7 +115,9 @@ def read_safetensors(
             tensors = {name: content.get_tensor(name) for name in content.keys()}
             return tensors, content.metadata() or {}
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
+        raise ValueError(
+            f"{file} is truncated or not a safetensors file: {first_line(error)}"
+        ) from error
 
 
 def check_floats(tensors: dict[str, Tensor], source: str) -> None:

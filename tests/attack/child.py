@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +56,7 @@ class Subject(Protocol):
     """A kind of file."""
 
     contained: bool  # nothing in FOLDER/outside may be opened
+    limited: bool  # its reader limits the memory of the process, and says so
 
     def prepare(self, case: Case, folder: Path) -> None: ...  # write the files of a case
     def read(self, folder: Path) -> None: ...
@@ -125,7 +126,7 @@ def _serve(cases: Sequence[Case], subject: Subject, folder: Path, journal: Path)
                     (folder / name).mkdir()
                 subject.prepare(case, folder / "in")
                 opened.clear()
-                end, text = _judged(subject.read, folder / "in")
+                end, text = _judged(subject, folder / "in")
                 if opened and subject.contained:
                     end, text = "opened a file outside", opened[0]
                 stream.write(json.dumps({"end": end, "text": text}) + "\n")
@@ -134,7 +135,7 @@ def _serve(cases: Sequence[Case], subject: Subject, folder: Path, journal: Path)
         os._exit(ended)
 
 
-def _judged(read: Callable[[Path], None], folder: Path) -> tuple[str, str]:
+def _judged(subject: Subject, folder: Path) -> tuple[str, str]:
     """Read the files of a case: how that ended, and the message or the fault."""
     names = {str(folder), *(file.name for file in folder.rglob("*"))}
     allowed = FREE + A_BYTE * sum(
@@ -147,11 +148,11 @@ def _judged(read: Callable[[Path], None], folder: Path) -> tuple[str, str]:
     resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
     text = ""
     try:
-        read(folder)
+        subject.read(folder)
         end = RESULT
     except ValueError as error:
         text = str(error)
-        end = _clear(error, text, names)
+        end = _clear(error, text, names, subject.limited)
     # whatever it is, it is the finding
     except BaseException as error:
         text = str(error)
@@ -164,15 +165,17 @@ def _judged(read: Callable[[Path], None], folder: Path) -> tuple[str, str]:
     return end, text.encode(errors="backslashreplace").decode()[:SHOWN]
 
 
-def _clear(error: ValueError, text: str, names: set[str]) -> str:
+def _clear(error: ValueError, text: str, names: set[str], limited: bool) -> str:
     """REFUSAL for a message that names its file and is short; else what is wrong with it."""
     cause = error
     while cause is not None:
-        if isinstance(cause, MemoryError):
+        if isinstance(cause, MemoryError) and not limited:
             return "tried to take all memory"
         cause = cause.__cause__ or cause.__context__
     if not any(name in text for name in names):
         return "names no file"
+    if "\n" in text:
+        return "a message of several lines"
     if len(text) > LONGEST:
         return f"a message of {len(text)} characters"
     try:

@@ -39,7 +39,7 @@ def flip(data: bytes, rng: np.random.Generator) -> bytes:
     """Change a few bits or bytes, most of them near the start."""
     changed = bytearray(data)
     reach = len(data) if rng.random() < 0.5 else min(len(data), 400)
-    for at in rng.integers(reach, size=rng.integers(1, 9)):
+    for at in rng.integers(reach, size=rng.integers(1, 4)):
         changed[at] = (
             changed[at] ^ (1 << rng.integers(8)) if rng.random() < 0.5 else rng.integers(256)
         )

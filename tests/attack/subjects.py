@@ -26,9 +26,10 @@ from train.data.dataset import Dataset
 from train.data.metadata import ply_mesh, ply_points
 from train.data.sampler import Sampler
 from train.gaussian import PRESETS
-from train.meshes.read import content_hash, normalize, read_mesh
+from train.meshes.read import normalize, read_mesh
 from train.optimizer import GradClipper, LossScale, Optimizer
 from train.prepare.features import ImageFeatures, cells_of, read_points
+from train.prepare.sources import Result, Source, hash_source, with_path
 from train.run import checkpoint
 from train.run.latents import Latents
 from train.run.report import Log
@@ -73,6 +74,7 @@ class Subject:
     families: Mapping[str, Change]
     names: str = ""  # a file that the victim names
     contained: bool = True  # what is read lies below the folder
+    limited: bool = False  # its reader limits the memory of the process
     flat: Mapping[str, bytes] = field(init=False)
 
     def __post_init__(self):
@@ -117,11 +119,13 @@ def cases_of(subject: Subject, count: int) -> list[Case]:
 
 
 def _mesh(name: str, folder: Path) -> None:
+    source = hash_source(Source(folder / name, name, root=folder))
+    if isinstance(source, Result):
+        raise ValueError(source.failure)
     try:
-        content_hash(folder / name)
-        mesh = read_mesh(folder / name)
-    except OSError as error:  # as train.prepare words it
-        raise ValueError(f"{error.filename or name}: {error}") from error
+        mesh = read_mesh(source.file, source.home)
+    except (OSError, ValueError) as error:  # as train.prepare words it
+        raise ValueError(with_path(source, str(error))) from error
     assert np.isfinite(mesh.vertices).all() and len(mesh.faces)
     assert 0 <= mesh.faces.min() and mesh.faces.max() < len(mesh.vertices)
     normalize(mesh)
@@ -259,28 +263,9 @@ CSV = TEXT | {"types": partial(damage.word, separator=b",")}
 
 def subjects(folder: Path) -> dict[str, Subject]:
     """Make every kind; `folder` is for the files that they are made of."""
-    made = {}
     for name in ("meshes", "data", "run", "encoder", "decoder", "tensors"):
         (folder / name).mkdir(parents=True)
-    pristine(folder / "meshes")
-    meshes = _read(folder / "meshes")
-
-    def some(*names: str) -> dict[str, bytes]:
-        return {name: meshes[name] for name in names}
-
-    painted = some("painted.obj", "painted.mtl", "painted.png")
-    obj = partial(_mesh, "painted.obj")
-    made["OBJ"] = Subject(painted, "painted.obj", obj, TEXT, "painted.mtl")
-    made["MTL"] = Subject(painted, "painted.mtl", obj, TEXT, "painted.png")
-    made["texture"] = Subject(painted, "painted.png", obj, PNG)
-    for name, file in (("PLY text", "text.ply"), ("PLY binary", "binary.ply")):
-        made[name] = Subject(some(file), file, partial(_mesh, file), PLY, contained=False)
-    made["GLB"] = Subject(
-        some("whole.glb"), "whole.glb", partial(_mesh, "whole.glb"), GLB, contained=False
-    )
-    gltf = some("parts.gltf", "parts.bin")
-    made["glTF"] = Subject(gltf, "parts.gltf", partial(_mesh, "parts.gltf"), JSON, "parts.bin")
-    made["glTF buffer"] = Subject(gltf, "parts.bin", partial(_mesh, "parts.gltf"), TEXT)
+    made = _meshes(folder / "meshes")
     data = _data_files(folder / "data")
     views = f"renders/{AA}"
     made["transforms.json"] = Subject(data, f"{views}/transforms.json", _dataset, JSON, "000.png")
@@ -313,6 +298,28 @@ def subjects(folder: Path) -> dict[str, Subject]:
     return made
 
 
+def _meshes(folder: Path) -> dict[str, Subject]:
+    pristine(folder)
+    files = _read(folder)
+
+    def kind(names: str, victim: str, families: Mapping[str, Change], named: str = "") -> Subject:
+        own = {name: files[name] for name in names.split()}
+        return Subject(own, victim, partial(_mesh, next(iter(own))), families, named, limited=True)
+
+    painted = "painted.obj painted.mtl painted.png"
+    parts = "parts.gltf parts.bin"
+    return {
+        "OBJ": kind(painted, "painted.obj", TEXT, "painted.mtl"),
+        "MTL": kind(painted, "painted.mtl", TEXT, "painted.png"),
+        "texture": kind(painted, "painted.png", PNG),
+        "PLY text": kind("text.ply", "text.ply", PLY),
+        "PLY binary": kind("binary.ply", "binary.ply", PLY),
+        "GLB": kind("whole.glb", "whole.glb", GLB),
+        "glTF": kind(parts, "parts.gltf", JSON, "parts.bin"),
+        "glTF buffer": kind(parts, "parts.bin", TEXT),
+    }
+
+
 def _data_files(folder: Path) -> dict[str, bytes]:
     make(folder, [AA])
     with np.load(folder / f"features/rgb_{RES}/{AA}.npz") as stored:
@@ -325,6 +332,6 @@ def _data_files(folder: Path) -> dict[str, bytes]:
 
 def _package() -> dict[str, bytes]:
     """A pickle as that of the LPIPS package, of one layer."""
-    layer = {"kernel": np.ones((3, 3, 3, 4), np.float32), "bias": np.ones(4, np.float32)}
+    layer = {"kernel": np.ones((3, 3, 3, 64), np.float32), "bias": np.ones(64, np.float32)}
     data = pickle.dumps({"VGG16_0": {"Conv_0": layer}}, protocol=3)
     return {"vgg16.ckpt": data.replace(b"numpy._core", b"numpy.core")}

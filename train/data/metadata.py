@@ -16,7 +16,7 @@ from models.reading import check_file, shown
 from train.meshes.files import below
 
 # cells of a table beyond the bytes of its file: a row has them even where its line is too short
-CELLS = 1 << 22
+CELLS = 1 << 20
 LONGEST = 255  # bytes of a name: file systems have no longer ones
 DEEPEST = 64  # parts of a path
 PUBLISHED = [
