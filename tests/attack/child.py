@@ -169,7 +169,8 @@ def _clear(error: ValueError, text: str, names: set[str], limited: bool) -> str:
     """REFUSAL for a message that names its file and is short; else what is wrong with it."""
     cause = error
     while cause is not None:
-        if isinstance(cause, MemoryError) and not limited:
+        refused = isinstance(cause, MemoryError) or "allocate memory" in str(cause)
+        if refused and not limited:
             return "tried to take all memory"
         cause = cause.__cause__ or cause.__context__
     if not any(name in text for name in names):
