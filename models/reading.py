@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LINE = 300  # characters
+LINE = 300  # characters of an error's words in a message
+VALUE = 100  # of a value
 KINDS = {
     bool: "true or false",
     dict: "an object",
@@ -30,7 +31,8 @@ _short.maxstring = _short.maxother = 80
 
 def shown(value: object) -> str:
     """Show a value in a message: short however long it is, however deep its lists."""
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= VALUE else f"{text[:VALUE]}..."
 
 
 def first_line(error: BaseException) -> str:

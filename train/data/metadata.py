@@ -7,6 +7,7 @@ are known to stay inside.
 import csv
 import os
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -39,7 +40,8 @@ def inside(folder: Path, name: str) -> Path:
     """
     parts = PurePosixPath(name).parts
     leads_out = not parts or ".." in parts or name[0] == "/" or PureWindowsPath(name).drive
-    if leads_out or any(character in name for character in "\\\0"):
+    # those of control write into the terminal of whoever reads a message
+    if leads_out or any(one == "\\" or unicodedata.category(one) == "Cc" for one in name):
         raise ValueError(f"{shown(name)} is no path below {folder}")
     try:
         longest = max(len(os.fsencode(part)) for part in parts)
