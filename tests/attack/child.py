@@ -23,7 +23,7 @@ import torch
 FREE = 500_000_000  # bytes that reading may take, and so many more for each byte of its files:
 A_BYTE = 50
 SPARE = 4 << 30  # bytes of addresses beyond that: what is reserved and not used counts as nothing
-SECONDS = 20  # that a case may take, on a busy machine
+SECONDS = 60  # that a case may take, on a busy machine
 POLL = 0.005
 LONGEST = 1000  # characters of a message
 SHOWN = 300  # of which a report shows so many

@@ -90,20 +90,20 @@ def note(row: Mapping[str, float]) -> str:
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 
 
-def _step_of(line: str, before: int, where: str) -> int:
-    """The step of a row of log.jsonl; ValueError where it is no row, or not after that step."""
+def _row(line: str, before: int, where: str) -> dict:
+    """A row of log.jsonl; ValueError where it is none, or of no later step than `before`."""
     try:
         row = parse_json(line, where)
-        step = entry(row, "step", int, where)
-        entry(row, "seconds", float, where)
+        if (step := entry(row, "step", int, where)) <= before:
+            raise ValueError(f"step {shown(step)} follows step {before}")
+        if entry(row, "seconds", float, where) < 0:
+            raise ValueError("it took less than no time")
         for name in row.keys() - {"step", "seconds"}:
             if row[name] is not None:
                 entry(row, name, float, where)
-        if step <= before:
-            raise ValueError(f"step {shown(step)} follows step {before}")
     except ValueError as error:
         raise ValueError(f"{where} is not a row of a run: {line[:80].rstrip()}") from error
-    return step
+    return row
 
 
 class Log:
@@ -117,6 +117,7 @@ class Log:
         self.file = file
         self.rows: list[dict] = []
         self.stride = 1
+        self.seconds = 0.0
         kept = []
         if file.exists():
             before = -1
@@ -124,15 +125,14 @@ class Log:
             for number, line in enumerate(lines, 1):
                 if not line.endswith("\n"):
                     break  # half a row, where the run was killed while writing it
-                now = _step_of(line, before, f"{file}, line {number}")
-                if now > step:
+                row = _row(line, before, f"{file}, line {number}")
+                if row["step"] > step:
                     break  # after the checkpoint
                 kept.append(line)
-                before = now
+                self._remember(row)
+                self.seconds = row["seconds"]
+                before = row["step"]
         write_whole(file, "".join(kept))
-        for line in kept:
-            self._remember(json.loads(line))
-        self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
         self.stream = file.open("a", buffering=1)  # a whole line at a time
 
     def _remember(self, row: dict) -> None:
