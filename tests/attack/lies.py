@@ -57,7 +57,7 @@ def png_counts(data: bytes, rng: np.random.Generator) -> bytes:
         width, height = (int(HUGE[i]) for i in rng.integers(len(HUGE), size=2))
         parts[0] = b"IHDR", struct.pack(">II", width, height) + head[8:]
     elif way == 1:  # as many pixels as it says, of one colour
-        side = int(rng.choice([5000, 9000, 12000, 40000]))
+        side = int(rng.choice([3000, 9000, 12000, 40000]))
         parts[0] = b"IHDR", struct.pack(">II", side, side) + head[8:]
         parts = [part for part in parts if part[0] != b"IDAT"]
         parts.insert(1, (b"IDAT", zlib_bomb(min(4 * side * side >> 20, 2000))))

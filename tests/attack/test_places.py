@@ -110,7 +110,7 @@ def test_what_the_children_are_judged_by(tmp_path):
         if way == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         elif way == "memory":
-            kept.append(b"1" * 900_000_000)
+            kept.append(b"1" * 600_000_000)
             kept.clear()
         elif way == "addresses":
             try:
