@@ -18,8 +18,8 @@ except ImportError:  # Windows has none, and no /proc either
 
 FREE = 500_000_000  # bytes
 A_BYTE = 50  # so many more for each byte of the file and of those that it names
-FACE = 400  # bytes that a triangle takes while it is read, drawn and made voxels
-VERTEX = 150
+FACE = 250  # bytes that a triangle takes while it is read, drawn and made voxels
+VERTEX = 120
 KIB = 1024
 
 
@@ -63,9 +63,9 @@ class Budget:
         self.check(size, what)
         self.taken += size
 
-    def take_faces(self, faces: int, vertices: int) -> None:
-        """Count triangles and vertices; ValueError for too many."""
-        size = faces * FACE + vertices * VERTEX
+    def take_faces(self, faces: int, vertices: int, face: int = FACE) -> None:
+        """Count triangles, of `face` bytes each, and vertices; ValueError for too many."""
+        size = faces * face + vertices * VERTEX
         self.take(size, f"a mesh of {faces} faces and {vertices} vertices")
 
     @contextmanager

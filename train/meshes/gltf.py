@@ -248,6 +248,7 @@ class _Reader:
         tint = np.ones((P, 3)) if color is None else self._tint(color)
         finish = self.materials[primitive.get("material"), color is not None]
         material = finish.material
+        self.data.budget.take(len(places) * PLACE, f"{len(places)} instances")
         self.data.budget.take_faces(len(places) * len(faces), len(places) * P)
         uv = self._uv(primitive, weights, finish.placement, material.texture is not None, P)
         glows = material.emission_texture is not None

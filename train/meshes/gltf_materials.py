@@ -4,6 +4,7 @@ Of a material the base colour and the emission are taken; of the old specular-gl
 the diffuse colour. Pictures are decoded once and shared by the materials that show them.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -119,7 +120,11 @@ class Materials:
         """The picture [H, W, 4] of an image, decoded once for all that show it."""
         image = self.data.entry("images", number)
         uri = image.get("uri", "")
-        key = ("bufferView", image["bufferView"]) if "bufferView" in image else ("uri", uri)
+        if "bufferView" in image:
+            key = "bufferView", image["bufferView"]
+        else:
+            found = None if uri.startswith("data:") else self.data.find(uri)
+            key = "uri", os.path.realpath(found) if found else uri
         if key not in self._pictures:
             if "bufferView" in image:
                 data = bytes(self.data.view(image["bufferView"]))

@@ -20,6 +20,8 @@ from train.meshes.untrusted import reason
 NUMERIC = ("v", "vt", "vn", "f")  # statements that a comment may follow; names may hold a #
 # of what has no polygons: what a note calls it
 NOT_SHOWN = {"l": "lines", "p": "points", "curv": "curves", "curv2": "curves", "surf": "surfaces"}
+FACE = 600  # bytes that a triangle of a polygon takes at most
+MATERIAL = 2000  # bytes of one without its pictures
 KNOWN = 1 << 16  # corners that are remembered: those of one vertex stand near each other
 TILES_ACROSS = 10  # UDIM: tile 1001 + u + 10 v
 
@@ -174,7 +176,8 @@ def read_obj(path: Path, root: Path, budget: Budget) -> Mesh:
             raise ValueError(f"{path.name}, line {number}: {reason(error)}") from error
     fans = len(found.corners) // 3 - 2 * len(found.sizes)
     try:
-        found.budget.take_faces(max(fans, 0), len(found.positions) // 3)
+        found.budget.take(len(found.names) * MATERIAL, f"{len(found.names)} materials")
+        found.budget.take_faces(max(fans, 0), len(found.positions) // 3, FACE)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     positions = np.array(found.positions).reshape(-1, 3)

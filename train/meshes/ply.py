@@ -37,6 +37,7 @@ TYPES = {
     "float64": "f8",
 }
 LENGTHS = {"i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I"}
+FACE = 400  # bytes that a triangle takes at most
 ROWS = 1 << 16  # that are gathered at once
 FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 COLORS = (  # the names that writers give to red, green and blue
@@ -80,7 +81,7 @@ def read_ply(path: Path, root: Path | None = None, budget: Budget | None = None)
         strips = _strips(tables.get("tristrips", {}))
         fans = int(np.maximum(sizes - 2, 0).sum())
         points = next((e.count for e in elements if e.name == "vertex"), 0)
-        budget.take_faces(fans + len(strips), points)
+        budget.take_faces(fans + len(strips), points, FACE)
     except MALFORMED as error:
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
     vertex = tables.get("vertex", {})

@@ -109,6 +109,29 @@ def assemble(
         )
 
 
+def earlier_copies(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Count for each face [F, 3] the earlier ones with the same corners, in any order: [F].
+
+    `vertices` [P, 3] are compared by their numbers, each three of them mixed to one of 64 bits.
+    """
+    bits = (np.asarray(vertices, np.float64) + 0.0).view(np.uint64)  # -0.0 becomes 0.0
+    mixed = np.zeros(len(bits), np.uint64)
+    for axis in range(3):  # splitmix64 (Steele, Lea and Flood 2014)
+        mixed += bits[:, axis] + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    key = mixed[faces[:, 0]] + mixed[faces[:, 1]] + mixed[faces[:, 2]]
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    place = np.arange(len(key))
+    begins = np.ones(len(key), bool)
+    begins[1:] = key[1:] != key[:-1]
+    count = np.empty(len(key), np.int64)
+    count[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
+    return count
+
+
 def no_faces(name: str, notes: Iterable[str]) -> str:
     """Say that a file has no faces, and what was noted last, which may be why."""
     why = "".join(f": {note.removeprefix(f'{name}: ')}" for note in list(notes)[-1:])

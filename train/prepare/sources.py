@@ -1,5 +1,6 @@
 """The meshes that a command prepares: found, hashed, and what became of each."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Source:
     @property
     def home(self) -> Path:
         """The folder that the files which it names lie below."""
-        return self.root or self.file.parent
+        return self.converted.parent if self.converted else self.root or self.path.parent
 
 
 @dataclass
@@ -67,7 +68,7 @@ def collect(inputs: list[Path], root: Path | None) -> list[Source]:
 
 
 def _is_below(root: Path, path: Path) -> bool:
-    return path.absolute().is_relative_to(root.absolute())
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
 def _in_folder(folder: Path, root: Path) -> list[Source]:
