@@ -99,12 +99,12 @@ class Subject:
             return
         if case.family == "names":
             places.lay(folder, victim.parent)
-            places.in_text(folder, victim, self.names, rng)
+            places.in_text(folder, victim, self.names, case.seed)
         elif case.family == "places":
             target = victim
-            if self.names and rng.random() < 0.5:
+            if self.names and case.seed >= 8 and rng.random() < 0.5:
                 target = victim.parent / self.names
-            places.instead(folder, target, rng)
+            places.instead(folder, target, case.seed)
         else:
             victim.write_bytes(self.families[case.family](victim.read_bytes(), rng))
 

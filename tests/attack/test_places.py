@@ -62,14 +62,6 @@ def test_links_inside_a_dataset_and_to_it_are_its_owners(data, tmp_path):
         read_frames(shared / "transforms.json")  # alone, its folder is its root
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES.values() if "." in place])
-def test_a_pipe_is_no_file(data, place):
-    (data / place).unlink()
-    os.mkfifo(data / place)
-    with pytest.raises(ValueError, match=f"{place} is missing.*, and it is none$"):
-        opened(data).item(AA)
-
-
 def test_features_are_not_written_through_a_link(data, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (data / "features" / f"dinov2_vits14_reg_{RES}").symlink_to(tmp_path / "elsewhere")
