@@ -7,12 +7,13 @@ import pickle
 import struct
 import tarfile
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from tests.attack import lies
+from tests.attack import damage, lies
 from tests.attack.child import REFUSAL, Case, run
 from tests.helpers.datasets import AA, RES
 from train import lpips
@@ -24,6 +25,26 @@ def refusal(kind, data: bytes, folder) -> str:
     (outcome,) = run([Case("bomb", 0)], bomb, folder)
     assert outcome.end == REFUSAL, outcome
     return outcome.text
+
+
+JSON = {
+    "deep": b"[" * damage.DEEP + b"]" * damage.DEEP,
+    "deep inside": b'{"a":' * damage.DEEP + b"1" + b"}" * damage.DEEP,
+    "digits": b'{"frames": ' + b"9" * 5000 + b"}",
+    "a list": b"[]",
+    "nothing": b"null",
+    "no text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["transforms.json", "config.json", "model.json", "log.jsonl", "glTF"]
+)
+def test_json_of_any_kind(kinds, tmp_path, kind):
+    families = {name: partial(lambda text, *_: text, text + b"\n") for name, text in JSON.items()}
+    cases = [Case(name, 0) for name in JSON]
+    outcomes = run(cases, replace(kinds[kind], families=families), tmp_path)
+    assert [outcome.end for outcome in outcomes] == [REFUSAL] * len(JSON), outcomes
 
 
 def view(side: int, *more: bytes) -> bytes:
