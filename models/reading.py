@@ -52,7 +52,7 @@ def check_file(file: Path, absent: str = "is missing") -> None:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{str(file)!r} cannot be read: {reason}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{file} {absent}: a file of that name is wanted, and it is none")
+        raise ValueError(f"{file} {absent}: what stands there is no file")
 
 
 def read_bytes(file: Path, absent: str = "is missing") -> bytes:
