@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from tests.attack import damage, lies
 from tests.attack.child import REFUSAL, Case, run
@@ -127,6 +128,25 @@ def test_a_model_of_any_size(kinds, tmp_path):
         args = content["args"] | {name: value}
         data = json.dumps(content | {"args": args}).encode()
         assert message in refusal(kind, data, tmp_path)
+
+
+def test_latents_of_another_shape_or_type(kinds, tmp_path):
+    mean = torch.zeros(5, 4)
+    coords = torch.arange(15, dtype=torch.int32).view(5, 3)
+    for change, message in (
+        ({"mean": mean[:, :3]}, r"mean has shape [5, 3], not [5, 4]"),
+        ({"mean": mean[:4]}, r"mean has shape [4, 4], not [5, 4]"),
+        ({"mean": mean.int()}, "mean holds int32, not one of float16"),
+        ({"mean": mean / 0}, "mean has 20 of 20 values not finite"),
+        ({"coords": coords.long()}, "coords are torch.int64 [5, 3], not int32 [N, 3]"),
+        ({"coords": coords[0, 0]}, "coords are torch.int32 [], not int32 [N, 3]"),
+        ({"coords": coords + 1}, "holds 5 voxels that are not the object's 5"),
+        ({"more": mean + 1}, "holds ['coords', 'mean', 'more'], not mean and coords"),
+    ):
+        kept = {"mean": mean, "coords": coords} | change
+        data = save({name: tensor.contiguous() for name, tensor in kept.items()})
+        said = refusal(kinds["latents"], data, tmp_path)
+        assert message in said and "delete it and it will be made again" in said
 
 
 def test_a_config_of_any_size(kinds, tmp_path):
