@@ -215,18 +215,19 @@ def test_materials_share_their_pictures(tmp_path):
     faces = "".join(f"usemtl m{i}\nf 1/1 2/2 3/3\n" for i in range(30))
     path = write_obj(tmp_path, "a", quad() + faces, mtl)
     materials = read_mesh(path).materials
-    assert len({id(m.texture) for m in materials if m.texture is not None}) == 3
+    assert len({id(m.texture) for m in materials if m.texture is not None}) == 2
     assert len({id(m.emission_texture) for m in materials if m.emission_texture is not None}) == 1
 
 
-def test_pictures_that_materials_change_count(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.meshes.budget.FREE", 100_000)
+def test_pictures_with_masks_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.meshes.budget.FREE", 200_000)
     monkeypatch.setattr("train.meshes.budget.A_BYTE", 0)
-    mtl = "".join(f"newmtl m{i}\nmap_Kd -mm 0.{i} 1 a.png\n" for i in range(9))
+    monkeypatch.setattr(Budget, "_hold", lambda self: None)
+    write_obj(tmp_path, "b", "", "", np.zeros((64, 64, 4), np.uint8))
+    mtl = "".join(f"newmtl m{i}\nmap_Kd a.png\nmap_d -mm 0.{i} 1 b.png\n" for i in range(9))
     faces = quad(material="m0") + "".join(f"usemtl m{i}\nf 1/1 2/2 3/3\n" for i in range(9))
     path = write_obj(tmp_path, "a", faces, mtl, np.zeros((64, 64, 4), np.uint8))
-    monkeypatch.setattr(Budget, "_hold", lambda self: None)
-    refused(path, "texture 'a.png' of material 'm[1-9]' would take 1 MB .* over the limit")
+    refused(path, "a texture with its map_d would take 1 MB of memory, over the limit of 1 MB")
 
 
 # one place
@@ -352,11 +353,11 @@ def test_an_object_that_takes_too_long_is_named_and_the_others_are_made(tmp_path
     text += "".join(f"f {3 * i + 1} {3 * i + 2} {3 * i + 3}\n" for i in range(2000))
     long = write_obj(tmp_path, "long", text)
     good = write_obj(tmp_path, "good", *box())
-    out = ("--out", tmp_path / "o", "--workers", 1, "--views", 9, "--seconds-per-object", 4)
-    assert command(long, good, *out) == 0
+    out = ("--out", tmp_path / "o", "--workers", 1, "--size", 16, "--views", 9)
+    assert command(long, good, *out, "--seconds-per-object", 8) == 0
     said = capsys.readouterr().out
     assert f"skipped {long}: worker 0 (process" in said
-    assert "did not end in 4 seconds: --seconds-per-object says how long" in said
+    assert "did not end in 8 seconds: --seconds-per-object says how long" in said
     assert [row["local_path"] for row in metadata(tmp_path / "o")] == ["good.obj"]
     assert not list((tmp_path / "o").rglob("*.partial"))
 

@@ -70,7 +70,8 @@ SINGLE = ("alphaCutoff", "emissiveStrength")
 
 def check_document(document) -> None:
     """Raise ValueError that says where a field is of another kind than the tables above say."""
-    expect(document, dict, "the document")
+    if not isinstance(document, dict):
+        raise ValueError("it is not glTF 2.0")
     if "asset" not in document:
         raise ValueError("it has no 'asset'")
     version = expect(document["asset"], dict, "asset").get("version")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from train.meshes.budget import Budget
 from train.meshes.files import Places, below, read_lines, spellings
-from train.meshes.pictures import Placement, Sampler, decode
+from train.meshes.pictures import Placement, Sampler, changed, decode
 from train.meshes.surface import Finish, Material
 
 MAPS = ("map_Kd", "map_d", "map_Ke")  # the statements that name an image which is shown
@@ -59,6 +59,12 @@ class _Map:
     @property
     def placement(self) -> Placement:
         return Placement(self.numbers("-s", 1.0), self.numbers("-o", 0.0))
+
+    @property
+    def change(self) -> tuple[float, float] | None:
+        """The numbers of -mm, base and gain; None where they change nothing."""
+        base, gain = _numbers("-mm", self.options.get("-mm") or ["0", "1"], 2)
+        return None if (base, gain) == (0, 1) else (base, gain)
 
     @property
     def sampler(self) -> Sampler:
@@ -165,8 +171,7 @@ class Library:
         self._places: dict[str, Places] = {}  # where each MTL's images are looked for
         self._last: Path | None = None
         self._pictures: dict[str, np.ndarray] = {}
-        self._changed: dict[tuple, np.ndarray] = {}  # by the numbers of -mm as well
-        self._masked: dict[tuple, np.ndarray] = {}  # by picture, mask and channel
+        self._masked: dict[tuple, np.ndarray] = {}  # by picture, mask, and what is made of it
 
     def read(self, path: Path) -> None:
         """Add the materials of an MTL; of a repeated name or statement the last counts."""
@@ -207,7 +212,7 @@ class Library:
             own, path = shown["map_kd"]
             material.color = (1.0, 1.0, 1.0)
             material.texture = self._picture(owner, name, own, path)
-            material.sampler = own.sampler
+            material.sampler = replace(own.sampler, change=own.change)
             made.placement = own.placement
             made.tiles = _tiles(statements["map_kd"], self._places[owner])
         if "map_d" in shown and shown["map_d"][1] != shown.get("map_kd", (None, None))[1]:
@@ -223,7 +228,7 @@ class Library:
             own, path = shown["map_ke"]
             material.emission = (1.0, 1.0, 1.0)
             material.emission_texture = self._picture(owner, name, own, path)
-            material.emission_sampler = replace(own.sampler, opaque=True)
+            material.emission_sampler = replace(own.sampler, opaque=True, change=own.change)
             made.emission_placement = own.placement
         if material.opacity == 0 or (
             material.texture is not None and not material.texture[..., 3].any()
@@ -279,31 +284,22 @@ class Library:
             yield keyword, (parsed, path)
 
     def _picture(self, owner: str, name: str, own: _Map, path: Path) -> np.ndarray:
-        """An image as its map statement changes it; one array for all that change nothing."""
+        """An image, decoded once for all materials that show it."""
         place = os.path.realpath(path)
         label = f"{own.names[1 if len(own.names) > 1 else 0]!r} of material {name!r}"
         if place not in self._pictures:
             self._pictures[place] = decode(path, owner, label, self.budget)
-        pixels = self._pictures[place]
-        base, gain = _numbers("-mm", own.options.get("-mm") or ["0", "1"], 2)
-        if (base, gain) == (0, 1):
-            return pixels
-        key = (place, base, gain)
-        if key not in self._changed:
-            self.budget.take(pixels.nbytes, f"{owner}: texture {label}")
-            self._changed[key] = pixels.copy()
-            for row in self._changed[key]:
-                row[:, :3] = np.rint((base * 255 + gain * row[:, :3]).clip(0, 255))
-        return self._changed[key]
+        return self._pictures[place]
 
     def _with_mask(self, texture: np.ndarray | None, mask: np.ndarray, own: _Map) -> np.ndarray:
         """A texture whose alpha is multiplied with a mask; each of a picture and a mask once."""
-        key = (id(texture), id(mask), tuple(own.options.get("-imfchan", ())))
+        key = (id(texture), id(mask), own.change, tuple(own.options.get("-imfchan", ())))
         if key not in self._masked:
             size = mask.nbytes if texture is None else texture.nbytes
             # the mask as large as the texture, its share and the products of both, for a while
             self.budget.check(5 * size, f"{self.name}: a texture with its map_d")
-            self._masked[key] = _masked(texture, _mask(mask, own))
+            values = changed(mask, *own.change) if own.change else mask
+            self._masked[key] = _masked(texture, _mask(values, own))
             self.budget.take(size, f"{self.name}: a texture with its map_d")
         return self._masked[key]
 

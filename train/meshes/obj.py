@@ -12,7 +12,7 @@ from train.meshes.budget import Budget
 from train.meshes.colors import unit_colors
 from train.meshes.files import Places, read_lines
 from train.meshes.mtl import Library, TiledFinish, libraries, mtl_files, values
-from train.meshes.pictures import Placement, Sampler
+from train.meshes.pictures import Placement
 from train.meshes.polygons import triangulate
 from train.meshes.surface import GREY, Material, Mesh, assemble
 from train.meshes.untrusted import reason
@@ -286,7 +286,8 @@ def _use_tiles(
             texture = found.library.tile(name, own.tiles[tile])
             finishes.append(replace(own, material=replace(own.material, texture=texture)))
             material[here] = len(finishes) - 1
-        finishes[material[here[0]]].material.sampler = Sampler(wrap=("clamp", "clamp"))
+        shown = finishes[material[here[0]]].material
+        shown.sampler = replace(shown.sampler, wrap=("clamp", "clamp"))
 
 
 def _pick(table: array, rows: np.ndarray, width: int) -> np.ndarray:

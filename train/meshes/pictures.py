@@ -29,6 +29,8 @@ class Sampler:
     # (opacity, cutoff): a texel is opaque where its alpha times opacity reaches the cutoff, and
     # else clear. Applied where texels are looked up: the picture is shared by all materials
     mask: tuple[float, float] | None = None
+    # (base, gain): a texel's colour is base + gain times it, in [0, 1] and steps of 1 / 255
+    change: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def sample(texture: np.ndarray, uv: np.ndarray, sampler: Sampler = Sampler()) ->
     if sampler.nearest:
         column = _wrapped(np.floor(x + TEXEL).astype(np.int64), W, across)
         row = _wrapped(np.floor(y + TEXEL).astype(np.int64), H, down)
-        texel = texture[row, column] / 255.0
+        texel = _texels(texture, row, column, sampler)
         texel[:, 3] = _alpha(texel[:, 3], sampler)
         return texel
     x = x - 0.5
@@ -132,13 +134,29 @@ def sample(texture: np.ndarray, uv: np.ndarray, sampler: Sampler = Sampler()) ->
     for dy, wy in ((0, 1 - fy), (1, fy)):
         row = _wrapped(y0 + dy, H, down)
         for dx, wx in ((0, 1 - fx), (1, fx)):
-            texel = texture[row, _wrapped(x0 + dx, W, across)] / 255.0
+            texel = _texels(texture, row, _wrapped(x0 + dx, W, across), sampler)
             weight = wx * wy
             alpha = _alpha(texel[:, 3], sampler) * weight
             total[:, :3] += texel[:, :3] * alpha[:, None]
             total[:, 3] += alpha
     total[:, :3] /= np.maximum(total[:, 3:], 1e-12)
     return total
+
+
+def _texels(
+    texture: np.ndarray, row: np.ndarray, column: np.ndarray, sampler: Sampler
+) -> np.ndarray:
+    """Texels [M, 4] in [0, 1]."""
+    if sampler.change is None:
+        return texture[row, column] / 255.0
+    return changed(texture[row, column], *sampler.change) / 255.0
+
+
+def changed(pixels: np.ndarray, base: float, gain: float) -> np.ndarray:
+    """Pixels [..., 4] of uint8 whose colours are base + gain times theirs, 255 being 1."""
+    made = pixels.copy()
+    made[..., :3] = np.rint((base * 255 + gain * pixels[..., :3]).clip(0, 255))
+    return made
 
 
 def _alpha(alpha: np.ndarray, sampler: Sampler) -> np.ndarray:
