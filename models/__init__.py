@@ -7,6 +7,7 @@ image = models.render(scenes, camera, view_scene, background)
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from models.gaussian import GaussianDecoder as GaussianDecoder
@@ -18,6 +19,7 @@ from models.mesh import MeshVAE as MeshVAE
 from models.radiance import RadianceDecoder as RadianceDecoder
 from models.radiance import RadianceScene as RadianceScene
 from models.radiance import RadianceVAE as RadianceVAE
+from models.reading import first_line, shown
 from models.scene import Scene as Scene
 from models.scene import penalties as penalties
 from models.scene import render as render
@@ -25,11 +27,12 @@ from models.sparse import SparseTensor as SparseTensor
 from models.vae import VAE as VAE
 from models.vae import Encoder as Encoder
 from models.vae import Posterior as Posterior
+from models.vae import check_weights, read_pretrained
 from models.vae import load_weights as load_weights
-from models.vae import read_pretrained
 from models.vae import read_tensors as read_tensors
 from models.vae import save_pretrained as save_pretrained
 
+LARGEST = 1 << 16  # of any size in a model's arguments
 # every kind of decoder, by the name of its training script
 DECODERS: dict[str, type[VAE]] = {
     "gaussian": GaussianVAE,
@@ -54,10 +57,32 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
     known = published_classes()
     model_class = known.get(name.removeprefix("Elastic"))
     if model_class is None:
-        raise ValueError(f"{prefix}.json names the class {name!r}; known are {', '.join(known)}")
+        raise ValueError(
+            f"{prefix}.json names the class {shown(name)}; known are {', '.join(known)}"
+        )
+    args = model_class.PUBLISHED_ARGUMENTS | args
+    _check_sizes(args, len(weights), f"{prefix}.json")
     try:
-        model = model_class(**(model_class.PUBLISHED_ARGUMENTS | args))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{prefix}.json: arguments do not fit {name}: {error}") from error
+        with torch.device("meta"):  # which takes no memory, whatever the sizes
+            planned = model_class(**args)
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{prefix}.json: arguments do not fit {name}: {first_line(error)}"
+        ) from error
+    check_weights(planned, weights, f"{prefix}.safetensors")
+    model = model_class(**args)
     load_weights(model, weights, f"{prefix}.safetensors")
     return model
+
+
+def _check_sizes(args: dict, tensors: int, file: str) -> None:
+    """Raise ValueError for sizes that no model of so many tensors has; building it would not end.
+
+    Those in nested arguments count too.
+    """
+    for key, value in args.items():
+        if isinstance(value, dict):
+            _check_sizes(value, tensors, file)
+        limit = tensors if key == "num_blocks" else LARGEST
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"{file}: {key} {shown(value)} is over {limit}")

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.reading import check_file, first_line, read_safetensors, shown
 from models.vae import load_weights
 
 PATCH = 14  # pixels a side
@@ -224,29 +223,34 @@ def load(name: str, file: str | Path) -> DINOv2:
 
 
 def _read(file: Path, name: str) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file} is not a file; weights of {name}: {command(name)}")
+    check_file(file, f"is not a file; weights of {name}: {command(name)}")
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)[0]
     try:
-        if file.suffix == ".safetensors":
-            content = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type]
+        if packed:
+            raise ValueError(f"{shown(packed[0])} in it is compressed, which torch.save never does")
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except (
-        SafetensorError,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
         OSError,
         EOFError,
+        MemoryError,
         RuntimeError,
         LookupError,
         TypeError,
         ValueError,
         AttributeError,
+        AssertionError,
+        ArithmeticError,
     ) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file} is truncated or holds no weights: {first}") from error
+        raise ValueError(f"{file} is truncated or holds no weights: {first_line(error)}") from error
     tensors = isinstance(content, dict) and content
-    if not tensors or not all(isinstance(value, Tensor) for value in content.values()):
+    if not tensors or not all(
+        type(name) is str and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{file} is not a dictionary of tensors")
     return content
 

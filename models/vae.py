@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels import layer_norm
@@ -17,6 +16,7 @@ from kernels.checks import check_whole
 from models.files import whole, write_whole
 from models.finite import check_finite
 from models.layers import Trunk
+from models.reading import check_file, check_floats, entry, read_json, read_safetensors, shown
 from models.scene import Scene
 from models.sparse import SparseTensor
 
@@ -196,12 +196,12 @@ class VAE(nn.Module):
                 part.set_activation_dtype(dtype)
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights of any float dtype into a model's fp32 parameters, strictly.
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Check that weights have a model's names and shapes; neither's values are read.
 
-    Raises ValueError that names the first tensors missing, unexpected or of another shape, with
-    both shapes, and the first with values that are not finite, and how many. Tensors that nothing
-    reads (see `read_tensors`) may be missing or not finite.
+    Raises ValueError that names the first tensors missing, unexpected, of another shape, with both
+    shapes, or not of floating point. Tensors that nothing reads (see `read_tensors`) may be
+    missing.
     """
     own = model.state_dict()
     read = read_tensors(model)
@@ -209,15 +209,28 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     extra = sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(
-            f"{source} does not fit: missing {missing[:3] or 'nothing'}, unexpected "
-            f"{extra[:3] or 'nothing'}"
+            f"{source} does not fit: missing {shown(missing[:3]) if missing else 'nothing'}, "
+            f"unexpected {shown(extra[:3]) if extra else 'nothing'}"
         )
     for key, value in weights.items():
         if own[key].shape != value.shape:
             raise ValueError(
-                f"{source}: {key} has shape {tuple(value.shape)}, the model's is "
+                f"{source}: {key} has shape {shown(tuple(value.shape))}, the model's is "
                 f"{tuple(own[key].shape)}"
             )
+    check_floats(weights, source)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights of any float dtype into a model's fp32 parameters, strictly.
+
+    Raises ValueError where they do not fit (see `check_weights`), and one that names the first
+    tensor with values that are not finite, and how many. Those of tensors that nothing reads may
+    be.
+    """
+    check_weights(model, weights, source)
+    own = model.state_dict()
+    read = read_tensors(model)
     weights = {key: value.float() for key, value in weights.items()}
     check_finite({key: weights[key] for key in read}, source)
     model.load_state_dict(own | weights, strict=True)
@@ -256,18 +269,9 @@ def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
     config = Path(f"{prefix}.json")
     weights = Path(f"{prefix}.safetensors")
     for file in (config, weights):
-        if not file.is_file():
-            raise ValueError(
-                f"{file} is not there: a checkpoint is PREFIX.json beside PREFIX.safetensors"
-            )
-    try:
-        content = json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not {"name", "args"} <= content.keys():
-        raise ValueError(f'{config} must hold {{"name": class, "args": {{...}}}}')
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
-    return content["name"], content["args"], tensors
+        check_file(file, "is not there: a checkpoint is PREFIX.json beside PREFIX.safetensors")
+    content = read_json(config)
+    name = entry(content, "name", str, str(config))
+    args = entry(content, "args", dict, str(config))
+    tensors, _ = read_safetensors(weights)
+    return name, args, tensors

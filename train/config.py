@@ -14,9 +14,22 @@ from typing import NamedTuple, get_args, get_origin, get_type_hints
 import torch
 
 from models.files import write_whole
+from models.reading import entry, parse_json, read_bytes, shown
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
+MOST = 1 << 53  # of whole numbers: those that a float holds
+# of numbers that make a process, a tensor or a list as long; a file of a run may say anything
+LIMITS = {
+    "batch_size": 1 << 20,
+    "image_size": 8192,
+    "resolution": 1024,
+    "threads": 4096,
+    "views": 1 << 16,
+    "workers": 1024,
+}
+LARGEST = 1 << 16  # of any size of a model, its blocks apart:
+BLOCKS = 1000
 # of a run that is resumed
 CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")
 
@@ -24,6 +37,13 @@ CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every"
 def flag(default, help: str):
     """Declare a field of a config, with the text that --help shows for it."""
     return field(default=default, metadata={"help": help})
+
+
+def _check_most(config, limits: Mapping[str, int], prefix: str = "") -> None:
+    """Raise ValueError that names a field whose value is over its limit."""
+    for name, limit in limits.items():
+        if (value := getattr(config, name)) > limit:
+            raise ValueError(f"{prefix}{name} {shown(value)} must be at most {limit}")
 
 
 @dataclass(frozen=True)
@@ -49,11 +69,14 @@ class Sizes:
         for name in ("channels", "blocks", "heads", "window", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} {getattr(self, name)} must be at least 1")
+        sizes = [f.name for f in fields(self) if isinstance(getattr(self, f.name), int)]
+        _check_most(self, dict.fromkeys(sizes, LARGEST) | {"blocks": BLOCKS}, "model.")
         if not 1 <= self.channels * self.mlp_ratio < math.inf:
             raise ValueError(
                 f"model.mlp_ratio {self.mlp_ratio} gives {self.channels} channels no finite "
                 "width of at least 1"
             )
+        _check_most(self, {"mlp_ratio": LARGEST}, "model.")
         if self.logvar_init is not None and not math.isfinite(self.logvar_init):
             raise ValueError(f"model.logvar_init {self.logvar_init} must be finite")
         if self.channels % (8 * self.heads) or self.channels > 128 * self.heads:
@@ -165,8 +188,9 @@ class Config:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.image_size < 16:
             raise ValueError(f"image_size {self.image_size} must be at least 16 pixels")
-        if self.resolution > 1024:
-            raise ValueError(f"resolution {self.resolution} must be at most 1024")
+        _check_most(self, LIMITS)
+        whole = [name for name, value in vars(self).items() if isinstance(value, int)]
+        _check_most(self, dict.fromkeys(whole, MOST))
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
@@ -311,14 +335,16 @@ def _check_kind(name: str, kind, recorded: dict) -> None:
     An absent field has the preset's value.
     """
     group, _, leaf = name.rpartition(".")
-    values = recorded[group] if group else recorded
+    values = entry(recorded, group, dict, "it") if group else recorded
     if leaf not in values:
         return
     value = values[leaf]
     kinds = (list,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
-    fits = type(value) in kinds or (float in kinds and type(value) is int)
+    fits = type(value) in kinds
+    if float in kinds and type(value) is int:
+        fits = abs(value) <= MOST
     if not fits or (kinds == (list,) and not all(isinstance(v, str) for v in value)):
-        raise ValueError(f"{name} is {value!r}, not {' or '.join(k.__name__ for k in kinds)}")
+        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(k.__name__ for k in kinds)}")
 
 
 def read_config(file: Path, script: str, presets: Mapping[str, Config]) -> Config:
@@ -326,10 +352,9 @@ def read_config(file: Path, script: str, presets: Mapping[str, Config]) -> Confi
 
     Raises ValueError that names the file where it is missing or does not fit.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: {file.parent} is not a run folder")
+    data = read_bytes(file, f"is not there: {file.parent} is not a run folder")
     try:
-        recorded = dict(json.loads(file.read_text()))
+        recorded = parse_json(data, "it")
         if recorded.pop("script") != script:
             raise ValueError("it is of another script")
         recorded.pop("cuda_graphs", None)  # of runs that were made when there was such a setting
@@ -342,5 +367,5 @@ def read_config(file: Path, script: str, presets: Mapping[str, Config]) -> Confi
         }
         return replace(template, **recorded | nested)
     except (KeyError, TypeError, ValueError) as error:
-        reason = error if isinstance(error, ValueError) else repr(error)
+        reason = error if isinstance(error, ValueError) else shown(error)
         raise ValueError(f"{file} does not describe a run of train.{script}: {reason}") from error

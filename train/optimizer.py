@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.reading import check_floats, entry, shown
 from train.muon import Muon
 
+# what an optimiser remembers of a parameter once it has moved
+KEPT = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 LEAST_LOG2 = -40.0  # below it no fp16 gradient is left
 
 
@@ -167,11 +170,14 @@ class Optimizer:
         return counts | {"log2_scale": self.scale.log2}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
-        """Continue from `tensors()` and `state()`."""
-        self.steps = state["steps"]
-        self.skipped = state["skipped"]
-        self.scale.log2 = state["log2_scale"]
-        self.stuck = state.get("stuck", 0)  # earlier versions did not count them
+        """Continue from `tensors()` and `state()`.
+
+        Raises ValueError that names what is absent, of another type or of another shape.
+        """
+        state = {"stuck": 0} | dict(state)  # earlier versions did not count them
+        for name in ("steps", "skipped", "stuck"):
+            setattr(self, name, _count(state, name))
+        self.scale.log2 = entry(state, "log2_scale", float, "the optimizer's state")
         owner = {
             p: method
             for method in self.methods
@@ -179,7 +185,7 @@ class Optimizer:
             for p in group["params"]
         }
         for name, p in self.parameters.items():
-            self.average[name].copy_(tensors[f"average.{name}"])
+            self.average[name].copy_(_like(p, tensors, f"average.{name}"))
             prefix = f"optimizer.{name}."
             moments = {
                 key.removeprefix(prefix): value
@@ -189,10 +195,34 @@ class Optimizer:
             # none before the first step that was not skipped; AdamW keeps its count of steps on the
             # host
             if moments:
+                for key in KEPT[type(owner[p])]:
+                    _like(p, tensors, f"{prefix}{key}", key == "step")
                 owner[p].state[p] = {
                     k: v.to("cpu" if k == "step" else p.device, copy=True)
                     for k, v in moments.items()
                 }
+
+
+def _count(state: Mapping, name: str) -> int:
+    """Look up a whole number from 0 up; ValueError for another value."""
+    value = entry(state, name, int, "the optimizer's state")
+    if value < 0:
+        raise ValueError(f"the optimizer's state: {name} is {shown(value)}, below 0")
+    return value
+
+
+def _like(p: Tensor, tensors: Mapping[str, Tensor], name: str, number: bool = False) -> Tensor:
+    """Look up a tensor of a parameter's shape, or one number; ValueError for another."""
+    if name not in tensors:
+        raise ValueError(f"the optimizer's state lacks {name}")
+    found = tensors[name]
+    shape = () if number else tuple(p.shape)
+    check_floats({name: found}, "the optimizer's state")
+    if found.shape != shape:
+        raise ValueError(
+            f"the optimizer's state: {name} has shape {shown(tuple(found.shape))}, not {shape}"
+        )
+    return found
 
 
 class GradClipper:
@@ -245,11 +275,21 @@ class GradClipper:
     def load_state_dict(self, state: Mapping) -> None:
         """Continue from `state_dict()`.
 
-        Raises ValueError where that clipper remembered another number of norms.
+        Raises ValueError where that clipper remembered another number of norms, and for what is no
+        such state.
         """
-        if state["buffer"] != self.buffer:
+        where = "the clipper's state"
+        if (buffer := entry(dict(state), "buffer", int, where)) != self.buffer:
+            raise ValueError(f"this clipper remembers {self.buffer} norms, the saved one {buffer}")
+        norms = entry(dict(state), "norms", list, where)
+        following = entry(dict(state), "next", int, where)
+        numbers = all(type(norm) is float and 0 <= norm < math.inf for norm in norms)
+        # behind the last one, or in the place of the oldest of a full ring
+        places = [len(norms)] if len(norms) < self.buffer else range(self.buffer)
+        if not numbers or len(norms) > self.buffer or following not in places:
             raise ValueError(
-                f"this clipper remembers {self.buffer} norms, the saved one {state['buffer']}"
+                f"{where}: {shown(norms)} are not up to {self.buffer} norms, and "
+                f"{shown(following)} the place of the next"
             )
-        self._norms = list(state["norms"])
-        self._next = state["next"]
+        self._norms = list(norms)
+        self._next = following

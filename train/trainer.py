@@ -57,6 +57,8 @@ class Run:
         self.kept = 0
         self.objects = Objects(config, here, loss.meshes)
         self._build = build
+        if config.resume:
+            self._check_size(Path(config.resume))
         self.vae = self.untrained()
         if config.encoder:
             self.encoder, self.digest = load_encoder(
@@ -222,6 +224,22 @@ class Run:
         }
         checkpoint.save(folder, self.done, tensors, state, doubtful=self.optimizer.stuck > 0)
 
+    def _check_size(self, folder: Path) -> None:
+        """Raise ValueError for a model that the newest checkpoint cannot hold, before it is built.
+
+        What a folder from elsewhere describes may be larger than all memory.
+        """
+        if not (found := checkpoint.files(folder / "checkpoints")):
+            return
+        with torch.device("meta"):
+            planned = self._build(self.config, self.objects.channels)
+        size = 4 * sum(p.numel() for p in planned.decoder.parameters())
+        if size > (held := found[-1].stat().st_size):
+            raise ValueError(
+                f"{found[-1]} has {held} bytes, but the decoder that {folder / 'config.json'} "
+                f"describes takes {size}"
+            )
+
     def _resume(self, folder: Path) -> None:
         finished = (folder / "evaluation.json").is_file()
         if not checkpoint.files(folder / "checkpoints") and not finished:
@@ -241,11 +259,11 @@ class Run:
         tensors, state = checkpoint.load(file)
         load_weights(self.vae, checkpoint.group(tensors, "model"), str(file))
         try:
-            self.optimizer.load(tensors, state["optimizer"])
-            self.clipper.load_state_dict(state["clipper"])
-            self.objects.sampler.load_state_dict(state["sampler"])
-        except KeyError as error:
-            raise ValueError(f"{file} is not a checkpoint of a run: it lacks {error}") from error
+            self.optimizer.load(tensors, checkpoint.part(state, "optimizer"))
+            self.clipper.load_state_dict(checkpoint.part(state, "clipper"))
+            self.objects.sampler.load_state_dict(checkpoint.part(state, "sampler"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not a checkpoint of this run: {error}") from error
         self.kept = self.done
 
     def _warn_of_another_schedule(self, steps: int) -> None:

@@ -14,10 +14,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, cycle
+from enum import Enum
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -36,6 +37,15 @@ PERHAPS = {
 }
 
 
+class _Begun(Enum):
+    """The word of a process that has begun on a question."""
+
+    BEGUN = "begun"
+
+
+BEGUN = _Begun.BEGUN
+
+
 @dataclass(frozen=True)
 class _Failure:
     """Stands in the place of an answer."""
@@ -48,20 +58,28 @@ class _Failure:
 class Worker:
     """A process that answers one question after the other with `answer(question)`.
 
-    It ignores the signals `ignored` from its first moment on: its parent hears them and decides. It
-    ends when it is asked to, and within a second of its parent, however that ended. ValueError and
-    OSError of `answer` are raised where the answer is awaited, and the process goes on; any other
-    error ends it. What awaits an answer of a process that ended, killed or by such an error, raises
+    It ignores the signals `ignored` from its first moment on: its parent hears them and decides. If
+    it `tells`, BEGUN comes before each answer, once it has begun on the question. It ends when it
+    is asked to, and within a second of its parent, however that ended. ValueError and OSError of
+    `answer` are raised where the answer is awaited, and the process goes on; any other error ends
+    it. What awaits an answer of a process that ended, killed or by such an error, raises
     ChildProcessError: one line that says which process it was and why.
     """
 
     def __init__(
-        self, name: str, answer: Callable, context: BaseContext, ignored: Sequence[signal.Signals]
+        self,
+        name: str,
+        answer: Callable,
+        context: BaseContext,
+        ignored: Sequence[signal.Signals],
+        tells: bool = False,
     ):
         self.name = name
         # multiprocessing.connection.wait says which of several has an answer
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, answer, ignored), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, answer, ignored, tells), daemon=True
+        )
         # inherited: none comes before it is ignored
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
         try:
@@ -91,7 +109,7 @@ class Worker:
         if not isinstance(answer, _Failure):
             return answer
         if answer.kind is None:
-            raise ChildProcessError(f"{self._who()} failed: {answer.message}")
+            raise ChildProcessError(f"{self} failed: {answer.message}")
         raise answer.kind(answer.message)
 
     def end(self, grace: float = GRACE) -> None:
@@ -107,7 +125,7 @@ class Worker:
         with suppress(OSError):  # it is gone already
             self.pipe.send(None)
 
-    def _who(self) -> str:
+    def __str__(self) -> str:
         return f"{self.name} (process {self._process.pid})"
 
     def _raise_death(self, error: Exception):
@@ -119,7 +137,7 @@ class Worker:
             ended = f"was ended by {signal.Signals(-code).name}{PERHAPS.get(-code, '')}"
         else:
             ended = f"ended with status {code}"
-        raise ChildProcessError(f"{self._who()} {ended}") from error
+        raise ChildProcessError(f"{self} {ended}") from error
 
 
 def end(workers: Sequence[Worker], grace: float = GRACE) -> None:
@@ -153,56 +171,111 @@ def read_ahead(name: str, read: Callable, questions: Iterator, workers: int) -> 
         end(team)
 
 
-def answers(
-    name: str, answer: Callable, questions: Sequence[T], workers: int
-) -> Iterator[tuple[T, object]]:
-    """Yield each question with its answer, as they come, from `workers` processes.
+class Team:
+    """Processes that each have one question at a time, `answer(question)` being what they do.
 
-    A process has one question at a time. In the place of an answer stands the error that
-    Worker.answer raises: a ChildProcessError where a process died of the question; a new one goes
-    on. Of signals to the group they ignore Ctrl-C alone. They end with the iterator.
+    A process has `seconds` for a question, without them any time: one that takes longer is killed,
+    and a new one goes on. Of signals to the group they ignore Ctrl-C alone. They end with the
+    `with` statement. With no `workers` all is done in this process, in any time.
     """
-    context = multiprocessing.get_context("spawn")
-    waiting = deque(questions)
-    busy = {}
-    idle = []
-    begun = count()
-    try:
-        while waiting or busy:
-            # a fork of a process with threads can hang: spawn
-            while waiting and len(busy) < workers:
-                while idle and not idle[-1].alive:
-                    idle.pop().end(grace=0)
-                worker = (
-                    idle.pop()
-                    if idle
-                    else Worker(f"{name} {next(begun)}", answer, context, STOPS[:1])
-                )
-                busy[worker.pipe] = worker, waiting.popleft()
-                worker.ask(busy[worker.pipe][1])
-            for pipe in wait(list(busy)):
-                worker, question = busy.pop(pipe)
-                try:
-                    result = worker.answer()
-                    idle.append(worker)
-                except ChildProcessError as error:
-                    worker.end(grace=0)
-                    result = error
-                except (ValueError, OSError) as error:
-                    idle.append(worker)
-                    result = error
-                yield question, result
-    finally:
-        end([*idle, *(worker for worker, _ in busy.values())], grace=0)
+
+    def __init__(self, name: str, answer: Callable, workers: int, seconds: float | None = None):
+        self.name = name
+        self.answer = answer
+        self.workers = workers
+        self.seconds = seconds
+        self._context = multiprocessing.get_context("spawn")  # a fork with threads can hang
+        self._idle: list[Worker] = []
+        self._busy: dict[Connection, _Turn] = {}
+        self._begun = 0  # processes
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *error) -> None:
+        end([*self._idle, *(turn.worker for turn in self._busy.values())], grace=0)
+
+    def answers(self, questions: Iterable[T]) -> Iterator[tuple[T, object]]:
+        """Yield each question with its answer, as they come.
+
+        In the place of an answer stands the error that Worker.answer raises, a ChildProcessError
+        where a process died of the question, or a TimeoutError.
+        """
+        if not self.workers:
+            yield from ((question, self.answer(question)) for question in questions)
+            return
+        waiting = deque(questions)
+        while waiting or self._busy:
+            while waiting and len(self._busy) < self.workers:
+                worker = self._free()
+                question = waiting.popleft()
+                self._busy[worker.pipe] = _Turn(worker, question)
+                worker.ask(question)
+            ends = [turn.end for turn in self._busy.values() if turn.end is not None]
+            patience = max(0.0, min(ends) - time.monotonic()) if ends else None
+            ready = wait(list(self._busy), patience)
+            late = [
+                pipe
+                for pipe, turn in self._busy.items()
+                if pipe not in ready and turn.end is not None and turn.end <= time.monotonic()
+            ]
+            for pipe in [*ready, *late]:
+                turn = self._busy[pipe]
+                result = self._result(turn, pipe in late)
+                if result is BEGUN:
+                    turn.end = time.monotonic() + self.seconds if self.seconds else None
+                    continue
+                del self._busy[pipe]
+                yield turn.question, result
+
+    def _free(self) -> Worker:
+        """A process without a question."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.alive:
+                return worker
+            worker.end(grace=0)
+        name = f"{self.name} {self._begun}"
+        self._begun += 1
+        return Worker(name, self.answer, self._context, STOPS[:1], tells=True)
+
+    def _result(self, turn: "_Turn", late: bool):
+        """What came of a question: an answer, BEGUN, or the error in its place."""
+        try:
+            if late:
+                turn.worker.end(grace=0)
+                raise TimeoutError(f"{turn.worker} did not end in {self.seconds:g} seconds")
+            result = turn.worker.answer()
+        except (ChildProcessError, TimeoutError) as error:
+            turn.worker.end(grace=0)
+            return error
+        except (ValueError, OSError) as error:
+            result = error
+        if result is not BEGUN:
+            self._idle.append(turn.worker)
+        return result
 
 
-def _serve(pipe: Connection, answer: Callable, ignored: Sequence[signal.Signals]) -> None:
+@dataclass
+class _Turn:
+    """A process with its question."""
+
+    worker: Worker
+    question: object
+    end: float | None = None  # of its time; None until it has begun, for starting is not its fault
+
+
+def _serve(
+    pipe: Connection, answer: Callable, ignored: Sequence[signal.Signals], tells: bool
+) -> None:
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)  # forgets one that waits
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     with suppress(EOFError, ConnectionError):  # nobody asks any more
         while (question := pipe.recv()) is not None:
+            if tells:
+                pipe.send(BEGUN)
             _reply(pipe, answer, question)
 
 

@@ -259,11 +259,11 @@ BROKEN = {  # what is broken: (how, in which file, what the message says after i
         JSON,
         " is not a list of frames",
     ),
-    "no angle": (text(JSON, "camera_angle_x", "angle"), JSON, " lacks 'camera_angle_x'"),
+    "no angle": (text(JSON, "camera_angle_x", "angle"), JSON, ": frame 0 lacks 'camera_angle_x'"),
     "matrix 3 x 4": (
         text(JSON, ", [0.0, 0.0, 0.0, 1.0]]", "]"),
         JSON,
-        r": transform_matrix has shape \[3, 4\], not \[4, 4\]",
+        r": frame 0: transform_matrix has shape \[3, 4\], not \[4, 4\]",
     ),
     "matrix singular": (
         frame("transform_matrix", [[0.0] * 4] * 4),

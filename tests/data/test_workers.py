@@ -15,7 +15,7 @@ import torch
 
 from tests.helpers.worker_tasks import respond
 from train.data import loader
-from train.workers import STOPS, Worker, answers, end, read_ahead
+from train.workers import STOPS, Team, Worker, end, read_ahead
 
 # Python 3.12 about fork
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -146,7 +146,8 @@ def test_nor_when_it_has_only_just_begun(number, monkeypatch):
 def test_a_question_that_kills_costs_itself_alone():
     before = set(multiprocessing.active_children())
     questions = [1, "die", 2, TypeError, ValueError, 3]
-    found = dict(answers("reader", respond, questions, 2))
+    with Team("reader", respond, 2) as team:
+        found = dict(team.answers(questions))
     assert {q: found[q] for q in (1, 2, 3)} == {1: 1, 2: 2, 3: 3} and len(found) == 6
     assert re.fullmatch(
         r"reader \d \(process \d+\) was ended by SIGKILL, perhaps .*", str(found["die"])
@@ -159,6 +160,15 @@ def test_a_question_that_kills_costs_itself_alone():
         and type(found[ValueError]) is ValueError
     )
     assert set(multiprocessing.active_children()) == before
+
+
+def test_a_question_that_takes_too_long_costs_itself_alone():
+    with Team("reader", respond, 2, seconds=0.5) as team:
+        found = dict(team.answers([1, "sleep", 2, 3]))
+        assert dict(team.answers([4, 5])) == {4: 4, 5: 5}
+    message = str(found.pop("sleep"))
+    assert re.fullmatch(r"reader \d \(process \d+\) did not end in 0.5 seconds", message)
+    assert found == {1: 1, 2: 2, 3: 3} and not multiprocessing.active_children()
 
 
 def test_batches_are_pinned_one_ahead(monkeypatch):

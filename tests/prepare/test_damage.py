@@ -102,9 +102,13 @@ GLTF = {
     ),
     "accessors[0].count is True, not a whole number": put("accessors", 0, "count", value=True),
     "bufferViews[0].byteOffset is -4, not": put("bufferViews", 0, "byteOffset", value=-4),
-    "it uses number 7 of its 1 meshes": put("nodes", 0, "mesh", value=7),
-    "accessor 0 has 1099511627776 rows but no data": put("accessors", 0, value=NO_DATA),
-    "it has no 'attributes'": put("meshes", 0, "primitives", value=[{}]),
+    "node 0, mesh 7: it uses number 7 of its 1 meshes": put("nodes", 0, "mesh", value=7),
+    "node 0, mesh 0, primitive 0: accessor 0, of 1099511627776 rows but no data, would take": put(
+        "accessors", 0, value=NO_DATA
+    ),
+    "node 0, mesh 0, primitive 0: it has no 'attributes'": put(
+        "meshes", 0, "primitives", value=[{}]
+    ),
     "it has no 'asset'": lambda document: document.pop("asset"),
 }
 
@@ -245,10 +249,11 @@ def test_a_texture_of_too_many_pixels(tmp_path):
 
 def test_features_that_a_small_archive_makes_enormous(tmp_path, monkeypatch):
     root = make(tmp_path)
-    monkeypatch.setattr("train.data.readers.LARGEST", 300)
+    monkeypatch.setattr("train.meshes.budget.FREE", 0)
+    monkeypatch.setattr("train.meshes.budget.A_BYTE", 0)
     with pytest.raises(
         ValueError,
-        match=r"a{64}.npz cannot be read: its arrays take \d+ bytes, over the limit of 300",
+        match="a{64}.npz cannot be read: its arrays would take 1 MB of memory, over the limit of 0",
     ):
         opened(root).item(AA)
 
@@ -323,17 +328,20 @@ def test_an_object_that_kills_its_process_is_named_and_the_others_are_made(tmp_p
         write_obj(tmp_path, name, *box((1, 0.2 + 0.1 * i, 0.5))) for i, name in enumerate("abc")
     ]
 
-    # as if it had begun
-    (tmp_path / "o" / "renders" / f"{content_hash(files[0])}.partial").mkdir(parents=True)
+    # as if an earlier run had begun: it vanishes when this one begins
+    begun = tmp_path / "o" / "renders" / f"{content_hash(files[0])}.partial" / "000.png"
+    begun.parent.mkdir(parents=True)
+    begun.touch()
 
     def kill():
-        while not (children := multiprocessing.active_children()):
-            time.sleep(0.01)
-        os.kill(children[0].pid, signal.SIGSEGV)
+        while begun.exists() and not begun.stat().st_size:
+            time.sleep(0.001)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGSEGV)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    assert command(*files, "--out", tmp_path / "o", *SMALL, "--workers", 1) == 0
+    many = (*SMALL, "--workers", 1, "--views", 99)
+    assert command(*files, "--out", tmp_path / "o", *many) == 0
     killer.join()
     output = capsys.readouterr().out
     assert re.search(
@@ -345,5 +353,6 @@ def test_an_object_that_kills_its_process_is_named_and_the_others_are_made(tmp_p
     ] and "1 skipped" in output
     assert not list((tmp_path / "o").rglob("*.partial")) and not multiprocessing.active_children()
     assert (
-        command(*files, "--out", tmp_path / "o", *SMALL) == 0 and len(metadata(tmp_path / "o")) == 3
+        command(*files, "--out", tmp_path / "o", *SMALL, "--views", 99) == 0
+        and len(metadata(tmp_path / "o")) == 3
     )

@@ -269,12 +269,12 @@ def bad_files(folder: Path) -> dict[str, str]:
     said["nan.glb"] = "1 of 3 vertices are not finite, the first is vertex 2"
     gltf = Gltf()
     gltf.save(name("index.glb"), [gltf.primitive(TRIANGLE, indices=gltf.array([0, 1, 7], "<u4"))])
-    said["index.glb"] = "cannot be read: a face uses vertex 7 of 3"
+    said["index.glb"] = "primitive 0: a face uses vertex 7 of 3"
     gltf = Gltf()
     primitive = gltf.primitive(TRIANGLE)
     gltf.document["accessors"][0]["count"] = 30
     gltf.save(name("short.glb"), [primitive])
-    said["short.glb"] = "cannot be read: accessor 0 needs 360 bytes of a buffer view of 36"
+    said["short.glb"] = "primitive 0: accessor 0 needs 360 bytes of a buffer view of 36"
     small_glb(name("draco.glb"), extensionsRequired=["KHR_draco_mesh_compression"])
     said["draco.glb"] = (
         "cannot be read: it needs KHR_draco_mesh_compression, which is not supported"
@@ -290,11 +290,11 @@ def bad_files(folder: Path) -> dict[str, str]:
     said["picture.glb"] = "texture 'bark' of material 'tree' cannot be read: it is no picture"
     write_gltf(folder, "gone", textured())
     name("gone.png").unlink()
-    said["gone.gltf"] = "cannot be read: 'gone.png' does not exist"
+    said["gone.gltf"] = "primitive 0: 'gone.png' does not exist"
     write_gltf(folder, "half", vertex_colors())
     for buffer in folder.glob("half*.bin"):
         buffer.write_bytes(buffer.read_bytes()[:10])
-    said["half.gltf"] = "cannot be read: buffer 1 has 10 of its 288 bytes"
+    said["half.gltf"] = "primitive 0: buffer 1 has 10 of its 288 bytes"
     for file, text, message in (
         ("list.gltf", "[]", "it is not glTF 2.0"),
         ("word.gltf", "{", "Expecting property name"),

@@ -26,6 +26,7 @@ from train.data.readers import (
     read_picture,
     read_triangles,
 )
+from train.meshes.files import below
 
 # 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
 EMBEDDED = Path(__file__).parents[1] / "assets" / "demo"
@@ -223,7 +224,9 @@ class Dataset(torch.utils.data.Dataset):
         camera = Camera.from_blender(matrix, fov, self.image_size, self.image_size)
         mesh = None
         if self._meshes:
-            mesh = self._cached(read_triangles, self._views_folder(name) / "mesh.ply")
+            root = self._objects[name][0]
+            file = below(root, self._views_folder(name) / "mesh.ply")
+            mesh = self._cached(read_triangles, file)
         return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
 
     def _cached(self, read: Callable, *args):
@@ -241,7 +244,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def _features(self, name: str) -> tuple[Tensor, Tensor]:
         root, promised = self._objects[name]
-        file = self._feature_file(name)
+        file = below(root, self._feature_file(name))
         coords, features = self._cached(read_features, file, self.resolution)
         if promised is not None and promised != len(coords):
             raise ValueError(
@@ -257,7 +260,7 @@ class Dataset(torch.utils.data.Dataset):
     def _frames(self, name: str) -> tuple[Frames, range]:
         """The frames of an object, and those that belong to the `views` of this dataset."""
         file = self._views_folder(name) / "transforms.json"
-        frames = self._cached(read_frames, file)
+        frames = self._cached(read_frames, file, self._objects[name][0])
         count = len(frames.files)
         held = self.holdout_views
         if count <= held:

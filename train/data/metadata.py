@@ -5,13 +5,21 @@ are known to stay inside.
 """
 
 import csv
+import os
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
 from models.files import whole, write_whole
+from models.reading import check_file, shown
+from train.meshes.files import below
 
+# cells of a table beyond the bytes of its file: a row has them even where its line is too short
+CELLS = 1 << 20
+LONGEST = 255  # bytes of a name: file systems have no longer ones
+DEEPEST = 64  # parts of a path
 PUBLISHED = [
     "sha256",
     "file_identifier",
@@ -27,12 +35,24 @@ PUBLISHED = [
 def inside(folder: Path, name: str) -> Path:
     """Join a folder and a name that comes out of a file.
 
-    Raises ValueError where the name is no relative path or leads out of the folder.
+    Raises ValueError where the name is no relative path or leads out of the folder, by what it
+    says: train.meshes.files.below follows links.
     """
     parts = PurePosixPath(name).parts
     leads_out = not parts or ".." in parts or name[0] == "/" or PureWindowsPath(name).drive
-    if leads_out or any(character in name for character in "\\\0"):
-        raise ValueError(f"{name!r} is no path below {folder}")
+    # those of control write into the terminal of whoever reads a message
+    if leads_out or any(one == "\\" or unicodedata.category(one) == "Cc" for one in name):
+        raise ValueError(f"{shown(name)} is no path below {folder}")
+    try:
+        longest = max(len(os.fsencode(part)) for part in parts)
+    except UnicodeEncodeError as error:  # half a surrogate pair
+        raise ValueError(f"{shown(name)} is no name of a file: {error.reason}") from error
+    if len(parts) > DEEPEST:
+        raise ValueError(f"{shown(name)} has {len(parts)} parts, over {DEEPEST}")
+    if longest > LONGEST:
+        raise ValueError(
+            f"{shown(name)} has a part of {longest} bytes, over the {LONGEST} of names"
+        )
     return folder / name
 
 
@@ -41,28 +61,40 @@ def read_metadata(root: Path, name: str = "metadata.csv") -> list[dict[str, str]
 
     Raises ValueError without the folder, the file or its sha256 column, and for a row whose sha256
     is not 64 digits 0-9 a-f: it is part of file names. (Capitals are refused as well: where case
-    does not count, two rows would share their files.)
+    does not count, two rows would share their files.) And for a link that leads out of the folder,
+    and a table with far more cells than the file has bytes.
     """
     file = root / name
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: no dataset there")
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: {root} is not a dataset in the published layout")
+    check_file(below(root, file), f"is missing: {root} is not a dataset in the published layout")
     try:
         # spreadsheets put a byte order mark first
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            columns = reader.fieldnames or []
-            rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
+            return _rows(csv.DictReader(stream), file)
+    except (csv.Error, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _rows(reader: csv.DictReader, file: Path) -> list[dict[str, str]]:
+    """The rows of a table; each has a cell in every column, however short its line is."""
+    columns = reader.fieldnames or []
     if "sha256" not in columns:
-        raise ValueError(f"{file} has no column sha256, only: {', '.join(columns) or 'nothing'}")
-    for i, row in enumerate(rows):
-        if not re.fullmatch("[0-9a-f]{64}", row["sha256"]):
+        held = ", ".join(columns)[:200] or "nothing"
+        raise ValueError(f"{file} has no column sha256, only: {held}")
+    most = CELLS + file.stat().st_size
+    rows = []
+    for row in reader:
+        if not re.fullmatch("[0-9a-f]{64}", row["sha256"] or ""):
+            last = len(rows) + 1 + sum(1 for _ in reader)
             raise ValueError(
-                f"{file}: sha256 of row {i + 1} of {len(rows)} is {row['sha256']!r}, not 64 "
-                "digits of 0-9 a-f"
+                f"{file}: sha256 of row {len(rows) + 1} of {last} is {shown(row['sha256'] or '')}, "
+                "not 64 digits of 0-9 a-f"
+            )
+        rows.append({key: value or "" for key, value in row.items() if key})
+        if len(rows) * len(columns) > most:
+            raise ValueError(
+                f"{file}: {len(rows)} rows of {len(columns)} columns are more than its bytes hold"
             )
     return rows
 
@@ -133,8 +165,9 @@ def ply_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
 
 def ply_count(path: Path) -> int | None:
     """Read how many vertices a .ply announces; None where it is no such file."""
+    check_file(path)
     with path.open("rb") as file:
         for line in file:
-            if re.fullmatch(rb"element vertex \d+\s*", line):
+            if re.fullmatch(rb"element vertex \d{1,12}\s*", line):
                 return int(line.split()[2])
     return None

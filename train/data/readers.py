@@ -14,12 +14,10 @@ Every error names its file.
                                          the grid is not 64^3
 """
 
-import json
 import math
 import os
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -27,11 +25,19 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from models.reading import check_file, entry, read_json, shown
+from train.data.archive import Archive
 from train.data.metadata import inside
+from train.meshes.budget import Budget
+from train.meshes.files import below
 from train.meshes.ply import read_ply
-from train.meshes.untrusted import MALFORMED, VIEWS, load_picture, open_picture, reason
+from train.meshes.untrusted import VIEWS, load_picture, open_picture
 
-LARGEST = 1 << 31  # bytes of an object's features: a small archive can announce any number
+HUGE = 1e15  # of a number in a camera's matrix: beyond, single precision has no inverse
+VOXEL = 100  # bytes that a voxel takes while it is put in order
+COPIES = 3  # of features that there are at once, here and where a batch is made of them
+PIXEL = 16  # bytes that a pixel of a view takes while it is decoded and resampled
+NARROW = 1e-6  # radians of a view: below, single precision has no picture
 # how far a camera's matrix may be from a rotation times a scale: what six digits leave
 ROUNDED = 1e-3
 
@@ -52,70 +58,101 @@ def number(row: dict[str, str], column: str, file: Path) -> float | None:
 
     Raises ValueError that names file, object and cell where it is anything else.
     """
+    cell = row.get(column, "")
     try:
-        value = float(row.get(column) or "nan")
+        value = float(cell or "nan")
     except ValueError as error:
         raise ValueError(
-            f"{file}: {column} of {row['sha256']} is {row[column]!r}, not a number"
+            f"{file}: {column} of {row['sha256']} is {shown(cell)}, not a number"
         ) from error
     if math.isinf(value):
         raise ValueError(
-            f"{file}: {column} of {row['sha256']} is {row[column]!r}, not a finite number"
+            f"{file}: {column} of {row['sha256']} is {shown(cell)}, not a finite number"
         )
     return None if math.isnan(value) else value
 
 
-def read_frames(file: Path) -> Frames:
-    """Read a transforms.json.
+def read_frames(file: Path, root: Path | None = None) -> Frames:
+    """Read a transforms.json; what it names lies below `root`, by default its own folder.
 
     A matrix that scales all axes alike is normalised: its camera sees the same. Raises ValueError
     where the file is missing, truncated or without frames, where a frame has no usable camera or
     one that is mirrored, stretched or skewed, where its `holdout` is not a number of its frames,
-    and where a file_path leads out of the folder.
+    and where it or a file_path leads out of the root, or a file_path out of its folder.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-        frames = content["frames"]
-        holdout = content.get("holdout")
-        names = [str(frame["file_path"]) for frame in frames]
-        matrix = np.array([frame["transform_matrix"] for frame in frames], np.float64)
-        fov = np.array([frame["camera_angle_x"] for frame in frames], np.float64)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is truncated or not JSON: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"{file} lacks {error}") from error
-    except MALFORMED as error:
-        raise ValueError(f"{file} is not a list of frames with numbers: {error}") from error
+    root = file.parent if root is None else root
+    for path in (file.parent, file):
+        below(root, path)
+    content = read_json(file)
+    frames = entry(content, "frames", list, str(file))
+    holdout = content.get("holdout")
+    names = []
+    for i, frame in enumerate(frames):
+        if type(frame) is not dict:
+            raise ValueError(f"{file} is not a list of frames: frame {i} is {shown(frame)}")
+        names.append(entry(frame, "file_path", str, f"{file}: frame {i}"))
     if not names:
         raise ValueError(f"{file} lists no frames")
-    if matrix.shape[1:] != (4, 4):
-        raise ValueError(f"{file}: transform_matrix has shape {list(matrix.shape[1:])}, not [4, 4]")
-    if fov.ndim != 1:
-        raise ValueError(
-            f"{file}: camera_angle_x has shape {list(fov.shape[1:])}, not one number a frame"
+    matrix = np.array([_matrix(frame, f"{file}: frame {i}") for i, frame in enumerate(frames)])
+    fov = np.array([_angle(frame, f"{file}: frame {i}") for i, frame in enumerate(frames)])
+    with np.errstate(all="ignore"):  # what is too large is refused
+        usable = (
+            (np.abs(matrix) < HUGE).all((1, 2))
+            & (np.abs(np.linalg.det(matrix)) > 1e-12)
+            & (fov > NARROW)
+            & (fov < np.pi)
         )
-    usable = (
-        np.isfinite(matrix).all((1, 2))
-        & (np.abs(np.linalg.det(matrix)) > 1e-12)
-        & (fov > 0)
-        & (fov < np.pi)
-    )
     if not usable.all():
         frame = int(np.argmin(usable))
         raise ValueError(
             f"{file}: frame {frame} has no usable camera (angle {fov[frame]}, matrix "
             f"{matrix[frame].tolist()})"
         )
-    matrix = _rigid(matrix, file)
+    with np.errstate(all="ignore"):
+        matrix = _rigid(matrix, file)
     if holdout is not None and not (type(holdout) is int and 0 <= holdout <= len(names)):
-        raise ValueError(f"{file}: holdout {holdout!r} is not a number of its {len(names)} frames")
+        raise ValueError(
+            f"{file}: holdout {shown(holdout)} is not a number of its {len(names)} frames"
+        )
     try:
-        files = [inside(file.parent, name) for name in names]
+        return Frames(_views(file.parent, names, root), matrix, fov, holdout)
     except ValueError as error:
         raise ValueError(f"{file}: file_path {error}") from error
-    return Frames(files, matrix, fov, holdout)
+
+
+def _matrix(frame: dict, where: str) -> list[list[float]]:
+    """The transform_matrix of a frame; ValueError for another shape, or what is no number."""
+    rows = entry(frame, "transform_matrix", list, where)
+    widths = sorted({len(row) if type(row) is list else 0 for row in rows})
+    if (len(rows), widths) != (4, [4]):
+        shape = f"[{len(rows)}, {' or '.join(map(str, widths[:3]))}]"
+        raise ValueError(f"{where}: transform_matrix has shape {shape}, not [4, 4]")
+    return [[_number(value, "transform_matrix holds", where) for value in row] for row in rows]
+
+
+def _angle(frame: dict, where: str) -> float:
+    if "camera_angle_x" not in frame:
+        raise ValueError(f"{where} lacks 'camera_angle_x'")
+    return _number(frame["camera_angle_x"], "camera_angle_x is", where)
+
+
+def _number(value: object, what: str, where: str) -> float:
+    """A number of JSON, which may be NaN or infinite; ValueError for anything else."""
+    if type(value) is float or (type(value) is int and abs(value) < HUGE):
+        return float(value)
+    raise ValueError(f"{where}: {what} {shown(value)}, not a number")
+
+
+def _views(folder: Path, names: list[str], root: Path) -> list[Path]:
+    """The files of views; ValueError for the first that leads out of its folder or the root."""
+    files = [inside(folder, name) for name in names]
+    with os.scandir(folder) as found:
+        links = {one.name for one in found if one.is_symlink()}
+    for name, view in zip(names, files, strict=True):
+        first, *more = PurePosixPath(name).parts
+        if more or first in links:  # the others lie in the folder itself
+            below(root, view)
+    return files
 
 
 def _rigid(matrix: np.ndarray, file: Path) -> np.ndarray:
@@ -124,7 +161,7 @@ def _rigid(matrix: np.ndarray, file: Path) -> np.ndarray:
     lengths = np.linalg.norm(axes, axis=1)
     scale = np.cbrt(np.linalg.det(axes))
     products = axes.transpose(0, 2, 1) @ axes / scale[:, None, None] ** 2
-    skewed = np.abs(products - np.eye(3)).max((1, 2)) > ROUNDED
+    skewed = ~(np.abs(products - np.eye(3)).max((1, 2)) <= ROUNDED)  # NaN as well
     projective = np.abs(matrix[:, 3] - [0, 0, 0, 1]).max(1) > ROUNDED
     for wrong, what in (
         (scale < 0, "is mirrored"),
@@ -154,8 +191,8 @@ def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
     """Read an RGBA picture [4, size, size] uint8.
 
     A picture of another size is resampled (Lanczos; colour and alpha each for itself). Raises
-    ValueError where it is missing, truncated, not RGBA, not square, or not of the size `like`, that
-    of its object's first.
+    ValueError where it is missing, truncated, not RGBA, not square, not of the size `like`, that of
+    its object's first, or of more pixels than a file of its size may take memory for.
     """
     with _opened(file) as picture:
         # optimisers write the same pixels as a palette, as grey, or with one transparent colour
@@ -168,10 +205,14 @@ def read_picture(file: Path, size: int, like: tuple[int, int]) -> Tensor:
         if picture.width != picture.height:
             raise ValueError(f"{file} is {_by(picture.size)} pixels, not square")
         try:
+            budget = Budget()
+            budget.count(file)
+            budget.check(picture.width**2 * PIXEL, f"{_by(picture.size)} pixels")
             load_picture(picture)
         except ValueError as error:
             raise ValueError(f"{file} is truncated or damaged: {error}") from error
-        picture = picture.convert("RGBA")
+        if picture.mode != "RGBA":
+            picture = picture.convert("RGBA")
         color = picture.convert("RGB")
         alpha = picture.getchannel("A")
         if picture.size != (size, size):
@@ -186,8 +227,7 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def _opened(file: Path) -> Image.Image:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing, though transforms.json lists it")
+    check_file(file, "is missing, though transforms.json lists it")
     try:
         return open_picture(file, VIEWS)
     except ValueError as error:
@@ -201,40 +241,41 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
     damaged file, absent keys, shapes or types that do not fit, no voxels, a voxel outside the grid
     or listed twice, and features that are not finite.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    try:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("truncated, or not an npz archive")
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-            if missing := {"indices", "patchtokens"} - set(content.files):
-                raise ValueError(
-                    f"no array {' and '.join(sorted(missing))}, only "
-                    f"{', '.join(content.files) or 'nothing'}"
-                )
-            if (large := sum(entry.file_size for entry in content.zip.infolist())) > LARGEST:
-                raise ValueError(f"its arrays take {large} bytes, over the limit of {LARGEST}")
-            indices = content["indices"]
-            features = content["patchtokens"]
-    except (zipfile.BadZipFile, OSError, *MALFORMED) as error:
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
-    if indices.ndim != 2 or indices.shape[1] != 3 or indices.dtype.kind not in "ui":
+    with Archive(file) as archive:
+        archive.expect({"indices", "patchtokens"})
+        voxels, features_of = archive.header("indices"), archive.header("patchtokens")
+        if len(voxels.shape) != 2 or voxels.shape[1] != 3 or voxels.dtype.kind not in "ui":
+            raise ValueError(f"{file}: indices are {voxels}, not integers [V, 3]")
+        V = voxels.shape[0]
+        fits = len(features_of.shape) == 2 and features_of.shape[0] == V
+        if not fits or features_of.dtype.kind != "f":
+            raise ValueError(f"{file}: patchtokens are {features_of}, not floats [{V}, C]")
+        if not V:
+            raise ValueError(f"{file}: the object has no voxels")
+        if V > resolution**3:
+            raise ValueError(f"{file}: {V} voxels, but the {resolution}^3 grid has {resolution**3}")
+        archive.check(V * VOXEL + COPIES * features_of.size)
+        coords, order = _ordered(archive.read("indices"), resolution, file)
+        features = archive.read("patchtokens")
+    with np.errstate(over="ignore"):  # what is not finite is refused
+        features = features.astype(np.float16, copy=False)
+    if not np.isfinite(features).all():
+        row = int((~np.isfinite(features)).any(1).argmax())
+        raise ValueError(f"{file}: patchtokens of row {row} are not finite in half precision")
+    return torch.from_numpy(coords), torch.from_numpy(features[order])
+
+
+def _ordered(indices: np.ndarray, resolution: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels [V, 3] int32 in lexicographic order, and the row that each stands in.
+
+    Raises ValueError that names the first voxel outside the grid, or listed twice.
+    """
+    if indices.min() < 0 or indices.max() >= resolution:
+        row = int(((indices < 0) | (indices >= resolution)).any(1).argmax())
         raise ValueError(
-            f"{file}: indices are {indices.dtype} {list(indices.shape)}, not integers [V, 3]"
+            f"{file}: voxel {row} at {indices[row].tolist()} is outside the {resolution}^3 grid"
         )
-    if features.ndim != 2 or features.dtype.kind != "f" or len(features) != len(indices):
-        raise ValueError(
-            f"{file}: patchtokens are {features.dtype} {list(features.shape)}, not floats "
-            f"[{len(indices)}, C]"
-        )
-    if not len(indices):
-        raise ValueError(f"{file}: the object has no voxels")
-    coords = indices.astype(np.int64)
-    if coords.min() < 0 or coords.max() >= resolution:
-        row = int(((coords < 0) | (coords >= resolution)).any(1).argmax())
-        raise ValueError(
-            f"{file}: voxel {row} at {coords[row].tolist()} is outside the {resolution}^3 grid"
-        )
+    coords = indices.astype(np.int32)
     order = np.lexsort(coords.T[::-1])
     coords = coords[order]
     if (twice := (coords[1:] == coords[:-1]).all(1)).any():
@@ -243,11 +284,7 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
             f"{file}: rows {order[row]} and {order[row + 1]} are the same voxel "
             f"{coords[row].tolist()}"
         )
-    stored = features[order].astype(np.float16)
-    if not np.isfinite(stored).all():
-        row = int(order[(~np.isfinite(stored)).any(1).argmax()])
-        raise ValueError(f"{file}: patchtokens of row {row} are not finite in half precision")
-    return torch.from_numpy(coords.astype(np.int32)), torch.from_numpy(stored)
+    return coords, order
 
 
 def read_triangles(file: Path) -> tuple[Tensor, Tensor]:
@@ -255,10 +292,14 @@ def read_triangles(file: Path) -> tuple[Tensor, Tensor]:
 
     Raises ValueError that names the file.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
+    check_file(file)
     try:
         mesh = read_ply(file)
     except ValueError as error:
         raise ValueError(f"{file.parent}{os.sep}{error}") from error
+    if np.abs(mesh.vertices).max(initial=0) > HUGE:
+        row = int((np.abs(mesh.vertices) > HUGE).any(1).argmax())
+        raise ValueError(
+            f"{file}: vertex {row} at {mesh.vertices[row].tolist()} is far outside the unit cube"
+        )
     return torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces)

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from models.reading import entry, shown
+
 
 class Sampler:
     """The objects of each step, without end, reshuffled every epoch.
@@ -72,12 +74,17 @@ class Sampler:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue exactly from a state.
 
-        Raises ValueError where the saved order is of other objects, another batch or seed.
+        Raises ValueError where the saved order is of other objects, another batch or seed, and for
+        what is no such state.
         """
+        where = "the sampler's state"
         for name in ("length", "batch_size", "seed"):
-            if state[name] != getattr(self, name):
+            if (saved := entry(dict(state), name, int, where)) != getattr(self, name):
                 what = "number of objects" if name == "length" else name
                 raise ValueError(
-                    f"{what} {getattr(self, name)} is not the saved order's {state[name]}"
+                    f"{what} {getattr(self, name)} is not the saved order's {shown(saved)}"
                 )
-        self.step = state["step"]
+        step = entry(dict(state), "step", int, where)
+        if step < 0:
+            raise ValueError(f"{where}: step is {shown(step)}, below 0")
+        self.step = step

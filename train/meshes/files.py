@@ -1,9 +1,15 @@
 """Files that mesh files name, and the lines of text files: one way for readers and content hash."""
 
+import os
+import stat
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+LONGEST = 255  # bytes of a name: file systems have no longer ones
+LONGEST_PATH = 2000
+ROOT_ADVICE = "--root names the folder that files may lie in"
 BYTE_ORDER_MARKS = {
     b"\xef\xbb\xbf": "utf-8",
     b"\xff\xfe": "utf-16-le",
@@ -11,37 +17,95 @@ BYTE_ORDER_MARKS = {
 }
 
 
-def find(folders: Path | Iterable[Path], name: str) -> Path | None:
-    """Find a file that another one names: in the first of the folders that has it, else None.
+def below(root: Path, path: Path) -> Path:
+    """Return `path` if the place that it leads to, links followed, is `root` or lies below it.
+
+    Links on the way to `root` itself are those of its owner, and count for both. Raises ValueError
+    that names the path and that place for one that leads elsewhere.
+    """
+    try:
+        place = Path(os.path.realpath(path))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no path: {error}") from error
+    if not place.is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"{str(path)!r} leads out of {root}, to {str(place)!r}")
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file; ValueError for anything else: a pipe or a device would never end."""
+    # a pipe must not wait here for its writer
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    number = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError(f"{path.name} is not a file")
+        with open(number, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(number)
+
+
+class Places:
+    """The folders where the files that a file names are looked for, and the root of them all.
 
     Such files travelled: either slash is taken, any case, composed and decomposed accents, and
     bytes that are not UTF-8 are tried in the encodings of `spellings`. An absolute path is of the
     author's machine: only the file of that name in one of the folders is taken for it.
     """
-    folders = [folders] if isinstance(folders, Path) else list(folders)
-    for spelling in spellings(name.strip().strip('"')):
-        path = PurePosixPath(spelling.replace("\\", "/"))
-        if not path.name or "\0" in spelling:
-            continue
-        absolute = path.is_absolute() or PureWindowsPath(path).drive
-        candidates = [] if absolute else [folder / path for folder in folders]
-        candidates += [folder / path.name for folder in folders]
-        for candidate in candidates:
-            found = _like(candidate)
-            if found is not None:
-                return found
-    return None
+
+    def __init__(self, folders: Iterable[Path], root: Path):
+        self.folders = tuple(folders)
+        self.root = root
+        self._found: dict[str, Path | None] = {}
+        self._listed: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(self, name: str) -> Path | None:
+        """Find a file in the first of the folders that has it; None where none has.
+
+        Raises ValueError for a name that leads out of the root, by dots or by links, unless one of
+        the folders holds a file of that name.
+        """
+        if name not in self._found:
+            self._found[name] = self._look_for(name)
+        return self._found[name]
+
+    def _look_for(self, name: str) -> Path | None:
+        outside = None
+        for spelling in spellings(name.strip().strip('"')):
+            path = PurePosixPath(spelling.replace("\\", "/"))
+            if not path.name or "\0" in spelling or _too_long(path):
+                continue
+            absolute = path.is_absolute() or PureWindowsPath(path).drive
+            candidates = [] if absolute else [folder / path for folder in self.folders]
+            candidates += [folder / path.name for folder in self.folders]
+            for candidate in candidates:
+                try:
+                    found = self._like(below(self.root, candidate))
+                    if found is not None:
+                        return below(self.root, found)
+                except ValueError as error:
+                    outside = outside or error
+        if outside:
+            raise ValueError(f"{outside}: {ROOT_ADVICE}") from outside
+        return None
+
+    def _like(self, candidate: Path) -> Path | None:
+        """The file of that path, or else one in its folder whose name is spelled otherwise."""
+        if candidate.is_file():
+            return candidate
+        folder = candidate.parent
+        if folder not in self._listed:
+            listed = self._listed[folder] = {}
+            for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+                listed.setdefault(_plain(file.name), []).append(file)
+        alike = self._listed[folder].get(_plain(candidate.name), ())
+        return next((file for file in alike if file.is_file()), None)
 
 
-def _like(candidate: Path) -> Path | None:
-    """The file of that path, or else one in its folder whose name is spelled otherwise."""
-    if candidate.is_file():
-        return candidate
-    if candidate.parent.is_dir():
-        for found in sorted(candidate.parent.iterdir()):
-            if _plain(found.name) == _plain(candidate.name) and found.is_file():
-                return found
-    return None
+def _too_long(path: PurePosixPath) -> bool:
+    parts = [part.encode(errors="replace") for part in path.parts]
+    return max(map(len, parts)) > LONGEST or sum(map(len, parts)) > LONGEST_PATH
 
 
 def _plain(name: str) -> str:
@@ -66,14 +130,14 @@ def spellings(name: str) -> list[str]:
     return found
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Read the lines of a text file, each with the number of the line where it begins.
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file, each with the number of the line where it begins.
 
     A byte order mark decides the encoding, and without one it is UTF-8; bytes that are not become
     surrogates (PEP 383). NULs behind the text are padding. Lines that a backslash continues are
     joined. Raises ValueError where the text is not of the encoding of its mark.
     """
-    data = path.read_bytes()
+    data = read_file(path)
     encoding = "utf-8"
     for mark, marked in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
@@ -81,24 +145,23 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
             encoding = marked
             break
     if encoding == "utf-8":
-        text = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    else:
-        try:
-            text = data.decode(encoding).rstrip("\0")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path.name} begins as {encoding} and is not: {error}") from error
-    if "\\" not in text:
-        return list(enumerate(text.splitlines(), 1))
-    lines = []
-    begun = ""
+        data = data.rstrip(b"\0")
+    errors = "surrogateescape" if encoding == "utf-8" else "strict"
+    begun = []
     first = 1
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.endswith("\\"):
-            begun += line[:-1] + " "
-            continue
-        lines.append((first, begun + line))
-        begun = ""
-        first = number + 1
+    number = 0
+    # one line after the other: all of them at once take a hundred times the bytes of empty ones
+    text = TextIOWrapper(BytesIO(data), encoding, errors)
+    try:
+        for number, line in enumerate(text, 1):
+            line = line.rstrip("\n\0")
+            if line.endswith("\\"):
+                begun.append(line[:-1])
+                continue
+            yield first, " ".join([*begun, line]) if begun else line
+            begun.clear()
+            first = number + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} begins as {encoding} and is not: {error.reason}") from error
     if begun:
-        lines.append((first, begun))
-    return lines
+        yield first, " ".join([*begun, ""])

@@ -14,22 +14,28 @@ from pathlib import Path
 
 import numpy as np
 
+from train.meshes.budget import Budget
 from train.meshes.colors import unit_colors
 from train.meshes.gltf_data import GltfData
 from train.meshes.gltf_extensions import DRACO, INSTANCING, VISIBILITY, lost, refused
 from train.meshes.gltf_materials import Materials
 from train.meshes.pictures import Placement
-from train.meshes.surface import Finish, Mesh, assemble, no_faces
+from train.meshes.surface import Finish, Mesh, assemble, finite, no_faces
 from train.meshes.untrusted import MALFORMED, reason
 
 TRIANGLES = 4
 STRIP = 5
 FAN = 6
+TRANSFORMS = {"matrix", "rotation", "scale", "translation"}
+PLACE = 600  # bytes of a matrix and of what a part of the mesh takes beside its arrays
 
 
-def read_gltf(path: Path) -> Mesh:
-    """Read a .glb or .gltf; a ValueError names the file and what is wrong with it."""
-    data = GltfData(path)
+def read_gltf(path: Path, root: Path, budget: Budget) -> Mesh:
+    """Read a .glb or .gltf; a ValueError names the file and what is wrong with it.
+
+    The files that it names lie below `root`.
+    """
+    data = GltfData(path, root, budget)
     try:
         return _Reader(data).mesh()
     except MALFORMED as error:
@@ -38,9 +44,9 @@ def read_gltf(path: Path) -> Mesh:
         raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
-def gltf_files(path: Path) -> list[Path | None]:
+def gltf_files(path: Path, root: Path, budget: Budget) -> list[Path | None]:
     """List the buffers and images that a .glb or .gltf names; None for one that is absent."""
-    return GltfData(path).files()
+    return GltfData(path, root, budget).files()
 
 
 @dataclass
@@ -71,42 +77,62 @@ class _Reader:
         self.notes[f"{self.name}: {text}"] = None
 
     def mesh(self) -> Mesh:
-        world, shown = self._world()
+        world, seen = self._world()
         parts = []
-        for number in shown:
+        for number in seen:
             node = self.data.entry("nodes", number)
             if "mesh" in node:
-                skin = self._skin(node["skin"], world) if "skin" in node else None
-                mesh = self.data.entry("meshes", node["mesh"])
-                weights = node.get("weights", mesh.get("weights"))
-                places = self._instances(node, world[number])
-                for primitive in mesh["primitives"]:
-                    parts += self._parts(primitive, places, skin, weights)
+                parts += self._node(node, number, world)
         if not parts:
             raise ValueError(no_faces(self.name, self.notes))
         first = np.cumsum([0, *(len(p.vertices) for p in parts)])
+        size = sum(len(p.faces) for p in parts)
 
-        def corners(field: str) -> np.ndarray:
-            return np.concatenate([getattr(p, field)[p.faces] for p in parts])
+        def corners(field: str, width: int, upwards: bool = False) -> np.ndarray:
+            made = np.empty((size, 3, width), np.float32)
+            row = 0
+            for part in parts:
+                values = getattr(part, field)
+                if upwards:
+                    values = np.stack([values[:, 0], 1 - values[:, 1]], 1)
+                made[row : row + len(part.faces)] = finite(values)[part.faces]
+                row += len(part.faces)
+            return made
 
-        uv = corners("uv")
-        uv[..., 1] = 1 - uv[..., 1]
-        emission_uv = corners("emission_uv")
-        emission_uv[..., 1] = 1 - emission_uv[..., 1]
+        uv = corners("uv", 2, upwards=True)
+        glows = any(part.emission_uv is not part.uv for part in parts)
+        emission_uv = corners("emission_uv", 2, upwards=True) if glows else None
         finishes = list({id(p.finish): p.finish for p in parts}.values())
         rows = {id(finish): row for row, finish in enumerate(finishes)}
+        material = np.repeat([rows[id(p.finish)] for p in parts], [len(p.faces) for p in parts])
         return assemble(
             self.name,
             np.concatenate([p.vertices for p in parts]),
             np.concatenate([p.faces + start for p, start in zip(parts, first, strict=False)]),
-            corners("normals"),
+            corners("normals", 3),
             uv,
-            corners("tint"),
-            np.repeat([rows[id(p.finish)] for p in parts], [len(p.faces) for p in parts]),
+            corners("tint", 3),
+            material.astype(np.int32),
             [finish.material for finish in finishes],
             self.notes,
-            emission_uv=None if np.array_equal(uv, emission_uv) else emission_uv,
+            emission_uv=emission_uv,
         )
+
+    def _node(self, node: dict, number: int, world: dict[int, np.ndarray]) -> list[_Part]:
+        """The parts of a node's mesh; a ValueError names the mesh and its primitive."""
+        parts = []
+        where = f"mesh {node['mesh']}"
+        try:
+            skin = self._skin(node["skin"], world) if "skin" in node else None
+            mesh = self.data.entry("meshes", node["mesh"])
+            weights = node.get("weights", mesh.get("weights"))
+            places = self._instances(node, world[number])
+            for i, primitive in enumerate(mesh["primitives"]):
+                where = f"mesh {node['mesh']}, primitive {i}"
+                parts += self._parts(primitive, places, skin, weights)
+        except MALFORMED as error:
+            raise ValueError(f"node {number}, {where}: {reason(error)}") from error
+        return parts
 
     # the scene
 
@@ -123,24 +149,25 @@ class _Reader:
             roots = self.data.entry("scenes", self.data.document.get("scene", 0)).get("nodes", [])
         world = {}
         shown = []
-        todo = [(number, np.eye(4), True) for number in reversed(roots)]
+        still = np.eye(4)
+        todo = [(number, still, True) for number in reversed(roots)]
         while todo:
             number, parent, visible = todo.pop()
             node = self.data.entry("nodes", number)
             if number in world:
                 raise ValueError(f"node {number} has two places in the scene")
-            world[number] = parent @ _local(node)
+            world[number] = _moved(parent, node)
             visible &= node.get("extensions", {}).get(VISIBILITY, {}).get("visible", True)
             if visible:
                 shown.append(number)
             below = reversed(node.get("children", []))
             todo += [(child, world[number], visible) for child in below]
-        todo = [(number, np.eye(4)) for number in top if number not in world]
+        todo = [(number, still) for number in top if number not in world]
         while todo:
             number, parent = todo.pop()
             if number not in world:
                 node = self.data.entry("nodes", number)
-                world[number] = parent @ _local(node)
+                world[number] = _moved(parent, node)
                 todo += [(child, world[number]) for child in node.get("children", [])]
         return world, shown
 
@@ -161,6 +188,7 @@ class _Reader:
         counts = sorted({len(values) for values in columns.values()})
         if len(counts) != 1:
             raise ValueError(f"its instances have columns of {counts} rows")
+        self.data.budget.check(counts[0] * PLACE, f"{counts[0]} instances of mesh {node['mesh']}")
         return [
             matrix @ _local({name: values[row] for name, values in columns.items()})
             for row in range(counts[0])
@@ -220,6 +248,8 @@ class _Reader:
         tint = np.ones((P, 3)) if color is None else self._tint(color)
         finish = self.materials[primitive.get("material"), color is not None]
         material = finish.material
+        self.data.budget.take(len(places) * PLACE, f"{len(places)} instances")
+        self.data.budget.take_faces(len(places) * len(faces), len(places) * P)
         uv = self._uv(primitive, weights, finish.placement, material.texture is not None, P)
         glows = material.emission_texture is not None
         emission_uv = uv
@@ -340,6 +370,11 @@ def _triangles(index: np.ndarray, mode: int) -> np.ndarray:
         return np.stack([index[k * 0], index[k + 1], index[k + 2]], 1)
     odd = k % 2
     return np.stack([index[k], index[k + 1 + odd], index[k + 2 - odd]], 1)
+
+
+def _moved(parent: np.ndarray, node: dict) -> np.ndarray:
+    """The transform of a node below `parent`: the same array where it has none of its own."""
+    return parent @ _local(node) if TRANSFORMS & node.keys() else parent
 
 
 def _local(node: dict) -> np.ndarray:

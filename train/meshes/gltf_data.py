@@ -12,93 +12,35 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from train.meshes.files import find
-from train.meshes.gltf_extensions import APPLIED, DRACO, MESHOPT
-from train.meshes.untrusted import MALFORMED, expect, reason
+from train.meshes.budget import Budget
+from train.meshes.files import Places
+from train.meshes.gltf_check import check_document
+from train.meshes.gltf_extensions import MESHOPT
+from train.meshes.untrusted import MALFORMED, reason, shown
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
-
-
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
-
-
-TABLES = (
-    "accessors",
-    "buffers",
-    "bufferViews",
-    "images",
-    "materials",
-    "meshes",
-    "nodes",
-    "samplers",
-    "scenes",
-    "skins",
-    "textures",
-)
-
-
-KINDS = {  # of the fields of their entries that are read, wherever they stand in one
-    str: ("uri", "type", "alphaMode"),
-    int: (
-        "byteLength",
-        "byteOffset",
-        "byteStride",
-        "buffer",
-        "bufferView",
-        "componentType",
-        "count",
-        "index",
-        "material",
-        "mesh",
-        "mode",
-        "sampler",
-        "skin",
-        "source",
-        "texCoord",
-        "inverseBindMatrices",
-    ),
-    list: (
-        "children",
-        "nodes",
-        "joints",
-        "primitives",
-        "targets",
-        "weights",
-        "baseColorFactor",
-        "diffuseFactor",
-        "emissiveFactor",
-    ),
-    dict: (
-        "attributes",
-        "extensions",
-        "sparse",
-        "pbrMetallicRoughness",
-        "baseColorTexture",
-        "diffuseTexture",
-        "emissiveTexture",
-    ),
-}
-
-
-KIND_OF = {field: kind for kind, fields in KINDS.items() for field in fields}
-
-
-FEW = 1 << 26  # values of an accessor without data of its own: nothing in the file limits them
+VALUE = 24  # bytes that a value without data of its own takes, with what is made of it
 
 
 class GltfData:
-    """A .glb or .gltf file. ValueError, naming the file, where its JSON cannot be used."""
+    """A .glb or .gltf file. ValueError, naming the file, where its JSON cannot be used.
 
-    def __init__(self, path: Path):
+    The files that it names lie below `root`, as a rule its own folder.
+    """
+
+    def __init__(self, path: Path, root: Path, budget: Budget):
         self.path = path
-        self.document, self.binary = _document(path)
-        self._buffers: dict[int, bytes] = {}
+        self.budget = budget
+        self._places = Places((path.parent,), root)
+        self.document, self.binary = _document(path, self.budget.read(path))
+        self._buffers: dict[int, memoryview] = {}
 
     def entry(self, table: str, number: int) -> dict:
         """Look up an entry of a table; ValueError where it does not exist."""
         entries = self.document.get(table) or []
         if type(number) is not int or not 0 <= number < len(entries):
-            raise ValueError(f"it uses number {number!r} of its {len(entries)} {table}")
+            raise ValueError(f"it uses number {shown(number)} of its {len(entries)} {table}")
         return entries[number]
 
     def file(self, uri: str) -> bytes:
@@ -110,15 +52,15 @@ class GltfData:
             try:
                 return base64.b64decode(body, validate=True)
             except binascii.Error as error:
-                raise ValueError(f"data of {head} is not base64: {error}") from error
+                raise ValueError(f"data of {shown(head)} is not base64: {error}") from error
         found = self.find(uri)
         if found is None:
             raise ValueError(f"{unquote(uri)!r} does not exist")
-        return found.read_bytes()
+        return self.budget.read(found)
 
     def find(self, uri: str) -> Path | None:
         """Find a file that the document names; None for one that is absent."""
-        return find(self.path.parent, unquote(uri))
+        return self._places.find(unquote(uri))
 
     def files(self) -> list[Path | None]:
         """List the buffers and images that the document names; None for one that is absent."""
@@ -128,7 +70,7 @@ class GltfData:
         uris = [entry["uri"] for entry in entries if "uri" in entry]
         return [self.find(uri) for uri in uris if not uri.startswith("data:")]
 
-    def buffer(self, number: int) -> bytes:
+    def buffer(self, number: int) -> memoryview:
         """Read a buffer."""
         if number not in self._buffers:
             buffer = self.entry("buffers", number)
@@ -143,10 +85,10 @@ class GltfData:
                 raise ValueError(
                     f"buffer {number} has {len(data)} of its {buffer['byteLength']} bytes"
                 )
-            self._buffers[number] = data
+            self._buffers[number] = memoryview(data)
         return self._buffers[number]
 
-    def view(self, number: int) -> bytes:
+    def view(self, number: int) -> memoryview:
         """Read a buffer view."""
         view = self.entry("bufferViews", number)
         for extension in MESHOPT:
@@ -178,9 +120,9 @@ class GltfData:
             data = self.view(entry["bufferView"])
             begin = entry.get("byteOffset", 0)
             values = _strided(data, begin, count, width, stride, dtype, number)
-        elif count * width > FEW:
-            raise ValueError(f"accessor {number} has {count} rows but no data")
         else:
+            what = f"accessor {number}, of {count} rows but no data,"
+            self.budget.check(count * width * VALUE, what)
             values = np.zeros((count, width), dtype)
         if sparse := entry.get("sparse"):
             self._replace(values, sparse, number)
@@ -201,69 +143,56 @@ class GltfData:
         data = self.view(new["bufferView"])
         begin = new.get("byteOffset", 0)
         stride = values.itemsize * width
+        if count and at.max() >= len(values):
+            raise ValueError(f"accessor {number} replaces row {at.max()} of {len(values)}")
         values[at] = _strided(data, begin, count, width, stride, values.dtype, number)
 
 
-def _document(path: Path) -> tuple[dict, bytes | None]:
-    """Read the JSON of a file and, of a GLB, its binary chunk."""
-    data = path.read_bytes()
+def _document(path: Path, data: bytes) -> tuple[dict, memoryview | None]:
+    """The JSON of a file and, of a GLB, its binary chunk."""
     binary = None
     if not data:
         raise ValueError(f"{path.name} is empty")
     try:
         if path.suffix.lower() == ".glb":
-            if len(data) < 12 or data[:4] != b"glTF":
-                raise ValueError(f"no GLB header in its {len(data)} bytes")
-            version, length = struct.unpack_from("<II", data, 4)
-            if version != 2:
-                raise ValueError(f"glTF version {version}, not 2")
-            if len(data) < length:
-                raise ValueError(
-                    f"truncated: its header says {length} bytes, the file has {len(data)}"
-                )
-            chunks = {}
-            at = 12
-            while at + 8 <= length:
-                size, kind = struct.unpack_from("<I4s", data, at)
-                chunks.setdefault(kind, data[at + 8 : at + 8 + size])
-                at += 8 + size
-            if b"JSON" not in chunks:
-                raise ValueError(f"no JSON chunk in its {length} bytes")
-            data = chunks[b"JSON"]
-            binary = chunks.get(b"BIN\0")
-        document = json.loads(data.rstrip(b"\0"))
-        if not isinstance(document, dict) or not str(document["asset"]["version"]).startswith("2"):
-            raise ValueError("it is not glTF 2.0")
-        for table in TABLES:
-            for i, entry in enumerate(expect(document.get(table) or [], list, table)):
-                _check(expect(entry, dict, f"{table}[{i}]"), f"{table}[{i}]")
+            data, binary = _chunks(data)
+        try:
+            document = json.loads(data.rstrip(b"\0"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its JSON is no text in UTF-8: {error.reason}") from error
+        check_document(document)
     except MALFORMED as error:
         raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
     return document, binary
 
 
-def _check(value, where: str) -> None:
-    """ValueError that says where a field is of another kind than KINDS says."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name in KIND_OF:
-                expect(inner, KIND_OF[name], f"{where}.{name}")
-            if name == "extensions":  # others may mean other things by the same names
-                inner = {
-                    extension: inner[extension]
-                    for extension in (*APPLIED, DRACO)
-                    if extension in inner
-                }
-            if name != "extras":
-                _check(inner, f"{where}.{name}")
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            _check(inner, f"{where}[{i}]")
+def _chunks(data: bytes) -> tuple[bytes, memoryview | None]:
+    """The JSON and the binary chunk of a GLB."""
+    if len(data) < 12 or data[:4] != b"glTF":
+        raise ValueError(f"no GLB header in its {len(data)} bytes")
+    version, length = struct.unpack_from("<II", data, 4)
+    if version != 2:
+        raise ValueError(f"glTF version {version}, not 2")
+    if len(data) < length:
+        raise ValueError(f"truncated: its header says {length} bytes, the file has {len(data)}")
+    chunks = {}
+    at = 12
+    while at + 8 <= length:
+        size, kind = struct.unpack_from("<I4s", data, at)
+        chunks.setdefault(kind, memoryview(data)[at + 8 : at + 8 + size])
+        at += 8 + size
+    if b"JSON" not in chunks:
+        raise ValueError(f"no JSON chunk in its {length} bytes")
+    return bytes(chunks[b"JSON"]), chunks.get(b"BIN\0")
 
 
 def _strided(
-    data: bytes, begin: int, count: int, width: int, stride: int, dtype: np.dtype, number: int
+    data: memoryview, begin: int, count: int, width: int, stride: int, dtype: np.dtype, number: int
 ) -> np.ndarray:
+    if stride < dtype.itemsize * width:
+        raise ValueError(
+            f"accessor {number} has rows of {dtype.itemsize * width} bytes every {stride} bytes"
+        )
     needed = begin + (stride * (count - 1) + dtype.itemsize * width if count else 0)
     if needed > len(data) or min(begin, count) < 0:
         raise ValueError(f"accessor {number} needs {needed} bytes of a buffer view of {len(data)}")

@@ -4,6 +4,7 @@ Of a material the base colour and the emission are taken; of the old specular-gl
 the diffuse colour. Pictures are decoded once and shared by the materials that show them.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from train.meshes.gltf_extensions import (
 )
 from train.meshes.pictures import Placement, Sampler, decode
 from train.meshes.surface import GREY, Finish, Material
+from train.meshes.untrusted import expect_number, expect_numbers, shown
 
 WRAP = {10497: "repeat", 33071: "clamp", 33648: "mirror"}
 NEAREST = 9728
@@ -33,8 +35,7 @@ class Materials:
         self.data = data
         self.note = note
         self._made: dict[tuple, Finish] = {}
-        self._pictures: dict[int, np.ndarray] = {}
-        self._changed: dict[tuple, np.ndarray] = {}  # with another alpha
+        self._pictures: dict[tuple, np.ndarray] = {}  # by where their data stand
 
     def __getitem__(self, key: tuple[int | None, bool]) -> Finish:
         """Make the material of a number; of None, the one of faces with vertex colours or not."""
@@ -58,15 +59,20 @@ class Materials:
             base = extensions[GLOSSINESS]
             factor = "diffuseFactor"
             slot = "diffuseTexture"
-        r, g, b, opacity = (float(x) for x in base.get(factor, (1, 1, 1, 1)))
+        r, g, b, opacity = map(float, base.get(factor, (1, 1, 1, 1)))
         mode = material.get("alphaMode", "OPAQUE")
         cutoff = float(material.get("alphaCutoff", 0.5))
         made = Finish(Material((r, g, b), linear=True, unlit=UNLIT in extensions))
         name = material.get("name", number)
         if slot in base:
-            source, made.material.sampler = self._texture(base[slot], name)
+            source, sampler = self._texture(base[slot], name)
             made.placement = _placement(base[slot])
-            made.material.texture = self._with_alpha(source, name, mode, opacity, cutoff)
+            made.material.texture = self._picture(source, name)
+            if mode == "MASK":
+                sampler = replace(sampler, mask=(opacity, cutoff))
+            elif mode != "BLEND":
+                sampler = replace(sampler, opaque=True)
+            made.material.sampler = sampler
         if mode == "BLEND":
             made.material.opacity = min(max(opacity, 0.0), 1.0)
         elif mode == "MASK" and slot not in base:
@@ -83,9 +89,10 @@ class Materials:
         made.material.emission = (r, g, b)
         if "emissiveTexture" in material and any(made.material.emission):
             info = material["emissiveTexture"]
-            source, made.material.emission_sampler = self._texture(info, name)
+            source, sampler = self._texture(info, name)
+            made.material.emission_sampler = replace(sampler, opaque=True)
             made.emission_placement = _placement(info)
-            made.material.emission_texture = self._with_alpha(source, name, "OPAQUE", 1.0, 0.5)
+            made.material.emission_texture = self._picture(source, name)
 
     def _texture(self, info: dict, name) -> tuple[int, Sampler]:
         """The number of a texture's image, and its sampler."""
@@ -104,51 +111,38 @@ class Materials:
         if source is None:
             named = ", ".join(extension for extension in UNREAD_PICTURES if extension in others)
             raise ValueError(
-                f"texture of material {name!r} is in no format that can be read"
-                + (f": {named} is not supported" if named else f": {texture}")
+                f"texture of material {shown(name)} is in no format that can be read"
+                + (f": {named} is not supported" if named else f": {shown(texture)}")
             )
         return source, Sampler(nearest, (wrap[0], wrap[1]))
 
-    def _with_alpha(
-        self, source: int, name, mode: str, opacity: float, cutoff: float
-    ) -> np.ndarray:
-        """A picture [H, W, 4] whose alpha is what an alpha mode makes of it."""
-        if source not in self._pictures:
-            self._pictures[source] = self._picture(source, name)
-        pixels = self._pictures[source]
-        if mode == "BLEND":
-            return pixels
-        key = (source, (opacity, cutoff) if mode == "MASK" else None)
-        if key not in self._changed:
-            alpha = np.full(pixels.shape[:2], 255, np.uint8)
-            if mode == "MASK":
-                alpha[pixels[..., 3] / 255 * opacity < cutoff] = 0
-            changed = pixels
-            if not np.array_equal(alpha, pixels[..., 3]):
-                changed = pixels.copy()
-                changed[..., 3] = alpha
-            self._changed[key] = changed
-        return self._changed[key]
-
     def _picture(self, number: int, material) -> np.ndarray:
+        """The picture [H, W, 4] of an image, decoded once for all that show it."""
         image = self.data.entry("images", number)
-        if "bufferView" in image:
-            data = self.data.view(image["bufferView"])
-        else:
-            data = self.data.file(image["uri"])
         uri = image.get("uri", "")
-        short_uri = uri if len(uri) < 99 else ""
-        label = repr(image.get("name") or short_uri or number)
-        return decode(data, self.data.path.name, f"{label} of material {material!r}")
+        if "bufferView" in image:
+            key = "bufferView", image["bufferView"]
+        else:
+            found = None if uri.startswith("data:") else self.data.find(uri)
+            key = "uri", os.path.realpath(found) if found else uri
+        if key not in self._pictures:
+            if "bufferView" in image:
+                data = bytes(self.data.view(image["bufferView"]))
+            else:
+                data = self.data.file(image["uri"])
+            short_uri = uri if len(uri) < 99 else ""
+            label = shown(image.get("name") or short_uri or number)
+            owner = self.data.path.name
+            label = f"{label} of material {shown(material)}"
+            self._pictures[key] = decode(data, owner, label, self.data.budget)
+        return self._pictures[key]
 
 
 def _placement(info: dict) -> Placement:
     """The placement of a texture: its set of coordinates, moved by KHR_texture_transform."""
     moved = info.get("extensions", {}).get(TRANSFORM, {})
     coordinates = moved.get("texCoord", info.get("texCoord", 0))
-    su, sv = (float(x) for x in moved.get("scale", (1, 1)))
-    ou, ov = (float(x) for x in moved.get("offset", (0, 0)))
-    made = Placement((su, sv), (ou, ov), float(moved.get("rotation", 0)), coordinates)
-    if not np.isfinite([su, sv, ou, ov, made.rotation]).all():
-        raise ValueError(f"a texture is placed by {replace(made, coordinates=0)}, not by numbers")
-    return made
+    su, sv = map(float, expect_numbers(moved.get("scale", [1, 1]), (2,), f"{TRANSFORM}.scale"))
+    ou, ov = map(float, expect_numbers(moved.get("offset", [0, 0]), (2,), f"{TRANSFORM}.offset"))
+    rotation = float(expect_number(moved.get("rotation", 0), f"{TRANSFORM}.rotation"))
+    return Placement((su, sv), (ou, ov), rotation, coordinates)

@@ -1,15 +1,18 @@
 """MTL files: the materials of an OBJ, with their images."""
 
+import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from train.meshes.files import find, read_lines, spellings
-from train.meshes.pictures import Placement, Sampler, decode
+from train.meshes.budget import Budget
+from train.meshes.files import Places, below, read_lines, spellings
+from train.meshes.pictures import Placement, Sampler, changed, decode
 from train.meshes.surface import Finish, Material
 
 MAPS = ("map_Kd", "map_d", "map_Ke")  # the statements that name an image which is shown
@@ -26,6 +29,7 @@ OPTIONS = {
     "-mm": 2,
 }
 MOVES = ("-s", "-o", "-t")  # one to three numbers follow
+LONG = 4096  # characters of a map statement: longer ones name no file
 CHANNELS = {"r": 0, "g": 1, "b": 2, "m": 3}  # of -imfchan
 UNKNOWN = 3  # so many words at most belong to an option that is not known
 TILE = re.compile(r"(.*[._-])(?:1001|<UDIM>)(\.[^.]+)", re.IGNORECASE)
@@ -57,6 +61,12 @@ class _Map:
         return Placement(self.numbers("-s", 1.0), self.numbers("-o", 0.0))
 
     @property
+    def change(self) -> tuple[float, float] | None:
+        """The numbers of -mm, base and gain; None where they change nothing."""
+        base, gain = _numbers("-mm", self.options.get("-mm") or ["0", "1"], 2)
+        return None if (base, gain) == (0, 1) else (base, gain)
+
+    @property
     def sampler(self) -> Sampler:
         clamped = self.options.get("-clamp", ["off"])[0].lower() == "on"
         return Sampler(wrap=("clamp", "clamp") if clamped else ("repeat", "repeat"))
@@ -65,6 +75,8 @@ class _Map:
 def _parse_map(value: str) -> _Map:
     """Tell the options of a map statement from its file name, which may hold blanks."""
     rest = value.strip()
+    if len(rest) > LONG:
+        raise ValueError(f"a statement of {len(rest)} characters, over the limit of {LONG}")
     names = [rest]
     options = {}
     unknown = []
@@ -100,18 +112,21 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _locate(value: str, folders: list[Path]) -> Path | None:
-    """Find the image of a map statement in the first of the folders that has it."""
-    found = (find(folders, name) for name in _parse_map(value).names)
+def _locate(value: str, places: Places) -> Path | None:
+    """Find the image of a map statement; ValueError where a name of it leads out of the root."""
+    found = (places.find(name) for name in _parse_map(value).names)
     return next((path for path in found if path), None)
 
 
-def libraries(folder: Path, value: str) -> dict[str, Path | None]:
-    """Find the files of one mtllib statement: a single name, which may hold blanks, or several."""
-    whole = find(folder, value)
+def libraries(places: Places, value: str) -> dict[str, Path | None]:
+    """Find the files of one mtllib statement: a single name, which may hold blanks, or several.
+
+    Raises ValueError for a name that leads out of the root.
+    """
+    whole = places.find(value)
     if whole:
         return {value.strip(): whole}
-    return {name: find(folder, name) for name in value.partition(" #")[0].split()}
+    return {name: places.find(name) for name in value.partition(" #")[0].split()}
 
 
 def values(path: Path, keyword: str) -> list[str]:
@@ -120,43 +135,51 @@ def values(path: Path, keyword: str) -> list[str]:
     return [words[1] for words in lines if len(words) == 2 and words[0].lower() == keyword.lower()]
 
 
-def mtl_files(path: Path, folder: Path) -> list[Path | None]:
+def mtl_files(path: Path, folder: Path, root: Path) -> list[Path | None]:
     """List the images, and tiles of them, that an MTL of an OBJ in `folder` names; None: absent."""
-    folders = [path.parent, folder]
+    places = Places((path.parent, folder), root)
     statements = [value for keyword in MAPS for value in values(path, keyword)]
-    found = [_locate(value, folders) for value in statements]
+    found = [_locate(value, places) for value in statements]
     for value in statements:
-        found += [tile for number, tile in _tiles(value, folders).items() if number != 1001]
+        found += [tile for number, tile in _tiles(value, places).items() if number != 1001]
     return found
 
 
-def _tiles(value: str, folders: list[Path]) -> dict[int, Path]:
+def _tiles(value: str, places: Places) -> dict[int, Path]:
     """The tiles (UDIM) beside an image whose name holds 1001 or <UDIM>, by their numbers."""
     for name in _parse_map(value).names:
         parts = TILE.fullmatch(name)
-        first = parts and find(folders, f"{parts[1]}1001{parts[2]}")
+        first = parts and places.find(f"{parts[1]}1001{parts[2]}")
         if first:
             own = TILE.fullmatch(first.name)
             tile = re.compile(f"{re.escape(own[1])}(1\\d\\d\\d){re.escape(own[2])}", re.IGNORECASE)
             beside = ((tile.fullmatch(file.name), file) for file in sorted(first.parent.iterdir()))
-            return {int(found[1]): file for found, file in beside if found}
+            return {int(found[1]): below(places.root, file) for found, file in beside if found}
     return {}
 
 
 class Library:
     """The materials of the MTL files of one OBJ."""
 
-    def __init__(self, owner: Path):
+    def __init__(self, owner: Path, root: Path, budget: Budget):
         self.folder = owner.parent
         self.name = owner.name
+        self.root = root
+        self.budget = budget
         self.notes: dict[str, None] = {}  # an ordered set
         self._statements: dict[str, dict[str, str]] = {}
-        self._folders: dict[str, list[Path]] = {}  # where each MTL's images are looked for
-        self._pictures: dict[Path, np.ndarray] = {}
+        self._places: dict[str, Places] = {}  # where each MTL's images are looked for
+        self._last: Path | None = None
+        self._pictures: dict[str, np.ndarray] = {}
+        self._masked: dict[tuple, np.ndarray] = {}  # by picture, mask, and what is made of it
 
     def read(self, path: Path) -> None:
         """Add the materials of an MTL; of a repeated name or statement the last counts."""
-        self._folders[path.name] = [path.parent, self.folder]
+        if path == self._last:  # some writers name it before every group
+            return
+        self._last = path
+        self.budget.count(path)
+        self._places[path.name] = Places((path.parent, self.folder), self.root)
         current = {}
         for _, line in read_lines(path):
             keyword, _, value = line.strip().replace("\t", " ").partition(" ")
@@ -189,9 +212,9 @@ class Library:
             own, path = shown["map_kd"]
             material.color = (1.0, 1.0, 1.0)
             material.texture = self._picture(owner, name, own, path)
-            material.sampler = own.sampler
+            material.sampler = replace(own.sampler, change=own.change)
             made.placement = own.placement
-            made.tiles = _tiles(statements["map_kd"], self._folders[owner])
+            made.tiles = _tiles(statements["map_kd"], self._places[owner])
         if "map_d" in shown and shown["map_d"][1] != shown.get("map_kd", (None, None))[1]:
             own, path = shown["map_d"]
             if material.texture is None:
@@ -199,15 +222,13 @@ class Library:
                 material.sampler = own.sampler
             elif own.placement != made.placement:
                 self._note(f"map_d of material {name!r} is placed as its map_Kd")
-            mask = _mask(self._picture(owner, name, own, path), own)
-            material.texture = _masked(material.texture, mask)
+            mask = self._picture(owner, name, own, path)
+            material.texture = self._with_mask(material.texture, mask, own)
         if "map_ke" in shown:
             own, path = shown["map_ke"]
             material.emission = (1.0, 1.0, 1.0)
-            texture = self._picture(owner, name, own, path)
-            opaque = np.full_like(texture[..., 3:], 255)
-            material.emission_texture = np.concatenate([texture[..., :3], opaque], -1)
-            material.emission_sampler = own.sampler
+            material.emission_texture = self._picture(owner, name, own, path)
+            material.emission_sampler = replace(own.sampler, opaque=True, change=own.change)
             made.emission_placement = own.placement
         if material.opacity == 0 or (
             material.texture is not None and not material.texture[..., 3].any()
@@ -225,12 +246,16 @@ class Library:
         transparency = _numbers("Tr", statements.get("tr", "0"), 1)[0]
         if transparency < 1:
             return 1 - transparency
-        others = [s.get("tr", "0") for s in self._statements.values() if "d" not in s]
-        nothing_left = all(_is_number(tr) and float(tr) >= 1 for tr in others)
-        if "map_kd" in statements or nothing_left:
+        if "map_kd" in statements or self._nothing_left:
             self._note(f"material {name!r} says Tr 1 and no d: it is shown opaque")
             return 1.0
         return 0.0
+
+    @cached_property
+    def _nothing_left(self) -> bool:
+        """True where no material without d would be seen if each Tr were believed."""
+        others = [s.get("tr", "0") for s in self._statements.values() if "d" not in s]
+        return all(_is_number(tr) and float(tr) >= 1 for tr in others)
 
     def _maps(
         self, owner: str, name: str, statements: dict[str, str]
@@ -243,10 +268,13 @@ class Library:
             if not value:
                 self._note(f"{keyword} of material {name!r} names no image")
                 continue
-            path = _locate(value, self._folders[owner])
             parsed = _parse_map(value)
-            if path is None and TILE.fullmatch(parsed.names[-1]):
-                path = _tiles(value, self._folders[owner]).get(1001)
+            try:
+                path = _locate(value, self._places[owner])
+                if path is None and TILE.fullmatch(parsed.names[-1]):
+                    path = _tiles(value, self._places[owner]).get(1001)
+            except ValueError as error:
+                raise ValueError(f"{owner}: texture of material {name!r}: {error}") from error
             if path is None:
                 wanted = parsed.names[1 if len(parsed.names) > 1 else 0]
                 raise ValueError(f"{owner}: texture {wanted!r} of material {name!r} does not exist")
@@ -256,21 +284,32 @@ class Library:
             yield keyword, (parsed, path)
 
     def _picture(self, owner: str, name: str, own: _Map, path: Path) -> np.ndarray:
-        """An image as its map statement changes it; one array for all that change nothing."""
-        if path not in self._pictures:
-            label = f"{own.names[1 if len(own.names) > 1 else 0]!r} of material {name!r}"
-            self._pictures[path] = decode(path, owner, label)
-        pixels = self._pictures[path]
-        base, gain = _numbers("-mm", own.options.get("-mm") or ["0", "1"], 2)
-        if (base, gain) == (0, 1):
-            return pixels
-        changed = pixels.copy()
-        changed[..., :3] = np.rint((base * 255 + gain * pixels[..., :3]).clip(0, 255))
-        return changed
+        """An image, decoded once for all materials that show it."""
+        place = os.path.realpath(path)
+        label = f"{own.names[1 if len(own.names) > 1 else 0]!r} of material {name!r}"
+        if place not in self._pictures:
+            self._pictures[place] = decode(path, owner, label, self.budget)
+        return self._pictures[place]
+
+    def _with_mask(self, texture: np.ndarray | None, mask: np.ndarray, own: _Map) -> np.ndarray:
+        """A texture whose alpha is multiplied with a mask; each of a picture and a mask once."""
+        key = (id(texture), id(mask), own.change, tuple(own.options.get("-imfchan", ())))
+        if key not in self._masked:
+            size = mask.nbytes if texture is None else texture.nbytes
+            # the mask as large as the texture, its share and the products of both, for a while
+            self.budget.check(5 * size, f"{self.name}: a texture with its map_d")
+            values = changed(mask, *own.change) if own.change else mask
+            self._masked[key] = _masked(texture, _mask(values, own))
+            self.budget.take(size, f"{self.name}: a texture with its map_d")
+        return self._masked[key]
 
     def tile(self, name: str, path: Path) -> np.ndarray:
         """Read a tile of a material's image."""
-        return decode(path, self.name, f"{path.name!r} of material {name!r}")
+        place = os.path.realpath(path)
+        if place not in self._pictures:
+            label = f"{path.name!r} of material {name!r}"
+            self._pictures[place] = decode(path, self.name, label, self.budget)
+        return self._pictures[place]
 
 
 def _numbers(keyword: str, value: str | list[str], count: int = 3) -> tuple[float, ...]:

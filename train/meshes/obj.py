@@ -2,41 +2,50 @@
 
 import re
 from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from train.meshes.budget import Budget
 from train.meshes.colors import unit_colors
-from train.meshes.files import read_lines
+from train.meshes.files import Places, read_lines
 from train.meshes.mtl import Library, TiledFinish, libraries, mtl_files, values
-from train.meshes.pictures import Placement, Sampler
+from train.meshes.pictures import Placement
 from train.meshes.polygons import triangulate
 from train.meshes.surface import GREY, Material, Mesh, assemble
+from train.meshes.untrusted import reason
 
 NUMERIC = ("v", "vt", "vn", "f")  # statements that a comment may follow; names may hold a #
 # of what has no polygons: what a note calls it
 NOT_SHOWN = {"l": "lines", "p": "points", "curv": "curves", "curv2": "curves", "surf": "surfaces"}
+FACE = 600  # bytes that a triangle of a polygon takes at most
+MATERIAL = 2000  # bytes of one without its pictures
 KNOWN = 1 << 16  # corners that are remembered: those of one vertex stand near each other
 TILES_ACROSS = 10  # UDIM: tile 1001 + u + 10 v
 
 
-def obj_files(path: Path) -> list[Path | None]:
-    """List the MTL files and images that an OBJ names; None for one that is absent."""
-    found = []
+def obj_files(path: Path, root: Path) -> Iterator[Path | None]:
+    """Yield the MTL files and images that an OBJ names; None for one that is absent."""
+    places = Places((path.parent,), root)
+    known = {}
     for value in values(path, "mtllib"):
-        for library in libraries(path.parent, value).values():
-            found.append(library)
-            if library:
-                found += mtl_files(library, path.parent)
-    return found
+        for library in libraries(places, value).values():
+            yield library
+            if library and library not in known:
+                known[library] = mtl_files(library, path.parent, root)
+            yield from known[library] if library else ()
 
 
 class _Statements:
     """The statements of an OBJ file, as they stand."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, root: Path, budget: Budget):
         self.path = path
+        self.places = Places((path.parent,), root)
+        self.budget = budget
+        self.budget.count(path)
         self.positions = array("d")
         self.uvs = array("d")
         self.normals = array("d")
@@ -49,7 +58,7 @@ class _Statements:
         self.materials = array("q")  # of each, its number
         self.names: dict[str, int] = {}  # of materials
         self.current = -1  # the material in use
-        self.library = Library(path)
+        self.library = Library(path, root, self.budget)
         self.notes: dict[str, None] = {}  # an ordered set
 
     def note(self, text: str) -> None:
@@ -82,7 +91,7 @@ class _Statements:
             if len(words) < 2:
                 self.note(f", line {number}: mtllib names no file")
                 return
-            for entry, library in libraries(self.path.parent, line.split(None, 1)[1]).items():
+            for entry, library in libraries(self.places, line.split(None, 1)[1]).items():
                 if library is None:
                     self.note(f", line {number}: material file {entry!r} does not exist")
                 else:
@@ -152,16 +161,25 @@ class _Statements:
         return (colors, known) if known.any() else None
 
 
-def read_obj(path: Path) -> Mesh:
-    """Read a .obj with its MTL files and images; a ValueError names the file and the line."""
-    found = _Statements(path)
+def read_obj(path: Path, root: Path, budget: Budget) -> Mesh:
+    """Read a .obj with its MTL files and images; a ValueError names the file and the line.
+
+    The files that it names lie below `root`.
+    """
+    found = _Statements(path, root, budget)
     for number, line in read_lines(path):
         if not line or line.isspace():
             continue
         try:
             found.add(number, line)
         except (ValueError, IndexError) as error:
-            raise ValueError(f"{path.name}, line {number}: {error}") from error
+            raise ValueError(f"{path.name}, line {number}: {reason(error)}") from error
+    fans = len(found.corners) // 3 - 2 * len(found.sizes)
+    try:
+        found.budget.take(len(found.names) * MATERIAL, f"{len(found.names)} materials")
+        found.budget.take_faces(max(fans, 0), len(found.positions) // 3, FACE)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     positions = np.array(found.positions).reshape(-1, 3)
     # [N, (position, uv, normal)], -1 where absent
     corners = np.array(found.corners, np.int64).reshape(-1, 3)
@@ -268,7 +286,8 @@ def _use_tiles(
             texture = found.library.tile(name, own.tiles[tile])
             finishes.append(replace(own, material=replace(own.material, texture=texture)))
             material[here] = len(finishes) - 1
-        finishes[material[here[0]]].material.sampler = Sampler(wrap=("clamp", "clamp"))
+        shown = finishes[material[here[0]]].material
+        shown.sampler = replace(shown.sampler, wrap=("clamp", "clamp"))
 
 
 def _pick(table: array, rows: np.ndarray, width: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.meshes.budget import Budget
+from train.meshes.files import read_file
 from train.meshes.gltf import gltf_files, read_gltf
 from train.meshes.obj import obj_files, read_obj
 from train.meshes.ply import read_ply
@@ -22,8 +24,11 @@ READABLE = (".obj", ".glb", ".gltf", ".ply")
 CONVERTIBLE = (".fbx", ".usd", ".usda", ".usdc", ".usdz", ".blend", ".dae", ".3ds")
 
 
-def read_mesh(path: Path) -> Mesh:
-    """Read one file of READABLE; a ValueError names the file and what is wrong with it."""
+def read_mesh(path: Path, root: Path | None = None) -> Mesh:
+    """Read one file of READABLE; a ValueError names the file and what is wrong with it.
+
+    The files that it names lie below `root`, without one below its own folder.
+    """
     if path.suffix.lower() in CONVERTIBLE:
         raise ValueError(
             f"{path.name}: {path.suffix} needs Blender: python -m train.prepare --blender PROGRAM "
@@ -36,13 +41,16 @@ def read_mesh(path: Path) -> Mesh:
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty")
+    root = path.parent if root is None else root
+    budget = Budget()
     reader = {".obj": read_obj, ".ply": read_ply}.get(path.suffix.lower(), read_gltf)
-    # what is not finite is refused
-    with reading(path.name), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return reader(path)
+    with reading(path.name), budget.enforced():
+        # what is not finite is refused
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return reader(path, root, budget)
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, root: Path | None = None) -> str:
     """Hash a mesh file with every file that it names (MTL, images, glTF buffers): sha256.
 
     Of a file that names none it is the file's own. Raises OSError for what is no file, ValueError,
@@ -50,19 +58,24 @@ def content_hash(path: Path) -> str:
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path.name} is not a file")  # a pipe or a device would never end
-    with reading(path.name):
-        return _digest(path)
+    budget = Budget()
+    budget.count(path)
+    with reading(path.name), budget.enforced():
+        return _digest(path, path.parent if root is None else root, budget)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256(path.read_bytes())
+def _digest(path: Path, root: Path, budget: Budget) -> str:
+    digest = hashlib.sha256(read_file(path))
     parts = []
     if path.suffix.lower() == ".obj":
-        parts = obj_files(path)
+        parts = obj_files(path, root)
     elif path.suffix.lower() in (".glb", ".gltf"):
-        parts = gltf_files(path)
+        parts = gltf_files(path, root, budget)
+    known = {None: b"absent"}
     for part in parts:  # each by its own digest: where one ends counts, and whether it is there
-        digest.update(hashlib.sha256(part.read_bytes()).digest() if part else b"absent")
+        if part not in known:
+            known[part] = hashlib.sha256(budget.read(part)).digest()
+        digest.update(known[part])
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from train.meshes.pictures import Placement, Sampler
 
 HUGE = 1e15
+CHUNK = 1 << 16  # rows
 GREY = (0.8, 0.8, 0.8)  # a face without a material, as most viewers show it
 # (x, y, z) becomes (x, -z, y); the datasets are z-up
 Y_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], float)
@@ -79,7 +80,10 @@ def assemble(
         raise ValueError(no_faces(name, notes))
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"{name}: a face uses vertex {faces.max() + 1} of {len(vertices)}")
-    used, faces = np.unique(faces, return_inverse=True)
+    known = np.zeros(len(vertices), bool)
+    known[faces] = True
+    used = np.flatnonzero(known)
+    faces = (np.cumsum(known) - 1).astype(np.int32)[faces]
     vertices = vertices[used]
     bad = np.flatnonzero(~np.isfinite(vertices).all(1))
     if len(bad):
@@ -94,15 +98,38 @@ def assemble(
     with np.errstate(over="ignore", invalid="ignore"):
         return Mesh(
             vertices=vertices @ up.T,
-            faces=faces.reshape(-1, 3).astype(np.int32),
-            normals=_finite(normals @ up.T),
-            uv=_finite(uv),
-            tint=_finite(tint),
+            faces=faces.reshape(-1, 3),
+            normals=finite(normals, up),
+            uv=finite(uv),
+            tint=finite(tint),
             material=np.asarray(material, np.int32),
             materials=materials,
             notes=list(notes),
-            emission_uv=None if emission_uv is None else _finite(emission_uv),
+            emission_uv=None if emission_uv is None else finite(emission_uv),
         )
+
+
+def earlier_copies(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Count for each face [F, 3] the earlier ones with the same corners, in any order: [F].
+
+    `vertices` [P, 3] are compared by their numbers, each three of them mixed to one of 64 bits.
+    """
+    bits = (np.asarray(vertices, np.float64) + 0.0).view(np.uint64)  # -0.0 becomes 0.0
+    mixed = np.zeros(len(bits), np.uint64)
+    for axis in range(3):  # splitmix64 (Steele, Lea and Flood 2014)
+        mixed += bits[:, axis] + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    key = mixed[faces[:, 0]] + mixed[faces[:, 1]] + mixed[faces[:, 2]]
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    place = np.arange(len(key))
+    begins = np.ones(len(key), bool)
+    begins[1:] = key[1:] != key[:-1]
+    count = np.empty(len(key), np.int64)
+    count[order] = place - np.maximum.accumulate(np.where(begins, place, 0))
+    return count
 
 
 def no_faces(name: str, notes: Iterable[str]) -> str:
@@ -111,6 +138,15 @@ def no_faces(name: str, notes: Iterable[str]) -> str:
     return f"{name} has no faces{why}"
 
 
-def _finite(values) -> np.ndarray:
-    """In float32, 0 for what is not finite or has no finite square there."""
-    return np.where(np.abs(values) < HUGE, values, 0).astype(np.float32)
+def finite(values: np.ndarray, turn: np.ndarray | None = None) -> np.ndarray:
+    """Values in float32, 0 for what is not finite or has no finite square there.
+
+    Vectors are turned by the matrix `turn` [3, 3] if there is one. Values that are float32 already
+    are changed in place.
+    """
+    made = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
+    for first in range(0, len(values), CHUNK):  # a few MB at once, and not the file's times ten
+        rows = slice(first, first + CHUNK)
+        part = values[rows] if turn is None else values[rows] @ turn.T
+        made[rows] = np.where(np.abs(part) < HUGE, part, 0)
+    return made

@@ -1,5 +1,6 @@
 """Read untrusted files: errors of malformed ones, checks of their parts, formats of pictures."""
 
+import reprlib
 import struct
 import warnings
 import zlib
@@ -29,12 +30,22 @@ MALFORMED = (
 )
 VIEWS = ("PNG", "WEBP", "JPEG")  # what pictures of a dataset come in
 TEXTURES = (*VIEWS, "TGA", "BMP", "TIFF", "GIF", "DDS")
+HUGE = 1e100
+SHOWN = 60
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = SHOWN
 NAMES = {int: "a whole number from 0 up", str: "text", list: "a list", dict: "an object"}
 
 
 def reason(error: BaseException) -> str:
     """Word an error, with its kind where the text alone would say little."""
     text = str(error)
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return f"it needs more memory than a file of its size may take: {text}".removesuffix(": ")
+    if "integer string conversion" in text:
+        return "a number in it has too many digits"
     if isinstance(error, KeyError):
         return f"it has no {text}"
     if text and isinstance(error, ValueError | OSError):
@@ -59,11 +70,35 @@ def expect(value, kind: type, where: str):
     Raises ValueError that says where it stands.
     """
     if type(value) is not kind or (kind is int and value < 0):
-        shown = repr(value)
-        if len(shown) >= 60:
-            shown = f"{shown[:60]}..."
-        raise ValueError(f"{where} is {shown}, not {NAMES[kind]}")
+        raise ValueError(f"{where} is {shown(value)}, not {NAMES[kind]}")
     return value
+
+
+def expect_numbers(value, counts: Sequence[int], where: str) -> list[float]:
+    """Return `value` if it is a list of so many finite numbers; no counts: of any number of them.
+
+    Raises ValueError that says where it stands.
+    """
+    expect(value, list, where)
+    if counts and len(value) not in counts:
+        wanted = " or ".join(map(str, counts))
+        raise ValueError(f"{where} has {len(value)} entries, not {wanted}")
+    for i, number in enumerate(value):
+        expect_number(number, f"{where}[{i}]")
+    return value
+
+
+def expect_number(value, where: str) -> float:
+    """Return `value` if it is a finite number; ValueError that says where it stands."""
+    if type(value) not in (int, float) or not abs(value) < HUGE:
+        raise ValueError(f"{where} is {shown(value)}, not a finite number")
+    return value
+
+
+def shown(value) -> str:
+    """Write a value of any kind and size in at most SHOWN characters."""
+    text = SHORT.repr(value)
+    return text if len(text) < SHOWN else f"{text[:SHOWN]}..."
 
 
 def open_picture(data: Path | bytes, formats: Sequence[str]) -> Image.Image:

@@ -42,7 +42,12 @@ worse placed than the others; `rgb` features never see them.
 
 A run can be interrupted: files are written under another name and renamed when complete, and the
 same command goes on where it stopped. A mesh that cannot be used is reported with its reason and
-skipped, even one that kills its process.
+skipped, even one that kills its process or takes longer than --seconds-per-object (with --workers 0
+there is no process to stop, and no such limit). Reading a mesh takes at most 500 MB and 50 bytes
+for each byte of its files. A mesh, its materials, textures and buffers are read below --root alone,
+links followed: by default below the folder that was given, or the folder of the mesh. Where a model
+names ../textures/wood.png, or where files are links to others elsewhere, give --root a folder that
+holds both.
 """
 
 import argparse
@@ -64,14 +69,15 @@ from train.data.metadata import (
 from train.prepare import sweethome
 from train.prepare.blender import convert_all
 from train.prepare.features import ImageFeatures, add_features, parse_name
-from train.prepare.objects import Result, Settings, prepare_object
+from train.prepare.objects import HASH, PREPARE, Settings, work
 from train.prepare.parts import WHOLE, Part
-from train.prepare.sources import Source, collect, hash_sources, with_path
+from train.prepare.sources import Result, Source, collect, grouped, with_path
 from train.prepare.summary import summary
 from train.run.machine import named_device
 from train.run.progress import Progress
-from train.workers import answers
+from train.workers import Team
 
+SECONDS = 3600  # for one object, unless the flags say otherwise
 NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, and their packages
 
 
@@ -81,20 +87,35 @@ def prepare_all(
     workers: int,
     part: Part = WHOLE,
     blender: str | None = None,
+    seconds: float | None = None,
 ) -> tuple[int, list[dict]]:
     """Prepare the sources of a part and print what happened.
 
-    `blender` converts those that need it.
+    `blender` converts those that need it. A worker has `seconds` for an object.
 
     Returns the exit code (0, 1 if nothing could be used, 130 if interrupted) and the rows of what
     is there then.
     """
     start = time.perf_counter()
-    code = 0
     usable, refused = sources, []
     if blender is not None:
         usable, refused = convert_all(sources, blender, settings.out, workers)
-    objects, unread = hash_sources(usable)
+    workers = min(workers, len(usable))
+    with Team("worker", partial(work, settings=settings), workers, seconds) as team:
+        return _prepare(usable, refused, settings, team, part, start)
+
+
+def _prepare(
+    sources: list[Source],
+    refused: list[Result],
+    settings: Settings,
+    team: Team,
+    part: Part,
+    start: float,
+) -> tuple[int, list[dict]]:
+    """Do the rest of prepare_all, which began at `start`, with `team`."""
+    code = 0
+    objects, unread = grouped(_hashed(sources, team))
     own = part.of(copies[0].sha256 for copies in objects)
     objects = [copies for copies in objects if copies[0].sha256 in own]
     refused = (refused + unread)[part.number - 1 :: part.count]
@@ -112,7 +133,7 @@ def prepare_all(
     total = len(refused) + sum(map(len, objects))
     bar = Progress(total, unit="object")
     try:
-        for result in chain(refused, _results(objects, settings, workers)):
+        for result in chain(refused, _results(objects, settings, team)):
             results.append(result)
             bar.update(result.source.path.stem)
             for line in (*result.notes, *([f"skipped {result.failure}"] if result.failure else [])):
@@ -135,7 +156,7 @@ def prepare_all(
     return code or int(not rows), rows
 
 
-def _results(objects: list[list[Source]], settings: Settings, workers: int) -> Iterator[Result]:
+def _results(objects: list[list[Source]], settings: Settings, team: Team) -> Iterator[Result]:
     """Yield the results of all objects.
 
     Of several meshes of the same content, the first that can be used is prepared.
@@ -145,7 +166,7 @@ def _results(objects: list[list[Source]], settings: Settings, workers: int) -> I
     while left:
         turn = left
         retry = {}
-        for source, result in _prepared(list(turn), settings, workers):
+        for source, result in _prepared(list(turn), settings, team):
             yield result
             if result.row:
                 same = f"the same mesh, materials and textures as {source.path}"
@@ -155,19 +176,30 @@ def _results(objects: list[list[Source]], settings: Settings, workers: int) -> I
         left = retry
 
 
+def _hashed(sources: list[Source], team: Team) -> list[Source | Result]:
+    """The sources with their hashes, or what is wrong with them, in their order."""
+    found = {}
+    tasks = [(HASH, source) for source in dict.fromkeys(sources)]
+    for (_, source), hashed in team.answers(tasks):
+        found[source] = _failed(source, hashed) if isinstance(hashed, Exception) else hashed
+    return [found[source] for source in sources]
+
+
 def _prepared(
-    sources: list[Source], settings: Settings, workers: int
+    sources: list[Source], settings: Settings, team: Team
 ) -> Iterator[tuple[Source, Result]]:
     """Yield each source with its result, as they come. A dead process costs its object alone."""
-    prepare = partial(prepare_object, settings=settings)
-    if workers < 1:
-        yield from ((source, prepare(source)) for source in sources)
-        return
-    for source, result in answers("worker", prepare, sources, min(workers, len(sources))):
-        if not isinstance(result, Result):  # an error
+    for (_, source), result in team.answers([(PREPARE, source) for source in sources]):
+        if isinstance(result, Exception):
             shutil.rmtree(settings.partial(source.sha256), ignore_errors=True)
-            result = Result(source, failure=with_path(source, str(result)))
+            result = _failed(source, result)
         yield source, result
+
+
+def _failed(source: Source, error: Exception) -> Result:
+    """The result of an object whose process died or was stopped."""
+    advice = ": --seconds-per-object says how long" if isinstance(error, TimeoutError) else ""
+    return Result(source, failure=with_path(source, f"{error}{advice}"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -198,8 +230,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--root",
         type=Path,
-        default=Path(),
-        help="what paths in lists are relative to (default: here)",
+        help="what paths in lists are relative to (default: here), and the folder that meshes, "
+        "their materials and their textures may lie in (default: the folder of MESHES)",
     )
     p.add_argument(
         "--resolution",
@@ -249,6 +281,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--workers", type=int, default=cores, help=workers)
     p.add_argument(
+        "--seconds-per-object",
+        type=float,
+        default=SECONDS,
+        metavar="SECONDS",
+        help=f"an object whose process takes longer is skipped (default: {SECONDS}; 0: never)",
+    )
+    p.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -286,7 +325,10 @@ def run(args: argparse.Namespace) -> int:
         tag = f".{part.number}" if part.count > 1 else ""
         fetched = sweethome.sources(args.out, args.archive, tag) if args.fetch else []
         given = collect(args.meshes, args.root) if args.meshes else []
-        code, rows = prepare_all(fetched + given, settings, args.workers, part, args.blender)
+        workers = max(args.workers, 0)
+        seconds = _seconds(args.seconds_per_object)
+        sources = fetched + given
+        code, rows = prepare_all(sources, settings, workers, part, args.blender, seconds)
     elif network:
         rows = read_metadata(args.out)
         own = part.of(row["sha256"] for row in rows)
@@ -299,6 +341,13 @@ def run(args: argparse.Namespace) -> int:
         done = part.count - len(absent)
         print(f"{part.table}; metadata.csv when all parts are there ({done} of {part.count} are)")
     return code
+
+
+def _seconds(given: float) -> float | None:
+    """The time limit of an object, None for 0; ValueError for what is no time."""
+    if not 0 <= given < float("inf"):
+        raise ValueError(f"--seconds-per-object {given:g} is not a number of seconds from 0 up")
+    return given or None
 
 
 def _network(args: argparse.Namespace) -> ImageFeatures | None:

@@ -34,8 +34,10 @@ from torch import Tensor
 from kernels import Camera
 from models import dinov2
 from models.files import write_whole
+from models.reading import entry, read_bytes, read_json, shown
 from train.data.metadata import write_metadata, write_npz
 from train.data.readers import Frames, picture_size, read_frames, read_picture
+from train.meshes.files import below
 from train.run.progress import Progress
 
 PIXELS = 518  # a side of a view, as published
@@ -96,12 +98,12 @@ class ImageFeatures:
         network = dinov2.load(model, self.weights).to(self.device)
         with self.weights.open("rb") as stream:
             sha = hashlib.file_digest(stream, "sha256").hexdigest()
-        record = self.out / "features" / f"{self.name}.json"
-        if record.is_file():
-            was = json.loads(record.read_text()).get("weights")
+        record = below(self.out, self.out / "features" / f"{self.name}.json")
+        if record.exists():
+            was = entry(read_json(record), "weights", str, str(record))
             if was != sha:
                 raise ValueError(
-                    f"{record}: these features were made with weights of sha256 {was}, but "
+                    f"{record}: these features were made with weights of sha256 {shown(was)}, but "
                     f"{self.weights} has {sha}: choose another --out"
                 )
         else:
@@ -115,7 +117,7 @@ class ImageFeatures:
         Raises ValueError where there are none.
         """
         file = self.out / "renders" / sha / "transforms.json"
-        frames = read_frames(file)
+        frames = read_frames(file, self.out)
         views = len(frames.files) - (frames.holdout or 0)
         if views < 1:
             raise ValueError(f"{file}: all {len(frames.files)} frames are held out")
@@ -131,12 +133,14 @@ class ImageFeatures:
         """Make the features of an object for every resolution.
 
         `seen` is told of views that were looked at. Raises ValueError that names the file where
-        views, cameras or voxels cannot be used.
+        views, cameras or voxels cannot be used, and for links that lead out of the dataset.
         """
         cells = {}
         for R in resolution:
-            points = read_points(self.voxels(R, sha))
-            cells[R] = points, cells_of(points, R, self.voxels(R, sha))
+            below(self.out, self.file(R, sha).parent)
+            file = below(self.out, self.voxels(R, sha))
+            points = read_points(file)
+            cells[R] = points, cells_of(points, R, file)
         frames, views = self.frames(sha)
         every = np.concatenate([points for points, _ in cells.values()])
         _, pixels = parse_name(self.name)
@@ -155,9 +159,7 @@ def read_points(file: Path) -> np.ndarray:
 
     Raises ValueError that names the file.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    content = file.read_bytes()
+    content = read_bytes(file)
     head, end, _ = content[:HEADER].partition(b"end_header\n")
     lines = head.decode("latin1").split("\n")
     lines = [line.strip() for line in lines if not line.startswith(("comment", "obj_info"))]
@@ -173,7 +175,8 @@ def read_points(file: Path) -> np.ndarray:
         raise ValueError(f"{file} has {len(content) - first} bytes of points, not {size}")
     if not count:
         raise ValueError(f"{file}: the object has no voxels")
-    return np.frombuffer(content, kind, 3 * count, first).reshape(-1, 3).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is infinite is outside every grid
+        return np.frombuffer(content, kind, 3 * count, first).reshape(-1, 3).astype(np.float32)
 
 
 def cells_of(points: np.ndarray, resolution: int, file: Path) -> np.ndarray:

@@ -23,8 +23,12 @@ from train.meshes.read import normalize, read_mesh
 from train.meshes.surface import Mesh
 from train.meshes.untrusted import MALFORMED, reason
 from train.prepare.raycast import FOV, Caster, camera_to_world, direction
-from train.prepare.sources import Result, Source, with_path
+from train.prepare.sources import Result, Source, hash_source, with_path
 from train.prepare.voxelize import Features, voxelize
+
+HASH = "hash"
+PREPARE = "prepare"
+NOTES = 50  # that are shown of one object
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,12 @@ class Settings:
         return self.out / "renders" / f"{sha}.partial"
 
 
+def work(task: tuple[str, Source], settings: Settings) -> Source | Result:
+    """Do what a worker is asked for: to HASH a source, or to PREPARE an object."""
+    what, source = task
+    return hash_source(source) if what == HASH else prepare_object(source, settings)
+
+
 def frame_order(views: int, holdout: int) -> list[int]:
     """Order the views of the sequence as frames: held-out ones last.
 
@@ -98,7 +108,7 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         counts = _finished(settings, source.sha256)
         if counts is not None:
             return Result(source, _row(source, settings, counts))
-        mesh = read_mesh(source.file)
+        mesh = read_mesh(source.file, source.home)
         scale, offset = normalize(mesh)
         # as mesh.ply stores them
         mesh.vertices = mesh.vertices.astype(np.float32).astype(np.float64)
@@ -132,7 +142,9 @@ def prepare_object(source: Source, settings: Settings) -> Result:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         counts = {R: len(own) for R, own in cells.items()}
-        notes = tuple(with_path(source, note) for note in mesh.notes)
+        notes = tuple(with_path(source, note) for note in mesh.notes[:NOTES])
+        if len(mesh.notes) > NOTES:
+            notes += (f"{source.path}: {len(mesh.notes) - NOTES} more notes",)
         row = _row(source, settings, counts)
         return Result(source, row, "", notes, made=True, seconds=time.perf_counter() - start)
     except (OSError, *MALFORMED) as error:

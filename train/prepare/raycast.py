@@ -10,7 +10,7 @@ added to what is reflected: an OBJ's in display values, glTF's in linear light.
 import numpy as np
 
 from train.meshes.pictures import sample
-from train.meshes.surface import Material, Mesh
+from train.meshes.surface import CHUNK, Material, Mesh, earlier_copies
 
 RADIUS = 2.0
 FOV = np.deg2rad(40)
@@ -24,6 +24,7 @@ LAYERS = 16  # transparent surfaces that one ray can pass
 CLEAR = 1 / 512  # light below this share of a pixel is not followed
 STEP = 1e-5  # how far behind a transparent surface a ray goes on
 NEAR = 0.1  # world units: a mesh that comes closer to the camera can be seen anywhere
+COPIES = 8  # faces with the same corners that are drawn
 RAYS = 1 << 18  # rays cast at once: some 100 MB of intermediates
 
 
@@ -65,14 +66,19 @@ class Caster:
 
         self.mesh = mesh
         self.scene = EmbreeScene()
+        # a ray meets one of several faces in one place; hundreds there would slow every ray
+        kept = np.flatnonzero(earlier_copies(mesh.vertices, mesh.faces) < COPIES)
+        self.kept = kept if len(kept) < len(mesh.faces) else None  # the faces of the scene
+        faces = mesh.faces if self.kept is None else mesh.faces[kept]
         TriangleMesh(
-            self.scene, mesh.vertices.astype(np.float32), np.ascontiguousarray(mesh.faces, np.int32)
+            self.scene, mesh.vertices.astype(np.float32), np.ascontiguousarray(faces, np.int32)
         )
-        corners = mesh.vertices[mesh.faces]
-        normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        self.flat = (
-            normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
-        ).astype(np.float32)
+        self.flat = np.empty((len(mesh.faces), 3), np.float32)
+        for first in range(0, len(mesh.faces), CHUNK):
+            corners = mesh.vertices[mesh.faces[first : first + CHUNK]]
+            normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+            length = np.linalg.norm(normal, axis=1, keepdims=True)
+            self.flat[first : first + CHUNK] = normal / np.maximum(length, 1e-30)
 
     def render(
         self, pose: np.ndarray, size: int, samples: int
@@ -149,6 +155,8 @@ class Caster:
             hit = np.flatnonzero(found["primID"] >= 0)
             live = live[hit]
             face = found["primID"][hit]
+            if self.kept is not None:
+                face = self.kept.take(face)
             last = last[hit]
             if len(live) == 0:
                 break

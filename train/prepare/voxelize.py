@@ -24,6 +24,8 @@ are what the models reconstruct.
 
 import numpy as np
 
+from train.meshes.surface import earlier_copies
+
 CHANNELS = 50
 SEEN = 1 / 255  # summed over a view: a trace that no 8-bit image shows is not seen
 PAIRS = 1 << 16  # triangle-cell pairs tested at once: a few tens of MB, fastest of 2^12 to 2^18
@@ -42,40 +44,55 @@ def voxelize(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.nda
         raise ValueError(f"resolution {resolution} is not in 1 to 1024")
     limit = 0.5 - 1e-6
     clipped = np.clip(np.asarray(vertices, np.float64), -limit, limit)
-    triangles = Triangles(((clipped + 0.5) * resolution)[faces])  # in cells
+    places = (clipped + 0.5) * resolution  # in cells
+    hit = np.zeros(resolution**3, bool)
+    # as many triangles at once as start in PAIRS blocks
+    once = np.flatnonzero(earlier_copies(clipped, faces) == 0)
+    for first in range(0, len(once), PAIRS // len(NEAR)):
+        some = faces[once[first : first + PAIRS // len(NEAR)]]
+        _mark(hit, Triangles(places[some]), resolution)
+    hits = np.flatnonzero(hit)
+    return np.stack(
+        [hits // resolution**2, hits // resolution % resolution, hits % resolution], -1
+    ).astype(np.int32)
+
+
+def _mark(hit: np.ndarray, triangles: "Triangles", resolution: int) -> None:
+    """Mark the cells that triangles meet in `hit` [resolution^3], by their numbers.
+
+    Blocks are halved depth first, PAIRS at once, so that memory does not follow the surface.
+    """
     extent = (triangles.high - triangles.low).max(1)
     # a block is 2^level cells wide, not less than the triangle
     level = np.ceil(np.log2(np.maximum(extent, 1))).astype(int)
-    pairs = np.zeros(0, np.int64)
-    blocks = np.zeros((0, 3), np.int64)
-    for size_log in range(max(level.max(initial=0), 0), -1, -1):
+    for size_log in np.unique(level).tolist():
         size = 1 << size_log
         born = np.flatnonzero(level == size_log)
         # closed boxes: the one that only touches counts
         low = np.ceil(triangles.low[born] / size).astype(np.int64) - 1
         high = np.floor(triangles.high[born] / size).astype(np.int64)
         first = low[:, None] + NEAR
-        inside = ((first <= high[:, None]) & (first >= 0) & (first * size < resolution)).all(-1)
+        inside = ((first <= high[:, None]) & (first >= 0)).all(-1)
         owner = np.broadcast_to(born[:, None], inside.shape)[inside]
-        children = (blocks[:, None] * 2 + CORNERS).reshape(-1, 3)
-        pairs = np.concatenate([pairs.repeat(8), owner])
-        blocks = np.concatenate([children, first[inside]])
-        keep = (blocks * size < resolution).all(1)
-        pairs = pairs[keep]
-        blocks = blocks[keep]
-        meets = [
-            triangles.overlap(
-                pairs[i : i + PAIRS], (blocks[i : i + PAIRS] + 0.5) * size, 0.5 * size
-            )
-            for i in range(0, len(pairs), PAIRS)
-        ]
-        keep = np.concatenate(meets) if meets else np.zeros(0, bool)
-        pairs = pairs[keep]
-        blocks = blocks[keep]
-    hits = np.unique(cell_id(blocks, resolution))
-    return np.stack(
-        [hits // resolution**2, hits // resolution % resolution, hits % resolution], -1
-    ).astype(np.int32)
+        todo = [(size_log, owner, first[inside])]
+        while todo:
+            size_log, pairs, blocks = todo.pop()
+            size = 1 << size_log
+            keep = (blocks * size < resolution).all(1)
+            if size_log == 0:
+                keep[keep] = ~hit[cell_id(blocks[keep], resolution)]
+            pairs = pairs[keep]
+            blocks = blocks[keep]
+            keep = triangles.overlap(pairs, (blocks + 0.5) * size, 0.5 * size)
+            pairs = pairs[keep]
+            blocks = blocks[keep]
+            if size_log == 0:
+                hit[cell_id(blocks, resolution)] = True
+                continue
+            for first in range(0, len(pairs), PAIRS // len(CORNERS)):
+                rows = slice(first, first + PAIRS // len(CORNERS))
+                children = (blocks[rows, None] * 2 + CORNERS).reshape(-1, 3)
+                todo.append((size_log - 1, pairs[rows].repeat(len(CORNERS)), children))
 
 
 class Triangles:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.files import whole
 from models.finite import NotFinite, check_finite, finite
+from models.reading import check_floats, entry, parse_json, read_safetensors
 
 KEEP = 3
 
@@ -51,7 +52,7 @@ def save(
         raise OSError(f"{error}; the newest complete checkpoint is {survivor}") from error
     spared = newest_sound(folder)
     for old in [*files(folder)[:-keep], *folder.glob("step_*.partial")]:
-        if old != spared:
+        if old != spared and not old.is_dir():
             old.unlink()
     return file
 
@@ -68,7 +69,7 @@ def path(folder: Path, step: int) -> Path:
 
 def files(folder: Path) -> list[Path]:
     """List all checkpoints, the newest last."""
-    return sorted(folder.glob("step_*.safetensors"))
+    return sorted(file for file in folder.glob("step_*.safetensors") if file.is_file())
 
 
 def newest_sound(folder: Path) -> Path | None:
@@ -77,7 +78,7 @@ def newest_sound(folder: Path) -> Path | None:
         try:
             with safe_open(file, framework="pt") as content:
                 header = content.metadata() or {}
-        except SafetensorError:
+        except (SafetensorError, OSError):
             continue
         if "state" in header and "doubtful" not in header:
             return file
@@ -98,21 +99,23 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict]:
     finite, the newest older checkpoint that is whole, and how to go on from there.
     """
     try:
-        with safe_open(file, framework="pt") as content:
-            state = json.loads((content.metadata() or {})["state"])
-            tensors = {name: content.get_tensor(name) for name in content.keys()}
-        check_finite(tensors, str(file))
+        tensors, header = read_safetensors(file)
+        if "state" not in header:
+            raise ValueError(f"{file} is not a checkpoint of a run: its header has no state")
+        state = parse_json(header["state"], f"{file} is not a checkpoint of a run: its state")
+        numbers = {n: t for n, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+        check_floats(numbers, str(file))
+        check_finite(numbers, str(file))
         return tensors, state
     except NotFinite as error:
         raise NotFinite(f"{error}{_older(file)}") from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or not a safetensors file: {error}{_older(file)}"
-        ) from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file} is not a checkpoint of a run: its header has no state{_older(file)}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{error}{_older(file)}") from error
+
+
+def part(state: Mapping, name: str) -> dict:
+    """Look up what a part of the run said of itself in the state; ValueError where it is absent."""
+    return entry(dict(state), name, dict, "its state")
 
 
 def _older(file: Path) -> str:
@@ -121,7 +124,8 @@ def _older(file: Path) -> str:
             with safe_open(other, framework="pt") as content:
                 sound = other < file and "state" in (content.metadata() or {})
                 sound = sound and all(finite(content.get_tensor(name)) for name in content.keys())
-        except SafetensorError:
+        # the last: of a kind of number that has no minimum
+        except (SafetensorError, OSError, RuntimeError):
             continue
         if sound:
             return f"; {other.name} beside it is whole: delete the damaged file to go on from there"

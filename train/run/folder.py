@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import TextIO
 
 from models.files import PARTIAL
 
@@ -19,7 +22,7 @@ def locked(folder: Path) -> Iterator[Path]:
 
     Raises ValueError where another process holds it.
     """
-    with (folder / LOCK).open("w") as file:
+    with _lock_file(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -35,6 +38,23 @@ def locked(folder: Path) -> Iterator[Path]:
             # closing is not enough where data workers still have it open
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock_file(path: Path) -> TextIO:
+    """Open a lock for writing; ValueError where it is no file: a pipe would wait for its reader.
+
+    What a link leads to is left alone.
+    """
+    try:
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP or path.is_dir():
+            raise ValueError(f"{path} is no file: delete it, it is the lock of a run") from error
+        raise
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise ValueError(f"{path} is no file: delete it, it is the lock of a run")
+    return os.fdopen(opened, "r+")
 
 
 @contextmanager

@@ -4,20 +4,20 @@ They are its posterior means in fp32.
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import models
 from kernels import to_device
 from models import Encoder, SparseTensor
 from models.files import whole
+from models.finite import check_finite
+from models.reading import check_floats, entry, read_json, read_safetensors, shown
 from train.data.batch import Batch
 
 
@@ -48,8 +48,9 @@ def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Enco
 def _why_not(config: Path) -> str:
     if not config.is_file():
         return "it is not a run folder"
-    encoder = json.loads(config.read_text()).get("encoder")
-    if encoder:
+    content = read_json(config)
+    if content.get("encoder") is not None:
+        encoder = entry(content, "encoder", str, str(config))
         return f"it was trained on that of --encoder {encoder}"
     return "the run is not finished, --resume it"
 
@@ -86,25 +87,38 @@ class Latents:
 
     def _latents(self, name: str, features: Tensor, coords: Tensor) -> Tensor:
         file = self.folder / f"{name}.safetensors"
-        if not file.is_file():
+        if not file.exists():
             return self._made(file, features, coords)
         try:
-            saved = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is truncated: delete it and it will be made again ({error})"
-            ) from error
+            mean = self._kept(file, name, coords)
+        except ValueError as error:
+            raise ValueError(f"{error}: delete it and it will be made again") from error
+        self._known.add(name)  # reading the object's voxels waits for the device: once
+        return to_device(mean.to(features.dtype), features.device)
+
+    def _kept(self, file: Path, name: str, coords: Tensor) -> Tensor:
+        """Read the latents of an object that are on the disk; ValueError where they do not fit."""
+        saved, _ = read_safetensors(file)
         if saved.keys() != {"mean", "coords"}:
+            raise ValueError(f"{file} holds {shown(sorted(saved))}, not mean and coords")
+        mean, stored = saved["mean"], saved["coords"]
+        if stored.dtype != torch.int32 or stored.shape[1:] != (3,):
             raise ValueError(
-                f"{file} holds {', '.join(sorted(saved)) or 'nothing'}, not mean and coords"
+                f"{file}: coords are {stored.dtype} {shown(list(stored.shape))}, not int32 [N, 3]"
             )
-        fits = len(saved["coords"]) == len(coords)
+        fits = len(stored) == len(coords)
         if fits and name not in self._known:
-            fits = torch.equal(saved["coords"], coords[:, 1:].cpu())
+            fits = torch.equal(stored, coords[:, 1:].cpu())
         if not fits:
             raise ValueError(
-                f"{file} holds {len(saved['coords'])} voxels that are not the object's "
-                f"{len(coords)}"
+                f"{file} holds {len(stored)} voxels that are not the object's {len(coords)}"
             )
-        self._known.add(name)  # reading the object's voxels waits for the device: once
-        return to_device(saved["mean"].to(features.dtype), features.device)
+        check_floats({"mean": mean}, str(file))
+        wanted = (len(coords), self.encoder.latent_channels)
+        if mean.shape != wanted:
+            raise ValueError(
+                f"{file}: mean has shape {shown(list(mean.shape))}, not {list(wanted)}"
+            )
+        if name not in self._known:
+            check_finite({"mean": mean}, str(file))
+        return mean

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kernels import backend
 from models.files import whole, write_whole
+from models.reading import entry, parse_json, read_bytes, shown
 from train.config import OPTIMIZERS, Config
 from train.run.machine import Machine
 
@@ -89,6 +90,22 @@ def note(row: Mapping[str, float]) -> str:
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 
 
+def _row(line: str, before: int, where: str) -> dict:
+    """A row of log.jsonl; ValueError where it is none, or of no later step than `before`."""
+    try:
+        row = parse_json(line, where)
+        if (step := entry(row, "step", int, where)) <= before:
+            raise ValueError(f"step {shown(step)} follows step {before}")
+        if entry(row, "seconds", float, where) < 0:
+            raise ValueError("it took less than no time")
+        for name in row.keys() - {"step", "seconds"}:
+            if row[name] is not None:
+                entry(row, name, float, where)
+    except ValueError as error:
+        raise ValueError(f"{where} is not a row of a run: {line[:80].rstrip()}") from error
+    return row
+
+
 class Log:
     """log.jsonl, a row a step, and the thinned rows that curves are drawn from.
 
@@ -100,23 +117,22 @@ class Log:
         self.file = file
         self.rows: list[dict] = []
         self.stride = 1
+        self.seconds = 0.0
         kept = []
-        if file.is_file():
-            for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
-                try:
-                    if not line.endswith("\n") or json.loads(line)["step"] > step:
-                        # half a row, where the run was killed while writing it, or a step after the
-                        # checkpoint
-                        break
-                except (json.JSONDecodeError, TypeError, KeyError) as error:
-                    raise ValueError(
-                        f"{file}, line {number} is not a row of a run: {line[:80].rstrip()}"
-                    ) from error
+        if file.exists():
+            before = -1
+            lines = read_bytes(file).decode(errors="backslashreplace").splitlines(keepends=True)
+            for number, line in enumerate(lines, 1):
+                if not line.endswith("\n"):
+                    break  # half a row, where the run was killed while writing it
+                row = _row(line, before, f"{file}, line {number}")
+                if row["step"] > step:
+                    break  # after the checkpoint
                 kept.append(line)
+                self._remember(row)
+                self.seconds = row["seconds"]
+                before = row["step"]
         write_whole(file, "".join(kept))
-        for line in kept:
-            self._remember(json.loads(line))
-        self.seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
         self.stream = file.open("a", buffering=1)  # a whole line at a time
 
     def _remember(self, row: dict) -> None:
