@@ -8,6 +8,7 @@ compiled or interpreted, never both in one process.
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     )
     # before the first import of torch
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
+# a shell's background jobs ignore Ctrl-C, and so would every process that a test starts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "--emulate" in sys.argv[:-1]:
     # known before Triton is imported, here and in the workers of pytest-xdist

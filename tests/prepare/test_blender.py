@@ -27,7 +27,7 @@ elif data[:4] == b"wait":
     import time
     time.sleep(60)
 else:
-    print("Blender 0.0")
+    print("Blender 0.0", flush=True)
     print(data.decode(), file=sys.stderr)
     sys.exit(int(data[:1] == b"E"))
 """

@@ -259,7 +259,7 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
     ):
         cache(batch)
     save_file({"other": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=f"{name}.safetensors holds other, not mean and coords"):
+    with pytest.raises(ValueError, match=rf"{name}.safetensors holds \['other'\], not mean"):
         cache(batch)
     (tmp_path / f"{name}.safetensors").unlink()
     monkeypatch.setattr(
