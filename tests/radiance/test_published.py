@@ -8,8 +8,10 @@ import torch
 from kernels.camera import Camera
 from kernels.radiance.raymarch import raymarch
 from tests.helpers.golden import golden
+from tests.helpers.hardware import with_long_cases
 
-CASES = ["rf_r1d8_res8_33", "rf_inside_r4d4_res8_40", "rf_empty_32"]
+CASES = ["rf_inside_r4d4_res8_40", "rf_empty_32"]
+ONE_RANK = ["rf_r1d8_res8_33"]
 LONG_CASES = [
     "rf_axis_r4d8_res8_41",
     "rf_r16d8_res64_init_40",
@@ -61,7 +63,7 @@ def check_golden(case: str, device) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("device", "case"), with_long_cases(CASES, ONE_RANK), indirect=["device"])
 def test_published_images_and_gradients(device, case):
     check_golden(case, device)
 
