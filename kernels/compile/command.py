@@ -17,8 +17,8 @@ What comes out depends on the version of Triton. `--also PYTHON` builds the same
 once, with another interpreter's Triton too. The command prints a line for every launch and target;
 `--markdown` writes a short table, with one line a kernel: the worst of all its builds.
 
-Exit status 1: a build failed, asked for more shared memory than the target has, or spilled in a
-kernel marked hot.
+Exit status 1: a build failed, asked for more shared memory than the target has, or, in a kernel
+marked hot, spilled or has 16-bit products that no tensor core computes.
 """
 
 import argparse

@@ -147,8 +147,8 @@ def summary(reports: list[dict], limits: dict[str, int]) -> str:
     about = (
         "Facts about machine code, no measurements of speed: the worst of each kernel over "
         f"{', '.join(used)} and {', '.join(types)}, and the target where it is. Bytes of shared "
-        f"memory that a block may have: {most}. A failure is more than that, or a spill in a hot "
-        f"kernel. {'. '.join(built)}."
+        f"memory that a block may have: {most}. A failure is more than that, or in a hot kernel "
+        f"a spill or 16-bit products without tensor cores. {'. '.join(built)}."
     )
     lines = [
         f"# Kernels built for absent GPUs, Triton {' and '.join(r['triton'] for r in reports)}",

@@ -62,7 +62,7 @@ def test_what_fails_a_finished_build():
     too_much = _verdict({"shared": 300000, "spills": 0, "hot": False}, h100, "sm_90")
     assert too_much == "shared memory 300000 B exceeds the 232448 B of sm_90"
     for name in ("sm_86", "sm_89", "sm_120"):
-        fits = {"shared": 99 << 10, "spills": 0, "hot": True}
+        fits = {"shared": 99 << 10, "spills": 0, "hot": True, "dtype": "int"}
         assert _verdict(fits, TARGETS[name], name) is None
         above = _verdict(fits | {"shared": (99 << 10) + 1}, TARGETS[name], name)
         assert above == f"shared memory 101377 B exceeds the 101376 B of {name}"
@@ -71,6 +71,11 @@ def test_what_fails_a_finished_build():
         == "3 spills in a hot kernel"
     )
     assert _verdict({"shared": 0, "spills": 3, "hot": False}, h100, "sm_90") is None
+    lost = {"shared": 0, "spills": 0, "hot": True, "dtype": "fp16", "products": 2}
+    message = "no tensor-core instruction for 2 products"
+    assert _verdict(lost | {"tensor_core": 0}, h100, "sm_90") == message
+    assert _verdict(lost | {"tensor_core": 8}, h100, "sm_90") is None
+    assert _verdict(lost | {"tensor_core": 0, "dtype": "fp32"}, h100, "sm_90") is None
 
 
 def test_blocks_per_multiprocessor_by_what_runs_out():
