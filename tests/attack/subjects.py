@@ -124,11 +124,11 @@ def _mesh(name: str, folder: Path) -> None:
         raise ValueError(source.failure)
     try:
         mesh = read_mesh(source.file, source.home)
+        normalize(mesh)
     except (OSError, ValueError) as error:  # as train.prepare words it
         raise ValueError(with_path(source, str(error))) from error
     assert np.isfinite(mesh.vertices).all() and len(mesh.faces)
     assert 0 <= mesh.faces.min() and mesh.faces.max() < len(mesh.vertices)
-    normalize(mesh)
 
 
 def _dataset(folder: Path) -> None:
