@@ -40,4 +40,4 @@ def kind(result: Result) -> str:
     text = re.sub(r"'[^']*'", "'...'", text)
     if " as " in text and text.startswith("the same mesh"):
         text = text.split(" as ")[0] + " as another"
-    return re.sub(r"\d[\d,.]*", "N", text)
+    return re.sub(r"\d+(?:[,.]\d+)*", "N", text)
