@@ -167,9 +167,9 @@ def product(
         tiles = [t for t in tiles if t.rows < 256] or tiles
     tile = tile or _choose(tiles, R, C, G, x)
     wide, narrow = _widths(C, tile.widest, x)
-    # several products a turn take registers, of which the largest sums leave none
+    # the largest sums leave few registers: Triton 3.6 spills with 64 channels a turn
     large = tile.rows * (wide + narrow) >= 256 * 192
-    step, steps = _steps(A, min(tile.step, 64) if large else tile.step)
+    step, steps = _steps(A, min(tile.step, 32) if large else tile.step)
     # one turn ahead is enough where a turn is of several products
     stages = tile.num_stages if steps == 1 else min(4, tile.num_stages)
     lists = _list_taps(taps, tile.rows)
