@@ -86,27 +86,19 @@ def accessor(**fields) -> dict:
     return {"componentType": 5126, "type": "VEC3", "count": 3} | fields
 
 
+def replaced(count: int) -> dict:
+    """The sparse part of an accessor: so many rows are replaced."""
+    indices = {"bufferView": 2, "componentType": 5121}
+    return {"count": count, "indices": indices, "values": {"bufferView": 0}}
+
+
 OVER = "would take 2160 MB of memory, over the limit of 501 MB"
 ACCESSORS = {
     f"of 30000000 rows but no data, {OVER}": accessor(count=30_000_000),
     "needs 36000000 bytes of a buffer view of 36": accessor(bufferView=0, count=3_000_000),
     "has rows of 12 bytes every 4 bytes": accessor(bufferView=1),
-    "replaces row 3 of 3": accessor(
-        bufferView=0,
-        sparse={
-            "count": 1,
-            "indices": {"bufferView": 2, "componentType": 5121},
-            "values": {"bufferView": 0},
-        },
-    ),
-    "needs 1000000 bytes of a buffer view of 1": accessor(
-        bufferView=0,
-        sparse={
-            "count": 1_000_000,
-            "indices": {"bufferView": 2, "componentType": 5121},
-            "values": {"bufferView": 0},
-        },
-    ),
+    "replaces row 3 of 3": accessor(bufferView=0, sparse=replaced(1)),
+    "needs 1000000 bytes of a buffer view of 1": accessor(bufferView=0, sparse=replaced(1_000_000)),
 }
 
 
