@@ -31,7 +31,16 @@ LIMITS = {
 LARGEST = 1 << 16  # of any size of a model, its blocks apart:
 BLOCKS = 1000
 # of a run that is resumed
-CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")
+CHANGEABLE = (
+    "steps",
+    "device",
+    "data",
+    "workers",
+    "sample_every",
+    "save_every",
+    "eval_objects",
+    "tensorboard",
+)
 
 
 def flag(default, help: str):
@@ -135,6 +144,9 @@ class Config:
     sample_every: int = flag(1000, "steps between sample pictures and curves")
     save_every: int = flag(1000, "steps between checkpoints")
     eval_objects: int = flag(64, "most objects of each kind in the evaluation at the end")
+    tensorboard: bool = flag(
+        False, "also write the log and the sample pictures to OUT/tensorboard, for TensorBoard"
+    )
     # the optimiser
     steps: int = flag(
         750_000,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
@@ -147,10 +148,10 @@ def table(scores: Scores) -> str:
 
 
 @torch.no_grad()
-def save_samples(run: Run) -> None:
+def save_samples(run: Run) -> Path:
     """Draw held-out views of a few objects, the true ones above the model's.
 
-    The picture is samples/step_NNNNNNNN.png in the run's folder.
+    Returns the picture, samples/step_NNNNNNNN.png in the run's folder.
     """
     run.vae.eval()
     batch = run.objects.gallery()
@@ -161,6 +162,7 @@ def save_samples(run: Run) -> None:
     file = run.folder / "samples" / f"step_{run.done:08d}.png"
     rows = run.loss.show(run.decode(batch), batch)
     report.picture(rows, run.objects.captions(batch), title, file)
+    return file
 
 
 def conclude(run: Run) -> Scores:
