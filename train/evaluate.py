@@ -178,7 +178,8 @@ def conclude(run: Run) -> Scores:
         for part, model in run.vae.named_children():
             models.save_pretrained(model, run.folder / "checkpoints" / part)
         untrained = run.untrained().eval()
-        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=untrained)}
+        first = "before" if run.config.init else "untrained"
+        decoders = {"trained": run.decode, first: partial(run.decode, vae=untrained)}
         rgb = run.config.features == "rgb"
         scores = compare(decoders, run.objects, run.config.resolution, rgb)
         surface_scores, surface_table = run.loss.measure(decoders, run.objects)

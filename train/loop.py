@@ -16,7 +16,7 @@ import torch
 from models.finite import NotFinite
 from train.evaluate import conclude, save_samples
 from train.flags import from_cli
-from train.losses.pictures import Loss, PictureLoss
+from train.losses import Loss, PictureLoss
 from train.run import report
 from train.run.board import Board, check_installed
 from train.run.folder import locked, new_folder
