@@ -111,7 +111,9 @@ def _group_norm(
     mean, rstd = _empty_statistics(x, B, groups)
     part = x.new_empty(B, P, 2, C, dtype=torch.float32)
     args = (x, starts, part)
-    backend.launch(group_tiles._partial_statistics, (P, B), *args, C=C, **tiles, num_warps=8)
+    # with 8 warps ptxas spills there
+    warps = 16 if tiles["TILE_C"] >= 1024 and backend.target(x) == "sm_100" else 8
+    backend.launch(group_tiles._partial_statistics, (P, B), *args, C=C, **tiles, num_warps=warps)
     args = (part, starts, mean, rstd, eps)
     merge = dict(TILE_W=triton.next_power_of_2(C // groups), P=P)
     backend.launch(
