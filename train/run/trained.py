@@ -7,13 +7,17 @@ encoder's channels. Nothing is written into a run.
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import models
-from models import DECODERS, Encoder
+from models import DECODERS, Encoder, Scene, SparseTensor
 from models.reading import KINDS, entry, read_json, shown
 from models.vae import Decoder
 from train.config import Config
@@ -38,8 +42,29 @@ class Trained:
     features: str | None  # that the encoder reads; None without an encoder
     resolution: int  # voxels along a side
     image_size: int  # pixels a side of the views that it was trained on
-    data: tuple[str, ...]  # folders that it was trained on; none: the embedded objects
+    # folders that it was trained on, none for the embedded objects; None: nothing says
+    data: tuple[str, ...] | None
     holdout_views: int  # the last of every object, which it was not trained on
+
+    @torch.no_grad()
+    def encode(self, coords: Tensor, features: Tensor) -> Tensor:
+        """Encode voxels [V, 3] with features [V, C] of one object: posterior means [V, latent].
+
+        Raises ValueError where nothing says which encoder it is, and for other channels.
+        """
+        if self.encoder is None:
+            raise ValueError(f"{self.path} names no encoder: --encoder PREFIX says which it is")
+        return self.encoder(_one_object(coords, features)).mean.float()
+
+    @torch.no_grad()
+    def decode(self, coords: Tensor, latents: Tensor) -> Scene:
+        """Decode latents [V, latent] on voxels [V, 3] of one object."""
+        return self.decoder(_one_object(coords, latents))[0]
+
+
+def _one_object(coords: Tensor, feats: Tensor) -> SparseTensor:
+    """Put the batch column before coords [V, 3]."""
+    return SparseTensor(feats, F.pad(coords, (1, 0)), 1)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -80,9 +105,39 @@ def open_trained(
         features=features,
         resolution=decoder.resolution,
         image_size=data.image_size,
-        data=(),
+        data=None,
         holdout_views=data.holdout_views,
     )
+
+
+def open_all(
+    paths: Sequence[str], device: torch.device, encoder: str | Path | None = None
+) -> list[Trained]:
+    """Open several checkpoints, with labels that differ; encoders that they share are one.
+
+    Raises ValueError as `open_trained` does, for a checkpoint that is given twice, and for an
+    `encoder` that none of them needs.
+    """
+    opened = []
+    shared = {}
+    for path in paths:
+        one = open_trained(path, device, encoder)
+        if any(Path(path).resolve() == Path(other.path).resolve() for other in opened):
+            raise ValueError(f"{path} is given twice")
+        if one.encoder is not None:
+            one = replace(one, encoder=shared.setdefault(one.digest, one.encoder))
+        opened.append(one)
+    labels = Counter(one.label for one in opened)
+    opened = [one if labels[one.label] == 1 else replace(one, label=one.path) for one in opened]
+    if encoder is not None and all(_has_own(one) for one in opened):
+        raise ValueError(
+            f"--encoder {encoder} is for a decoder's prefix: these runs have their own"
+        )
+    return opened
+
+
+def _has_own(trained: Trained) -> bool:
+    return (Path(trained.path) / "checkpoints" / "encoder.json").is_file()
 
 
 def _open_run(run: Path, device: torch.device, given: str | Path | None) -> Trained:
