@@ -128,7 +128,7 @@ def _decode_file(
     with Stage(folder) as stage:
         matrices = turntable.poses(args.frames)
         camera = turntable.cameras(matrices, size, device)
-        _turn(stage, args.latent.stem, {}, _rows(trained, scenes, camera))
+        _turn(stage, args.latent.stem, {}, _rows(trained, scenes, camera, True))
         _describe(stage, {"latent": str(args.latent)}, trained, scenes, {}, {})
     for one in trained:
         print(f"{one.label}: {count_of(scenes[one.label])}")
@@ -247,14 +247,14 @@ def _reconstruct(
             scores[one.label] = score(scenes_renderer(lambda _, scene=scene: [scene]), [batch])
     first = batches[trained[0].label]
     white = first.image.new_ones(len(first.image), 3)
-    rows = {"truth": composite(first.image, white)} | _rows(trained, scenes, first.camera)
+    rows = {"truth": composite(first.image, white)} | _rows(trained, scenes, first.camera, False)
     columns = [f"view {i + 1}" for i in range(len(white))]
     title = f"{given.title}: views that no feature saw"
     report.picture(rows, columns, title, stage / "views.png")
     matrices = turntable.poses(frames)
     camera = turntable.cameras(matrices, size, white.device)
     truth = _truth(given, item, matrices, camera, size)
-    _turn(stage, given.title, truth, _rows(trained, scenes, camera))
+    _turn(stage, given.title, truth, _rows(trained, scenes, camera, True))
     about = {"object": str(given.path), "sha256": item.sha256, "voxels": len(first.coords)}
     _describe(stage, about | {"size": size}, trained, scenes, scores, latents)
     return [_line(one, scenes[one.label], scores.get(one.label)) for one in trained]
@@ -290,7 +290,9 @@ def _latent_file(trained: Trained, several: bool) -> str:
     return f"latent_{trained.label.replace('/', '_')}.npz" if several else "latent.npz"
 
 
-def _rows(trained: Sequence[Trained], scenes: Mapping[str, Scene], camera) -> dict[str, Tensor]:
+def _rows(
+    trained: Sequence[Trained], scenes: Mapping[str, Scene], camera, grey: bool
+) -> dict[str, Tensor]:
     """Draw the scenes of all checkpoints, in rows that are called by their kind where it tells."""
     kinds = Counter(one.kind for one in trained)
     rows = {}
@@ -298,7 +300,7 @@ def _rows(trained: Sequence[Trained], scenes: Mapping[str, Scene], camera) -> di
         name = ROWS[one.kind]
         if kinds[one.kind] > 1:
             name = "\n".join(wrap(one.label, CHARACTERS))
-        rows |= turntable.look(name, scenes[one.label], camera)
+        rows |= turntable.look(name, scenes[one.label], camera, grey)
     return rows
 
 

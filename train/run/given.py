@@ -180,7 +180,8 @@ class Workshop:
     def dataset(self, trained: Trained, item: Given, size: int) -> Dataset:
         """Open the dataset of an item as a checkpoint reads it.
 
-        Its views are the held-out ones, in `size` pixels. No filter applies. Raises ValueError where it lacks what the checkpoint reads.
+        Its views are the held-out ones, in `size` pixels. No filter applies. Raises ValueError
+        where it lacks what the checkpoint reads.
         """
         own = item.root == self.folder
         held = self.settings.holdout_views if own else trained.holdout_views

@@ -45,8 +45,8 @@ def cameras(matrices: np.ndarray, size: int, device: torch.device) -> Camera:
 
 
 @torch.no_grad()
-def look(name: str, scene: Scene, camera: Camera) -> dict[str, Tensor]:
-    """Draw a scene from V views on white, by row; a mesh also grey, to show its shape.
+def look(name: str, scene: Scene, camera: Camera, grey: bool = False) -> dict[str, Tensor]:
+    """Draw a scene from V views on white, by row; with `grey` also the shape of a mesh.
 
     A mesh without colours is drawn grey alone.
     """
@@ -57,7 +57,7 @@ def look(name: str, scene: Scene, camera: Camera) -> dict[str, Tensor]:
         white = views.extrinsics.new_ones(len(views), 3)
         image = models.render([scene], views, [0] * len(views), white)
         parts.append(image.color)
-        if isinstance(scene, MeshScene):
+        if image.color is None or (grey and isinstance(scene, MeshScene)):
             shapes.append(shaded(image, views))
     rows = {}
     if parts[0] is not None:
