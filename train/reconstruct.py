@@ -37,11 +37,11 @@ from torch import Tensor
 
 from models import GaussianScene, MeshScene, Scene
 from train.data.batch import Batch, collate
-from train.data.metadata import inside, write_npz
-from train.data.readers import read_latent, read_triangles
+from train.data.latent_file import LARGEST, read_latent, write_latent
+from train.data.metadata import inside
 from train.evaluate import PROTOCOL, Score, scenes_renderer, score
+from train.flags import OneLineParser
 from train.losses.pictures import composite
-from train.meshes.read import normalize, read_mesh
 from train.run import report, turntable
 from train.run.given import Given, Workshop, find, roots_of
 from train.run.machine import named_device
@@ -49,14 +49,13 @@ from train.run.trained import Trained, is_checkpoint, open_all
 
 ROWS = {"gaussian": "Gaus-\nsians", "radiance": "radiance\nfield", "mesh": "mesh"}
 CHARACTERS = 9  # of a line beside a row of pictures
-LARGEST = 256  # voxels a side that uint8 coordinates hold
 SIZES = {"size": (16, 4096), "frames": (1, 360), "views": (2, 1000)}
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     as_written = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
+    p = OneLineParser(
         "python -m train.reconstruct", description=__doc__, formatter_class=as_written
     )
     p.add_argument(
@@ -78,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 2 where anything given cannot be used."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_intermixed_args(arguments)
     try:
         return run(args)
     except (ValueError, OSError) as error:
@@ -122,7 +121,8 @@ def _decode_file(
     """Decode --latent with every checkpoint."""
     scenes = {}
     for one in trained:
-        coords, latents = read_latent(args.latent, one.resolution, one.decoder.latent_channels)
+        channels = one.decoder.latent_channels
+        coords, latents = read_latent(args.latent, one.resolution, channels, one.digest)
         scenes[one.label] = one.decode(coords.to(device), latents.to(device))
     folder = _free(args.out, [args.latent.stem])[0]
     with Stage(folder) as stage:
@@ -195,6 +195,7 @@ class Stage:
         self.partial = folder.with_name(f".{folder.name}.partial")
 
     def __enter__(self) -> Path:
+        self.made = not self.folder.parent.exists()  # and is deleted again where it stays empty
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         return self.partial
@@ -202,12 +203,16 @@ class Stage:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             self.partial.rename(self.folder)
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self.made:
+            self.folder.parent.rmdir()
 
 
 def _free(out: Path, titles: Sequence[str]) -> list[Path]:
-    """Choose a folder in OUT for each title, and make OUT; ValueError where one is taken."""
+    """Choose a folder in OUT for each title; ValueError where one is taken, or OUT is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is no folder")
     chosen = []
     for title in titles:
         folder = inside(out, title)
@@ -218,10 +223,6 @@ def _free(out: Path, titles: Sequence[str]) -> list[Path]:
         if folder.exists():
             raise ValueError(f"{folder} is there already: choose another --out")
         chosen.append(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be a folder: {error.strerror}") from error
     return chosen
 
 
@@ -278,11 +279,7 @@ def _encode(
         batch = batches[one.label]
         coords = batch.coords[:, 1:]
         latents[one.digest] = mean = one.encode(coords, batch.features)
-        write_npz(
-            stage / _latent_file(one, several),
-            coords=coords.byte().cpu().numpy(),
-            feats=mean.cpu().numpy(),
-        )
+        write_latent(stage / _latent_file(one, several), coords, mean, one.digest)
     return latents
 
 
@@ -307,15 +304,9 @@ def _rows(
 def _truth(given: Given, item: Given, matrices, camera, size: int) -> dict[str, Tensor]:
     """Draw the true object on a turn: a mesh file as training draws it, an item's mesh in grey."""
     if given.root is None:
-        mesh = read_mesh(given.path)
-        normalize(mesh)
-        return {"truth": turntable.cast(mesh, matrices, size)}
+        return {"truth": turntable.draw_file(given.path, matrices, size)}
     file = item.root / "renders" / item.sha256 / "mesh.ply"
-    if not file.is_file():
-        return {}
-    vertices, faces = read_triangles(file)
-    device = camera.device
-    return {"truth\nshape": turntable.shape(vertices.to(device), faces.to(device), camera)}
+    return {"truth\nshape": turntable.draw_shape(file, camera)} if file.is_file() else {}
 
 
 def _turn(stage: Path, title: str, truth: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:

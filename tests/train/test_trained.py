@@ -8,9 +8,6 @@ import pytest
 import torch
 
 import models
-from tests.helpers.runs import TINY
-from train import loop
-from train.decoders import DECODERS
 from train.run.trained import is_checkpoint, open_trained
 
 CPU = torch.device("cpu")
@@ -30,18 +27,6 @@ def prefixes(folder, channels=50, **changed):
     for name, model in (("enc", encoder), ("dec", decoder)):
         models.save_pretrained(model, folder / name)
     return folder / "enc", folder / "dec"
-
-
-@pytest.fixture(scope="module")
-def frozen(finished, tmp_path_factory):
-    """A radiance run of one step on the encoder of `finished`, in its folder of runs."""
-    out = finished.parent / "field"
-    recipe = DECODERS["radiance"]
-    # what fits both kinds of decoder
-    common = TINY[: TINY.index("--model.per-voxel")]
-    flags = f"--steps 1 --encoder {finished} --out {out} {recipe.smallest}".split()
-    loop.main("radiance", recipe.presets, recipe.build, [*common, *flags], recipe.loss)
-    return out
 
 
 def test_a_run_is_opened_with_what_its_config_says(finished):

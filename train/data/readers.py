@@ -255,7 +255,7 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
         if V > resolution**3:
             raise ValueError(f"{file}: {V} voxels, but the {resolution}^3 grid has {resolution**3}")
         archive.check(V * VOXEL + COPIES * features_of.size)
-        coords, order = _ordered(archive.read("indices"), resolution, file)
+        coords, order = ordered(archive.read("indices"), resolution, file)
         features = archive.read("patchtokens")
     with np.errstate(over="ignore"):  # what is not finite is refused
         features = features.astype(np.float16, copy=False)
@@ -265,43 +265,7 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(coords), torch.from_numpy(features[order])
 
 
-def read_latent(file: Path, resolution: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Read the latents of one object: coords [V, 3] int32 and feats [V, channels] float32.
-
-    The layout is the published one: an npz file of integers `coords` [V, 3] and floats `feats`
-    [V, C], without a batch column. The voxels are in lexicographic order, whatever the file's.
-    Raises ValueError that names the file as `read_features` does, and for another number of
-    channels.
-    """
-    with Archive(file) as archive:
-        archive.expect({"coords", "feats"})
-        voxels, latents = archive.header("coords"), archive.header("feats")
-        if len(voxels.shape) != 2 or voxels.shape[1] != 3 or voxels.dtype.kind not in "ui":
-            hint = " (a batch column comes first: drop it)" if voxels.shape[1:] == (4,) else ""
-            raise ValueError(f"{file}: coords are {voxels}, not integers [V, 3]{hint}")
-        V = voxels.shape[0]
-        if len(latents.shape) != 2 or latents.shape[0] != V or latents.dtype.kind != "f":
-            raise ValueError(f"{file}: feats are {latents}, not floats [{V}, {channels}]")
-        if latents.shape[1] != channels:
-            raise ValueError(
-                f"{file}: feats have {latents.shape[1]} channels, but the decoder takes {channels}"
-            )
-        if not V:
-            raise ValueError(f"{file}: the object has no voxels")
-        if V > resolution**3:
-            raise ValueError(f"{file}: {V} voxels, but the {resolution}^3 grid has {resolution**3}")
-        archive.check(V * VOXEL + COPIES * latents.size)
-        coords, order = _ordered(archive.read("coords"), resolution, file)
-        feats = archive.read("feats")
-    with np.errstate(over="ignore"):  # what is not finite is refused
-        feats = feats.astype(np.float32, copy=False)
-    if not np.isfinite(feats).all():
-        row = int((~np.isfinite(feats)).any(1).argmax())
-        raise ValueError(f"{file}: feats of row {row} are not finite")
-    return torch.from_numpy(coords), torch.from_numpy(feats[order])
-
-
-def _ordered(indices: np.ndarray, resolution: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def ordered(indices: np.ndarray, resolution: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels [V, 3] int32 in lexicographic order, and the row that each stands in.
 
     Raises ValueError that names the first voxel outside the grid, or listed twice.

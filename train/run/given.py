@@ -77,7 +77,7 @@ def _mesh(path: Path) -> Given:
             "makes a dataset of it"
         )
     if path.suffix.lower() not in READABLE:
-        raise ValueError(f"{path} is no mesh that can be read, not {', '.join(READABLE)}")
+        raise ValueError(f"{path} is no mesh file; those end in {', '.join(READABLE)}")
     return Given(path.stem, path)
 
 
@@ -137,7 +137,10 @@ class Workshop:
         self._loaded = {}
 
     def check(self, objects: Sequence[Given]) -> None:
-        """Raise ValueError where a mesh is among the objects and something is missing for it."""
+        """Load what preparing meshes needs, where one is among the objects.
+
+        Raises ValueError for what is missing, before any view is drawn.
+        """
         if self.weights is not None and not self.networks:
             raise ValueError(f"--weights {self.weights} are for image features, but rgb is read")
         if all(one.root for one in objects):
@@ -153,6 +156,7 @@ class Workshop:
                 f"the encoder reads {model} features of a mesh's views, which need --weights FILE: "
                 f"{command(model)}"
             )
+        self._loaded = {name: self._features(name).load() for name in self.networks}
 
     def item(self, given: Given) -> Given:
         """Return an object as an item; a mesh is prepared. ValueError where it cannot be used."""
@@ -164,18 +168,15 @@ class Workshop:
             raise ValueError(result.failure)
         sha = result.row["sha256"]
         row = dict(result.row)
-        for name in self.networks:
-            self._add_features(name, sha)
+        for name, network in self._loaded.items():
+            self._features(name).make(network, sha, self.settings.resolution, lambda views: None)
             for R in self.settings.resolution:
                 row[f"feature_{name}" + ("" if R == 64 else f"_{R}")] = True
         write_metadata(self.folder, [row])
         return Given(given.title, given.path, self.folder, sha)
 
-    def _add_features(self, name: str, sha: str) -> None:
-        features = ImageFeatures(self.folder, name, self.weights, self.device)
-        if name not in self._loaded:
-            self._loaded[name] = features.load()
-        features.make(self._loaded[name], sha, self.settings.resolution, lambda views: None)
+    def _features(self, name: str) -> ImageFeatures:
+        return ImageFeatures(self.folder, name, self.weights, self.device)
 
     def dataset(self, trained: Trained, item: Given, size: int) -> Dataset:
         """Open the dataset of an item as a checkpoint reads it.
@@ -199,7 +200,8 @@ class Workshop:
                 required=False,
             )
         except ValueError as error:
-            raise ValueError(f"{trained.label} cannot read {item.path}: {error}") from error
+            reads = f"{trained.features} features at {trained.resolution}^3"
+            raise ValueError(f"{trained.label} reads {reads}: {error}") from error
 
 
 def _recipe(roots: Sequence[Path]) -> dict[str, int]:

@@ -14,8 +14,9 @@ from torch import Tensor
 import models
 from kernels import Camera, Image, face_camera, render_mesh
 from models import MeshScene, Scene
+from train.data.readers import read_triangles
 from train.losses.geometry import shaded
-from train.meshes.surface import Mesh
+from train.meshes.read import normalize, read_mesh
 from train.prepare.raycast import FOV, Caster, camera_to_world
 from train.run import report
 
@@ -67,8 +68,13 @@ def look(name: str, scene: Scene, camera: Camera, grey: bool = False) -> dict[st
     return rows
 
 
-def cast(mesh: Mesh, matrices: np.ndarray, size: int) -> Tensor:
-    """Draw the true mesh, lit as in training views, on white: [V, 3, size, size]."""
+def draw_file(file: Path, matrices: np.ndarray, size: int) -> Tensor:
+    """Draw a mesh file, lit as in training views, on white: [V, 3, size, size].
+
+    Raises ValueError where it cannot be read.
+    """
+    mesh = read_mesh(file)
+    normalize(mesh)
     caster = Caster(mesh)
     pictures = [caster.render(pose, size, SUPERSAMPLE)[0] for pose in matrices]
     rgba = torch.from_numpy(np.stack(pictures)).float() / 255
@@ -77,12 +83,13 @@ def cast(mesh: Mesh, matrices: np.ndarray, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def shape(vertices: Tensor, faces: Tensor, camera: Camera) -> Tensor:
-    """Draw a mesh grey, both sides of its faces, on white: [V, 3, H, W]."""
+def draw_shape(file: Path, camera: Camera) -> Tensor:
+    """Draw a mesh.ply of a dataset grey, both sides of its faces, on white: [V, 3, H, W]."""
+    vertices, faces = (part.to(camera.device) for part in read_triangles(file))
+    starts = [0, len(vertices)], [0, len(faces)]
     parts = []
     for first in range(0, len(camera), TOGETHER):
         views = camera[first : first + TOGETHER]
-        starts = [0, len(vertices)], [0, len(faces)]
         image = render_mesh(vertices, faces, None, *starts, views, [0] * len(views))
         normal = face_camera(image.normal, views)
         parts.append(shaded(Image(None, image.alpha, image.depth, normal), views))
