@@ -10,8 +10,12 @@ import torch
 from PIL import Image
 
 from models import MeshScene
+from models.dinov2 import MODELS
+from tests.helpers.dinov2 import random_weights
 from tests.helpers.mesh_files import write_obj
 from tests.helpers.meshes import ball
+from tests.helpers.prepare import command
+from tests.helpers.runs import fresh
 from train import reconstruct
 from train.data.dataset import EMBEDDED, Dataset
 from train.data.latent_file import read_latent, write_latent
@@ -256,3 +260,29 @@ def test_a_mesh_without_colours_is_shown_by_its_shape():
     rows = turntable.look("mesh", scene, camera)
     assert list(rows) == ["mesh\nshape"] and rows["mesh\nshape"].shape == (2, 3, 24, 24)
     assert rows["mesh\nshape"].min() < 0.9
+
+
+@pytest.mark.slow
+def test_image_features_of_a_mesh_are_those_of_its_item(boxes, tmp_path, capsys):
+    """With a network of random weights; without its file the message says how to get it."""
+    name = "dinov2_vits14_reg-28"
+    weights = tmp_path / "weights.pth"
+    torch.save(random_weights(MODELS["dinov2_vits14_reg"]), weights)
+    settings = "--size 32 --views 6 --holdout-views 2 --resolution 8 --workers 0 --supersample 1"
+    own = ["--features", name, "--weights", weights, "--device", "cpu"]
+    data = tmp_path / "data"
+    assert command(boxes / "meshes", "--out", data, *settings.split(), *own) == 0
+    flags = f"--resolution 8 --features {name} --model.window 4 --eval-objects 1 --steps 1"
+    fresh(tmp_path / "run", "--data", data, *flags.split())
+    mesh = boxes / "meshes" / "tall.obj"
+    capsys.readouterr()
+    assert run(tmp_path / "run", mesh, "--out", tmp_path / "out") == 2
+    assert "need --weights FILE: curl -LO https://" in capsys.readouterr().err
+    given = [tmp_path / "run", mesh, "tall", "--weights", weights, "--out", tmp_path / "out"]
+    assert run(*given, "--device", "cpu") == 0
+    with (
+        np.load(tmp_path / "out" / "tall" / "latent.npz") as made,
+        np.load(tmp_path / "out" / "tall-2" / "latent.npz") as known,
+    ):
+        assert np.array_equal(made["coords"], known["coords"])
+        assert np.array_equal(made["feats"], known["feats"])
