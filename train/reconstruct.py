@@ -35,7 +35,7 @@ from textwrap import wrap
 import torch
 from torch import Tensor
 
-from models import GaussianScene, MeshScene, Scene
+from models import GaussianScene, MeshScene, RadianceScene, Scene
 from train.data.batch import Batch, collate
 from train.data.latent_file import LARGEST, read_latent, write_latent
 from train.data.metadata import inside
@@ -47,7 +47,8 @@ from train.run.given import Given, Workshop, find, roots_of
 from train.run.machine import named_device
 from train.run.trained import Trained, is_checkpoint, open_all
 
-ROWS = {"gaussian": "Gaus-\nsians", "radiance": "radiance\nfield", "mesh": "mesh"}
+# names of rows where a kind of decoder has a longer one
+ROWS = {"gaussian": "Gaus-\nsians", "radiance": "radiance\nfield"}
 CHARACTERS = 9  # of a line beside a row of pictures
 SIZES = {"size": (16, 4096), "frames": (1, 360), "views": (2, 1000)}
 
@@ -294,7 +295,7 @@ def _rows(
     kinds = Counter(one.kind for one in trained)
     rows = {}
     for one in trained:
-        name = ROWS[one.kind]
+        name = ROWS.get(one.kind, one.kind)
         if kinds[one.kind] > 1:
             name = "\n".join(wrap(one.label, CHARACTERS))
         rows |= turntable.look(name, scenes[one.label], camera, grey)
@@ -321,7 +322,9 @@ def count_of(scene: Scene) -> str:
         return f"{len(scene.center):,} Gaussians"
     if isinstance(scene, MeshScene):
         return f"{len(scene.vertices):,} vertices, {len(scene.faces):,} faces"
-    return f"{len(scene.position):,} voxels of a radiance field"
+    if isinstance(scene, RadianceScene):
+        return f"{len(scene.position):,} voxels of a radiance field"
+    return type(scene).__name__
 
 
 def _line(trained: Trained, scene: Scene, own: Score | None) -> str:
