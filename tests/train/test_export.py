@@ -224,7 +224,7 @@ def field(tmp_path_factory):
         ),
         (
             ["FIELD", "--latent", "l.npz", "--out", "x.ply"],
-            "kind radiance is not exported as ply, but as npz",
+            "kind radiance is not exported as ply, but as",
         ),
         (["RUN", "tall", "--out", "x"], "not exported as a file without ending"),
         (["RUN", "tall", "--out", "x.glb", "--format", "ply"], "ends in .glb, but --format is ply"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from models.dinov2 import command
+from models.dinov2 import DINOv2, command
 from models.reading import entry, read_json, shown
 from train.data.dataset import EMBEDDED, Dataset
 from train.data.metadata import read_metadata, write_metadata
@@ -24,6 +24,7 @@ from train.meshes.read import CONVERTIBLE, READABLE
 from train.prepare.features import ImageFeatures, parse_name
 from train.prepare.objects import Settings, prepare_object
 from train.prepare.sources import Source, hash_source
+from train.run.progress import Progress
 from train.run.trained import Trained
 
 LISTED = 9  # names in a message
@@ -59,13 +60,13 @@ def find(name: str, roots: Sequence[Path]) -> Given:
         return _mesh(path)
     if (path.parent / "metadata.csv").is_file():
         return _item(path.name, [path.parent])
+    if len(path.parts) == 1 and roots:
+        return _item(name, roots)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, but no run (it has no config.json) and no object")
     if len(path.parts) > 1:
         raise ValueError(f"{path} is no checkpoint, no mesh file, and {path.parent} no dataset")
-    if not roots:
-        raise ValueError(f"{name} is no checkpoint and no mesh file; --data DIR for an item of DIR")
-    return _item(name, roots)
+    raise ValueError(f"{name} is no checkpoint and no mesh file; --data DIR for an item of DIR")
 
 
 def _mesh(path: Path) -> Given:
@@ -169,11 +170,18 @@ class Workshop:
         sha = result.row["sha256"]
         row = dict(result.row)
         for name, network in self._loaded.items():
-            self._features(name).make(network, sha, self.settings.resolution, lambda views: None)
+            self._make_features(name, network, sha)
             for R in self.settings.resolution:
                 row[f"feature_{name}" + ("" if R == 64 else f"_{R}")] = True
         write_metadata(self.folder, [row])
         return Given(given.title, given.path, self.folder, sha)
+
+    def _make_features(self, name: str, network: DINOv2, sha: str) -> None:
+        """Make the image features of a mesh, with a bar of its views."""
+        seen = self.settings.views - self.settings.holdout_views
+        with Progress(seen, unit="view") as bar:
+            count = lambda views: bar.update(name, count=views)
+            self._features(name).make(network, sha, self.settings.resolution, count)
 
     def _features(self, name: str) -> ImageFeatures:
         return ImageFeatures(self.folder, name, self.weights, self.device)
