@@ -252,6 +252,12 @@ def test_the_truth_of_a_file_and_of_an_item_are_drawn_by_the_same_cameras(tmp_pa
     assert (torch.stack(spreads)[1:] - torch.stack(spreads)[1:].flip(0)).abs().amax(1).min() > 1
 
 
+def test_a_turn_shows_all_of_the_unit_cube():
+    corners = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5])] * 3)
+    uv, depth = turntable.cameras(turntable.poses(36), 64, CPU).project(corners)
+    assert depth.min() > 1 and 0 < uv.min() and uv.max() < 1
+
+
 def test_a_mesh_without_colours_is_shown_by_its_shape():
     vertices, faces, _ = ball(6)
     nothing = torch.zeros(0)
