@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--axes", choices=list(AXES), help="of a ply (default: y-down, for viewers of splats)"
     )
     p.add_argument("--data", type=Path, help="dataset that a NAME is looked up in")
+    p.add_argument("--root", type=Path, help="folder that a mesh and its textures lie in")
     p.add_argument("--latent", type=Path, help="latents to decode, in place of an object")
     p.add_argument("--encoder", help="of a decoder's prefix; of a run, where its frozen one is now")
     p.add_argument("--weights", type=Path, help="of the network of image features, for a mesh")
@@ -127,7 +128,7 @@ def _latents(
         return read_latent(args.latent, trained.resolution, channels, trained.digest)
     if trained.encoder is None:
         raise ValueError(f"{trained.path} names no encoder: --encoder PREFIX says which it is")
-    given = find(args.object, [args.data] if args.data else roots_of(trained))
+    given = find(args.object, [args.data] if args.data else roots_of(trained), args.root)
     with TemporaryDirectory(prefix="trislat-") as scratch:
         workshop = Workshop([trained], Path(scratch), device, args.weights, args.views)
         workshop.check([given])

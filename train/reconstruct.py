@@ -15,7 +15,7 @@ the same latents; others encode for themselves.
 
     OUT/NAME/latent.npz           coords uint8 [V, 3], feats float32 [V, 8]: posterior means, as
                                   published; latent_LABEL.npz of each encoder where there are more
-    OUT/NAME/views.png            views that no feature saw: the truth above ours
+    OUT/NAME/views.png            held-out views: the truth above ours
     OUT/NAME/turntable.png        some frames of a turn, and all of them as turntable.webp; the
                                   truth is a mesh file as training draws it, an item's shape in grey
     OUT/NAME/reconstruction.json  PSNR of each checkpoint, with how it was measured
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, required=True, help="folder of the results, one an object")
     p.add_argument("--data", type=Path, help="dataset that NAMEs are looked up in")
+    p.add_argument("--root", type=Path, help="folder that a mesh and its textures lie in")
     p.add_argument("--latent", type=Path, help="latents to decode, in place of objects")
     p.add_argument("--encoder", help="of a decoder's prefix; of a run, where its frozen one is now")
     p.add_argument("--weights", type=Path, help="of the network of image features, for meshes")
@@ -153,7 +154,7 @@ def _reconstruct_all(
                 f"{one.path} has {one.resolution} voxels a side; latent.npz holds {LARGEST}"
             )
     roots = [args.data] if args.data else roots_of(trained[0])
-    objects = [find(name, roots) for name in names]
+    objects = [find(name, roots, args.root) for name in names]
     folders = _free(args.out, [one.title for one in objects])
     code = 0
     with TemporaryDirectory(prefix="trislat-") as scratch:
@@ -251,7 +252,7 @@ def _reconstruct(
     white = first.image.new_ones(len(first.image), 3)
     rows = {"truth": composite(first.image, white)} | _rows(trained, scenes, first.camera, False)
     columns = [f"view {i + 1}" for i in range(len(white))]
-    title = f"{given.title}: views that no feature saw"
+    title = f"{given.title}: held-out views"
     report.picture(rows, columns, title, stage / "views.png")
     matrices = turntable.poses(frames)
     camera = turntable.cameras(matrices, size, white.device)
@@ -305,7 +306,7 @@ def _rows(
 def _truth(given: Given, item: Given, matrices, camera, size: int) -> dict[str, Tensor]:
     """Draw the true object on a turn: a mesh file as training draws it, an item's mesh in grey."""
     if given.root is None:
-        return {"truth": turntable.draw_file(given.path, matrices, size)}
+        return {"truth": turntable.draw_file(given.path, given.home, matrices, size)}
     file = item.root / "renders" / item.sha256 / "mesh.ply"
     return {"truth\nshape": turntable.draw_shape(file, camera)} if file.is_file() else {}
 

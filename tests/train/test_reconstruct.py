@@ -12,7 +12,7 @@ from PIL import Image
 from models import MeshScene
 from models.dinov2 import MODELS
 from tests.helpers.dinov2 import random_weights
-from tests.helpers.mesh_files import write_obj
+from tests.helpers.mesh_files import quad, write_obj
 from tests.helpers.meshes import ball
 from tests.helpers.prepare import command
 from tests.helpers.runs import fresh
@@ -219,6 +219,21 @@ def test_what_is_there_is_not_overwritten(boxes, tmp_path, capsys):
     assert list(tmp_path.rglob("*")) == [tmp_path / "flat"]
 
 
+def test_textures_beside_the_folder_of_a_mesh_need_root(boxes, tmp_path, capsys):
+    """A red square whose texture stands in another folder, as in many packages of models."""
+    (tmp_path / "textures").mkdir()
+    red = np.full((4, 4, 3), (200, 20, 20), np.uint8)
+    Image.fromarray(red).save(tmp_path / "textures" / "red.png")
+    materials = "newmtl m\nKd 1 1 1\nmap_Kd ../textures/red.png\n"
+    mesh = write_obj(tmp_path / "model", "square", quad(), materials)
+    assert run(boxes / "run", mesh, "--out", tmp_path / "out") == 2
+    assert "--root" in capsys.readouterr().err
+    assert run(boxes / "run", mesh, "--root", tmp_path, "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "square" / "turntable.png") as strip:
+        pixels = np.asarray(strip.convert("RGB")).astype(int)
+    assert (pixels[..., 0] > 3 * pixels[..., 1] + 20).sum() > 50
+
+
 def test_two_items_of_one_name_are_told_apart_by_sha256(boxes, tmp_path, capsys):
     data = shutil.copytree(boxes / "data", tmp_path / "data")
     table = data / "metadata.csv"
@@ -238,7 +253,7 @@ def test_the_truth_of_a_file_and_of_an_item_are_drawn_by_the_same_cameras(tmp_pa
     normalize(mesh)
     (tmp_path / "mesh.ply").write_bytes(ply_mesh(mesh.vertices, mesh.faces))
     matrices = turntable.poses(5)
-    lit = turntable.draw_file(file, matrices, 64)
+    lit = turntable.draw_file(file, None, matrices, 64)
     grey = turntable.draw_shape(tmp_path / "mesh.ply", turntable.cameras(matrices, 64, CPU))
     spreads = []
     for ours, theirs in zip(lit, grey, strict=True):

@@ -41,6 +41,7 @@ class Given:
     path: Path  # the mesh file; of an item, its dataset and its title
     root: Path | None = None  # of an item: the folder of its dataset
     sha256: str = ""  # of an item
+    home: Path | None = None  # the files that a mesh names lie below; None: its own folder
 
 
 def roots_of(trained: Trained) -> list[Path]:
@@ -50,14 +51,15 @@ def roots_of(trained: Trained) -> list[Path]:
     return [Path(root) for root in trained.data] or [EMBEDDED]
 
 
-def find(name: str, roots: Sequence[Path]) -> Given:
+def find(name: str, roots: Sequence[Path], home: Path | None = None) -> Given:
     """Find an object by its name on the command line; `roots` are where bare names are looked up.
 
-    Raises ValueError where there is none, or several have the name.
+    `home` is the folder that what a mesh names lies below, by default its own. Raises ValueError
+    where there is none, or several have the name.
     """
     path = Path(name)
     if path.is_file() or path.suffix.lower() in READABLE + CONVERTIBLE:
-        return _mesh(path)
+        return _mesh(path, home)
     if (path.parent / "metadata.csv").is_file():
         return _item(path.name, [path.parent])
     if len(path.parts) == 1 and roots:
@@ -69,7 +71,7 @@ def find(name: str, roots: Sequence[Path]) -> Given:
     raise ValueError(f"{name} is no checkpoint and no mesh file; --data DIR for an item of DIR")
 
 
-def _mesh(path: Path) -> Given:
+def _mesh(path: Path, home: Path | None) -> Given:
     if not path.is_file():
         raise ValueError(f"{path} is not there, or no file")
     if path.suffix.lower() in CONVERTIBLE:
@@ -79,7 +81,7 @@ def _mesh(path: Path) -> Given:
         )
     if path.suffix.lower() not in READABLE:
         raise ValueError(f"{path} is no mesh file; those end in {', '.join(READABLE)}")
-    return Given(path.stem, path)
+    return Given(path.stem, path, home=home)
 
 
 def _item(name: str, roots: Sequence[Path]) -> Given:
@@ -163,7 +165,7 @@ class Workshop:
         """Return an object as an item; a mesh is prepared. ValueError where it cannot be used."""
         if given.root:
             return given
-        source = hash_source(Source(given.path, given.path.name))
+        source = hash_source(Source(given.path, given.path.name, root=given.home))
         result = source if not isinstance(source, Source) else prepare_object(source, self.settings)
         if result.row is None:
             raise ValueError(result.failure)

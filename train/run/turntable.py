@@ -68,12 +68,12 @@ def look(name: str, scene: Scene, camera: Camera, grey: bool = False) -> dict[st
     return rows
 
 
-def draw_file(file: Path, matrices: np.ndarray, size: int) -> Tensor:
+def draw_file(file: Path, home: Path | None, matrices: np.ndarray, size: int) -> Tensor:
     """Draw a mesh file, lit as in training views, on white: [V, 3, size, size].
 
-    Raises ValueError where it cannot be read.
+    The files that it names lie below `home`. Raises ValueError where it cannot be read.
     """
-    mesh = read_mesh(file)
+    mesh = read_mesh(file, home)
     normalize(mesh)
     caster = Caster(mesh)
     pictures = [caster.render(pose, size, SUPERSAMPLE)[0] for pose in matrices]
