@@ -3,7 +3,17 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("gaussian", "radiance", "mesh", "prepare", "lpips", "timing", "bench")
+COMMANDS = (
+    "prepare",
+    "gaussian",
+    "radiance",
+    "mesh",
+    "reconstruct",
+    "export",
+    "lpips",
+    "timing",
+    "bench",
+)
 
 
 def summary(command: str) -> str:

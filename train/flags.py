@@ -15,6 +15,14 @@ from train.config import CHANGEABLE, Config, leaves, read_config, replaced
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with status 2; flags may stand among other arguments."""
+
+    def error(self, message: str):
+        """Print what is wrong, without the usage."""
+        self.exit(2, f"{self.prog}: {message} (--help says more)\n")
+
+
 def _parser(script: str, presets: Mapping[str, Config]) -> argparse.ArgumentParser:
     name = f"python -m train.{script}"
     # not 50 flags before every error

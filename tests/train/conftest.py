@@ -6,8 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.helpers.runs import fresh
+from tests.helpers.mesh_files import box, write_obj
+from tests.helpers.prepare import command
+from tests.helpers.runs import TINY, fresh
+from train import loop
 from train.data.dataset import EMBEDDED
+from train.decoders import DECODERS
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +42,27 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
     fresh(out, "--steps", "6", "--save-every", "3")
     return out
+
+
+@pytest.fixture(scope="session")
+def frozen(finished):
+    """A radiance run of one step on the encoder of `finished`, in its folder of runs."""
+    out = finished.parent / "field"
+    recipe = DECODERS["radiance"]
+    common = TINY[: TINY.index("--model.per-voxel")]  # what fits both kinds of decoder
+    flags = f"--steps 1 --encoder {finished} --out {out} {recipe.smallest}".split()
+    loop.main("radiance", recipe.presets, recipe.build, [*common, *flags], recipe.loss)
+    return out
+
+
+@pytest.fixture(scope="session")
+def boxes(tmp_path_factory):
+    """Two mesh files, the dataset that train.prepare makes of them, and a run of two steps."""
+    folder = tmp_path_factory.mktemp("boxes")
+    for name, size in (("tall", (0.4, 1.0, 0.5)), ("flat", (1.0, 0.3, 0.7))):
+        write_obj(folder / "meshes", name, *box(size))
+    settings = "--size 32 --views 6 --holdout-views 2 --resolution 8 --workers 0 --supersample 1"
+    assert command(folder / "meshes", "--out", folder / "data", *settings.split()) == 0
+    own = "--resolution 8 --features rgb --model.window 4 --eval-objects 1 --steps 2".split()
+    fresh(folder / "run", "--data", folder / "data", *own)
+    return folder

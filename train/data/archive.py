@@ -64,6 +64,11 @@ class Archive:
     def _refusal(self, text: str) -> ValueError:
         return ValueError(f"{self.file} cannot be read: {text}")
 
+    @property
+    def comment(self) -> bytes:
+        """The remark at the end of the archive, empty where there is none."""
+        return self._zip.comment
+
     def expect(self, names: set[str]) -> None:
         """Raise ValueError where an array is absent."""
         if missing := names - self._members.keys():

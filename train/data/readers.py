@@ -255,7 +255,7 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
         if V > resolution**3:
             raise ValueError(f"{file}: {V} voxels, but the {resolution}^3 grid has {resolution**3}")
         archive.check(V * VOXEL + COPIES * features_of.size)
-        coords, order = _ordered(archive.read("indices"), resolution, file)
+        coords, order = ordered(archive.read("indices"), resolution, file)
         features = archive.read("patchtokens")
     with np.errstate(over="ignore"):  # what is not finite is refused
         features = features.astype(np.float16, copy=False)
@@ -265,7 +265,7 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(coords), torch.from_numpy(features[order])
 
 
-def _ordered(indices: np.ndarray, resolution: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def ordered(indices: np.ndarray, resolution: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels [V, 3] int32 in lexicographic order, and the row that each stands in.
 
     Raises ValueError that names the first voxel outside the grid, or listed twice.
