@@ -206,7 +206,7 @@ def chosen(
     if samples is not None and samples < 1:
         raise ValueError(f"--samples {samples} must be at least 1")
     changes = []
-    notes = protocol.notes
+    notes = (protocol.origin, *protocol.notes)
     for field, value in (("size", size), ("samples", samples), ("truth", truth)):
         was = getattr(protocol, field)
         if value is None or value == was:
@@ -219,4 +219,4 @@ def chosen(
             notes = tuple(note.replace(f"{was:,} points", f"{value:,} points") for note in notes)
     if changes:
         name = f"{name} (changed: {'; '.join(changes)})"
-    return replace(protocol, name=name, notes=notes)
+    return replace(protocol, name=name, origin=notes[0], notes=notes[1:])

@@ -1,24 +1,19 @@
 """Distances between two surfaces: points on one, and how far they are from the other, exactly.
 
-A KD-tree (scipy) over the triangles' centres finds candidates, a bound on what it has not named
-ends the search, and the distances to the candidates are those of a point and a triangle. All in
-float64. N points, F triangles.
+All in float64. N points, F triangles.
 """
-
-from collections.abc import Iterator
-from itertools import chain
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 1 / 32  # world units: longer triangles are cut, for their centres say little
+SIDE = 1 / 16  # world units: longer triangles are cut, for their boxes say little
 PIECES = 1 << 22  # of all triangles, about: no more are cut
-FEW = 0.02  # of all pieces: so few of one size are searched with the larger ones
-NEAREST = 8  # pieces that every point is compared with
+EIGHT = 8  # boxes in a box
+TURN = 1 << 12  # points at once
 ROUNDING = 1e-12  # of distances, relative
 TINY = 1e-300
-PAIRS = 1 << 19  # of points and pieces at once
 
 
 def need_scipy() -> None:
@@ -53,32 +48,37 @@ def sample_surface(
 
 
 def squared_distance(points: Tensor, triangles: Tensor) -> Tensor:
-    """Squared distances of points [N, 3] from triangles [N, 3, 3], row by row: [N], float64.
+    """Squared distances of points [3, N] from triangles [corner, 3, N], column by column: [N].
 
     Triangles without area are the segment, or the point, that they are.
     """
-    normal = torch.linalg.cross(
-        triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
-    )
-    length = normal.square().sum(1)
+    sides = [triangles[(i + 1) % 3] - triangles[i] for i in range(3)]
+    ways = [points - corner for corner in triangles]
+    normal = torch.linalg.cross(sides[0], sides[1], dim=0)
+    length = _dot(normal, normal)
     inside = length > 0
     nearest = torch.full_like(length, torch.inf)
-    for i in range(3):
-        start = triangles[:, i]
-        edge = triangles[:, (i + 1) % 3] - start
-        to = points - start
-        reach = edge.square().sum(1)
-        along = ((to * edge).sum(1) / reach.clamp(min=torch.finfo(reach.dtype).tiny)).clamp(0, 1)
-        nearest = torch.minimum(nearest, (to - along[:, None] * edge).square().sum(1))
-        inside &= (torch.linalg.cross(edge, to) * normal).sum(1) >= 0
-    height = ((points - triangles[:, 0]) * normal).sum(1)
+    for side, way in zip(sides, ways, strict=True):
+        along = (_dot(way, side) / _dot(side, side).clamp(min=TINY)).clamp(0, 1)
+        off = way - along * side
+        nearest = torch.minimum(nearest, _dot(off, off))
+        inside &= _dot(torch.linalg.cross(side, way, dim=0), normal) >= 0
+    height = _dot(ways[0], normal)
     return torch.where(inside, height.square() / length.where(inside, 1), nearest)
 
 
-class Surface:
-    """Triangles that can be asked how far points are from them.
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Products of columns: [3, N] and [3, N] give [N]."""
+    return (a * b).sum(0)
 
-    `workers` threads search, and distances are computed on `device`. ValueError without triangles.
+
+class Surface:
+    """Triangles that can be asked how far points are from them, exactly.
+
+    A KD-tree of their centres (scipy) gives each point some near triangle. Boxes around eights of
+    them, eights of these and so on name those that may be nearer; the KD-tree's order makes boxes
+    small. `workers` threads search, and distances are computed on `device`, in float64. ValueError
+    without triangles.
     """
 
     def __init__(
@@ -88,99 +88,76 @@ class Surface:
         device: torch.device,
         workers: int = 1,
     ):
+        from scipy.spatial import KDTree
+
         if not len(faces):
             raise ValueError("a surface without triangles has no distances")
         pieces = _cut(vertices.astype(np.float64)[faces])
         center = pieces.mean(1)
-        radius = np.linalg.norm(pieces - center[:, None], axis=2).max(1)
-        self.parts = [
-            _Part(pieces[rows], center[rows], radius[rows], device, workers)
-            for rows in _by_size(radius)
-        ]
+        order = KDTree(center).indices
+        self.tree = KDTree(center[order])
+        self.workers = workers
+        self.device = device
+        # the number of the piece last: sums over three rows are fast, over rows of three are not
+        self.pieces = torch.from_numpy(pieces[order].transpose(1, 2, 0).copy()).to(device)
+        self.boxes = _boxes(self.pieces)  # the largest first
 
     def squared_distance(self, points: np.ndarray) -> np.ndarray:
         """Squared distances of points [N, 3] from the nearest triangle: [N] float64."""
-        nearest = np.full(len(points), np.inf)
-        for part in self.parts:
-            part.improve(points, nearest)
-        return nearest
+        first = self.tree.query(points, workers=self.workers)[1]
+        found = [
+            self._nearest(points[rows], first[rows])
+            for rows in np.array_split(np.arange(len(points)), -(-len(points) // TURN))
+        ]
+        return np.concatenate(found) if found else np.zeros(0)
 
-
-class _Part:
-    """Pieces of triangles of about one size, and a KD-tree of their centres."""
-
-    def __init__(
-        self,
-        pieces: np.ndarray,  # [n, 3, 3]
-        center: np.ndarray,  # [n, 3]
-        radius: np.ndarray,  # [n]: no corner is farther from the centre
-        device: torch.device,
-        workers: int,
-    ):
-        from scipy.spatial import KDTree
-
-        self.tree = KDTree(center)
-        self.largest = radius.max()
-        self.radius = torch.from_numpy(radius).to(device)
-        self.pieces = torch.from_numpy(pieces).to(device)
-        self.center = torch.from_numpy(center).to(device)
-        self.offset = self.pieces - self.center[:, None]
-        self.workers = workers
-
-    def improve(self, points: np.ndarray, nearest: np.ndarray) -> None:
-        """Lower squared distances [N] in place to those of the pieces here, where these are less.
-
-        A point is compared with the pieces of the nearest centres, and where others may be nearer,
-        with all whose centres are as near as theirs can be.
-        """
-        few = min(NEAREST, self.tree.n)
-        ranks = list(range(1, few + 1))  # a list: [N, 1] for one, too
-        for rows in np.array_split(np.arange(len(points)), -(-len(points) * few // PAIRS)):
-            distance, piece = self.tree.query(points[rows], k=ranks, workers=self.workers)
-            own = np.arange(len(rows))
-            for row, pieces in (
-                (own, piece[:, 0].copy()),  # alone: what it leaves to the others is little
-                (np.repeat(own, few), piece.ravel()),
-            ):
-                nearest[rows] = self._compare(points[rows], nearest[rows], row, pieces)
-            reach = np.sqrt(nearest[rows]) * (1 + ROUNDING) + self.largest
-            if few < self.tree.n:
-                left = distance[:, -1] < reach
-                self._compare_all(points, nearest, rows[left], reach[left])
-
-    def _compare_all(
-        self, points: np.ndarray, nearest: np.ndarray, rows: np.ndarray, reach: np.ndarray
-    ) -> None:
-        """Compare the points of some rows with every piece whose centre is within their reach."""
-        ball = self.tree.query_ball_point
-        counts = ball(points[rows], reach, workers=self.workers, return_length=True)
-        turn = counts.cumsum() // PAIRS
-        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(turn)) + 1):
-            found = ball(points[rows[part]], reach[part], workers=self.workers, return_sorted=False)
-            piece = np.fromiter(chain.from_iterable(found), np.int64)
-            row = np.repeat(np.arange(len(part)), counts[part])
-            nearest[rows[part]] = self._compare(points[rows[part]], nearest[rows[part]], row, piece)
-
-    def _compare(
-        self, points: np.ndarray, nearest: np.ndarray, row: np.ndarray, piece: np.ndarray
-    ) -> np.ndarray:
-        """The lesser of `nearest` [n] and the distances of pairs: points[row] and a piece each."""
-        device = self.pieces.device
-        from_host = lambda values: torch.from_numpy(values).to(device)
-        row, piece = from_host(row), from_host(piece)
-        points, nearest = from_host(points), from_host(nearest)
-        way = points[row] - self.center[piece]
-        length = way.square().sum(1).sqrt()
-        limit = nearest.sqrt()[row] * (1 + ROUNDING)
-        near = (length - self.radius[piece] < limit).nonzero()[:, 0]
-        row, piece, way, length, limit = (x[near] for x in (row, piece, way, length, limit))
+    def _nearest(self, points: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Squared distances of some points, each of which may be near the piece `first`."""
+        points = torch.from_numpy(points.T.copy()).to(self.device)
+        best = squared_distance(points, self.pieces[..., torch.from_numpy(first).to(self.device)])
+        count = points.shape[1]
+        top = self.boxes[0].shape[-1]
+        row = torch.arange(count, device=self.device).repeat_interleave(top)
+        box = torch.arange(top, device=self.device).repeat(count)
+        eight = torch.arange(EIGHT, device=self.device)
+        for level, bounds in enumerate(self.boxes):
+            if level:
+                row = row.repeat_interleave(EIGHT)
+                box = (box[:, None] * EIGHT + eight).flatten()
+            point = points[:, row]
+            low, high = bounds[..., box]
+            gap = torch.maximum(low - point, point - high).clamp(min=0)
+            near = (_dot(gap, gap) < best[row]).nonzero()[:, 0]
+            row, box = row[near], box[near]
         # no corner is nearer than the plane through the nearest of them, square to the way to the
         # centre
-        ahead = (self.offset[piece] * way[:, None]).sum(2).amax(1) / length.clamp(min=TINY)
-        near = (length - ahead < limit).nonzero()[:, 0]
-        row, piece = row[near], piece[near]
-        exact = squared_distance(points[row], self.pieces[piece])
-        return nearest.scatter_reduce(0, row, exact, "amin").cpu().numpy()
+        point = points[:, row]
+        pieces = self.pieces[..., box]
+        center = pieces.mean(0)
+        way = point - center
+        length = _dot(way, way).sqrt()
+        ahead = ((pieces - center) * way).sum(1).amax(0) / length.clamp(min=TINY)
+        near = ((length - ahead) * (1 - ROUNDING) < best[row].sqrt()).nonzero()[:, 0]
+        row = row[near]
+        exact = squared_distance(point[:, near], pieces[..., near])
+        return best.scatter_reduce(0, row, exact, "amin").cpu().numpy()
+
+
+def _boxes(pieces: Tensor) -> list[Tensor]:
+    """Boxes around pieces [corner, 3, n], eights of them, and so on, the fewest first.
+
+    Each [2, 3, boxes]: the least and the largest coordinates; boxes of nothing are inside out.
+    """
+    low, high = pieces.amin(0), pieces.amax(0)
+    levels = [torch.stack([low, high])]
+    while levels[-1].shape[-1] > EIGHT:
+        missing = -levels[-1].shape[-1] % EIGHT
+        low, high = levels[-1]
+        low = F.pad(low, (0, missing), value=torch.inf).unflatten(1, (-1, EIGHT))
+        high = F.pad(high, (0, missing), value=-torch.inf).unflatten(1, (-1, EIGHT))
+        levels[-1] = torch.stack([low.flatten(1), high.flatten(1)])
+        levels.append(torch.stack([low.amin(2), high.amax(2)]))
+    return levels[::-1]
 
 
 def _cut(triangles: np.ndarray) -> np.ndarray:
@@ -201,21 +178,6 @@ def _cut(triangles: np.ndarray) -> np.ndarray:
         middle = (a + b) / 2
         triangles = np.concatenate([np.stack([a, middle, c], 1), np.stack([middle, b, c], 1)])
     return np.concatenate(done)
-
-
-def _by_size(radius: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the rows of pieces whose radii differ by a factor of four at most, the largest last.
-
-    What is FEW joins the next larger ones, and may be smaller.
-    """
-    largest = radius.max()
-    level = np.floor(np.log(np.maximum(radius / max(largest, 1e-300), 1e-12)) / np.log(4) + 0.5)
-    taken = np.zeros(len(radius), bool)
-    for step in np.unique(level):
-        rows = np.flatnonzero((level <= step) & ~taken)
-        if len(rows) >= FEW * len(radius) or step == level.max():
-            taken[rows] = True
-            yield rows
 
 
 def surface_scores(
