@@ -48,10 +48,13 @@ class Truth:
     def check(self, names: list[str], surfaces: bool) -> None:
         """Raise ValueError where objects lack what they are scored by, naming the first.
 
-        `surfaces` says whether the true surface is wanted. Contents are not read here.
+        `surfaces` says whether the true surface is wanted. Meshes are not read here.
         """
         if self.cast and importlib.util.find_spec("embreex") is None:
             raise ValueError("casting true pictures needs embreex: pip install '.[prepare]'")
+        if self.protocol.yaw and self.protocol.colors and not self.cast:
+            for name in names:
+                self._check_views(name)
         wanted = [("mesh.ply", self.surface_file)] if surfaces else []
         if self.cast:
             wanted.append(("source mesh", self.source_file))
@@ -90,7 +93,6 @@ class Truth:
         Raises ValueError that names the file where it is not the mesh of this object.
         """
         if not self.cast:
-            self._check_views(item)
             return item.image
         return self._cast(self._source(item), self.protocol.camera(torch.device("cpu")))
 
@@ -135,28 +137,26 @@ class Truth:
                     )
         return mesh
 
-    def _check_views(self, item: Item) -> None:
+    def _check_views(self, name: str) -> None:
         """Raise ValueError for held-out views that are not the protocol's cameras and size."""
         protocol = self.protocol
-        if not protocol.yaw:  # any will do
-            return
-        root = self.dataset.place(item.name)[0]
-        place = root / "renders" / item.name
-        width, _ = picture_size(read_frames(place / "transforms.json", root).files[-1])
+        root = self.dataset.place(name)[0]
+        place = root / "renders" / name
+        frames = read_frames(place / "transforms.json", root)
+        width, _ = picture_size(frames.files[-1])
         if width < protocol.size:
             raise ValueError(
                 f"{place}: views are {width} pixels wide, {protocol.name} compares "
                 f"{protocol.size}: --size {width} says so in its name"
             )
-        radius = item.camera.center.norm(dim=1)
-        fov = torch.rad2deg(2 * torch.atan(0.5 / item.camera.intrinsics[:, 0, 0]))
+        held_out = range(len(frames.files) - self.dataset.holdout_views, len(frames.files))
         for what, values, wanted in (
-            ("radius", radius, protocol.radius),
-            ("field of view", fov, protocol.fov),
+            ("radius", np.linalg.norm(frames.matrix[:, :3, 3], axis=1), protocol.radius),
+            ("field of view", np.rad2deg(frames.fov), protocol.fov),
         ):
-            off = (values / wanted - 1).abs() > CLOSE
-            if off.any():
-                raise ValueError(
-                    f"{place}: held-out view {int(off.int().argmax())} has the {what} "
-                    f"{values[off][0].item():.4g}, but {protocol.name} {wanted:g}"
-                )
+            for frame in held_out:
+                if abs(values[frame] / wanted - 1) > CLOSE:
+                    raise ValueError(
+                        f"{place}: held-out view {frame} has the {what} {values[frame]:.4g}, but "
+                        f"{protocol.name} {wanted:g}"
+                    )
