@@ -115,8 +115,5 @@ def draw_worst(
         pictures.clamp(0, 1), (size, size), mode="bilinear", antialias=True
     )
     name = next(iter(chosen[0].scores[OURS]))
-    captions = [
-        f"{record.title}\n{_cell(name, record.scores[OURS][name])} dB, {record.split}"
-        for record in chosen
-    ]
+    captions = [f"{record.title}\n{_cell(name, record.scores[OURS][name])} dB" for record in chosen]
     report.picture({"truth": shrink(true), "ours": shrink(ours)}, captions, title, file)
