@@ -3,8 +3,13 @@
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +19,7 @@ from tests.helpers.mesh_files import box, write_obj
 from tests.helpers.prepare import command as prepare
 from tests.helpers.runs import fresh
 from train.data.dataset import Dataset
+from train.data.metadata import ply_mesh
 from train.decoders import DECODERS
 from train.evaluate.command import main
 from train.evaluate.measure import AGAIN, OURS, RESAMPLED, SILHOUETTE, UNTRAINED
@@ -21,6 +27,7 @@ from train.evaluate.protocols import PROTOCOLS
 from train.flags import from_cli
 from train.prepare.voxelize import CHANNELS
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"plank": (1.0, 0.3, 0.1), "cube": (1.0, 1.0, 1.0), "slab": (0.2, 1.0, 1.0)}
 SMALL = "--device cpu --size 32 --holdout-views 2".split()
 
@@ -110,7 +117,8 @@ def test_the_truth_is_cast_from_the_meshes_and_its_ceiling_is_the_datasets_own_v
     """A mesh decoder is scored by colours, normals and distances; what was scored is kept."""
     out = tmp_path / "out"
     data = ["--data", prepared / "data", "--meshes", prepared / "meshes"]
-    flags = [*prefix("mesh"), *data, *SMALL, "--samples", "400", "--batch", "2", "--out", out]
+    flags = [*prefix("mesh"), *data, *SMALL, "--samples", "400", "--out", out]
+    flags += "--batch 1 --objects 2".split()
     assert evaluate(*flags) == 0
     rows = scores(out)["scores"]["train"]
     # the same renderer, size and rays a pixel as the dataset's: the same bytes
@@ -133,7 +141,9 @@ def test_the_truth_is_cast_from_the_meshes_and_its_ceiling_is_the_datasets_own_v
     capsys.readouterr()
     assert evaluate(*flags, "--lpips", prepared / "data" / "metadata.csv") == 2
     assert evaluate(*flags, "--no-floors") == 2
-    assert "floors True, not False: choose another --out" in capsys.readouterr().err
+    assert (
+        "an evaluation with floors True, not False: choose another --out" in capsys.readouterr().err
+    )
 
 
 def test_normals_and_distances_of_the_second_protocol(prepared, prefix, tmp_path):
@@ -175,6 +185,12 @@ def test_an_object_without_its_mesh_or_with_another_is_named(prepared, prefix, t
     data, meshes = tmp_path / "own" / "data", tmp_path / "own" / "meshes"
     names = Dataset([data], resolution=4, features="rgb", image_size=32).names
     known = [*prefix("mesh"), "--data", data, *SMALL, "--samples", 50, "--out", tmp_path / "out"]
+    plain = ["--protocol", "trellis2-normal4", "--no-floors"]
+    surface = data / "renders" / names[0] / "mesh.ply"
+    surface.write_bytes(ply_mesh(np.zeros((3, 3)), np.array([[0, 1, 2]])))
+    assert evaluate(*known, *plain) == 2
+    error = capsys.readouterr().err
+    assert f"{surface}: a surface of 1 triangles without area has no points" in error
     (data / "renders" / names[1] / "mesh.ply").unlink()
     assert evaluate(*known, "--protocol", "trellis2-normal4") == 2
     error = capsys.readouterr().err
@@ -193,3 +209,24 @@ def test_an_object_without_its_mesh_or_with_another_is_named(prepared, prefix, t
     assert [file.name for file in (tmp_path / "full").iterdir() if file.name[0] != "."] == [
         "thesis.txt"
     ]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_files_as_one(prepared, prefix, tmp_path):
+    """To the bit, though each scores other objects than it would alone."""
+    data = ["--data", prepared / "data", "--meshes", prepared / "meshes", *SMALL, "--batch", 2]
+    flags = [*map(str, [*prefix("mesh"), *data, "--samples", 300, "--out"])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = "-m torch.distributed.run --standalone --nproc-per-node 2 -m train.evaluate".split()
+    for name, command in (("one", ["-m", "train.evaluate"]), ("two", both)):
+        run = [sys.executable, *command, *flags, str(tmp_path / name)]
+        subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=300)
+    one, two = (
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name).rglob("*")
+            if file.is_file()
+        }
+        for name in ("one", "two")
+    )
+    assert one == two and len([file for file in one if file.parent.name == "objects"]) == 3

@@ -103,9 +103,10 @@ def test_scores_of_two_parallel_squares_are_known():
     # all of ours is near the truth, and half of it near ours
     assert part["md_f1_1e-08"] == pytest.approx(2 / 3, abs=0.02)
     none = (np.zeros((0, 3)), np.zeros((0, 3), int))
-    empty = surface_scores(none, square(), 100, (0.05,), (1e-6,), seeds, CPU)
-    assert empty["empty"] == 1 and empty["f_0.05"] == empty["md_f1_1e-06"] == 0
-    assert np.isnan([empty["cd"], empty["md"], empty["cd2"]]).all()
+    for absent in (none, (np.full((3, 3), np.nan), half[1]), (np.zeros((3, 3)), half[1])):
+        empty = surface_scores(absent, square(), 100, (0.05,), (1e-6,), seeds, CPU)
+        assert empty["empty"] == 1 and empty["f_0.05"] == empty["md_f1_1e-06"] == 0
+        assert np.isnan([empty["cd"], empty["md"], empty["cd2"]]).all()
 
 
 def test_surfaces_without_area_or_triangles_are_refused():

@@ -193,7 +193,8 @@ def _conclude(job: Job, records: list[Record], folder: Path, here: Machine) -> N
     found = tables.summary(records)
     missing = job.not_computed()
     device = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU"
-    content = job.settings | {
+    content = {"path": job.trained.path} | job.settings
+    content |= {
         "objects": len(records),
         "not_computed": missing,
         "scores": {

@@ -62,7 +62,6 @@ class Job:
         )
         self.settings = {
             "checkpoint": {
-                "path": self.trained.path,
                 "kind": self.trained.kind,
                 "encoder": _digest(self.trained.encoder),
                 "decoder": _digest(self.trained.decoder),

@@ -6,13 +6,13 @@ evaluation.json    their means, with the protocol; objects.csv; worst.png
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from models.files import write_whole
 from models.reading import entry, read_json, shown
-from train.evaluate.measure import Record
+from train.evaluate.measure import OURS, Record
 
 SETTINGS = "settings.json"
 FIELDS = {"name": str, "title": str, "split": str, "worst": int, "scores": dict}
@@ -21,30 +21,38 @@ FIELDS = {"name": str, "title": str, "split": str, "worst": int, "scores": dict}
 def check_settings(folder: Path, settings: dict) -> None:
     """Record what the scores depend on.
 
-    Raises ValueError that names the first difference where the folder holds another evaluation's,
-    and for one that holds anything else.
+    Raises ValueError that names the first difference where the folder holds another evaluation's
+    scores, and for one that holds anything else.
     """
     file = folder / SETTINGS
-    if not file.is_file():
-        others = [one.name for one in folder.iterdir() if not one.name.startswith(".")]
-        if others:
-            raise ValueError(
-                f"--out {folder} is not empty and no evaluation: it holds {shown(others[0])}"
-            )
+    others = {one.name for one in folder.iterdir() if not one.name.startswith(".")} - {SETTINGS}
+    if others and not file.is_file():
+        raise ValueError(
+            f"--out {folder} is not empty and no evaluation: it holds {shown(min(others))}"
+        )
+    if not others:  # nor any scores of another one
         write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
-    before = read_json(file)
-    now = json.loads(json.dumps(settings))
-    for name in now:
-        if before.get(name) != now[name]:
+    before = dict(_leaves(read_json(file)))
+    for name, now in _leaves(json.loads(json.dumps(settings))):
+        if before.get(name) != now:
             raise ValueError(
-                f"{folder} holds an evaluation of {name} {shown(before.get(name))}, not "
-                f"{shown(now[name])}: choose another --out"
+                f"{folder} holds an evaluation with {name} {shown(before.get(name))}, not "
+                f"{shown(now)}: choose another --out"
             )
+
+
+def _leaves(settings: dict) -> Iterator[tuple[str, object]]:
+    """Yield dotted names and values, those of groups one by one."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{leaf}", inner) for leaf, inner in _leaves(value))
+        else:
+            yield name, value
 
 
 def read_records(folder: Path, names: Iterable[str]) -> dict[str, Record]:
-    """Read the scores of objects that are there; a file cut short counts as absent."""
+    """Read the scores of objects that are there; a damaged file counts as absent."""
     found = {}
     for name in names:
         file = folder / "objects" / f"{name}.json"
@@ -53,10 +61,21 @@ def read_records(folder: Path, names: Iterable[str]) -> dict[str, Record]:
         try:
             content = read_json(file)
             values = {key: entry(content, key, kind, str(file)) for key, kind in FIELDS.items()}
+            _check_scores(values["scores"], str(file))
         except ValueError:
             continue
         found[name] = Record(**values)
     return found
+
+
+def _check_scores(scores: dict, where: str) -> None:
+    """Raise ValueError for scores that are no numbers by renderer and measure."""
+    entry(scores, OURS, dict, where)
+    for row in scores:
+        values = entry(scores, row, dict, where)
+        for value in values.values():
+            if type(value) is not float:
+                raise ValueError(f"{where}: {row} holds {shown(value)}, not a number")
 
 
 def write_record(folder: Path, record: Record) -> None:

@@ -159,16 +159,19 @@ class Evaluator:
         """Distances of a surface, vertices and faces, from the true one; points of a stream."""
         protocol = self.protocol
         own = int(item.name[:15], 16)
-        return surface_scores(
-            tuple(t.cpu().numpy() for t in ours),
-            tuple(t.numpy() for t in item.mesh),
-            protocol.samples,
-            protocol.distances,
-            protocol.squared,
-            ([SEED, own, stream], [SEED, own, 0]),
-            self.device,
-            torch.get_num_threads(),
-        )
+        try:
+            return surface_scores(
+                tuple(t.cpu().numpy() for t in ours),
+                tuple(t.numpy() for t in item.mesh),
+                protocol.samples,
+                protocol.distances,
+                protocol.squared,
+                ([SEED, own, stream], [SEED, own, 0]),
+                self.device,
+                torch.get_num_threads(),
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.truth.surface_file(item.name)}: {error}") from error
 
     @torch.no_grad()
     def records(self, names: Sequence[str]) -> list[Record]:

@@ -24,6 +24,12 @@ def need_scipy() -> None:
         raise ValueError("surface distances need scipy: pip install '.[evaluate]'") from error
 
 
+def areas(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Areas of triangles: vertices [P, 3] and faces [F, 3] give [F] float64."""
+    a, b, c = np.moveaxis(vertices.astype(np.float64)[faces], 1, 0)
+    return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+
+
 def sample_surface(
     vertices: np.ndarray,  # [P, 3]
     faces: np.ndarray,  # [F, 3]
@@ -35,9 +41,9 @@ def sample_surface(
     ValueError for a surface without area.
     """
     a, b, c = np.moveaxis(vertices.astype(np.float64)[faces], 1, 0)
-    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    area = areas(vertices, faces)
     below = area.cumsum()
-    if not len(area) or not 0 < below[-1] < np.inf:
+    if not 0 < area.sum() < np.inf:
         raise ValueError(f"a surface of {len(faces)} triangles without area has no points to draw")
     chosen = np.searchsorted(below, rng.random(count) * below[-1], side="right")
     chosen = chosen.clip(max=len(area) - 1)
@@ -196,9 +202,10 @@ def surface_scores(
     With `squared` (thresholds of squared distances): "cd2", the mean squared distance from point to
     point, "md", from point to surface, and the F-scores of both. Means are those of both
     directions; an F-score is the harmonic mean of the two shares of points that are nearer than
-    the threshold. No triangles of ours score 0, and have no distances (nan).
+    the threshold. A surface of ours without area scores 0 and has no distances (nan); for a true
+    one a ValueError is raised.
     """
-    empty = not len(ours[1])
+    empty = not 0 < areas(*ours).sum() < np.inf
     points_true = sample_surface(*truth, count, np.random.default_rng(seeds[1]))
     to_point = to_surface = (np.full(count, np.nan),) * 2
     if not empty:
