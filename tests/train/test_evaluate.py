@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import models
 from tests.helpers.mesh_files import box, write_obj
@@ -25,6 +26,7 @@ from train.evaluate.command import main
 from train.evaluate.measure import AGAIN, OURS, RESAMPLED, SILHOUETTE, UNTRAINED
 from train.evaluate.protocols import PROTOCOLS
 from train.flags import from_cli
+from train.lpips import weight_shapes
 from train.prepare.voxelize import CHANNELS
 
 ROOT = Path(__file__).parents[2]
@@ -213,14 +215,20 @@ def test_an_object_without_its_mesh_or_with_another_is_named(prepared, prefix, t
 
 @pytest.mark.slow
 def test_two_ranks_give_the_same_files_as_one(prepared, prefix, tmp_path):
-    """To the bit, though each scores other objects than it would alone."""
+    """To the bit, though each scores other objects than it would alone; LPIPS as well."""
+    weights = {
+        name: torch.rand(shape) / max(1, math.prod(shape[1:]))
+        for name, shape in weight_shapes().items()
+    }
+    save_file(weights, tmp_path / "lpips.safetensors")
     data = ["--data", prepared / "data", "--meshes", prepared / "meshes", *SMALL, "--batch", 2]
+    data += ["--lpips", tmp_path / "lpips.safetensors"]
     flags = [*map(str, [*prefix("mesh"), *data, "--samples", 300, "--out"])]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = "-m torch.distributed.run --standalone --nproc-per-node 2 -m train.evaluate".split()
     for name, command in (("one", ["-m", "train.evaluate"]), ("two", both)):
         run = [sys.executable, *command, *flags, str(tmp_path / name)]
-        subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=300)
+        subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=600)
     one, two = (
         {
             file.relative_to(tmp_path / name): file.read_bytes()
@@ -229,4 +237,6 @@ def test_two_ranks_give_the_same_files_as_one(prepared, prefix, tmp_path):
         }
         for name in ("one", "two")
     )
+    rows = scores(tmp_path / "two")["scores"]["train"]
+    assert rows[OURS]["lpips"] > 0 and rows[AGAIN]["lpips"] == 0 < rows[OURS]["normal_lpips"]
     assert one == two and len([file for file in one if file.parent.name == "objects"]) == 3

@@ -123,6 +123,9 @@ def _check_kind(trained: Trained, protocol: Protocol) -> None:
         raise ValueError(
             f"{trained.path} is a decoder alone: --encoder says which encoder makes its latents"
         )
+    plain = trained.kind == MESH_DECODER and not trained.decoder.config.use_color
+    if plain and not protocol.normals:
+        raise ValueError(f"{protocol.name} scores colours, and {trained.path} decodes none")
     if trained.kind != MESH_DECODER and not protocol.colors:
         raise ValueError(
             f"{protocol.name} scores surfaces, and {trained.path} is a {trained.kind} decoder, "

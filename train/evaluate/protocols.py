@@ -92,7 +92,8 @@ NORMALS = (
 MEANS = "means of an object are over its pictures, then of all objects; posterior means, fp32"
 CAST = (
     "true pictures: the source mesh, with its materials, cast by train.prepare's renderer "
-    "(mesh.ply holds no colours), 2 x 2 rays a pixel, 8 bits"
+    "(mesh.ply holds no colours), 2 x 2 rays a pixel, 8 bits, its lights: a model of pictures "
+    "by another renderer comes no closer than the ceiling says"
 )
 POINTS = (
     "drawn with equal chance by area, inner surfaces too, seeded by the object's sha256; means "
