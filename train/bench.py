@@ -1,4 +1,6 @@
-"""python -m train.bench [OP ...]: times a transformer block, a transformer and a training step.
+"""Time a transformer block, a transformer and a training step, beside the published ones.
+
+    python -m train.bench [OP ...]
 
 The flags, tables and results are those of `python -m kernels.bench`, which measures single ops; see
 kernels.bench.command.

@@ -31,7 +31,8 @@ LIMITS = {
 LARGEST = 1 << 16  # of any size of a model, its blocks apart:
 BLOCKS = 1000
 # of a run that is resumed
-CHANGEABLE = ("steps", "device", "data", "workers", "sample_every", "save_every", "eval_objects")
+_EVERY = ("sample_every", "save_every")
+CHANGEABLE = ("steps", "device", "data", "workers", *_EVERY, "eval_objects", "tensorboard")
 
 
 def flag(default, help: str):
@@ -135,6 +136,9 @@ class Config:
     sample_every: int = flag(1000, "steps between sample pictures and curves")
     save_every: int = flag(1000, "steps between checkpoints")
     eval_objects: int = flag(64, "most objects of each kind in the evaluation at the end")
+    tensorboard: bool = flag(
+        False, "also write the log and the sample pictures to OUT/tensorboard, for TensorBoard"
+    )
     # the optimiser
     steps: int = flag(
         750_000,
@@ -165,6 +169,12 @@ class Config:
     encoder: str | None = flag(
         None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a finished run"
     )
+    init: tuple[str, ...] = flag(
+        (),
+        "weights to start from: prefix of NAME.json + NAME.safetensors, encoder or decoder, or a "
+        "finished run; may be repeated",
+    )
+    freeze: str | None = flag(None, "part of --init that is not trained: encoder or decoder")
     lpips: str | None = flag(None, "file with the LPIPS (VGG16) weights")
     model: Sizes = Sizes()
     weights: Weights = Weights()
@@ -208,10 +218,22 @@ class Config:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}"
             )
+        self._check_start()
         if self.resume and self.out:
             raise ValueError(
                 f"resume {self.resume} continues in its own folder, not in {self.out!r}"
             )
+
+    def _check_start(self) -> None:
+        """Raise ValueError where a part is frozen that no trained weights are given for."""
+        if self.freeze is None:
+            return
+        if self.freeze not in ("encoder", "decoder"):
+            raise ValueError(f"freeze {self.freeze!r} is not encoder or decoder")
+        if not self.init:
+            raise ValueError(f"freeze {self.freeze} needs trained weights: give --init")
+        if self.encoder:
+            raise ValueError(f"encoder {self.encoder} is frozen already; leave --freeze out")
 
     def micro_batches(self, world: int) -> int:
         """Count the forward passes of each of `world` ranks in a step.
@@ -361,7 +383,8 @@ def read_config(file: Path, script: str, presets: Mapping[str, Config]) -> Confi
         template = presets[recorded["preset"]]
         for leaf in leaves(template):
             _check_kind(leaf.name, leaf.kind, recorded)
-        recorded["data"] = tuple(recorded["data"])
+        for name in ("data", "init"):
+            recorded[name] = tuple(recorded.get(name, ()))
         nested = {
             name: type(getattr(template, name))(**recorded[name]) for name in ("model", "weights")
         }

@@ -40,7 +40,7 @@ def _parser(script: str, presets: Mapping[str, Config]) -> argparse.ArgumentPars
         if leaf.kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(leaf.kind) is tuple:
-            parser.add_argument(flag, action="append", metavar="DIR", **common)
+            parser.add_argument(flag, action="append", metavar="PATH", **common)
         elif leaf.name != "preset":
             kinds = get_args(leaf.kind) or (leaf.kind,)
             kind = next(kind for kind in kinds if kind is not NoneType)
@@ -96,8 +96,7 @@ def from_cli(
     """
     parser = _parser(script, presets)
     given = vars(parser.parse_args(argv))
-    if "data" in given:
-        given["data"] = tuple(given["data"])
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
         config = _given_config(given, script, presets)
         if "batch_size" in given and "micro_batch" not in given:

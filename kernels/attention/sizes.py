@@ -72,12 +72,15 @@ def tile_sizes(
         forward = [Tile(0, ANY, 64, 32, 8, 1)]
         backward = [Tile(0, ANY, 16 if treated else 32, 16, 4, 1)]
     elif rotated:
-        warps = 8 if target.startswith("sm_10") and pad_d <= 32 else 4  # bf16 spills there with 4
+        wide = target.startswith("sm_10") and pad_d <= 32 and dtype == torch.bfloat16
+        warps = 8 if wide else 4  # bf16 spills there with 4, fp16 with 8
         forward = [Tile(0, 64, 64, 64, warps, 1), Tile(64, ANY, 64, 32, 4, 1)]
         backward = [Tile(0, 64, 64, 16, 8, 1), Tile(64, ANY, 64, 16, 8, 1)]
         # products from registers: a short segment's tile spills
         if not target.startswith(("sm_9", "sm_10")):
             forward = [Tile(0, ANY, 64, 32, 4, 2 if target.startswith("sm_12") else 1)]
+        if target.startswith("sm_10"):  # steps of 16 spill with Triton 3.9
+            backward = [Tile(0, 64, 64, 32, 4, 1), Tile(64, ANY, 64, 32, 4, 1)]
         if target.startswith(("sm_8", "sm_12")):
             backward = [Tile(0, ANY, 32, 16, 8, 1)]
         if target.startswith("sm_12") and not normed:  # that spills there

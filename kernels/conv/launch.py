@@ -48,7 +48,8 @@ def product_tiles(dtype: torch.dtype, target: str) -> list[Tile]:
         return [*big, Tile(64, 96, 96, 4, 7), Tile(64, 96, 64, 4, 7)]
     if target == "sm_100":  # few stages: Triton 3.6 spills with more
         return [Tile(128, 64, 192, 8, 4), Tile(64, 64, 64, 4, 2)]
-    small = [Tile(64, 32, 96, 4, 7), Tile(64, 32, 64, 4, 7), Tile(32, 32, 96, 4, 7)]
+    # of 32 rows, two warps more would repeat each other's products
+    small = [Tile(64, 32, 96, 4, 7), Tile(64, 32, 64, 4, 7), Tile(32, 32, 96, 2, 7)]
     # elsewhere the cache keeps up with tensor cores, and larger tiles spill
     return [Tile(128, 32, 192, 8, 7), *small] if target == "sm_80" else small
 
@@ -212,9 +213,12 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: TapPairs) -> Tensor:
     tile = _gradient_tile(x.dtype, backend.target(x))
     wide, narrow = _widths(CI, tile.widest, x)
     high = min(tile.rows, max(16, triton.next_power_of_2(CO)))
+    warps = tile.num_warps
     # a warpgroup's products (wgmma, tcgen05) have 64 rows or more
-    if CO % high and high == 64 and backend.target(x) not in ("sm_90", "sm_100"):
-        high = 32
+    if backend.target(x) not in ("sm_90", "sm_100"):
+        high = 32 if CO % high and high == 64 else high
+        # four warps would repeat each other's products
+        warps = 2 if high == 32 and x.dtype != torch.float32 else warps
     blocks = triton.cdiv(CO, high) * triton.cdiv(CI, wide + narrow)
     shares = _shares(blocks * M, R, x)
     shares = min(shares, triton.cdiv(R, 4 * tile.step))
@@ -231,7 +235,7 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: TapPairs) -> Tensor:
         WIDE=wide,
         NARROW=narrow,
         STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        num_warps=warps,
         num_stages=tile.num_stages,
     )
     return part[0] if shares == 1 else part.sum(0)

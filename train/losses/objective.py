@@ -34,7 +34,7 @@ class Objective(nn.Module):
         """`noise` [N, latent] and `background` [V, 3] are the step's random draws."""
         posterior, scenes = self.vae(x, noise)
         terms, psnr = self.loss(scenes, batch, background)
-        if posterior is not None:
+        if posterior is not None and "kl" in self.weights:  # not of a frozen encoder
             terms["kl"] = kl(posterior.mean, posterior.logvar)
         loss = weighted(terms, self.weights)
         return loss, {"loss": loss, **terms, "psnr": psnr}
