@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("gaussian", "radiance", "mesh", "prepare", "lpips", "timing", "bench")
+COMMANDS = ("gaussian", "radiance", "mesh", "prepare", "evaluate", "lpips", "timing", "bench")
 
 
 def summary(command: str) -> str:
