@@ -9,6 +9,7 @@ COMMANDS = (
     "radiance",
     "mesh",
     "reconstruct",
+    "evaluate",
     "export",
     "lpips",
     "timing",

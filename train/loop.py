@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from models.finite import NotFinite
-from train.evaluate import conclude, save_samples
 from train.flags import from_cli
 from train.losses import Loss, PictureLoss
 from train.run import report
@@ -24,6 +23,7 @@ from train.run.machine import Interrupt, machine, world_size
 from train.run.progress import Progress
 from train.run.resume import SaveOnError, recovery_hint, resume_command
 from train.run.threads import computing
+from train.scores import conclude, save_samples
 from train.trainer import Build, Presets, Run
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops

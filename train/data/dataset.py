@@ -107,6 +107,7 @@ class Dataset(torch.utils.data.Dataset):
         # sha256 -> root, voxels that metadata.csv promises
         self._objects: dict[str, tuple[Path, int | None]] = {}
         self._files: dict[str, str] = {}  # sha256 -> local_path
+        self._splits: dict[str, str] = {}
         self.roots = [Path(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
         for root in self.roots:
             self._list(root)
@@ -131,6 +132,7 @@ class Dataset(torch.utils.data.Dataset):
             else:
                 self._objects[row["sha256"]] = root, None if voxels is None else int(voxels)
                 self._files[row["sha256"]] = row.get("local_path", "")
+                self._splits[row["sha256"]] = row.get("split") or "train"
 
     def _excluded(
         self, row: dict[str, str], voxels: float | None, score: float | None
@@ -176,6 +178,14 @@ class Dataset(torch.utils.data.Dataset):
     def title(self, name: str) -> str:
         """Name an object for a reader: the stem of its local_path, or the start of its sha256."""
         return Path(self._files[name]).stem or name[:8]
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """Return the folder of an object's dataset, and the local_path of its source mesh."""
+        return self._objects[name][0], self._files[name]
+
+    def split_of(self, name: str) -> str:
+        """Return the split of an object, "train" where its table does not say."""
+        return self._splits[name]
 
     @property
     def channels(self) -> int:

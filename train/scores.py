@@ -82,15 +82,19 @@ def silhouette(objects: Objects) -> Renderer:
 
     The mean is over the object's training views, each pixel weighted by its alpha.
     """
+    return lambda batch: fill(batch, objects.views(batch.names[0], "train"))
 
-    def render(batch: Batch) -> Image:
-        color, alpha = objects.views(batch.names[0], "train").image.split([3, 1], dim=1)
-        total = reduce(color * alpha, "v c h w -> c", "sum")
-        mean = total / alpha.sum().clamp(min=1e-6)
-        alpha = batch.image[:, 3:]
-        return Image(rearrange(mean, "c -> c 1 1") * alpha, alpha)
 
-    return render
+def fill(batch: Batch, colored: Batch) -> Image:
+    """Fill the true alpha of one object's views with its mean colour in other views of it.
+
+    Each pixel of these is weighted by its alpha.
+    """
+    color, alpha = colored.image.split([3, 1], dim=1)
+    total = reduce(color * alpha, "v c h w -> c", "sum")
+    mean = total / alpha.sum().clamp(min=1e-6)
+    alpha = batch.image[:, 3:]
+    return Image(rearrange(mean, "c -> c 1 1") * alpha, alpha)
 
 
 def voxel_gaussians(resolution: int, size: float) -> Renderer:
@@ -110,6 +114,11 @@ def voxel_gaussians(resolution: int, size: float) -> Renderer:
     return scenes_renderer(decode)
 
 
+def best_size(resolution: int, batches: list[Batch]) -> float:
+    """Choose the size of one Gaussian a voxel that shows these views best, in voxels."""
+    return max(SIZES, key=lambda size: score(voxel_gaussians(resolution, size), batches).full)
+
+
 def compare(
     decoders: Mapping[str, Decoder], objects: Objects, resolution: int, rgb: bool
 ) -> Scores:
@@ -122,7 +131,7 @@ def compare(
     renderers["silhouette"] = silhouette(objects)
     if rgb:
         few = [objects.views(name, "train") for name in objects.groups["held-out views"][:4]]
-        size = max(SIZES, key=lambda size: score(voxel_gaussians(resolution, size), few).full)
+        size = best_size(resolution, few)
         renderers[f"one Gaussian a voxel ({size} wide)"] = voxel_gaussians(resolution, size)
     groups = {group: names for group, names in objects.groups.items() if names}
     batches = lambda names: (objects.views(name, "holdout") for name in names)

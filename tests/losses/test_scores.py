@@ -8,7 +8,7 @@ import torch
 
 from kernels.camera import Camera, Image
 from models import GaussianScene
-from train import evaluate
+from train import scores as scoring
 from train.data.batch import Batch
 
 V = 3
@@ -45,26 +45,26 @@ def objects(held_out: Batch, training: Batch | None = None):
 def test_scores_of_known_errors():
     truth = batch()
     color, alpha = truth.image.split([3, 1], dim=1)
-    exact = evaluate.score(lambda b: Image(color * alpha, alpha), [truth, truth])
+    exact = scoring.score(lambda b: Image(color * alpha, alpha), [truth, truth])
     assert exact.full == exact.inside == float("inf") and exact.pictures == 2 * V * 2
     # 0.1 off in a quarter of the frame
-    off = evaluate.score(lambda b: Image((color + 0.1) * alpha, alpha), [truth])
+    off = scoring.score(lambda b: Image((color + 0.1) * alpha, alpha), [truth])
     assert off.inside == pytest.approx(20, abs=1e-3) and off.full == pytest.approx(
         20 + 10 * math.log10(4), abs=1e-3
     )
     # shows the background
-    clear = evaluate.score(
+    clear = scoring.score(
         lambda b: Image(torch.zeros_like(color), torch.zeros_like(alpha)), [truth]
     )
     edge = batch()
     edge.image[:, 3, 8:24, 16:24] = 0.4  # a pixel that is less than half covered is not inside
     wrong = torch.where(edge.image[:, 3:] == 0.4, 0.9, 0.0)
-    assert evaluate.score(
+    assert scoring.score(
         lambda b: Image(color * b.image[:, 3:] + wrong, b.image[:, 3:]), [edge]
     ).inside == float("inf")
     error = torch.stack([RED, 1 - RED]).square().mean(1) / 4
     assert clear.full == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
-    bright = evaluate.score(
+    bright = scoring.score(
         lambda b: Image(torch.where(alpha > 0, 1.5, 0.0) * torch.ones(3, 1, 1), alpha),
         [batch(torch.ones(3))],
     )
@@ -74,14 +74,14 @@ def test_scores_of_known_errors():
 def test_pictures_without_the_object_count_in_the_full_frame_only():
     truth = batch()
     truth.image[0] = 0
-    score = evaluate.score(
+    score = scoring.score(
         lambda b: Image(0.5 * b.image[:, :3] * b.image[:, 3:], b.image[:, 3:]), [truth]
     )
     assert score.inside == score.inside and score.pictures == 2 * V
 
 
 def test_the_silhouette_is_the_mean_training_colour():
-    render = evaluate.silhouette(objects(batch(), batch(hole=True)))
+    render = scoring.silhouette(objects(batch(), batch(hole=True)))
     image = render(batch(torch.tensor([0.0, 1.0, 0.0]), hole=True))
     assert torch.equal(image.alpha, batch(hole=True).image[:, 3:])
     assert (
@@ -91,7 +91,7 @@ def test_the_silhouette_is_the_mean_training_colour():
 
 
 def test_one_gaussian_a_voxel_shows_the_voxels_colour_where_they_are():
-    image = evaluate.voxel_gaussians(RESOLUTION, 0.6)(batch())
+    image = scoring.voxel_gaussians(RESOLUTION, 0.6)(batch())
     middle = slice(SIZE // 2 - 1, SIZE // 2 + 1)
     assert torch.allclose(
         image.color[:, :, middle, middle].mean((2, 3)), RED.expand(V, 3), atol=0.02
@@ -108,14 +108,14 @@ def test_compare_scores_every_floor_and_every_group_that_has_objects():
     training.image[:, :, :12] = training.image[:, :, 20:] = 0
     seen = objects(batch(), training)
     without, scores = (
-        evaluate.compare({"empty": small}, seen, RESOLUTION, rgb) for rgb in (False, True)
+        scoring.compare({"empty": small}, seen, RESOLUTION, rgb) for rgb in (False, True)
     )
     assert list(without) == ["empty", "silhouette"] and list(scores)[:2] == ["empty", "silhouette"]
     (name,) = scores.keys() - without.keys()
     own, held = (
         {
-            size: evaluate.score(evaluate.voxel_gaussians(RESOLUTION, size), [views]).full
-            for size in evaluate.SIZES
+            size: scoring.score(scoring.voxel_gaussians(RESOLUTION, size), [views]).full
+            for size in scoring.SIZES
         }
         for views in (training, batch())
     )
@@ -125,5 +125,5 @@ def test_compare_scores_every_floor_and_every_group_that_has_objects():
     assert scores["empty"]["held-out views"].full < held[best]
     # no object is held out whole
     assert all(row.keys() == {"held-out views"} for row in scores.values())
-    text = evaluate.table(scores)
+    text = scoring.table(scores)
     assert name in text and f"{held[best]:.2f}" in text and "held-out views, 6 pictures" in text
