@@ -39,13 +39,13 @@ from models import GaussianScene, MeshScene, RadianceScene, Scene
 from train.data.batch import Batch, collate
 from train.data.latent_file import LARGEST, read_latent, write_latent
 from train.data.metadata import inside
-from train.evaluate import PROTOCOL, Score, scenes_renderer, score
 from train.flags import OneLineParser
 from train.losses.pictures import composite
 from train.run import report, turntable
 from train.run.given import Given, Workshop, find, roots_of
 from train.run.machine import named_device
 from train.run.trained import Trained, is_checkpoint, open_all
+from train.scores import PROTOCOL, Score, scenes_renderer, score
 
 # names of rows where a kind of decoder has a longer one
 ROWS = {"gaussian": "Gaus-\nsians", "radiance": "radiance\nfield"}

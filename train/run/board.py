@@ -40,7 +40,7 @@ class Board:
         """Add a sample picture, a PNG file."""
         if self.writer is None:
             return
-        with Picture.open(file) as image:
+        with Picture.open(file, formats=["PNG"]) as image:
             pixels = np.asarray(image)
         self.writer.add_image("samples", pixels, step, dataformats="HWC")
 
