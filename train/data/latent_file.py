@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.files import whole
 from train.data.archive import Archive
-from train.data.readers import COPIES, VOXEL, ordered
+from train.data.readers import COPIES, VOXEL, finite, ordered
 
 LARGEST = 256  # voxels a side that uint8 coordinates hold
 COMMENT = rb"encoder sha256 ([0-9a-f]{64})"
@@ -78,9 +78,5 @@ def read_latent(
         archive.check(V * VOXEL + COPIES * latents.size)
         coords, order = ordered(archive.read("coords"), resolution, file)
         feats = archive.read("feats")
-    with np.errstate(over="ignore"):  # what is not finite is refused
-        feats = feats.astype(np.float32, copy=False)
-    if not np.isfinite(feats).all():
-        row = int((~np.isfinite(feats)).any(1).argmax())
-        raise ValueError(f"{file}: feats of row {row} are not finite")
+    feats = finite(feats, np.float32, f"{file}: feats")
     return torch.from_numpy(coords), torch.from_numpy(feats[order])

@@ -257,12 +257,19 @@ def read_features(file: Path, resolution: int) -> tuple[Tensor, Tensor]:
         archive.check(V * VOXEL + COPIES * features_of.size)
         coords, order = ordered(archive.read("indices"), resolution, file)
         features = archive.read("patchtokens")
-    with np.errstate(over="ignore"):  # what is not finite is refused
-        features = features.astype(np.float16, copy=False)
-    if not np.isfinite(features).all():
-        row = int((~np.isfinite(features)).any(1).argmax())
-        raise ValueError(f"{file}: patchtokens of row {row} are not finite in half precision")
+    features = finite(features, np.float16, f"{file}: patchtokens")
     return torch.from_numpy(coords), torch.from_numpy(features[order])
+
+
+def finite(rows: np.ndarray, dtype: type, what: str) -> np.ndarray:
+    """Convert floats [V, C]; ValueError that names the first row which is not finite then."""
+    with np.errstate(over="ignore"):  # what is not finite is refused
+        rows = rows.astype(dtype, copy=False)
+    if not np.isfinite(rows).all():
+        row = int((~np.isfinite(rows)).any(1).argmax())
+        half = " in half precision" if dtype == np.float16 else ""
+        raise ValueError(f"{what} of row {row} are not finite{half}")
+    return rows
 
 
 def ordered(indices: np.ndarray, resolution: int, file: Path) -> tuple[np.ndarray, np.ndarray]:
