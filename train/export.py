@@ -19,14 +19,14 @@ from torch import Tensor
 
 from models import MeshScene
 from models.files import write_whole
-from models.finite import check_finite
 from train.data.latent_file import read_latent
-from train.flags import OneLineParser
+from train.flags import OneLineParser, exit_status
 from train.meshes.write import AXES, gaussian_ply, mesh_glb, mesh_obj, scene_npz
-from train.run.given import Workshop, find, roots_of
+from train.run.given import Workshop, add_flags, check_flags, find, roots_of
 from train.run.machine import named_device
-from train.run.trained import Trained, is_checkpoint, open_all
+from train.run.trained import NO_CHECKPOINT, Trained, is_checkpoint, open_all
 
+COMMAND = "python -m train.export"
 # what can be written of the scenes of each kind of decoder; of any other npz alone
 FORMATS: dict[str, dict[str, Callable[..., bytes]]] = {
     "gaussian": {"ply": gaussian_ply, "npz": scene_npz},
@@ -38,7 +38,7 @@ ANY = {"npz": scene_npz}
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     as_written = argparse.RawDescriptionHelpFormatter
-    p = OneLineParser("python -m train.export", description=__doc__, formatter_class=as_written)
+    p = OneLineParser(COMMAND, description=__doc__, formatter_class=as_written)
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or a decoder's prefix")
     p.add_argument("object", metavar="OBJECT", nargs="?", help="a mesh file, or an item")
     p.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -47,41 +47,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--axes", choices=list(AXES), help="of a ply (default: y-down, for viewers of splats)"
     )
-    p.add_argument("--data", type=Path, help="dataset that a NAME is looked up in")
-    p.add_argument("--root", type=Path, help="folder that a mesh and its textures lie in")
-    p.add_argument("--latent", type=Path, help="latents to decode, in place of an object")
-    p.add_argument("--encoder", help="of a decoder's prefix; of a run, where its frozen one is now")
-    p.add_argument("--weights", type=Path, help="of the network of image features, for a mesh")
-    p.add_argument("--views", type=int, help="of a mesh that is prepared (default: as the data)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add_flags(p)
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 2 where anything given cannot be used."""
+    """Run the command; returns its exit status: 2 where anything given cannot be used."""
     args = parser().parse_intermixed_args(arguments)
-    try:
-        run(args)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"python -m train.export: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("python -m train.export: interrupted", file=sys.stderr)
-        return 130
+    return exit_status(COMMAND, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the flags say. Raises ValueError for what cannot be."""
     if not is_checkpoint(args.checkpoint):
-        raise ValueError(
-            f"{args.checkpoint} is no checkpoint: the folder of a run, or PREFIX of a decoder's "
-            "PREFIX.json and PREFIX.safetensors, comes first"
-        )
-    if args.object and args.latent:
-        raise ValueError(f"--latent {args.latent} is decoded alone, without {args.object}")
-    if not args.object and not args.latent:
-        raise ValueError("nothing to export: name a mesh or an item, or give --latent FILE")
+        raise ValueError(f"{args.checkpoint} {NO_CHECKPOINT}")
+    check_flags(args, [args.object] if args.object else [], "export")
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder, not a file to write")
     if not args.out.parent.is_dir():
@@ -91,8 +71,6 @@ def run(args: argparse.Namespace) -> None:
     write = _writer(args, trained)
     coords, latents = _latents(args, trained, device)
     scene = trained.decode(coords.to(device), latents.to(device))
-    tensors = {name: value for name, value in vars(scene).items() if isinstance(value, Tensor)}
-    check_finite(tensors, f"{args.out} is not written")
     if isinstance(scene, MeshScene) and not len(scene.faces) and write is not scene_npz:
         raise ValueError(f"{args.out} is not written: the decoded surface has no faces")
     content = write(scene, args.axes or "y-down") if write is gaussian_ply else write(scene)
@@ -121,13 +99,10 @@ def _latents(
     args: argparse.Namespace, trained: Trained, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Read --latent, or encode the object: voxels [V, 3] and latents [V, latent]."""
-    if args.latent:
-        if args.weights or args.data:
-            raise ValueError("--latent needs no --data and no --weights: it is decoded alone")
+    if args.latent is not None:
         channels = trained.decoder.latent_channels
         return read_latent(args.latent, trained.resolution, channels, trained.digest)
-    if trained.encoder is None:
-        raise ValueError(f"{trained.path} names no encoder: --encoder PREFIX says which it is")
+    trained.need_encoder()
     given = find(args.object, [args.data] if args.data else roots_of(trained), args.root)
     with TemporaryDirectory(prefix="trislat-") as scratch:
         workshop = Workshop([trained], Path(scratch), device, args.weights, args.views)

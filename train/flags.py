@@ -5,7 +5,8 @@ of a nested group (`--model.channels 96`, `--weights.kl 0`).
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin
@@ -21,6 +22,34 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print what is wrong, without the usage."""
         self.exit(2, f"{self.prog}: {message} (--help says more)\n")
+
+
+def complain(command: str, error: BaseException | str) -> None:
+    """Print on one line of standard error what a command cannot use."""
+    print(f"{command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+
+
+def exit_status(
+    command: str,
+    step: Callable[[], int | None],
+    interrupted: str = "interrupted",
+    speaks: Callable[[], bool] = lambda: True,
+) -> int:
+    """Do what a command is for; returns its exit status.
+
+    That is what `step` returns (None: 0); 2 where it raises ValueError or OSError, for what was
+    given cannot be used; 130 for Ctrl-C. Each of these prints one line, unless `speaks` says that
+    another rank does.
+    """
+    try:
+        return step() or 0
+    except (ValueError, OSError) as error:
+        status, said = 2, error
+    except KeyboardInterrupt:
+        status, said = 130, interrupted
+    if speaks():
+        complain(command, said)
+    return status
 
 
 def _parser(script: str, presets: Mapping[str, Config]) -> argparse.ArgumentParser:

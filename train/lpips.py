@@ -37,7 +37,9 @@ from torch import Tensor, nn
 from models.files import whole
 from models.finite import check_finite
 from models.reading import check_file, check_floats, read_safetensors, shown
+from train.flags import OneLineParser, exit_status
 
+COMMAND = "python -m train.lpips"
 # convolutions between poolings, in torchvision's numbering
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 CHANNELS = (64, 128, 256, 512, 512)
@@ -299,8 +301,8 @@ def convert(package: str | Path) -> dict[str, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 where the package cannot be used."""
-    parser = argparse.ArgumentParser(
-        "python -m train.lpips",
+    parser = OneLineParser(
+        COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -317,18 +319,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the safetensors file to write, for --lpips of the training",
     )
     args = parser.parse_args(arguments)
-    try:
-        weights = convert(args.package)
-        with whole(args.out) as partial:
-            save_file(weights, partial)
-    except (ValueError, OSError) as error:
-        print(f"python -m train.lpips: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{len(weights)} tensors, {sum(t.numel() for t in weights.values()):,} numbers -> "
-        f"{args.out}"
-    )
-    return 0
+    return exit_status(COMMAND, lambda: _write(args.package, args.out))
+
+
+def _write(package: Path, out: Path) -> None:
+    """Convert a package to a safetensors file."""
+    weights = convert(package)
+    with whole(out) as partial:
+        save_file(weights, partial)
+    numbers = sum(t.numel() for t in weights.values())
+    print(f"{len(weights)} tensors, {numbers:,} numbers -> {out}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ PREFIX.safetensors (published names too), whose encoder --encoder names. OBJECT 
 checkpoint's data. Several checkpoints are shown side by side. Those that share an encoder decode
 the same latents; others encode for themselves.
 
+    OUT/objects.png               of several objects: a held-out view (--view) of each, the truth
+                                  above what every checkpoint makes of it
     OUT/NAME/latent.npz           coords uint8 [V, 3], feats float32 [V, 8]: posterior means, as
                                   published; latent_LABEL.npz of each encoder where there are more
     OUT/NAME/views.png            held-out views: the truth above ours
@@ -23,7 +25,6 @@ the same latents; others encode for themselves.
 
 import argparse
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,60 +39,47 @@ from torch import Tensor
 from models import GaussianScene, MeshScene, RadianceScene, Scene
 from train.data.batch import Batch, collate
 from train.data.latent_file import LARGEST, read_latent, write_latent
-from train.data.metadata import inside
-from train.flags import OneLineParser
+from train.flags import OneLineParser, complain, exit_status
 from train.losses.pictures import composite
 from train.run import report, turntable
-from train.run.given import Given, Workshop, find, roots_of
+from train.run.folder import free_folders, made, staged
+from train.run.given import Given, Workshop, add_flags, check_flags, find, roots_of, seen_by
 from train.run.machine import named_device
-from train.run.trained import Trained, is_checkpoint, open_all
+from train.run.trained import NO_CHECKPOINT, Trained, is_checkpoint, open_all
 from train.scores import PROTOCOL, Score, scenes_renderer, score
 
+COMMAND = "python -m train.reconstruct"
 # names of rows where a kind of decoder has a longer one
 ROWS = {"gaussian": "Gaus-\nsians", "radiance": "radiance\nfield"}
 CHARACTERS = 9  # of a line beside a row of pictures
-SIZES = {"size": (16, 4096), "frames": (1, 360), "views": (2, 1000)}
+SIZES = {"size": (16, 4096), "frames": (1, 360), "view": (1, 1000)}
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     as_written = argparse.RawDescriptionHelpFormatter
-    p = OneLineParser(
-        "python -m train.reconstruct", description=__doc__, formatter_class=as_written
-    )
+    p = OneLineParser(COMMAND, description=__doc__, formatter_class=as_written)
     p.add_argument(
         "paths", nargs="+", metavar="CHECKPOINT... OBJECT...", help="see above; in any order"
     )
     p.add_argument("--out", type=Path, required=True, help="folder of the results, one an object")
-    p.add_argument("--data", type=Path, help="dataset that NAMEs are looked up in")
-    p.add_argument("--root", type=Path, help="folder that a mesh and its textures lie in")
-    p.add_argument("--latent", type=Path, help="latents to decode, in place of objects")
-    p.add_argument("--encoder", help="of a decoder's prefix; of a run, where its frozen one is now")
-    p.add_argument("--weights", type=Path, help="of the network of image features, for meshes")
-    p.add_argument(
-        "--views", type=int, help="of a mesh that is prepared (default: as the data of the run)"
-    )
+    add_flags(p)
     p.add_argument("--size", type=int, help="pixels a side of pictures (default: as in training)")
     p.add_argument("--frames", type=int, default=24, help="of a turn (default: 24)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--view", type=int, default=1, help="which held-out view objects.png shows (default: 1)"
+    )
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 2 where anything given cannot be used."""
+    """Run the command; returns its exit status: 2 where anything given cannot be used."""
     args = parser().parse_intermixed_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"python -m train.reconstruct: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("python -m train.reconstruct: interrupted", file=sys.stderr)
-        return 130
+    return exit_status(COMMAND, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the flags say; returns the exit code. Raises ValueError for what cannot be."""
+    """Do what the flags say; returns the exit status. Raises ValueError for what cannot be."""
     for name, (low, high) in SIZES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -100,36 +88,29 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for path in args.paths if is_checkpoint(path)]
     names = [path for path in args.paths if path not in paths]
     if not paths:
-        raise ValueError(
-            f"{names[0]} is no checkpoint: the folder of a run, or PREFIX of a decoder's "
-            "PREFIX.json and PREFIX.safetensors, comes first"
-        )
-    if names and args.latent:
-        raise ValueError(f"--latent {args.latent} is decoded alone, without {names[0]}")
-    if not names and not args.latent:
-        raise ValueError("nothing to reconstruct: name a mesh or an item, or give --latent FILE")
+        raise ValueError(f"{names[0]} {NO_CHECKPOINT}")
+    check_flags(args, names, "reconstruct")
     trained = open_all(paths, device, args.encoder)
-    size = args.size or max(one.image_size for one in trained)
-    if args.latent:
-        if args.weights or args.data:
-            raise ValueError("--latent needs no --data and no --weights: it is decoded alone")
-        return _decode_file(args, trained, device, size)
-    return _reconstruct_all(args, names, trained, device, size)
+    args.size = args.size or max(one.image_size for one in trained)
+    if args.latent is not None:
+        return _decode_file(args, trained, device)
+    return _reconstruct_all(args, names, trained, device)
 
 
-def _decode_file(
-    args: argparse.Namespace, trained: Sequence[Trained], device: torch.device, size: int
-) -> int:
+def _decode_file(args: argparse.Namespace, trained: Sequence[Trained], device: torch.device) -> int:
     """Decode --latent with every checkpoint."""
     scenes = {}
     for one in trained:
         channels = one.decoder.latent_channels
-        coords, latents = read_latent(args.latent, one.resolution, channels, one.digest)
+        try:
+            coords, latents = read_latent(args.latent, one.resolution, channels, one.digest)
+        except ValueError as error:
+            raise ValueError(f"{one.path}: {error}") from error
         scenes[one.label] = one.decode(coords.to(device), latents.to(device))
-    folder = _free(args.out, [args.latent.stem])[0]
-    with Stage(folder) as stage:
+    (folder,) = free_folders(args.out, [args.latent.stem])
+    with staged(folder) as stage:
         matrices = turntable.poses(args.frames)
-        camera = turntable.cameras(matrices, size, device)
+        camera = turntable.cameras(matrices, args.size, device)
         _turn(stage, args.latent.stem, {}, _rows(trained, scenes, camera, True))
         _describe(stage, {"latent": str(args.latent)}, trained, scenes, {}, {})
     for one in trained:
@@ -143,35 +124,52 @@ def _reconstruct_all(
     names: Sequence[str],
     trained: Sequence[Trained],
     device: torch.device,
-    size: int,
 ) -> int:
     """Reconstruct every object; one that cannot be is reported, and the others are done."""
     for one in trained:
-        if one.encoder is None:
-            raise ValueError(f"{one.path} names no encoder: --encoder PREFIX says which it is")
+        one.need_encoder()
         if one.resolution > LARGEST:
             raise ValueError(
                 f"{one.path} has {one.resolution} voxels a side; latent.npz holds {LARGEST}"
             )
     roots = [args.data] if args.data else roots_of(trained[0])
     objects = [find(name, roots, args.root) for name in names]
-    folders = _free(args.out, [one.title for one in objects])
-    code = 0
-    with TemporaryDirectory(prefix="trislat-") as scratch:
+    folders = free_folders(args.out, [one.title for one in objects])
+    picture = args.out / "objects.png"
+    if len(objects) > 1 and picture.exists():
+        raise ValueError(f"{picture} is there already: choose another --out")
+    columns = {}
+    status = 0
+    with made(args.out), TemporaryDirectory(prefix="trislat-") as scratch:
         workshop = Workshop(trained, Path(scratch), device, args.weights, args.views)
         workshop.check(objects)
+        seen = seen_by(trained)
         print(_shared(trained))
         for given, folder in zip(objects, folders, strict=True):
             if given.root is None:
                 print(f"{given.path}: {workshop.settings.views} views are drawn", flush=True)
             try:
-                with Stage(folder) as stage:
-                    lines = _reconstruct(given, workshop, trained, stage, size, args.frames)
-                print("\n".join([f"{given.path} -> {folder}", *lines]), flush=True)
+                with staged(folder) as stage:
+                    item = workshop.item(given)
+                    lines, rows = _reconstruct(given, item, workshop, trained, stage, args)
             except (ValueError, OSError) as error:
-                print(f"python -m train.reconstruct: {error}", file=sys.stderr)
-                code = 2
-    return code
+                complain(COMMAND, error)
+                status = 2
+                continue
+            print("\n".join([f"{given.path} -> {folder}", *lines]), flush=True)
+            unseen = seen is not None and item.sha256 not in seen
+            columns[folder.name + ("\n(unseen)" if unseen else "")] = rows
+        if len(objects) > 1 and columns:
+            _side_by_side(columns, picture)
+    return status
+
+
+def _side_by_side(columns: Mapping[str, Mapping[str, Tensor]], file: Path) -> None:
+    """Draw a view of every object, the truth above what is made of it; `columns` by caption."""
+    first = next(iter(columns.values()))
+    rows = {name: torch.cat([column[name] for column in columns.values()]) for name in first}
+    report.picture(rows, list(columns), "views that no run has trained on", file)
+    print(f"{len(columns)} objects -> {file}")
 
 
 def _shared(trained: Sequence[Trained]) -> str:
@@ -189,56 +187,19 @@ def _reads(trained: Trained) -> str:
     return f"{trained.features} features at {trained.resolution}^3"
 
 
-class Stage:
-    """A folder that gets its name when it is complete, and is deleted where an error ends it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.partial = folder.with_name(f".{folder.name}.partial")
-
-    def __enter__(self) -> Path:
-        self.made = not self.folder.parent.exists()  # and is deleted again where it stays empty
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        return self.partial
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.partial.rename(self.folder)
-            return
-        shutil.rmtree(self.partial, ignore_errors=True)
-        if self.made:
-            self.folder.parent.rmdir()
-
-
-def _free(out: Path, titles: Sequence[str]) -> list[Path]:
-    """Choose a folder in OUT for each title; ValueError where one is taken, or OUT is a file."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is no folder")
-    chosen = []
-    for title in titles:
-        folder = inside(out, title)
-        number = 2
-        while folder in chosen:
-            folder = inside(out, f"{title}-{number}")
-            number += 1
-        if folder.exists():
-            raise ValueError(f"{folder} is there already: choose another --out")
-        chosen.append(folder)
-    return chosen
-
-
 def _reconstruct(
     given: Given,
+    item: Given,  # what was named, as an item of a dataset
     workshop: Workshop,
     trained: Sequence[Trained],
     stage: Path,
-    size: int,
-    frames: int,
-) -> list[str]:
-    """Write the results of one object to `stage`; returns lines that say how good they are."""
-    item = workshop.item(given)
-    batches = {one.label: _batch(one, item, workshop, size) for one in trained}
+    args: argparse.Namespace,
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Write the results of one object to `stage`.
+
+    Returns lines that say how good they are, and rows of one picture [1, 3, H, W] for objects.png.
+    """
+    batches = {one.label: _batch(one, item, workshop, args.size) for one in trained}
     latents = _encode(trained, batches, stage)
     scenes = {}
     scores = {}
@@ -254,13 +215,15 @@ def _reconstruct(
     columns = [f"view {i + 1}" for i in range(len(white))]
     title = f"{given.title}: held-out views"
     report.picture(rows, columns, title, stage / "views.png")
-    matrices = turntable.poses(frames)
-    camera = turntable.cameras(matrices, size, white.device)
-    truth = _truth(given, item, matrices, camera, size)
+    matrices = turntable.poses(args.frames)
+    camera = turntable.cameras(matrices, args.size, white.device)
+    truth = _truth(given, item, matrices, camera, args.size)
     _turn(stage, given.title, truth, _rows(trained, scenes, camera, True))
     about = {"object": str(given.path), "sha256": item.sha256, "voxels": len(first.coords)}
-    _describe(stage, about | {"size": size}, trained, scenes, scores, latents)
-    return [_line(one, scenes[one.label], scores.get(one.label)) for one in trained]
+    _describe(stage, about | {"size": args.size}, trained, scenes, scores, latents)
+    lines = [_line(one, scenes[one.label], scores.get(one.label)) for one in trained]
+    last = min(args.view, len(white))
+    return lines, {name: pictures[last - 1 : last] for name, pictures in rows.items()}
 
 
 def _batch(trained: Trained, item: Given, workshop: Workshop, size: int) -> Batch:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.mesh_files import box, quad, write_obj
 from tests.helpers.prepare import SMALL, command, metadata
-from train.prepare import command as prepare
+from train.prepare import objects
 
 GOOD = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
 BAD = {
@@ -173,6 +173,6 @@ def test_no_meshes_and_no_embree(tmp_path, capsys, monkeypatch):
     assert command(tmp_path, "--out", tmp_path / "o") == 2
     assert f"{tmp_path} holds no .obj, .glb, .gltf, .ply, .fbx" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "embreex", None)
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(objects.importlib.util, "find_spec", lambda name: None)
     assert command(tmp_path, "--out", tmp_path / "o") == 2
     assert "needs embreex and mapbox-earcut: pip install '.[prepare]'" in capsys.readouterr().err

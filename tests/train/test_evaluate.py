@@ -164,6 +164,8 @@ def test_normals_and_distances_of_the_second_protocol(prepared, prefix, tmp_path
         (["--protocol", "toys4k"], "--protocol 'toys4k' is none of trellis-r2-fov40, "),
         (["--protocol", "trellis2-normal4"], "is a gaussian decoder, which has none"),
         (["--size", "8"], "--size 8 is below the 16 pixels"),
+        (["--size", "100000"], "--size 100000 is over 8192"),
+        (["--split", "val"], "invalid choice: 'val'"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--protocol", "held-out", "--truth", "mesh"], "the views of held-out are the dataset's"),
         (["--protocol", "held-out", "--samples", "5"], "held-out has no points on surfaces"),
@@ -172,14 +174,35 @@ def test_normals_and_distances_of_the_second_protocol(prepared, prefix, tmp_path
         (["--meshes", "absent"], "--meshes absent is not a folder"),
         ([], "3 of 3 objects have no source mesh, the first is "),
         (["--truth", "views"], "views are 32 pixels wide, trellis-r2-fov40 (changed: truth views"),
+        (["--protocol", "held-out", "--out", "table/x"], "table/x cannot be made: Not a directory"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(prepared, prefix, tmp_path, capsys, flags, message):
-    given = [*prefix("gaussian"), "--data", prepared / "data", "--device", "cpu", *flags]
-    assert evaluate(*given, "--holdout-views", 2, "--out", tmp_path / "out") == 2
+def test_what_cannot_be_is_refused_in_a_line(
+    prepared, prefix, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table").touch()
+    given = [*prefix("gaussian"), "--data", prepared / "data", "--device", "cpu"]
+    given += ["--holdout-views", 2, "--out", tmp_path / "out", *flags]
+    try:
+        status = evaluate(*given)
+    except SystemExit as stopped:
+        status = stopped.code
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "out" / "evaluation.json").exists()
+    assert status == 2 and message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
+def test_a_scene_that_is_not_finite_is_no_gap_in_the_mean(prepared, prefix, tmp_path, capsys):
+    file, _, encoder = prefix("gaussian")
+    model = models.load_pretrained(file)
+    model.out_layer.bias.data[:] = 3e38
+    models.save_pretrained(model, tmp_path / "huge")
+    data = ["--data", prepared / "data", "--protocol", "held-out", "--holdout-views", 2]
+    out = ["--device", "cpu", "--out", tmp_path / "out"]
+    assert evaluate(tmp_path / "huge", "--encoder", encoder, *data, *out) == 2
+    assert "the trained scene of object " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_object_without_its_mesh_or_with_another_is_named(prepared, prefix, tmp_path, capsys):
@@ -193,6 +216,7 @@ def test_an_object_without_its_mesh_or_with_another_is_named(prepared, prefix, t
     assert evaluate(*known, *plain) == 2
     error = capsys.readouterr().err
     assert f"{surface}: a surface of 1 triangles without area has no points" in error
+    assert not (tmp_path / "out").exists()  # nothing was scored
     (data / "renders" / names[1] / "mesh.ply").unlink()
     assert evaluate(*known, "--protocol", "trellis2-normal4") == 2
     error = capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_our_own_reader_gives_the_scene_back(tmp_path, kind):
 def test_a_mesh_without_colours_has_none_in_its_file():
     scene = surface()
     scene.color = None
-    assert b"COLOR_0" not in mesh_glb(scene)
+    assert b"COLOR_0" not in mesh_glb(scene) and b"unlit" not in mesh_glb(scene)
     first = mesh_obj(scene).decode().splitlines()[1].split()
     assert first[0] == "v" and len(first) == 4
 
@@ -230,6 +230,11 @@ def field(tmp_path_factory):
         (["RUN", "tall", "--out", "x.glb", "--format", "ply"], "ends in .glb, but --format is ply"),
         (["RUN", "tall", "--out", "x.npz", "--axes", "y-up"], "--axes y-up is for ply"),
         (["RUN", "tall", "--out", "gone/x.ply"], "gone is no folder"),
+        (["RUN", "tall", "--out", "x.ply", "--views", "1"], "--views 1 is not in 2 to 1000"),
+        (
+            ["RUN", "--latent", "l", "--root", ".", "--out", "x.ply"],
+            "decoded alone, without --root",
+        ),
         (["RUN", "tall", "--out", "."], "is a folder, not a file"),
         (["RUN", "tall", "--latent", "l.npz", "--out", "x.ply"], "decoded alone, without tall"),
         (["RUN", "--latent", "l.npz", "--out", "x.ply"], "l.npz is missing"),
@@ -265,9 +270,9 @@ def test_a_surface_without_faces_and_numbers_that_are_not_finite_are_not_written
     broken.scale[2, 1] = torch.nan
     for scene, kind, suffix, message in (
         (empty, "mesh", "glb", "the decoded surface has no faces"),
-        (broken, "gaussian", "ply", "scale has 1 of 12 values not finite"),
+        (broken, "gaussian", "ply", "decodes: scale has 1 of 12 values not finite"),
     ):
-        monkeypatch.setattr("train.run.trained.Trained.decode", lambda *_, own=scene: own)
+        monkeypatch.setattr("models.GaussianDecoder.forward", lambda *_, own=scene: [own])
         monkeypatch.setattr("train.run.trained._fitting", lambda *_, own=kind: own)
         file = tmp_path / f"x.{suffix}"
         arguments = [str(boxes / "run" / "checkpoints" / "decoder"), "--out", str(file)]

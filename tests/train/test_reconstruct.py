@@ -22,7 +22,7 @@ from train.data.latent_file import read_latent, write_latent
 from train.data.metadata import ply_mesh
 from train.losses.pictures import composite, psnr
 from train.meshes.read import normalize, read_mesh
-from train.run import turntable
+from train.run import report, turntable
 from train.run.trained import open_trained
 
 CPU = torch.device("cpu")
@@ -56,7 +56,29 @@ def test_a_mesh_and_its_item_have_the_same_latents_in_the_published_layout(boxes
             assert film.n_frames == 4
             columns = film.width // 32
         assert columns == 2 and (folder / "views.png").is_file()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["flat", "tall", "tall-2"]
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["flat", "objects.png", "tall", "tall-2"]
+
+
+def test_several_objects_are_shown_side_by_side(boxes, tmp_path, monkeypatch):
+    """With the view that --view names, the last where there are fewer; the unseen are named."""
+    drawn = {}
+    monkeypatch.setattr(report, "picture", lambda *given: drawn.update({given[3].name: given}))
+    data = shutil.copytree(boxes / "data", tmp_path / "data")
+    table = (data / "metadata.csv").read_text().splitlines()
+    lines = [line.replace("train", "test") if "flat" in line else line for line in table]
+    (data / "metadata.csv").write_text("\n".join(lines))
+    copied = shutil.copytree(boxes / "run", tmp_path / "run")
+    config = (copied / "config.json").read_text().replace(str(boxes / "data"), str(data))
+    (copied / "config.json").write_text(config)
+    mesh = boxes / "meshes" / "tall.obj"
+    assert run(copied, mesh, "flat", "--view", 9, "--out", tmp_path / "out") == 0
+    rows, columns, _, file = drawn["objects.png"]
+    assert columns == ["tall", "flat\n(unseen)"] and file == tmp_path / "out" / "objects.png"
+    views = drawn["views.png"][0]  # of the last object
+    assert list(rows) == list(views) == ["truth", "Gaus-\nsians"]
+    for name, pictures in rows.items():
+        assert pictures.shape == (2, 3, 32, 32) and torch.equal(pictures[1], views[name][-1])
 
 
 def test_the_psnr_is_that_of_the_held_out_views(boxes, tmp_path):
@@ -171,8 +193,8 @@ def test_one_object_that_cannot_be_used_costs_no_other(boxes, tmp_path, capsys):
     bad.write_text("v 0 0 0\n")
     assert run(boxes / "run", bad, "flat", "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err == f"python -m train.reconstruct: {bad} has no faces\n"
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["flat"]
-    assert run(boxes / "run", bad, "--out", tmp_path / "none") == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["flat", "objects.png"]
+    assert run(boxes / "run", bad, "--out", tmp_path / "none" / "at" / "all") == 2
     assert not (tmp_path / "none").exists()
 
 
@@ -190,6 +212,8 @@ def test_one_object_that_cannot_be_used_costs_no_other(boxes, tmp_path, capsys):
         (["RUN", "flat", "--weights", "w.pth"], "w.pth are for image features, but rgb is read"),
         (["RUN", "flat", "--encoder", "RUN"], "these runs have their own"),
         (["RUN", "flat", "--views", "1"], "--views 1 is not in 2 to 1000"),
+        (["RUN", "flat", "--view", "0"], "--view 0 is not in 1 to 1000"),
+        (["RUN", "--latent", "x.npz", "--views", "9"], "decoded alone, without --views"),
         (["RUN", "flat", "--device", "tpu"], "device 'tpu'"),
         (["RUN/checkpoints/decoder", "flat"], "names no encoder: --encoder PREFIX"),
         (["RUN", f"{EMBEDDED}/chair2"], r"run reads rgb features at 8\^3: .* no column"),
@@ -216,7 +240,23 @@ def test_what_is_there_is_not_overwritten(boxes, tmp_path, capsys):
     (tmp_path / "flat").mkdir()
     assert run(boxes / "run", "flat", "--out", tmp_path) == 2
     assert "flat is there already" in capsys.readouterr().err
-    assert list(tmp_path.rglob("*")) == [tmp_path / "flat"]
+    (tmp_path / "a" / "objects.png").mkdir(parents=True)
+    assert run(boxes / "run", "flat", "tall", "--out", tmp_path / "a") == 2
+    assert "objects.png is there already: choose another --out" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for out, message in (("file", "is no folder"), ("file/x", "cannot be made: Not a directory")):
+        assert run(boxes / "run", "flat", "--out", tmp_path / out) == 2
+        assert f"{tmp_path / out} {message}" in capsys.readouterr().err
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert names == {"flat", "a", "a/objects.png", "file"}
+
+
+def test_numbers_that_are_not_finite_are_not_drawn(boxes, tmp_path, capsys):
+    np.savez(tmp_path / "big.npz", coords=COORDS[:1], feats=FEATS[:1] * np.float32(3e38))
+    assert run(boxes / "run", "--latent", tmp_path / "big.npz", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"the scene that {boxes / 'run'} decodes: center has 6 of 6 values not finite" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_textures_beside_the_folder_of_a_mesh_need_root(boxes, tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_what_is_no_decoder_or_no_encoder_is_named(tmp_path, finished):
     [
         ({"script": "voxels"}, "script 'voxels' is none of gaussian, radiance, mesh"),
         ({"script": "mesh"}, "is a decoder of train.gaussian, not mesh"),
-        ({"image_size": 0}, "image_size 0 must be at least 1"),
+        ({"image_size": 0}, "image_size 0 is not in 1 to 8192"),
         ({"data": [1]}, r"data is \[1\], not a list of text"),
         ({"encoder": 3}, "encoder is 3, not text"),
         ({"encoder": "gone"}, "trained on the encoder gone"),

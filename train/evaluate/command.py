@@ -11,7 +11,6 @@ call goes on where it stopped; the numbers do not depend on how many ranks share
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +22,9 @@ from train.evaluate import kept, tables
 from train.evaluate.job import SPLITS, Job
 from train.evaluate.measure import OURS, Record
 from train.evaluate.protocols import MESH, PROTOCOLS, VIEWS
+from train.flags import OneLineParser, exit_status
 from train.run import report
-from train.run.folder import locked
+from train.run.folder import locked, made
 from train.run.machine import Machine, machine
 from train.run.progress import Progress
 
@@ -35,7 +35,7 @@ OUT = "evaluations"  # folder of the evaluations that are given none
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     as_written = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(COMMAND, description=__doc__, formatter_class=as_written)
+    p = OneLineParser(COMMAND, description=__doc__, formatter_class=as_written)
     p.add_argument(
         "checkpoint",
         type=Path,
@@ -97,23 +97,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 2 for what cannot be, 130 where interrupted.
+    """Run the command; returns its exit status: 2 for what cannot be, 130 where interrupted.
 
     What was scored until then is kept, and the same command goes on.
     """
     args = parser().parse_args(arguments)
     here = None
-    try:
+
+    def ranks() -> None:
+        nonlocal here
         with machine(args.device) as here:
             run(args, here)
-    except (ValueError, OSError) as error:
-        if here is None or here.is_main:
-            print(f"{COMMAND}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{COMMAND}: interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    again = "interrupted: the same command goes on"
+    return exit_status(COMMAND, ranks, again, lambda: here is None or here.is_main)
 
 
 def run(args: argparse.Namespace, here: Machine) -> None:
@@ -127,7 +124,8 @@ def run(args: argparse.Namespace, here: Machine) -> None:
         found = _agreed(here, lambda: _enter(folder, job, stack) if here.is_main else None)
         found = here.broadcast(found)
         if here.is_main:
-            print(job.protocol.text(), flush=True)
+            print(job.protocol.text())
+            print(f"objects: {job.truth.dataset.summary()}", flush=True)
         records = found | _score(job, found, args.batch, here, folder)
         if here.is_main:
             _conclude(job, [records[name] for name in job.names], folder, here)
@@ -148,11 +146,9 @@ def _agreed(here: Machine, step):
 
 def _enter(folder: Path, job: Job, stack: ExitStack) -> dict[str, Record]:
     """Take the folder, and read what an earlier call has left there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from error
+    stack.enter_context(made(folder))
     stack.enter_context(locked(folder))
+    stack.callback(kept.tidy, folder)
     kept.check_settings(folder, job.settings)
     return kept.read_records(folder, job.names)
 
@@ -167,20 +163,22 @@ def _score(
     batches = [job.names[first : first + batch] for first in range(0, len(job.names), batch)]
     todo = [names for names in batches if not all(name in found for name in names)]
     done = len(job.names) - sum(map(len, todo))
-    made: dict[str, Record] = {}
+    new: dict[str, Record] = {}
     with Progress(len(job.names), done, "object", here.is_main) as progress:
         for turn in _turns(todo, here.world):
             own = turn[here.rank] if here.rank < len(turn) else []
             scored = _agreed(here, lambda own=own: job.evaluator.records(own) if own else [])
+            if here.is_main and not new:
+                kept.write_settings(folder, job.settings)
             for records in here.gather(scored):
                 for record in records:
-                    made[record.name] = record
+                    new[record.name] = record
                     if here.is_main:
                         kept.write_record(folder, record)
                 if records:
                     first, value = next(iter(records[-1].scores[OURS].items()))
                     progress.update(f"{first} {value:.2f}", count=len(records))
-    return made
+    return new
 
 
 def _turns(batches: list[list[str]], world: int) -> Iterator[list[list[str]]]:
@@ -196,6 +194,7 @@ def _conclude(job: Job, records: list[Record], folder: Path, here: Machine) -> N
     content = {"path": job.trained.path} | job.settings
     content |= {
         "objects": len(records),
+        "left_out": dict(job.truth.dataset.skipped),
         "not_computed": missing,
         "scores": {
             split: {row: report.jsonable(values) for row, values in rows.items()}

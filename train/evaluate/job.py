@@ -13,10 +13,9 @@ from train.evaluate.protocols import VIEWS, Protocol, chosen
 from train.evaluate.surfaces import need_scipy
 from train.evaluate.truth import Truth
 from train.lpips import LPIPS
-from train.run.trained import Trained, open_trained
+from train.run.trained import Trained, open_all
 
 FEW = 16  # objects that the size of one Gaussian a voxel is chosen by
-MESH_DECODER = "mesh"
 SPLITS = {"train": "train", "test": "test", "all": None}
 
 
@@ -34,24 +33,24 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
         # before a checkpoint is read: without a size of its own a protocol takes the checkpoint's
         chosen(args.protocol, args.size, args.samples, args.truth, 0)
-        self.trained = open_trained(args.checkpoint, device, args.encoder)
+        (self.trained,) = open_all([args.checkpoint], device, args.encoder)
         self.protocol = chosen(
             args.protocol, args.size, args.samples, args.truth, self.trained.image_size
         )
         _check_kind(self.trained, self.protocol)
-        self.has_surface = self.trained.kind == MESH_DECODER
         if args.meshes is not None and not args.meshes.is_dir():
             raise ValueError(f"--meshes {args.meshes} is not a folder")
         if args.meshes is not None and not (self.protocol.colors and self.protocol.yaw):
             raise ValueError(f"--meshes {args.meshes}: {self.protocol.name} casts no colours")
-        measured = self.has_surface and self.protocol.samples > 0
+        has_surface = self.trained.has_surface
+        measured = has_surface and self.protocol.samples > 0
         if measured:
             need_scipy()
         lpips = LPIPS(args.lpips).to(device) if args.lpips else None
         self.data = [Path(one) for one in args.data or self.trained.data or [EMBEDDED]]
         self.truth = Truth(self.protocol, self._dataset("holdout", args), args.meshes)
         self.names = self.truth.dataset.names[: args.objects]
-        self.truth.check(self.names, measured or (self.has_surface and self.protocol.normals))
+        self.truth.check(self.names, measured or (has_surface and self.protocol.normals))
         self._check_channels()
         training = []
         if not args.no_floors and self.protocol.colors and self.trained.features == "rgb":
@@ -79,7 +78,7 @@ class Job:
 
     def _dataset(self, views: str, args: argparse.Namespace) -> Dataset:
         """The objects with their held-out views, or with the views for training."""
-        surfaces = self.has_surface and bool(self.protocol.normals or self.protocol.samples)
+        surfaces = self.trained.has_surface and bool(self.protocol.normals or self.protocol.samples)
         return Dataset(
             self.data,
             resolution=self.trained.resolution,
@@ -105,7 +104,7 @@ class Job:
         """Say which measures of the protocol have no numbers here, and why."""
         missing = []
         protocol = self.protocol
-        if not self.has_surface and (protocol.normals or protocol.samples):
+        if not self.trained.has_surface and (protocol.normals or protocol.samples):
             missing.append(
                 f"normals and surface distances: not computed, a {self.trained.kind} decoder has "
                 "no surface"
@@ -123,10 +122,10 @@ def _check_kind(trained: Trained, protocol: Protocol) -> None:
         raise ValueError(
             f"{trained.path} is a decoder alone: --encoder says which encoder makes its latents"
         )
-    plain = trained.kind == MESH_DECODER and not trained.decoder.config.use_color
+    plain = trained.has_surface and not trained.decoder.config.use_color
     if plain and not protocol.normals:
         raise ValueError(f"{protocol.name} scores colours, and {trained.path} decodes none")
-    if trained.kind != MESH_DECODER and not protocol.colors:
+    if not trained.has_surface and not protocol.colors:
         raise ValueError(
             f"{protocol.name} scores surfaces, and {trained.path} is a {trained.kind} decoder, "
             "which has none"

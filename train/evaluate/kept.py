@@ -13,13 +13,14 @@ from pathlib import Path
 from models.files import write_whole
 from models.reading import entry, read_json, shown
 from train.evaluate.measure import OURS, Record
+from train.run.folder import LOCK
 
 SETTINGS = "settings.json"
 FIELDS = {"name": str, "title": str, "split": str, "worst": int, "scores": dict}
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Record what the scores depend on.
+    """Compare what the scores depend on with what is recorded.
 
     Raises ValueError that names the first difference where the folder holds another evaluation's
     scores, and for one that holds anything else.
@@ -31,7 +32,6 @@ def check_settings(folder: Path, settings: dict) -> None:
             f"--out {folder} is not empty and no evaluation: it holds {shown(min(others))}"
         )
     if not others:  # nor any scores of another one
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
     before = dict(_leaves(read_json(file)))
     for name, now in _leaves(json.loads(json.dumps(settings))):
@@ -40,6 +40,17 @@ def check_settings(folder: Path, settings: dict) -> None:
                 f"{folder} holds an evaluation with {name} {shown(before.get(name))}, not "
                 f"{shown(now)}: choose another --out"
             )
+
+
+def write_settings(folder: Path, settings: dict) -> None:
+    """Record what the scores depend on, before the first of them is written."""
+    write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+
+def tidy(folder: Path) -> None:
+    """Delete the lock of a folder that holds nothing else; this process must hold it."""
+    if [one.name for one in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
 
 
 def _leaves(settings: dict) -> Iterator[tuple[str, object]]:

@@ -18,7 +18,7 @@ from train.evaluate.truth import Truth
 from train.losses.pictures import composite, psnr
 from train.lpips import LPIPS
 from train.run.machine import seed_all
-from train.run.trained import Trained
+from train.run.trained import Trained, check_scene
 
 OURS = "trained"
 UNTRAINED = "untrained"
@@ -72,7 +72,7 @@ class Evaluator:
         self.dataset = truth.dataset
         self.lpips = lpips
         self.device = device
-        self.surface = trained.kind == "mesh"
+        self.surface = trained.has_surface
         self.floors = floors
         self.decoders = {OURS: (trained.encoder, trained.decoder)}
         self.baselines: dict[str, scores.Renderer] = {}
@@ -92,20 +92,22 @@ class Evaluator:
     def _true(self, name: str) -> Item:
         """An object with the protocol's cameras and true pictures, black where there are none."""
         item = self.dataset.item(name)
-        if not self.protocol.yaw:
-            return item
+        if not self.protocol.yaw or (self.protocol.colors and not self.truth.cast):
+            return item  # with the dataset's held-out views
         camera = self.protocol.camera(torch.device("cpu"))
         if self.truth.cast:
             return replace(item, camera=camera, image=self.truth.pictures(item))
-        if self.protocol.colors:
-            return replace(item, image=self.truth.pictures(item))
         size = self.protocol.size
         return replace(item, camera=camera, image=torch.zeros(len(camera), 4, size, size))
 
     def _decode(self, row: str, batch: Batch) -> list[Scene]:
         encoder, decoder = self.decoders[row]
         x = SparseTensor(batch.features, batch.coords, batch.batch_size)
-        return decoder(encoder(x).mode())
+        scenes = decoder(encoder(x).mode())
+        for name, scene in zip(batch.names, scenes, strict=True):
+            # the mean over pictures would pass over one that is not finite
+            check_scene(scene, f"the {row} scene of object {name[:12]}...")
+        return scenes
 
     def _draw(self, scenes: list[Scene], batch: Batch) -> Image:
         """Pictures on black, row for row with batch.image."""
@@ -140,7 +142,7 @@ class Evaluator:
         for grey in self.protocol.backgrounds if image.color is not None else ():
             plain = batch.image.new_full((len(alpha), 3), grey)
             target = composite(batch.image, plain)
-            got = (image.color + grey * (1 - image.alpha)).clamp(0, 1)
+            got = _on(image, grey)
             add("psnr", psnr(got, target))
             if self.protocol.inside:
                 add("psnr_inside", psnr(got, target, alpha > 0.5))
@@ -226,11 +228,17 @@ class Evaluator:
         batch = self._batch([self._true(name)])
         image = self._draw(self._decode(OURS, batch), batch)
         if self.protocol.colors and image.color is not None:
-            plain = batch.image.new_full((len(batch.image), 3), self.protocol.backgrounds[0])
-            both = composite(batch.image, plain), image.color
+            grey = self.protocol.backgrounds[0]
+            plain = batch.image.new_full((len(batch.image), 3), grey)
+            both = composite(batch.image, plain), _on(image, grey)
         else:
             both = self._true_normals(batch), camera_normals(image.normal, batch.camera)
         return tuple(pictures[view].cpu() for pictures in both)
+
+
+def _on(image: Image, grey: float) -> Tensor:
+    """Lay pictures that were drawn on black on a grey background: [V, 3, H, W] in [0, 1]."""
+    return (image.color + grey * (1 - image.alpha)).clamp(0, 1)
 
 
 def _untrained(part: nn.Module) -> nn.Module:

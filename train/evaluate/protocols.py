@@ -17,6 +17,7 @@ SEED = 18  # of the points on surfaces, beside the object's sha256
 MESH = "mesh"
 VIEWS = "views"
 LEAST = 16  # pixels a side: LPIPS needs them
+MOST = {"size": 8192, "samples": 10**8}  # that memory holds
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ CAST = (
 )
 POINTS = (
     "drawn with equal chance by area, inner surfaces too, seeded by the object's sha256; means "
-    "over both directions"
+    "over both directions; lengths in the object's largest side"
 )
 
 
@@ -206,6 +207,9 @@ def chosen(
         raise ValueError(f"--size {size} is below the {LEAST} pixels that LPIPS needs")
     if samples is not None and samples < 1:
         raise ValueError(f"--samples {samples} must be at least 1")
+    for field, value in (("size", size), ("samples", samples)):
+        if value is not None and value > MOST[field]:
+            raise ValueError(f"--{field} {value} is over {MOST[field]}")
     changes = []
     notes = (protocol.origin, *protocol.notes)
     for field, value in (("size", size), ("samples", samples), ("truth", truth)):

@@ -40,7 +40,8 @@ def summary(records: Sequence[Record]) -> Summary:
         found[split] = {}
         for row in dict.fromkeys(row for record in own for row in record.scores):
             values = [record.scores[row] for record in own if row in record.scores]
-            means = {name: _mean([one.get(name) for one in values]) for name in values[0]}
+            names = dict.fromkeys(name for one in values for name in one)
+            means = {name: _mean([one.get(name) for one in values]) for name in names}
             found[split][row] = {"objects": len(values)} | means
     return found
 

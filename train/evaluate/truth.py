@@ -90,10 +90,9 @@ class Truth:
     def pictures(self, item: Item) -> Tensor:
         """The true pictures [V, 4, size, size] of an object, straight alpha.
 
-        Raises ValueError that names the file where it is not the mesh of this object.
+        They are cast from its source mesh. Raises ValueError that names the file where it is not
+        the mesh of this object.
         """
-        if not self.cast:
-            return item.image
         return self._cast(self._source(item), self.protocol.camera(torch.device("cpu")))
 
     def views_again(self, item: Item) -> Tensor | None:

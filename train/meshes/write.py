@@ -7,8 +7,11 @@ Axes. In a scene z is up, as in the datasets and in Blender. What is up stays up
                    COLMAP) and what TRELLIS writes. SuperSplat and other viewers of splats show such
                    files upright; --axes y-up or z-up is for those that take the axes as they are.
 
+Lengths are those of the scene: the object's largest side is about 1.
+
 Colours. A scene has display values with the light of the training views in them. An OBJ takes them
 as they are, a GLB in linear light, with a material that no lamp lights again (KHR_materials_unlit).
+A GLB without colours is lit: it would be a white patch.
 """
 
 import json
@@ -30,10 +33,10 @@ AXES = {
     "z-up": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
 }
 # the same turns, about x by 90, -90 and 0 degrees, as quaternions (w, x, y, z)
-HALF = 0.5**0.5
+COS_45 = 0.5**0.5
 TURN = {
-    "y-down": (HALF, HALF, 0.0, 0.0),
-    "y-up": (HALF, -HALF, 0.0, 0.0),
+    "y-down": (COS_45, COS_45, 0.0, 0.0),
+    "y-up": (COS_45, -COS_45, 0.0, 0.0),
     "z-up": (1.0, 0.0, 0.0, 0.0),
 }
 PROPERTIES = [
@@ -42,8 +45,10 @@ PROPERTIES = [
     *("scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"),
 ]
 LEAST = 2.0**-24  # of an opacity, and of what it lacks to 1: a viewer wants a finite logit
-FLOAT, UINT = 5126, 5125  # of glTF
+# of glTF: types of numbers, and what a view of the buffer is for
+FLOAT, UINT = 5126, 5125
 VERTICES, INDICES = 34962, 34963
+UNLIT = "KHR_materials_unlit"
 
 
 def _turned(points: Tensor, axes: str) -> Tensor:
@@ -110,8 +115,11 @@ def mesh_glb(scene: MeshScene) -> bytes:
         "POSITION": _turned(vertices, "y-up"),
         "NORMAL": _turned(vertex_normals(vertices, faces), "y-up"),
     }
+    material = {"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}
     if scene.color is not None:
-        attributes["COLOR_0"] = torch.from_numpy(to_linear(scene.color.double().cpu().numpy()))
+        color = scene.color.double().cpu().clamp(0, 1)
+        attributes["COLOR_0"] = torch.from_numpy(to_linear(color.numpy()))
+        material["extensions"] = {UNLIT: {}}
     arrays = {name: value.numpy().astype("<f4") for name, value in attributes.items()}
     accessors = [
         {"bufferView": i, "componentType": FLOAT, "count": len(array), "type": "VEC3"}
@@ -139,13 +147,8 @@ def mesh_glb(scene: MeshScene) -> bytes:
         start += len(data)
     named = {name: i for i, name in enumerate(arrays)}
     primitive = {"attributes": named, "indices": len(arrays), "material": 0}
-    material = {
-        "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
-        "extensions": {"KHR_materials_unlit": {}},
-    }
     document = {
         "asset": {"version": "2.0", "generator": "trislat"},
-        "extensionsUsed": ["KHR_materials_unlit"],
         "scene": 0,
         "scenes": [{"nodes": [0]}],
         "nodes": [{"mesh": 0}],
@@ -155,6 +158,8 @@ def mesh_glb(scene: MeshScene) -> bytes:
         "bufferViews": views,
         "buffers": [{"byteLength": start}],
     }
+    if scene.color is not None:  # an empty list is not allowed
+        document["extensionsUsed"] = [UNLIT]
     return _glb(document, b"".join(data for data, _ in parts))
 
 

@@ -51,25 +51,23 @@ holds both.
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from models.dinov2 import command
 from train.data.metadata import (
     read_metadata,
     write_metadata,
 )
+from train.flags import OneLineParser, exit_status
 from train.prepare import sweethome
 from train.prepare.blender import convert_all
-from train.prepare.features import ImageFeatures, add_features, parse_name
-from train.prepare.objects import HASH, PREPARE, Settings, work
+from train.prepare.features import ImageFeatures, add_features, how_to_get
+from train.prepare.objects import HASH, PREPARE, Settings, need_packages, work
 from train.prepare.parts import WHOLE, Part
 from train.prepare.sources import Result, Source, collect, grouped, with_path
 from train.prepare.summary import summary
@@ -77,8 +75,8 @@ from train.run.machine import named_device
 from train.run.progress import Progress
 from train.workers import Team
 
+COMMAND = "python -m train.prepare"
 SECONDS = 3600  # for one object, unless the flags say otherwise
-NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, and their packages
 
 
 def prepare_all(
@@ -205,9 +203,7 @@ def _failed(source: Source, error: Exception) -> Result:
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     as_written = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
-        "python -m train.prepare", description=__doc__, formatter_class=as_written
-    )
+    p = OneLineParser(COMMAND, description=__doc__, formatter_class=as_written)
     p.add_argument(
         "meshes",
         nargs="*",
@@ -299,11 +295,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code (2 for settings that cannot be)."""
     args = parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"python -m train.prepare: {error}", file=sys.stderr)
-        return 2
+    return exit_status(COMMAND, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -318,10 +310,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.out, resolution, *frames, rgb, args.seed)
     code = 0
     if args.meshes or args.fetch:
-        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            named = " and ".join(NEEDED[name] for name in missing)
-            raise ValueError(f"drawing meshes needs {named}: pip install '.[prepare]'")
+        need_packages()
         tag = f".{part.number}" if part.count > 1 else ""
         fetched = sweethome.sources(args.out, args.archive, tag) if args.fetch else []
         given = collect(args.meshes, args.root) if args.meshes else []
@@ -356,7 +345,7 @@ def _network(args: argparse.Namespace) -> ImageFeatures | None:
         if args.weights:
             raise ValueError(f"--weights are for a network, not for --features {args.features}")
         return None
-    model, _ = parse_name(args.features)
+    needed = how_to_get(args.features)
     if args.weights is None:
-        raise ValueError(f"--features {args.features} need --weights FILE: {command(model)}")
+        raise ValueError(f"--features {args.features} need --weights FILE: {needed}")
     return ImageFeatures(args.out, args.features, args.weights, named_device(args.device))

@@ -60,6 +60,12 @@ def parse_name(name: str) -> tuple[str, int]:
     return model, side
 
 
+def how_to_get(name: str) -> str:
+    """Write the shell command that gets the weights of the network of features."""
+    model, _ = parse_name(name)
+    return dinov2.command(model)
+
+
 @dataclass(frozen=True)
 class ImageFeatures:
     """The features of a dataset by one model: where they are and what makes them."""

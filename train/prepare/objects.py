@@ -1,6 +1,7 @@
 """Prepare one object: the views, voxels and features of a mesh, in the files of a dataset."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import time
@@ -28,7 +29,15 @@ from train.prepare.voxelize import Features, voxelize
 
 HASH = "hash"
 PREPARE = "prepare"
+NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, and their packages
 NOTES = 50  # that are shown of one object
+
+
+def need_packages() -> None:
+    """Raise ValueError that says how to install the packages which are not there."""
+    missing = [NEEDED[name] for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"drawing meshes needs {' and '.join(missing)}: pip install '.[prepare]'")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
-"""The folder of a run: how it is made, and held, so that one process alone writes into it."""
+"""Folders of results: how they are made, and held, so that one process alone writes into each."""
 
 import errno
 import fcntl
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TextIO
 
 from models.files import PARTIAL
+from train.data.metadata import inside
 
 LOCK = ".lock"
 
@@ -55,6 +57,62 @@ def _lock_file(path: Path) -> TextIO:
         os.close(opened)
         raise ValueError(f"{path} is no file: delete it, it is the lock of a run")
     return os.fdopen(opened, "r+")
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[Path]:
+    """Make a folder with its parents; those that are empty at the end are deleted again.
+
+    Only what was made here is deleted. Raises OSError where it cannot be made.
+    """
+    absent = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        _make(folder)
+        yield folder
+    finally:
+        for one in absent:
+            with suppress(OSError):  # it holds something
+                one.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made: {error.strerror}") from error
+
+
+def free_folders(out: Path, titles: Sequence[str]) -> list[Path]:
+    """Choose a folder in OUT for each title; ValueError where one is taken, or OUT is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is no folder")
+    chosen = []
+    for title in titles:
+        folder = inside(out, title)
+        number = 2
+        while folder in chosen:
+            folder = inside(out, f"{title}-{number}")
+            number += 1
+        if folder.exists():
+            raise ValueError(f"{folder} is there already: choose another --out")
+        chosen.append(folder)
+    return chosen
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `folder` at the end of the block.
+
+    Where the block raises, it is deleted with what is in it.
+    """
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    with made(partial):
+        try:
+            yield partial
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -9,20 +9,20 @@ is prepared as the checkpoint's data were (the recipe that their transforms.json
 the defaults of train.prepare.
 """
 
-import importlib.util
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from models.dinov2 import DINOv2, command
+from models.dinov2 import DINOv2
 from models.reading import entry, read_json, shown
 from train.data.dataset import EMBEDDED, Dataset
 from train.data.metadata import read_metadata, write_metadata
 from train.meshes.read import CONVERTIBLE, READABLE
-from train.prepare.features import ImageFeatures, parse_name
-from train.prepare.objects import Settings, prepare_object
+from train.prepare.features import ImageFeatures, how_to_get
+from train.prepare.objects import Settings, need_packages, prepare_object
 from train.prepare.sources import Source, hash_source
 from train.run.progress import Progress
 from train.run.trained import Trained
@@ -30,7 +30,8 @@ from train.run.trained import Trained
 LISTED = 9  # names in a message
 DIGITS = 8  # of a sha256 that name an object
 RECIPE = ("views", "holdout_views", "size", "supersample", "seed")  # fields of Settings
-NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, and their packages
+OF_OBJECTS = ("data", "root", "weights", "views")  # flags that latents have no use for
+VIEWS = (2, 1000)  # of a mesh: one at least is held out, and one is not
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,49 @@ class Given:
     home: Path | None = None  # the files that a mesh names lie below; None: its own folder
 
 
+def add_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of commands that decode objects or latents."""
+    p.add_argument("--data", type=Path, help="dataset that NAMEs are looked up in")
+    p.add_argument("--root", type=Path, help="folder that a mesh and its textures lie in")
+    p.add_argument("--latent", type=Path, help="latents to decode, in place of objects")
+    p.add_argument("--encoder", help="of a decoder's prefix; of a run, where its frozen one is now")
+    p.add_argument("--weights", type=Path, help="of the network of image features, for meshes")
+    p.add_argument(
+        "--views", type=int, help="of a mesh that is prepared (default: as the data of the run)"
+    )
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
+
+def check_flags(args: argparse.Namespace, objects: Sequence[str], purpose: str) -> None:
+    """Raise ValueError for flags that do not fit together: objects, or --latent alone."""
+    if not objects and args.latent is None:
+        raise ValueError(f"nothing to {purpose}: name a mesh or an item, or give --latent FILE")
+    if args.latent is not None:
+        beside = [*objects, *(f"--{name}" for name in OF_OBJECTS if getattr(args, name))]
+        if beside:
+            raise ValueError(f"--latent {args.latent} is decoded alone, without {beside[0]}")
+    low, high = VIEWS
+    if args.views is not None and not low <= args.views <= high:
+        raise ValueError(f"--views {args.views} is not in {low} to {high}")
+
+
 def roots_of(trained: Trained) -> list[Path]:
     """List the folders of the data that a checkpoint was trained on; none where nothing says."""
     if trained.data is None:
         return []
     return [Path(root) for root in trained.data] or [EMBEDDED]
+
+
+def seen_by(trained: Sequence[Trained]) -> set[str] | None:
+    """Collect the objects, by sha256, that checkpoints were trained on; None where nothing says."""
+    seen = set()
+    for one in trained:
+        roots = roots_of(one)
+        if not roots or not all((root / "metadata.csv").is_file() for root in roots):
+            return None
+        rows = (row for root in roots for row in read_metadata(root))
+        seen |= {row["sha256"] for row in rows if (row.get("split") or "train") == "train"}
+    return seen
 
 
 def find(name: str, roots: Sequence[Path], home: Path | None = None) -> Given:
@@ -133,7 +172,7 @@ class Workshop:
         resolution = tuple(dict.fromkeys(one.resolution for one in trained))
         recipe = _recipe(roots_of(trained[0]))
         if views is not None:
-            held = min(recipe.get("holdout_views", Settings.holdout_views), max(views - 1, 0))
+            held = min(recipe.get("holdout_views", Settings.holdout_views), views - 1)
             recipe |= {"views": views, "holdout_views": held}
         rgb = "rgb" if "rgb" in features else None
         self.settings = Settings(folder, resolution, features=rgb, **recipe)
@@ -148,16 +187,12 @@ class Workshop:
             raise ValueError(f"--weights {self.weights} are for image features, but rgb is read")
         if all(one.root for one in objects):
             return
-        missing = [NEEDED[name] for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(
-                f"drawing meshes needs {' and '.join(missing)}: pip install '.[prepare]'"
-            )
+        need_packages()
         if self.networks and self.weights is None:
-            model, _ = parse_name(self.networks[0])
+            name = self.networks[0]
             raise ValueError(
-                f"the encoder reads {model} features of a mesh's views, which need --weights FILE: "
-                f"{command(model)}"
+                f"the encoder reads {name} features of a mesh's views, which need --weights FILE: "
+                f"{how_to_get(name)}"
             )
         self._loaded = {name: self._features(name).load() for name in self.networks}
 

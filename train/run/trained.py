@@ -18,14 +18,20 @@ from torch import Tensor
 
 import models
 from models import DECODERS, Encoder, Scene, SparseTensor
+from models.finite import check_finite
 from models.reading import KINDS, entry, read_json, shown
 from models.vae import Decoder
-from train.config import Config
+from train.config import LIMITS, Config
 from train.prepare.voxelize import CHANNELS
 
 SUFFIXES = (".json", ".safetensors")  # of the two files that a prefix stands for
 # the features that so many channels are, where nothing else names them
 FEATURES = {CHANNELS: "rgb", 1024: "dinov2_vitl14_reg"}
+# what is wrong with a path where a checkpoint is wanted
+NO_CHECKPOINT = (
+    "is no checkpoint: the folder of a run, or PREFIX of a decoder's PREFIX.json and "
+    "PREFIX.safetensors, comes first"
+)
 DIGEST = r"[0-9a-f]{64}"
 
 
@@ -46,20 +52,43 @@ class Trained:
     data: tuple[str, ...] | None
     holdout_views: int  # the last of every object, which it was not trained on
 
+    @property
+    def has_surface(self) -> bool:
+        """True where the scenes are meshes."""
+        return self.kind == "mesh"
+
     @torch.no_grad()
     def encode(self, coords: Tensor, features: Tensor) -> Tensor:
         """Encode voxels [V, 3] with features [V, C] of one object: posterior means [V, latent].
 
-        Raises ValueError where nothing says which encoder it is, and for other channels.
+        Raises ValueError where nothing says which encoder it is, for other channels, and for
+        latents that are not finite.
         """
+        self.need_encoder()
+        mean = self.encoder(_one_object(coords, features)).mean.float()
+        check_finite({"mean": mean}, f"the latents that {self.path} encodes")
+        return mean
+
+    def need_encoder(self) -> None:
+        """Raise ValueError where nothing says which the encoder is."""
         if self.encoder is None:
             raise ValueError(f"{self.path} names no encoder: --encoder PREFIX says which it is")
-        return self.encoder(_one_object(coords, features)).mean.float()
 
     @torch.no_grad()
     def decode(self, coords: Tensor, latents: Tensor) -> Scene:
-        """Decode latents [V, latent] on voxels [V, 3] of one object."""
-        return self.decoder(_one_object(coords, latents))[0]
+        """Decode latents [V, latent] on voxels [V, 3] of one object.
+
+        Raises ValueError for a scene that is not finite.
+        """
+        scene = self.decoder(_one_object(coords, latents))[0]
+        check_scene(scene, f"the scene that {self.path} decodes")
+        return scene
+
+
+def check_scene(scene: Scene, source: str) -> None:
+    """Raise ValueError, which begins with `source`, where tensors of a scene are not finite."""
+    tensors = {name: value for name, value in vars(scene).items() if isinstance(value, Tensor)}
+    check_finite(tensors, source)
 
 
 def _one_object(coords: Tensor, feats: Tensor) -> SparseTensor:
@@ -171,16 +200,16 @@ def _open_run(run: Path, device: torch.device, given: str | Path | None) -> Trai
         decoder=_ready(decoder, device),
         features=entry(config, "features", str, str(file)),
         resolution=decoder.resolution,
-        image_size=_at_least_1(config, "image_size", file),
+        image_size=_count(config, "image_size", LIMITS["image_size"], file),
         data=tuple(folders),
-        holdout_views=_at_least_1(config, "holdout_views", file),
+        holdout_views=_count(config, "holdout_views", LIMITS["views"], file),
     )
 
 
-def _at_least_1(config: dict, name: str, file: Path) -> int:
+def _count(config: dict, name: str, most: int, file: Path) -> int:
     value = entry(config, name, int, str(file))
-    if value < 1:
-        raise ValueError(f"{file}: {name} {shown(value)} must be at least 1")
+    if not 1 <= value <= most:
+        raise ValueError(f"{file}: {name} {shown(value)} is not in 1 to {most}")
     return value
 
 
