@@ -4,6 +4,7 @@
     python -m train.reconstruct runs/gaussian-001 chair2 --out DIR           # an embedded object
     python -m train.reconstruct runs/gaussian-001 chair.obj DATA/lamp --out DIR
     python -m train.reconstruct runs/gaussian-001 runs/mesh-001 chair.glb --out DIR
+    python -m train.reconstruct RUN RUN RUN chair2 lamp.obj --view 3 --out DIR   # side by side
     python -m train.reconstruct PREFIX --encoder PREFIX chair.obj --weights FILE --out DIR
     python -m train.reconstruct CHECKPOINT... --latent FILE --out DIR        # decode alone
 
@@ -11,10 +12,11 @@ CHECKPOINT is the folder of a finished run, or PREFIX of a decoder's PREFIX.json
 PREFIX.safetensors (published names too), whose encoder --encoder names. OBJECT is a mesh file
 (prepared here as the checkpoint's data were), DATASET/NAME, or NAME of --data, else of the first
 checkpoint's data. Several checkpoints are shown side by side. Those that share an encoder decode
-the same latents; others encode for themselves.
+the same latents; others encode for themselves. What is there already is not overwritten.
 
-    OUT/objects.png               of several objects: a held-out view (--view) of each, the truth
-                                  above what every checkpoint makes of it
+    OUT/objects.png               of several objects: a held-out view of each (--view), the truth
+                                  above what every checkpoint makes of it; objects that none of
+                                  them has trained on are marked as unseen
     OUT/NAME/latent.npz           coords uint8 [V, 3], feats float32 [V, 8]: posterior means, as
                                   published; latent_LABEL.npz of each encoder where there are more
     OUT/NAME/views.png            held-out views: the truth above ours

@@ -82,6 +82,7 @@ def test_a_published_decoder_keeps_its_own_layout(tmp_path):
         ("--init {run} --init {run}/checkpoints/encoder", "gives the encoder twice"),
         ("--init {run}/checkpoints", "is a folder without checkpoints/encoder and decoder"),
         ("--init {run}/nothing", "nothing.json is not there"),
+        ("--init {run}/checkpoints/decoder.json --model.per-voxel 4", "has num_gaussians 2"),
         ("--freeze encoder", "freeze encoder needs trained weights: give --init"),
         ("--init {run} --freeze head", "freeze 'head' is not encoder or decoder"),
         ("--init {run} --encoder {run} --freeze encoder", "is frozen already"),

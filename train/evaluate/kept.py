@@ -7,6 +7,7 @@ evaluation.json    their means, with the protocol; objects.csv; worst.png
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def write_settings(folder: Path, settings: dict) -> None:
 def tidy(folder: Path) -> None:
     """Delete the lock of a folder that holds nothing else; this process must hold it."""
     if [one.name for one in folder.iterdir()] == [LOCK]:
-        (folder / LOCK).unlink()
+        with suppress(OSError):  # some systems delete no open file
+            (folder / LOCK).unlink()
 
 
 def _leaves(settings: dict) -> Iterator[tuple[str, object]]:

@@ -7,6 +7,7 @@ import models
 from models import VAE, Encoder
 
 PARTS = ("encoder", "decoder")
+SUFFIXES = (".json", ".safetensors")  # of the two files that a prefix stands for
 # of a file's sizes, the flag that a run sets them with, and what a file leaves out
 FLAGS = {
     "resolution": ("resolution", None),
@@ -48,7 +49,7 @@ def started(vae: VAE, paths: tuple[str, ...]) -> VAE:
 def _prefixes(path: Path) -> list[Path]:
     """List the checkpoint prefixes that a path of --init names; ValueError where there is none."""
     if not path.is_dir():
-        return [path]
+        return [path.with_suffix("") if path.suffix in SUFFIXES else path]
     found = [path / "checkpoints" / part for part in PARTS]
     found = [prefix for prefix in found if prefix.with_suffix(".json").is_file()]
     if not found:

@@ -23,8 +23,8 @@ from models.reading import KINDS, entry, read_json, shown
 from models.vae import Decoder
 from train.config import LIMITS, Config
 from train.prepare.voxelize import CHANNELS
+from train.run.start import SUFFIXES
 
-SUFFIXES = (".json", ".safetensors")  # of the two files that a prefix stands for
 # the features that so many channels are, where nothing else names them
 FEATURES = {CHANNELS: "rgb", 1024: "dinov2_vitl14_reg"}
 # what is wrong with a path where a checkpoint is wanted
