@@ -118,6 +118,9 @@ class Config:
     image_size: int = flag(512, "edge of the views in pixels")
     views: int = flag(1, "views of each object in a step")
     holdout_views: int = flag(4, "the last views of every object, kept for evaluation")
+    augment: str = flag(
+        "none", "none; or change objects at random: colour, rotate or both (rgb features alone)"
+    )
     # the run
     out: str | None = flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
     resume: str | None = flag(None, "run folder to continue, exactly where it stopped")
