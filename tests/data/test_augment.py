@@ -123,6 +123,8 @@ def test_colours_stay_in_range_and_what_no_view_saw_stays_zero():
     assert unseen.any()
     for draw in range(20):
         item = opened("colour")[0, draw]
+        change = Augmentation.draw("colour", 0, draw, 0)
+        assert torch.equal(item.image, change.image(opened("none")[0, draw].image))
         colors = torch.cat(
             [
                 item.features[:, :3],
