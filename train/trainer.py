@@ -118,6 +118,9 @@ class Run:
         """
         seed_all(self.config.seed)
         vae = self._build(self.config, self.objects.channels)
+        size = self.config.model
+        for part in (vae.encoder, vae.decoder):
+            part.rescale(size.input_gain, size.branch_gain)
         if self.config.encoder:
             vae = type(vae)(None, vae.decoder)
         if self.config.init:

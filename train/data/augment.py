@@ -21,9 +21,9 @@ from train.data.batch import Item
 
 KINDS = {
     "none": "objects as they are",
-    "colour": "other colours",
+    "colour": "other colours, of every second object",
     "rotate": "one of 24 rotations",
-    "both": "other colours and a rotation",
+    "both": "a rotation, and other colours of every second object",
 }
 CHANNELS = 50  # of `rgb` features
 LEAST_RANGE = 0.4  # between what black and what white become, in each channel
@@ -69,7 +69,8 @@ class Augmentation:
         near = np.abs(ends[:, 1] - ends[:, 0]) < LEAST_RANGE
         ends[near] = rng.permuted([[0.0, 1.0]] * int(near.sum()), axis=1)
         turn = int(rng.integers(len(rotations())))
-        if kind not in ("colour", "both"):
+        # colours as they are stay in: they are what the model will meet
+        if rng.random() < 0.5 or kind not in ("colour", "both"):
             channels = np.arange(3)
             ends = np.array([[0.0, 1.0]] * 3)
         if kind not in ("rotate", "both"):
