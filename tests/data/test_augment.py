@@ -8,7 +8,7 @@ import torch
 
 from kernels import Camera, splat
 from kernels.views import SH0
-from train.data.augment import CHANNELS, KINDS, Augmentation, rotations
+from train.data.augment import CHANNELS, KINDS, LEAST_RANGE, Augmentation, rotations
 from train.data.batch import Item
 from train.data.dataset import EMBEDDED, Dataset
 from train.losses.pictures import composite
@@ -137,6 +137,17 @@ def test_colours_stay_in_range_and_what_no_view_saw_stays_zero():
         assert 0 <= item.image.min() and item.image.max() <= 1
         assert (item.features[:, 10:34].unflatten(1, (8, 3))[unseen] == 0).all()
         assert torch.equal(item.features[:, 3:10], plain.features[:, 3:10])
+
+
+def test_draws_are_maps_of_the_unit_interval_and_rotations():
+    drawn = [Augmentation.draw("both", seed, 0, 0) for seed in range(300)]
+    assert len({tuple(change.rotation.flatten().tolist()) for change in drawn}) == 24
+    assert 100 < sum((change.gain == 1).all().item() for change in drawn) < 200
+    for change in drawn:
+        ends = torch.stack([change.offset, change.offset + change.gain])
+        assert -1e-6 <= ends.min() and ends.max() <= 1 + 1e-6
+        assert change.gain.abs().min() >= LEAST_RANGE
+        assert sorted(change.channels.tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,7 +67,7 @@ class Augmentation:
         channels = rng.permutation(3)
         ends = rng.uniform(0, 1, (3, 2))  # what black and white become
         near = np.abs(ends[:, 1] - ends[:, 0]) < LEAST_RANGE
-        ends[near] = rng.permuted([[0.0, 1.0]] * int(near.sum()), axis=1)
+        ends[near] = rng.permuted(np.tile([0.0, 1.0], (int(near.sum()), 1)), axis=1)
         turn = int(rng.integers(len(rotations())))
         # colours as they are stay in: they are what the model will meet
         if rng.random() < 0.5 or kind not in ("colour", "both"):
