@@ -273,6 +273,19 @@ class Trunk(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.out_layer.weight)
 
+    @torch.no_grad()
+    def rescale(self, inputs: float, branches: float) -> None:
+        """Scale the weights of the input layer, and of the layers that end a block's branches.
+
+        Of an untrained model it says how much the features count beside the position embedding,
+        and how much every block adds at first: with 0 it is the identity (Goyal et al., 2017,
+        arXiv 1706.02677, did so with the last norm of a residual block).
+        """
+        self.input_layer.weight.mul_(inputs)
+        for block in self.blocks:
+            block.attn.to_out.weight.mul_(branches)
+            block.mlp.mlp[-1].weight.mul_(branches)
+
     def set_activation_dtype(self, dtype: torch.dtype) -> None:
         """Compute the blocks in fp32, fp16 or bf16; weights, input and output layers stay fp32."""
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

@@ -62,6 +62,12 @@ class Sizes:
     logvar_init: float | None = flag(
         None, "log variance to start from (none: zero output layer, as published)"
     )
+    input_gain: float = flag(
+        1.0, "scale of the input layers' untrained weights; 1 as published, 3 learns faster"
+    )
+    branch_gain: float = flag(
+        1.0, "scale of what an untrained block adds; 1 as published, 0 learns faster"
+    )
     recompute: bool = flag(
         False, "keep no activations inside blocks: less memory, a third more time"
     )
@@ -78,6 +84,9 @@ class Sizes:
                 "width of at least 1"
             )
         _check_most(self, {"mlp_ratio": LARGEST}, "model.")
+        for name in ("input_gain", "branch_gain"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} {getattr(self, name)} must be a number from 0 up")
         if self.logvar_init is not None and not math.isfinite(self.logvar_init):
             raise ValueError(f"model.logvar_init {self.logvar_init} must be finite")
         if self.channels % (8 * self.heads) or self.channels > 128 * self.heads:
@@ -118,6 +127,9 @@ class Config:
     image_size: int = flag(512, "edge of the views in pixels")
     views: int = flag(1, "views of each object in a step")
     holdout_views: int = flag(4, "the last views of every object, kept for evaluation")
+    augment: str = flag(
+        "none", "none; or change objects at random: colour, rotate or both (rgb features alone)"
+    )
     # the run
     out: str | None = flag(None, "run folder (default: a new runs/NAME-001, -002, ...)")
     resume: str | None = flag(None, "run folder to continue, exactly where it stopped")
@@ -306,41 +318,6 @@ def replaced(config, values: Mapping[str, object]):
     for group, nested in groups.items():
         own[group] = replaced(getattr(config, group), nested)
     return replace(config, **own)
-
-
-def demo(base: Config, **own) -> Config:
-    """Make the preset for the embedded objects: a small model, minutes on a CPU.
-
-    `own` are the decoder's values: steps, batch sizes, the model and its weights.
-    """
-    common = dict(
-        preset="demo",
-        features="rgb",
-        resolution=16,
-        image_size=128,
-        precision="fp32",
-        optimizer="muon",
-        lr=3e-3,
-        warmup=20,
-        final_lr=0.03,
-        ema=0.98,
-        workers=0,
-    )
-    return replace(base, **common | own)
-
-
-def small(base: Config, **own) -> Config:
-    """Make the preset for one GPU with 24 GB; `own` are the decoder's values."""
-    common = dict(
-        preset="small",
-        features="rgb",
-        image_size=256,
-        batch_size=16,
-        precision="bf16",
-        ema=0.999,
-        steps=100_000,
-    )
-    return replace(base, **common | own)
 
 
 def write_config(config: Config, script: str, file: Path) -> None:

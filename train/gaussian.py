@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from models import Encoder, GaussianDecoder, GaussianVAE
 from train import loop
-from train.config import Config, Sizes, Weights, demo, flag, small
+from train.config import Config, Sizes, Weights, flag
+from train.presets import demo, small
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ DEMO = demo(
         heads=2,
         per_voxel=8,
         logvar_init=-4.0,
+        input_gain=3.0,
+        branch_gain=0.0,
         scaling_bias=0.016,
         scaling_activation="exp",
     ),

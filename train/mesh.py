@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from models import Encoder, MeshDecoder, MeshVAE
 from train import loop
-from train.config import Config, Sizes, Weights, demo, flag, small
+from train.config import Config, Sizes, Weights, flag
 from train.losses.geometry import SurfaceLoss
+from train.presets import demo, small
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,15 @@ DEMO = demo(
     micro_batch=2,
     sample_every=80,
     save_every=120,
-    model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
+    model=MeshSizes(
+        channels=256,
+        blocks=2,
+        heads=4,
+        mlp_ratio=2.0,
+        logvar_init=-4.0,
+        input_gain=3.0,
+        branch_gain=0.0,
+    ),
 )
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from models import Encoder, RadianceDecoder, RadianceVAE
 from train import loop
-from train.config import Config, Sizes, demo, flag, small
+from train.config import Config, Sizes, flag
+from train.presets import demo, small
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ DEMO = demo(
         rank=4,
         dim=4,
         logvar_init=-4.0,
+        input_gain=3.0,
+        branch_gain=0.0,
         density_scale=30.0,
         trivec_std=0.5,
     ),

@@ -118,6 +118,9 @@ class Run:
         """
         seed_all(self.config.seed)
         vae = self._build(self.config, self.objects.channels)
+        size = self.config.model
+        for part in (vae.encoder, vae.decoder):
+            part.rescale(size.input_gain, size.branch_gain)
         if self.config.encoder:
             vae = type(vae)(None, vae.decoder)
         if self.config.init:
@@ -127,10 +130,10 @@ class Run:
         vae.set_activation_dtype(PRECISIONS[self.config.precision])
         return vae.to(self.here.device)
 
-    def _voxels(self, batch: Batch) -> SparseTensor:
+    def _voxels(self, batch: Batch, changed: bool = False) -> SparseTensor:
         """The model's input: features, or latents of a frozen encoder."""
         if self.latents:
-            return self.latents(batch)
+            return self.latents(batch, changed)
         return SparseTensor(batch.features, batch.coords, batch.batch_size)
 
     @torch.no_grad()
@@ -144,7 +147,7 @@ class Run:
     def _inputs(self, step: int, micro: int, batch: Batch) -> tuple:
         """The objective's arguments for a micro-batch of a step."""
         batch = batch.to(self.here.device, non_blocking=True)
-        x = self._voxels(batch)
+        x = self._voxels(batch, self.config.augment != "none")
         noise, background = draw(self.config, self.here, step, micro, x, batch.view_scene)
         return x, noise, batch, background
 

@@ -139,6 +139,19 @@ def test_initialisation_zeroes_what_the_published_one_does():
     assert (warm.out_layer.bias[4:] == -4).all() and warm.out_layer.weight.std() > 0
 
 
+def test_rescaling_makes_untrained_blocks_the_identity():
+    torch.manual_seed(0)
+    model = models.Encoder(16, 5, 32, 4, 2, num_heads=2, window_size=8)
+    x = batch([40, 0, 7], "cpu")
+    before = model.trunk(x.feats, x.cache)
+    weight = model.input_layer.weight.clone()
+    model.rescale(inputs=3.0, branches=0.0)
+    assert torch.equal(model.input_layer.weight, 3 * weight)
+    place = x.cache.get(position_embedding, 32)
+    assert_close(model.trunk(x.feats, x.cache), model.input_layer(x.feats) + place, 1e-6)
+    assert (before - model.trunk(x.feats, x.cache)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("mode", ["swin", "full"])
 def test_batched_equals_looped_with_empty_samples(device, mode):
     encoder = randomize(small_encoder(attn_mode=mode)).to(device)

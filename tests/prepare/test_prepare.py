@@ -154,6 +154,25 @@ def test_layout_and_transforms_round_trip(tmp_path):
         assert alpha[y, x].all()
 
 
+def test_webp_views_are_the_same_pixels(pair, tmp_path, capsys):
+    png, webp = tmp_path / "png", tmp_path / "webp"
+    assert command(pair, "--out", png, *SMALL) == 0
+    assert command(pair, "--out", webp, *SMALL, "--pictures", "webp") == 0
+    (own, *_) = sorted((webp / "renders").iterdir())
+    frames = json.loads((own / "transforms.json").read_text())["frames"]
+    names = [frame["file_path"] for frame in frames]
+    assert names == [f"{i:03d}.webp" for i in range(len(names))] and names
+    for name in names:
+        with (
+            Image.open(own / name) as ours,
+            Image.open(png / own.relative_to(webp) / name.replace("webp", "png")) as theirs,
+        ):
+            assert ours.format == "WEBP"
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert command(pair, "--out", webp, *SMALL) == 1
+    assert "was made with pictures webp, not png: choose another --out" in capsys.readouterr().out
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {
         p.relative_to(folder).as_posix(): p.read_bytes()

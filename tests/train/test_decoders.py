@@ -15,9 +15,10 @@ from models.vae import VAE, Decoder
 from tests.helpers.compare import assert_close
 from tests.helpers.decoders import CHANNELS, RESOLUTION, features, small_vae
 from train import loop
-from train.config import Config, demo
+from train.config import Config
 from train.decoders import DECODERS, Recipe
 from train.losses.pictures import PictureLoss
+from train.presets import demo
 from train.run import checkpoint
 
 TINY = (  # 16 bit, as on a GPU

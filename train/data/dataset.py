@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import Camera
+from train.data.augment import Augmentation, check_augment
 from train.data.batch import Item
 from train.data.metadata import read_metadata
 from train.data.readers import (
@@ -48,7 +49,8 @@ class Dataset(torch.utils.data.Dataset):
     show the model what it is scored on. `dataset[index, draw]` picks its views by (seed, draw,
     index) alone; `dataset[index]` is draw 0. A broken object raises ValueError that names its file;
     no other object ever takes its place. `cache=True` keeps what was decoded in memory.
-    `meshes=True` reads every object's mesh.ply too.
+    `meshes=True` reads every object's mesh.ply too. `augment` (train.data.augment.KINDS) changes
+    what is fetched at random, by (seed, draw, index) as well; `item` never does.
 
     Raises ValueError for a folder that is no dataset, one without these features, where no object
     is left (unless `required` is False), and for a first object of a folder whose transforms.json
@@ -72,7 +74,9 @@ class Dataset(torch.utils.data.Dataset):
         cache: bool = False,
         required: bool = True,
         meshes: bool = False,
+        augment: str = "none",
     ):
+        check_augment(augment, features)
         if split not in ("train", "test", None) or views not in ("train", "holdout"):
             raise ValueError(
                 f"split {split!r} is not train, test or None, or views {views!r} is not train "
@@ -103,6 +107,7 @@ class Dataset(torch.utils.data.Dataset):
         self._folder = f"{features}{suffix}"
         self._memory: dict | None = {} if cache else None
         self._meshes = meshes
+        self._augment = augment
         self.skipped: Counter[str] = Counter()
         # sha256 -> root, voxels that metadata.csv promises
         self._objects: dict[str, tuple[Path, int | None]] = {}
@@ -206,7 +211,11 @@ class Dataset(torch.utils.data.Dataset):
             file = frames.files[0].parent / "transforms.json"
             raise ValueError(f"{file}: {len(views)} {self.views} views, {self.num_views} wanted")
         rng = np.random.default_rng([self.seed, draw, index])
-        return self.item(index, rng.choice(len(views), self.num_views, replace=False).tolist())
+        item = self.item(index, rng.choice(len(views), self.num_views, replace=False).tolist())
+        if self._augment == "none":
+            return item
+        change = Augmentation.draw(self._augment, self.seed, draw, index)
+        return change.item(item, self.resolution)
 
     def item(self, which: int | str, views: Sequence[int] | None = None) -> Item:
         """Read an object by index or sha256, with these of its views or all of them.

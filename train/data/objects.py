@@ -35,7 +35,7 @@ class Objects:
             cache=not config.data,
             meshes=meshes,
         )
-        self.train = Dataset(roots, num_views=config.views, **common)
+        self.train = Dataset(roots, num_views=config.views, augment=config.augment, **common)
         self.all = {
             views: Dataset(roots, split=None, views=views, **common)
             for views in ("train", "holdout")

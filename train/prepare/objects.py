@@ -31,6 +31,8 @@ HASH = "hash"
 PREPARE = "prepare"
 NEEDED = {"embreex": "embreex", "mapbox_earcut": "mapbox-earcut"}  # modules, and their packages
 NOTES = 50  # that are shown of one object
+# how views are written, all without loss
+PICTURES = {"png": {}, "webp": {"lossless": True, "exact": True, "method": 6}}
 
 
 def need_packages() -> None:
@@ -52,8 +54,11 @@ class Settings:
     supersample: int = 2
     features: str | None = "rgb"
     seed: int = 0
+    pictures: str = "png"  # of PICTURES
 
     def __post_init__(self):
+        if self.pictures not in PICTURES:
+            raise ValueError(f"pictures {self.pictures!r} are none of {', '.join(PICTURES)}")
         for name, low, high in (("views", 1, 1000), ("size", 8, 4096), ("supersample", 1, 16)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} {getattr(self, name)} is not in {low} to {high}")
@@ -68,9 +73,9 @@ class Settings:
                 f"resolution {self.resolution} is not in 2 to 256, what uint8 indices hold"
             )
 
-    def recipe(self) -> dict[str, int]:
+    def recipe(self) -> dict[str, int | str]:
         """The settings that views are made with, as transforms.json records them."""
-        names = ("views", "holdout_views", "size", "supersample", "seed")
+        names = ("views", "holdout_views", "size", "supersample", "seed", "pictures")
         return {name: getattr(self, name) for name in names}
 
     def voxels(self, R: int, sha: str) -> Path:
@@ -178,10 +183,11 @@ def _render(
         pose = camera_to_world(*direction(i, settings.views, r0, r1))
         image, points = caster.render(pose, settings.size, settings.supersample)
         shown |= bool(image.any())
-        Image.fromarray(image).save(folder / f"{frame:03d}.png")
+        file = f"{frame:03d}.{settings.pictures}"
+        Image.fromarray(image).save(folder / file, **PICTURES[settings.pictures])
         frames.append(
             {
-                "file_path": f"{frame:03d}.png",
+                "file_path": file,
                 "camera_angle_x": float(FOV),
                 "transform_matrix": pose.tolist(),
             }
@@ -205,7 +211,7 @@ def _finished(settings: Settings, sha: str) -> dict[int, int] | None:
         return None
     try:
         transforms = json.loads((folder / "transforms.json").read_text())
-        was = transforms.get("recipe", {})
+        was = {"pictures": "png"} | transforms.get("recipe", {})  # the only kind there was
         frames = [inside(folder, frame["file_path"]) for frame in transforms["frames"]]
     except MALFORMED:  # cut short or not what was written
         return None

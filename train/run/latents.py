@@ -70,8 +70,11 @@ class Latents:
         folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> SparseTensor:
+    def __call__(self, batch: Batch, changed: bool = False) -> SparseTensor:
+        """Return a batch's latents; of objects that augmentation `changed`, none is kept."""
         x = SparseTensor(batch.features, batch.coords, batch.batch_size)
+        if changed:
+            return x.replace(self.encoder(x).mean.float())
         parts = zip(batch.names, x.split(), x.coords.split(x.cache.counts), strict=True)
         return x.replace(torch.cat([self._latents(*part) for part in parts]))
 
