@@ -24,7 +24,7 @@ from train.flags import OneLineParser, exit_status
 from train.meshes.write import AXES, gaussian_ply, mesh_glb, mesh_obj, scene_npz
 from train.run.given import Workshop, add_flags, check_flags, find, roots_of
 from train.run.machine import named_device
-from train.run.trained import NO_CHECKPOINT, Trained, is_checkpoint, open_all
+from train.run.trained import NO_CHECKPOINT, Trained, is_checkpoint, only, open_all
 
 COMMAND = "python -m train.export"
 # what can be written of the scenes of each kind of decoder; of any other npz alone
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: {args.out.parent} is no folder")
     device = named_device(args.device)
-    (trained,) = open_all([args.checkpoint], device, args.encoder)
+    (trained,) = open_all([only(args.checkpoint)], device, args.encoder)
     write = _writer(args, trained)
     coords, latents = _latents(args, trained, device)
     scene = trained.decode(coords.to(device), latents.to(device))

@@ -1,6 +1,7 @@
 """Encode meshes and items of datasets to latents, decode those, and show both beside the truth.
 
     python -m train.reconstruct CHECKPOINT... OBJECT... --out DIR
+    python -m train.reconstruct demo chair.obj --out DIR       # what comes with the package
     python -m train.reconstruct runs/gaussian-001 chair2 --out DIR           # an embedded object
     python -m train.reconstruct runs/gaussian-001 chair.obj DATA/lamp --out DIR
     python -m train.reconstruct runs/gaussian-001 runs/mesh-001 chair.glb --out DIR
@@ -8,11 +9,12 @@
     python -m train.reconstruct PREFIX --encoder PREFIX chair.obj --weights FILE --out DIR
     python -m train.reconstruct CHECKPOINT... --latent FILE --out DIR        # decode alone
 
-CHECKPOINT is the folder of a finished run, or PREFIX of a decoder's PREFIX.json and
-PREFIX.safetensors (published names too), whose encoder --encoder names. OBJECT is a mesh file
-(prepared here as the checkpoint's data were), DATASET/NAME, or NAME of --data, else of the first
-checkpoint's data. Several checkpoints are shown side by side. Those that share an encoder decode
-the same latents; others encode for themselves. What is there already is not overwritten.
+CHECKPOINT is the folder of a finished run, PREFIX of a decoder's PREFIX.json and PREFIX.safetensors
+(published names too), whose encoder --encoder names, or demo: small models that come with the
+package (demo/gaussian alone; train/assets/checkpoints/README.md). OBJECT is a mesh file (prepared
+here as the checkpoint's data were), DATASET/NAME, or NAME of --data, else of the first checkpoint's
+data. Several checkpoints are shown side by side. Those that share an encoder decode the same
+latents; others encode for themselves. What is there already is not overwritten.
 
     OUT/objects.png               of several objects: a held-out view of each (--view), the truth
                                   above what every checkpoint makes of it; objects that none of

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import models
-from train.run.trained import is_checkpoint, open_trained
+from train.run import trained as trained_runs
+from train.run.trained import is_checkpoint, only, open_all, open_trained
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,27 @@ def test_a_run_is_opened_with_what_its_config_says(finished):
     assert not any(part.training for part in parts)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
     assert sorted(finished.rglob("*")) == before
+
+
+def test_demo_stands_for_what_comes_with_the_package(finished, frozen, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_runs, "ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"demo.json is not there"):
+        open_all(["demo"], CPU)
+    shutil.copytree(finished, tmp_path / "assets" / "gaussian")
+    assert is_checkpoint("demo") and only("demo") == tmp_path / "assets" / "gaussian"
+    radiance = shutil.copytree(frozen, tmp_path / "assets" / "radiance")
+    config = json.loads((radiance / "config.json").read_text())
+    (radiance / "config.json").write_text(json.dumps(config | {"encoder": "gaussian"}))
+    both = open_all(["demo"], CPU)
+    assert [one.label for one in both] == ["gaussian", "radiance"]
+    assert both[0].encoder is both[1].encoder
+    (one,) = open_all(["demo/radiance"], CPU)
+    assert one.kind == "radiance"
+    with pytest.raises(ValueError, match=r"demo stands for 2 checkpoints.*demo/gaussian, demo/rad"):
+        only("demo")
+    shutil.copytree(finished, tmp_path / "demo")  # a folder of the user's comes first
+    assert only("demo") == Path("demo")
 
 
 def test_a_frozen_encoder_is_found_where_it_was_and_beside_a_moved_run(

@@ -13,7 +13,7 @@ from train.evaluate.protocols import VIEWS, Protocol, chosen
 from train.evaluate.surfaces import need_scipy
 from train.evaluate.truth import Truth
 from train.lpips import LPIPS
-from train.run.trained import Trained, open_all
+from train.run.trained import Trained, only, open_all
 
 FEW = 16  # objects that the size of one Gaussian a voxel is chosen by
 SPLITS = {"train": "train", "test": "test", "all": None}
@@ -33,7 +33,7 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
         # before a checkpoint is read: without a size of its own a protocol takes the checkpoint's
         chosen(args.protocol, args.size, args.samples, args.truth, 0)
-        (self.trained,) = open_all([args.checkpoint], device, args.encoder)
+        (self.trained,) = open_all([only(args.checkpoint)], device, args.encoder)
         self.protocol = chosen(
             args.protocol, args.size, args.samples, args.truth, self.trained.image_size
         )

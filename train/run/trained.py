@@ -33,6 +33,10 @@ NO_CHECKPOINT = (
     "PREFIX.safetensors, comes first"
 )
 DIGEST = r"[0-9a-f]{64}"
+# runs that come with the package, a folder for each kind of decoder on one encoder; its README says
+# how they were made
+SHIPPED = "demo"
+ASSETS = Path(__file__).parents[1] / "assets" / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,34 @@ def _one_object(coords: Tensor, feats: Tensor) -> SparseTensor:
     return SparseTensor(feats, F.pad(coords, (1, 0)), 1)
 
 
+def named(path: str | Path) -> list[Path]:
+    """List the checkpoints that a path stands for: itself, or what comes with the package.
+
+    `demo` stands for all of these, `demo/gaussian` for one; a file of the user's comes first.
+    """
+    path = Path(path)
+    if path.exists() or path.parts[:1] != (SHIPPED,):
+        return [path]
+    if len(path.parts) > 1:
+        return [ASSETS.joinpath(*path.parts[1:])]
+    return [ASSETS / kind for kind in DECODERS if (ASSETS / kind).is_dir()] or [path]
+
+
+def only(path: str | Path) -> Path:
+    """Return the one checkpoint that a path stands for; ValueError where there are several."""
+    found = named(path)
+    if len(found) != 1:
+        names = ", ".join(f"{SHIPPED}/{one.name}" for one in found)
+        raise ValueError(f"{path} stands for {len(found)} checkpoints, give one: {names}")
+    return found[0]
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether a path is the folder of a run, or a checkpoint's prefix."""
-    path = Path(path)
+    return all(_is_checkpoint(one) for one in named(path))
+
+
+def _is_checkpoint(path: Path) -> bool:
     run = path / "config.json", path / "checkpoints"
     files = [Path(f"{_prefix(path)}{suffix}") for suffix in SUFFIXES]
     return any(file.exists() for file in run) or any(file.is_file() for file in files)
@@ -149,7 +178,7 @@ def open_all(
     """
     opened = []
     shared = {}
-    for path in paths:
+    for path in (one for given in paths for one in named(given)):
         one = open_trained(path, device, encoder)
         if any(Path(path).resolve() == Path(other.path).resolve() for other in opened):
             raise ValueError(f"{path} is given twice")
