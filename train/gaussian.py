@@ -54,8 +54,6 @@ DEMO = demo(
         heads=2,
         per_voxel=8,
         logvar_init=-4.0,
-        input_gain=3.0,
-        branch_gain=0.0,
         scaling_bias=0.016,
         scaling_activation="exp",
     ),

@@ -73,8 +73,6 @@ DEMO = demo(
         heads=4,
         mlp_ratio=2.0,
         logvar_init=-4.0,
-        input_gain=3.0,
-        branch_gain=0.0,
     ),
 )
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}

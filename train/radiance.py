@@ -48,8 +48,6 @@ DEMO = demo(
         rank=4,
         dim=4,
         logvar_init=-4.0,
-        input_gain=3.0,
-        branch_gain=0.0,
         density_scale=30.0,
         trivec_std=0.5,
     ),
