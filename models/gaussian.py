@@ -112,6 +112,8 @@ class GaussianScene:
         camera: Camera,
         view_scene: Sequence[int],
         background: Tensor,
+        *,
+        offset: Tensor | None = None,  # of radiance fields alone
     ) -> Image:
         """Render V views of B scenes in one launch; models.render is the public name."""
         sizes = {scene.kernel_size for scene in scenes}

@@ -1,0 +1,283 @@
+"""Memory of a training step: what it takes, and how it is made to fit what there is.
+
+The largest object of the data goes forward and backward once, and so does half of its voxels: that
+gives the bytes of a voxel and of a view at the moment in which a pass holds most. On a GPU the
+allocator says how many they are; elsewhere every allocation of torch is counted. Nothing is trained
+and no random number of the run is used up.
+"""
+
+import json
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# what an op of ours calls: torch shows a mode such an op as a whole, not what it allocates inside
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import SparseTensor
+from models.files import write_whole
+from train.data.batch import Item, collate
+from train.parts import sizes
+
+GB = 1e9
+USED = 0.9  # of the memory there is, for tensors: the rest is for libraries and between tensors
+
+
+class Counted(TorchDispatchMode):
+    """Count the bytes of all tensors made inside the block that are alive, and the most there were.
+
+    Tensors that share memory count once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        own = OPDEFS.get(func._schema.name)
+        if own is None:
+            result = func(*args, **kwargs)
+        else:
+            with self:
+                result = own._init_fn(*args, **kwargs)
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor):
+                self._add(made.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        size = storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_):
+            self.live -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def peak(work: Callable[[], None], device: torch.device) -> float:
+    """The most bytes that `work` holds at once beside what there was; inf where they do not fit."""
+    if device.type != "cuda":
+        with Counted() as counted:
+            work()
+        return counted.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        return math.inf
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a forward and a backward pass beside weights and gradients."""
+
+    voxel: float
+    view: float  # with what does not depend on the number of voxels
+
+    def total(self, voxels: Sequence[int], views: int) -> float:
+        """Bytes of objects with so many voxels, and `views` views each."""
+        return self.voxel * sum(voxels) + self.view * views * len(voxels)
+
+
+def activations(
+    objective: nn.Module,  # of train.losses.objective
+    backward: Callable[[Tensor], None],
+    item: Item,
+    device: torch.device,
+    latent: int,  # channels
+) -> Activations:
+    """Measure an object in one pass, and half of its voxels in another.
+
+    Gradients are what they were afterwards: none.
+    """
+
+    def work(voxels: int) -> None:
+        part = replace(item, coords=item.coords[:voxels], features=item.features[:voxels])
+        batch = collate([part]).to(device)
+        noise = torch.zeros(voxels, latent, device=device)
+        # a VAE without an encoder takes latents
+        features = noise if objective.vae.encoder is None else batch.features
+        x = SparseTensor(features, batch.coords, 1)
+        loss, _ = objective(x, noise, batch, noise.new_zeros(len(batch.camera), 3))
+        backward(loss)
+
+    objective.train()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    devices = [device] if device.type == "cuda" else []
+    whole = len(item.coords)
+    half = max(whole // 2, 1)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for p in trained:  # as in every pass but the first one of a step
+                p.grad = torch.zeros_like(p)
+            less = peak(lambda: work(half), device)
+            most = peak(lambda: work(whole), device)
+    finally:
+        for p in trained:
+            p.grad = None
+    if devices:
+        torch.cuda.empty_cache()
+    if math.isinf(most):
+        return Activations(math.inf, 0.0)
+    voxel = max(most - less, 0) / max(whole - half, 1)
+    voxel = min(voxel, most / whole)
+    return Activations(voxel, (most - voxel * whole) / len(item.image))
+
+
+def split(need: Activations, voxels: Sequence[int], views: int, room: float) -> int:
+    """The fewest parts of a micro-batch of which the largest fits `room` bytes; 0 where none does.
+
+    `voxels` are those of each object, the most first.
+    """
+    for parts in range(1, len(voxels) + 1):
+        if need.total(voxels[: sizes(len(voxels), parts)[0]], views) <= room:
+            return parts
+    return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step takes, in bytes, and what was chosen for it to fit."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    need: Activations
+    voxels: list[int]  # of the largest objects, as many as a micro-batch has
+    views: int  # of each
+    limit: float | None  # bytes; None: nothing is limited
+    recompute: bool
+    parts: int
+    counted: bool  # rather than measured by the device's allocator
+
+    @property
+    def activations(self) -> float:
+        """Bytes of the largest part of the largest micro-batch."""
+        largest = sizes(len(self.voxels), self.parts)[0]
+        return self.need.total(self.voxels[:largest], self.views)
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def how(self) -> str:
+        """Say what goes through at once, and whether blocks are recomputed."""
+        objects = len(self.voxels)
+        text = f"micro-batches of {objects} objects"
+        if self.parts > 1:
+            text += f" in {self.parts} parts of at most {sizes(objects, self.parts)[0]}"
+        return f"{text}, blocks {'recomputed' if self.recompute else 'kept'}"
+
+    def __str__(self) -> str:
+        gb = lambda size: f"{size / GB:.3g} GB"
+        limit = "no limit" if self.limit is None else f"limit {gb(self.limit)}"
+        source = "counted" if self.counted else "measured"
+        lines = [
+            f"{gb(self.total)} in a step ({limit}): {self.how()}",
+            f"parameters {gb(self.parameters)}, gradients {gb(self.gradients)}, optimiser "
+            f"{gb(self.optimizer)}, activations {gb(self.activations)}",
+            f"activations of an object of {self.voxels[0]:,} voxels, {source}: "
+            f"{self.need.voxel / 1e3:,.3g} kB a voxel, {self.need.view / 1e6:,.3g} MB a view",
+        ]
+        return "\n".join(f"{'' if i else 'memory':<11}{line}" for i, line in enumerate(lines))
+
+    def write(self, folder: Path) -> None:
+        """Record it in the folder of a run, as memory.json."""
+        values = asdict(self) | {"activations": self.activations, "total": self.total}
+        write_whole(folder / "memory.json", json.dumps(values, indent=2) + "\n")
+
+
+def fit(run) -> None:
+    """Measure a step of a train.trainer.Run, and choose what makes it fit its memory.
+
+    The memory is --memory-gb, on a GPU at most what it has free, or that. Blocks are recomputed
+    first, then micro-batches split. Every rank chooses the same, by the least memory. Raises
+    ValueError where one object does not fit.
+    """
+    config = run.config
+    device = run.here.device
+    index, voxels = run.objects.train.largest(config.micro_batch)
+    item = run.objects.train[index]
+    limit = None if config.memory_gb is None else config.memory_gb * GB
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        limit = min(limit or math.inf, free)
+    weights = list(chain(run.local.parameters(), run.local.buffers()))
+    if config.encoder:
+        weights += run.encoder.parameters()
+    gradients = sum(4 * p.numel() for p in run.vae.parameters() if p.requires_grad)
+    plan = Plan(
+        parameters=sum(t.nbytes for t in weights),
+        # DistributedDataParallel has another copy, to exchange
+        gradients=gradients * (1 if run.here.world == 1 else 2),
+        optimizer=run.optimizer.bytes(),
+        need=Activations(0.0, 0.0),
+        voxels=voxels,
+        views=config.views,
+        limit=min((v for v in run.here.gather(limit) if v is not None), default=None),
+        recompute=config.model.recompute,
+        parts=1,
+        counted=device.type != "cuda",
+    )
+    kept = choose(plan, lambda on: _measured(run, item, on))
+    run.recompute(kept.recompute)
+    run.parts = kept.parts
+    run.memory = kept
+
+
+def _measured(run, item: Item, recompute: bool) -> Activations:
+    """Measure an object on every rank; returns the largest."""
+    run.recompute(recompute)
+    own = activations(
+        run.local, run.optimizer.backward, item, run.here.device, run.config.model.latent
+    )
+    found = run.here.gather((own.voxel, own.view))
+    return Activations(*(max(values) for values in zip(*found, strict=True)))
+
+
+def choose(plan: Plan, measured: Callable[[bool], Activations]) -> Plan:
+    """Choose recomputation, then parts, so that a step fits the limit of a plan.
+
+    `measured` gives the activations with and without recomputation. Raises ValueError where one
+    object does not fit.
+    """
+    plan = replace(plan, need=measured(plan.recompute))
+    if plan.limit is None:
+        return plan
+    room = USED * plan.limit - (plan.total - plan.activations)
+    parts = split(plan.need, plan.voxels, plan.views, room)
+    if parts == 1:
+        return plan
+    if not plan.recompute:
+        plan = replace(plan, recompute=True, need=measured(True))
+        parts = split(plan.need, plan.voxels, plan.views, room)
+    if not parts:
+        least = replace(plan, parts=len(plan.voxels)).total
+        taken = f"{least / GB:.3g} GB" if math.isfinite(least) else "more than the device has"
+        raise ValueError(
+            f"a step of one object of {plan.voxels[0]:,} voxels takes {taken} with blocks "
+            f"recomputed, but {USED * plan.limit / GB:.3g} GB may be used, {USED:.0%} of "
+            f"{plan.limit / GB:.3g}: fewer --views, a smaller --image-size or model take less"
+        )
+    return replace(plan, parts=parts)
