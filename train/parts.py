@@ -1,8 +1,8 @@
 """A micro-batch as arguments of the objective: whole, or in parts with the same gradients.
 
 Everything random is drawn for the whole micro-batch and then cut, so parts have the same draws, and
-their gradients add up to those of the whole but for rounding. Each term of the loss is a mean over views, voxels or objects (train.losses.objective.MEANS); a
-part's counts by its share of them.
+their gradients add up to those of the whole but for rounding. Each term of the loss is a mean over
+views, voxels or objects (train.losses.objective.MEANS); a part's counts by its share of them.
 """
 
 from collections.abc import Iterator

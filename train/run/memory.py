@@ -1,9 +1,10 @@
 """Memory of a training step: what it takes, and how it is made to fit what there is.
 
-The largest object of the data goes forward and backward once, and so does half of its voxels: that
-gives the bytes of a voxel and of a view at the moment in which a pass holds most. On a GPU the
-allocator says how many they are; elsewhere every allocation of torch is counted. Nothing is trained
-and no random number of the run is used up.
+The largest object of the data goes forward and backward once, then half of its voxels, then other
+views of it: that gives the bytes of a voxel, of a view and of neither, at the moment in which a
+pass holds most. On a GPU the allocator says how many they are; elsewhere every allocation of torch is counted. Where nothing is
+limited, as by default on a CPU, the object goes forward once: the bytes are then those that the
+pass keeps for its backward pass. Nothing is trained and no random number of the run is used up.
 """
 
 import json
@@ -15,16 +16,17 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # what an op of ours calls: torch shows a mode such an op as a whole, not what it allocates inside
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import SparseTensor
+from models import VAE, SparseTensor
 from models.files import write_whole
 from train.data.batch import Item, collate
+from train.losses import Loss
 from train.parts import sizes
 
 GB = 1e9
@@ -93,56 +95,91 @@ class Activations:
     """Bytes of a forward and a backward pass beside weights and gradients."""
 
     voxel: float
-    view: float  # with what does not depend on the number of voxels
+    view: float
+    fixed: float = 0.0  # of every pass
 
     def total(self, voxels: Sequence[int], views: int) -> float:
         """Bytes of objects with so many voxels, and `views` views each."""
-        return self.voxel * sum(voxels) + self.view * views * len(voxels)
+        return self.fixed + self.voxel * sum(voxels) + self.view * views * len(voxels)
+
+
+def _forward(vae: VAE, loss: Loss, item: Item, device: torch.device, between=None) -> Tensor:
+    """Go forward with an object; returns the sum of its loss terms."""
+    batch = collate([item]).to(device)
+    noise = torch.zeros(len(batch.coords), vae.decoder.latent_channels, device=device)
+    # a VAE without an encoder takes latents
+    x = SparseTensor(noise if vae.encoder is None else batch.features, batch.coords, 1)
+    _, scenes = vae(x, noise)
+    if between:
+        between()
+    terms, _ = loss(scenes, batch, noise.new_zeros(len(batch.camera), 3))
+    return sum(terms.values())
+
+
+def kept(vae: VAE, loss: Loss, item: Item, device: torch.device) -> Activations:
+    """Count what a forward pass keeps for its backward pass: the VAE a voxel, the loss a view."""
+    weights = {p.untyped_storage().data_ptr() for p in vae.parameters()}
+    found: dict[int, int] = {}  # bytes of each storage, which stay until the end
+    of_vae = []
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        total = _forward(vae, loss, item, device, lambda: of_vae.append(sum(found.values())))
+    del total
+    rest = sum(found.values()) - of_vae[0]
+    return Activations(of_vae[0] / len(item.coords), rest / len(item.image))
 
 
 def activations(
-    objective: nn.Module,  # of train.losses.objective
-    backward: Callable[[Tensor], None],
+    vae: VAE,
+    loss: Loss,
     item: Item,
     device: torch.device,
-    latent: int,  # channels
+    backward: Callable[[Tensor], None],
 ) -> Activations:
-    """Measure an object in one pass, and half of its voxels in another.
+    """Measure a forward and backward pass of an object, of half its voxels and of other views.
 
-    Gradients are what they were afterwards: none.
+    There must be no gradients yet, and there are none afterwards.
     """
 
-    def work(voxels: int) -> None:
-        part = replace(item, coords=item.coords[:voxels], features=item.features[:voxels])
-        batch = collate([part]).to(device)
-        noise = torch.zeros(voxels, latent, device=device)
-        # a VAE without an encoder takes latents
-        features = noise if objective.vae.encoder is None else batch.features
-        x = SparseTensor(features, batch.coords, 1)
-        loss, _ = objective(x, noise, batch, noise.new_zeros(len(batch.camera), 3))
-        backward(loss)
+    def held(voxels: int, views: list[int]) -> float:
+        part = replace(
+            item,
+            coords=item.coords[:voxels],
+            features=item.features[:voxels],
+            image=item.image[views],
+            camera=item.camera[views],
+        )
+        return peak(lambda: backward(_forward(vae, loss, part, device)), device)
 
-    objective.train()
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    devices = [device] if device.type == "cuda" else []
+    trained = [p for p in vae.parameters() if p.requires_grad]
     whole = len(item.coords)
     half = max(whole // 2, 1)
+    views = list(range(len(item.image)))
+    others = views[: len(views) // 2] or [0, 0]
     try:
-        with torch.random.fork_rng(devices=devices):
-            for p in trained:  # as in every pass but the first one of a step
-                p.grad = torch.zeros_like(p)
-            less = peak(lambda: work(half), device)
-            most = peak(lambda: work(whole), device)
+        for p in trained:  # as in every pass but the first one of a step
+            p.grad = torch.zeros_like(p)
+        fewer = held(half, views)
+        most = held(whole, views)
+        other = held(whole, others)
     finally:
         for p in trained:
             p.grad = None
-    if devices:
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     if math.isinf(most):
-        return Activations(math.inf, 0.0)
-    voxel = max(most - less, 0) / max(whole - half, 1)
-    voxel = min(voxel, most / whole)
-    return Activations(voxel, (most - voxel * whole) / len(item.image))
+        return Activations(0.0, 0.0, math.inf)
+    voxel = min(max(most - fewer, 0) / max(whole - half, 1), most / whole)
+    rest = most - voxel * whole
+    view = (most - other) / (len(views) - len(others))
+    view = min(max(view, 0), rest / len(views))
+    return Activations(voxel, view, rest - view * len(views))
 
 
 def split(need: Activations, voxels: Sequence[int], views: int, room: float) -> int:
@@ -169,7 +206,7 @@ class Plan:
     limit: float | None  # bytes; None: nothing is limited
     recompute: bool
     parts: int
-    counted: bool  # rather than measured by the device's allocator
+    measured: bool  # by the device's allocator, rather than counted
 
     @property
     def activations(self) -> float:
@@ -192,7 +229,9 @@ class Plan:
     def __str__(self) -> str:
         gb = lambda size: f"{size / GB:.3g} GB"
         limit = "no limit" if self.limit is None else f"limit {gb(self.limit)}"
-        source = "counted" if self.counted else "measured"
+        source = "measured" if self.measured else "counted"
+        if self.limit is None:
+            source = "as a forward pass keeps them"
         lines = [
             f"{gb(self.total)} in a step ({limit}): {self.how()}",
             f"parameters {gb(self.parameters)}, gradients {gb(self.gradients)}, optimiser "
@@ -238,21 +277,25 @@ def fit(run) -> None:
         limit=min((v for v in run.here.gather(limit) if v is not None), default=None),
         recompute=config.model.recompute,
         parts=1,
-        counted=device.type != "cuda",
+        measured=device.type == "cuda",
     )
-    kept = choose(plan, lambda on: _measured(run, item, on))
+    kept = choose(plan, lambda on: _measured(run, item, on, plan.limit is not None))
     run.recompute(kept.recompute)
     run.parts = kept.parts
     run.memory = kept
 
 
-def _measured(run, item: Item, recompute: bool) -> Activations:
+def _measured(run, item: Item, recompute: bool, limited: bool) -> Activations:
     """Measure an object on every rank; returns the largest."""
     run.recompute(recompute)
-    own = activations(
-        run.local, run.optimizer.backward, item, run.here.device, run.config.model.latent
-    )
-    found = run.here.gather((own.voxel, own.view))
+    run.vae.train()
+    device = run.here.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if limited:
+            own = activations(run.vae, run.loss, item, device, run.optimizer.backward)
+        else:
+            own = kept(run.vae, run.loss, item, device)
+    found = run.here.gather((own.voxel, own.view, own.fixed))
     return Activations(*(max(values) for values in zip(*found, strict=True)))
 
 
