@@ -2,9 +2,10 @@
 
 The largest object of the data goes forward and backward once, then half of its voxels, then other
 views of it: that gives the bytes of a voxel, of a view and of neither, at the moment in which a
-pass holds most. On a GPU the allocator says how many they are; elsewhere every allocation of torch is counted. Where nothing is
-limited, as by default on a CPU, the object goes forward once: the bytes are then those that the
-pass keeps for its backward pass. Nothing is trained and no random number of the run is used up.
+pass holds most. On a GPU the allocator says how many they are; elsewhere every allocation of torch
+is counted. Where nothing is limited, as by default on a CPU, the object goes forward once: the
+bytes are then those that the pass keeps for its backward pass. Nothing is trained and no random
+number of the run is used up.
 """
 
 import json
