@@ -62,15 +62,22 @@ def largest(run: loop.Run, count: int) -> list:
     return (sorted(items, key=lambda item: -len(item.coords)) * count)[:count]
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_what_is_printed_is_what_the_largest_micro_batch_allocates(name, data):
-    """It is an upper bound: at most 30 % above what the allocator says, and nowhere below."""
-    # of the smallest model most is the renderer's, whose need is that of neither voxels nor views
-    wide = [] if name == "mesh" else "--model.channels 64 --model.heads 1 --model.blocks 2".split()
-    run = start(name, data, "--memory-gb", "1", "--optimizer", "muon", *wide)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DECODERS if name != "gaussian"]
+
+
+@pytest.mark.parametrize("name", ["gaussian", *SLOW])
+def test_what_is_printed_is_what_the_largest_micro_batch_of_a_demo_allocates(name):
+    """It is an upper bound: at most 30 % above what the allocator says, and nowhere below.
+
+    What a forward pass keeps is at least 80 % of what it leaves: scenes and tables stay too.
+    """
+    recipe = DECODERS[name]
+    flags = "--device cpu --batch-size 3 --micro-batch 3 --memory-gb 4".split()
+    config = from_cli(name, recipe.presets, flags)
+    run = loop.Run(name, config, recipe.build, CPU, recipe.loss)
     batch = collate(largest(run, 3))
     for recompute in (False, True):
-        run.config = replace(run.config, model=replace(run.config.model, recompute=recompute))
+        run.config = replace(config, model=replace(config.model, recompute=recompute))
         memory.fit(run)
         plan = run.memory
         assert plan.voxels == batch.coords[:, 0].bincount().tolist()
@@ -88,19 +95,16 @@ def test_what_is_printed_is_what_the_largest_micro_batch_allocates(name, data):
     printed = re.search(r"[\d.e-]+ GB", str(plan))[0]
     assert float(printed.split()[0]) * 1e9 == pytest.approx(plan.total, rel=5e-3)
 
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_what_a_forward_pass_keeps_is_counted(name, data):
-    """Beside it a forward pass leaves scenes and tables: 20 % at most."""
-    run = start(name, data, "--micro-batch", "1")  # of one object
+    run.config = replace(config, memory_gb=None)
     memory.fit(run)
-    voxels = run.memory.voxels
     (item,) = largest(run, 1)
     (args,) = arguments(run.config, CPU, 0, 0, features(item), collate([item]), 1)
     with memory.Counted() as counted:
         loss, _ = run.local(*args)
         left = counted.live
-    assert 0.8 <= run.memory.need.total(voxels, 2) / left <= 1
+    share = run.memory.need.total(run.memory.voxels[:1], config.views) / left
+    print(name, share)
+    assert 0.8 <= share <= 1
     del loss
 
 

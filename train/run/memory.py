@@ -1,11 +1,11 @@
 """Memory of a training step: what it takes, and how it is made to fit what there is.
 
-The largest object of the data goes forward and backward once, then half of its voxels, then other
-views of it: that gives the bytes of a voxel, of a view and of neither, at the moment in which a
-pass holds most. On a GPU the allocator says how many they are; elsewhere every allocation of torch
-is counted. Where nothing is limited, as by default on a CPU, the object goes forward once: the
-bytes are then those that the pass keeps for its backward pass. Nothing is trained and no random
-number of the run is used up.
+The largest object of the data goes forward and backward once, then half of its voxels: that gives
+the bytes of a voxel and of a view at the moment in which a pass holds most. Several objects take at
+most what each would alone. On a GPU the allocator says how many bytes there are; elsewhere every
+allocation of torch is counted. Where nothing is limited, as by default on a CPU, the object goes
+forward once: the bytes are then those that the pass keeps for its backward pass. Nothing is trained
+and no random number of the run is used up.
 """
 
 import json
@@ -96,12 +96,11 @@ class Activations:
     """Bytes of a forward and a backward pass beside weights and gradients."""
 
     voxel: float
-    view: float
-    fixed: float = 0.0  # of every pass
+    view: float  # with what depends on nothing
 
     def total(self, voxels: Sequence[int], views: int) -> float:
         """Bytes of objects with so many voxels, and `views` views each."""
-        return self.fixed + self.voxel * sum(voxels) + self.view * views * len(voxels)
+        return self.voxel * sum(voxels) + self.view * views * len(voxels)
 
 
 def _forward(vae: VAE, loss: Loss, item: Item, device: torch.device, between=None) -> Tensor:
@@ -143,44 +142,32 @@ def activations(
     device: torch.device,
     backward: Callable[[Tensor], None],
 ) -> Activations:
-    """Measure a forward and backward pass of an object, of half its voxels and of other views.
+    """Measure a forward and backward pass of an object, then of half of its voxels.
 
     There must be no gradients yet, and there are none afterwards.
     """
 
-    def held(voxels: int, views: list[int]) -> float:
-        part = replace(
-            item,
-            coords=item.coords[:voxels],
-            features=item.features[:voxels],
-            image=item.image[views],
-            camera=item.camera[views],
-        )
+    def held(voxels: int) -> float:
+        part = replace(item, coords=item.coords[:voxels], features=item.features[:voxels])
         return peak(lambda: backward(_forward(vae, loss, part, device)), device)
 
     trained = [p for p in vae.parameters() if p.requires_grad]
     whole = len(item.coords)
     half = max(whole // 2, 1)
-    views = list(range(len(item.image)))
-    others = views[: len(views) // 2] or [0, 0]
     try:
         for p in trained:  # as in every pass but the first one of a step
             p.grad = torch.zeros_like(p)
-        fewer = held(half, views)
-        most = held(whole, views)
-        other = held(whole, others)
+        fewer = held(half)
+        most = held(whole)
     finally:
         for p in trained:
             p.grad = None
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if math.isinf(most):
-        return Activations(0.0, 0.0, math.inf)
+        return Activations(0.0, math.inf)
     voxel = min(max(most - fewer, 0) / max(whole - half, 1), most / whole)
-    rest = most - voxel * whole
-    view = (most - other) / (len(views) - len(others))
-    view = min(max(view, 0), rest / len(views))
-    return Activations(voxel, view, rest - view * len(views))
+    return Activations(voxel, (most - voxel * whole) / len(item.image))
 
 
 def split(need: Activations, voxels: Sequence[int], views: int, room: float) -> int:
@@ -296,7 +283,7 @@ def _measured(run, item: Item, recompute: bool, limited: bool) -> Activations:
             own = activations(run.vae, run.loss, item, device, run.optimizer.backward)
         else:
             own = kept(run.vae, run.loss, item, device)
-    found = run.here.gather((own.voxel, own.view, own.fixed))
+    found = run.here.gather((own.voxel, own.view))
     return Activations(*(max(values) for values in zip(*found, strict=True)))
 
 
