@@ -183,13 +183,13 @@ def test_every_term_says_what_it_is_a_mean_over():
     ]
 
 
-def planned(limit: float, **changes) -> memory.Plan:
+def planned(limit: float, kept: float = 10.0, **changes) -> memory.Plan:
     """A plan for four objects; kept blocks take 10 bytes a voxel, recomputed ones 2."""
     plan = memory.Plan(
         100, 100, 200, memory.Activations(0, 0), [50, 40, 30, 20], 2, limit, False, 1, True
     )
     return memory.choose(
-        replace(plan, **changes), lambda on: memory.Activations(2.0 if on else 10.0, 5.0)
+        replace(plan, **changes), lambda on: memory.Activations(2.0 if on else kept, 5.0)
     )
 
 
@@ -210,6 +210,10 @@ def test_blocks_are_recomputed_first_then_micro_batches_split(room, chosen):
     assert (plan.recompute, plan.parts) == chosen
     assert plan.total <= memory.USED * plan.limit
     assert planned((400 + room + 0.01) / memory.USED, recompute=True).recompute
+
+
+def test_a_device_that_cannot_even_measure_kept_blocks_recomputes_them():
+    assert planned(1000, kept=float("inf")).recompute
 
 
 def test_an_object_that_does_not_fit_is_refused_with_both_numbers():

@@ -203,8 +203,13 @@ class Plan:
         return self.need.total(self.voxels[:largest], self.views)
 
     @property
+    def weights(self) -> float:
+        """Bytes that do not depend on the batch."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.weights + self.activations
 
     def how(self) -> str:
         """Say what goes through at once, and whether blocks are recomputed."""
@@ -238,9 +243,10 @@ class Plan:
 def fit(run) -> None:
     """Measure a step of a train.trainer.Run, and choose what makes it fit its memory.
 
-    The memory is --memory-gb, on a GPU at most what it has free, or that. Blocks are recomputed
-    first, then micro-batches split. Every rank chooses the same, by the least memory. Raises
-    ValueError where one object does not fit.
+    The memory is --memory-gb, but on a GPU no more than it has free; without that flag what a GPU
+    has free, and on a CPU nothing is limited. Blocks are recomputed first, then micro-batches
+    split. Every rank chooses the same, by the least memory. Raises ValueError where one object does
+    not fit.
     """
     config = run.config
     device = run.here.device
@@ -267,10 +273,10 @@ def fit(run) -> None:
         parts=1,
         measured=device.type == "cuda",
     )
-    kept = choose(plan, lambda on: _measured(run, item, on, plan.limit is not None))
-    run.recompute(kept.recompute)
-    run.parts = kept.parts
-    run.memory = kept
+    chosen = choose(plan, lambda on: _measured(run, item, on, plan.limit is not None))
+    run.recompute(chosen.recompute)
+    run.parts = chosen.parts
+    run.memory = chosen
 
 
 def _measured(run, item: Item, recompute: bool, limited: bool) -> Activations:
@@ -296,7 +302,7 @@ def choose(plan: Plan, measured: Callable[[bool], Activations]) -> Plan:
     plan = replace(plan, need=measured(plan.recompute))
     if plan.limit is None:
         return plan
-    room = USED * plan.limit - (plan.total - plan.activations)
+    room = USED * plan.limit - plan.weights
     parts = split(plan.need, plan.voxels, plan.views, room)
     if parts == 1:
         return plan
