@@ -3,7 +3,7 @@
     python -m train.memory --memory-gb 24 --voxels 20000
 
 Parameters, optimiser and gradients are those of the models; activations are counted on this machine
-with a hollow sphere of 170 voxels and taken to `--voxels` voxels an object; beside them
+with a hollow sphere of 200 voxels and taken to `--voxels` voxels an object; beside them
 stands what was chosen to fit (train.run.memory). Without LPIPS. The time of a step is not measured.
 """
 
@@ -21,7 +21,7 @@ from train.optimizer import GradClipper, LossScale, Optimizer
 from train.run.machine import named_device
 from train.run.memory import GB, Activations, Plan, activations, choose
 
-RADIUS = 0.06  # of the sphere that is measured: 170 voxels at 64^3
+RADIUS = 0.06  # of the sphere that is measured: 200 voxels at 64^3
 CHANNELS = {"rgb": 50, "dinov2_vitl14_reg": 1024}  # of features
 PRESETS = ("small", "base")
 

@@ -34,7 +34,6 @@ def layout(part: str) -> dict[str, tuple]:
 def publish(part: str, folder) -> str:
     """Write random weights as the two published files; returns their prefix."""
     torch.manual_seed(len(part))
-    # the buffer of offsets must stay below 1 in size
     weights = {
         name: torch.randn(shape).mul_(0.02).to(dtype)
         for name, (shape, dtype) in layout(part).items()
@@ -89,7 +88,7 @@ def test_the_published_models_are_fine_tuned_and_saved_as_they_were(folder, tmp_
     flags = (
         f"--preset base --device cpu --data {folder / 'data'} --out {tmp_path / 'run'} "
         f"{encoder} {folder / 'encoder'} --init {decoder} --steps 2 --batch-size 1 "
-        "--image-size 16 --holdout-views 1 --eval-objects 1 --workers 0 --precision fp32 --ema 0"
+        "--image-size 64 --holdout-views 1 --eval-objects 1 --workers 0 --precision fp32 --ema 0"
     )
     recipe = DECODERS[name]
     loop.main(name, recipe.presets, recipe.build, flags.split(), recipe.loss)
