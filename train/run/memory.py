@@ -75,7 +75,7 @@ class Counted(TorchDispatchMode):
 
 
 def peak(work: Callable[[], None], device: torch.device) -> float:
-    """The most bytes that `work` holds at once beside what there was; inf where they do not fit."""
+    """Count the most bytes that `work` holds beside what there was; inf where they do not fit."""
     if device.type != "cuda":
         with Counted() as counted:
             work()
@@ -183,7 +183,7 @@ def split(need: Activations, voxels: Sequence[int], views: int, room: float) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes, in bytes, and what was chosen for it to fit."""
+    """The bytes that a step takes, and the choices that make it fit."""
 
     parameters: float
     gradients: float
