@@ -84,7 +84,6 @@ def test_what_is_printed_is_what_the_largest_micro_batch_of_a_demo_allocates(nam
         assert plan.parts == 1 and plan.recompute == recompute
         said = plan.activations + plan.gradients
         taken = held(lambda: run._passes([batch]))
-        print(name, recompute, plan.need, said / taken, said, taken)
         assert 1 <= said / taken <= 1.3, (recompute, said, taken)
         for p in run.vae.parameters():
             p.grad = None
@@ -103,7 +102,6 @@ def test_what_is_printed_is_what_the_largest_micro_batch_of_a_demo_allocates(nam
         loss, _ = run.local(*args)
         left = counted.live
     share = run.memory.need.total(run.memory.voxels[:1], config.views) / left
-    print(name, share)
     assert 0.8 <= share <= 1
     del loss
 
