@@ -7,7 +7,7 @@ predicts, in this channel order, offsets, colours, scales, rotations and opaciti
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 
 import torch
@@ -53,6 +53,9 @@ class GaussianConfig:
         config = cls(**{names.get(key, key): value for key, value in published.items()})
         if unknown := sorted(config.lr.keys() - FIELDS.keys()):
             raise ValueError(f"representation_config lr has unknown fields {unknown}")
+        # published files name every field
+        given = {name: factor for name, factor in config.lr.items() if factor != 1}
+        config = replace(config, lr=given)
         if config.scaling_activation not in ("softplus", "exp"):
             raise ValueError(
                 f"scaling_activation {config.scaling_activation!r} is not softplus or exp"
@@ -112,6 +115,8 @@ class GaussianScene:
         camera: Camera,
         view_scene: Sequence[int],
         background: Tensor,
+        *,
+        offset: Tensor | None = None,  # of radiance fields alone
     ) -> Image:
         """Render V views of B scenes in one launch; models.render is the public name."""
         sizes = {scene.kernel_size for scene in scenes}

@@ -87,15 +87,37 @@ def block_windows(attn_mode: str, window_size: int, i: int) -> tuple:
     return curve_windows, window_size, CURVES[i % len(CURVES)], 0, 0  # shift_order
 
 
+class _WideLinear(torch.autograd.Function):
+    """A linear layer of 16-bit operands whose products and sums are fp32, as a GPU's are.
+
+    For CPUs, few of which multiply 16-bit matrices: on the others fp32 is many times faster. It
+    keeps the 16-bit operands for its gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        bias = None if bias is None else bias.float()
+        return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        wide = grad.float()
+        rows = wide.flatten(0, -2)
+        dx = (wide @ weight.float()).to(x.dtype) if wanted[0] else None
+        dw = (rows.T @ x.float().flatten(0, -2)).to(weight.dtype) if wanted[1] else None
+        db = rows.sum(0).to(weight.dtype) if wanted[2] else None
+        return dx, dw, db
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with weight and bias rounded to x's dtype."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        # Few CPUs multiply 16-bit matrices. The same operands summed in fp32, as a GPU does, are
-        # many times faster.
-        bias = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+        return _WideLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -93,6 +93,8 @@ class MeshScene:
         view_scene: Sequence[int],
         background: Tensor,
         ssaa: int = 1,
+        *,
+        offset: Tensor | None = None,  # of radiance fields alone
     ) -> Image:
         """Render V views of B scenes in one launch; models.render is the public name.
 

@@ -82,11 +82,13 @@ class RadianceScene:
         camera: Camera,
         view_scene: Sequence[int],
         background: Tensor,
+        *,
+        offset: Tensor | None = None,
     ) -> Image:
         """Render V views of B scenes in one launch; models.render is the public name.
 
-        Where gradients are recorded every ray starts its samples at a random offset, as published;
-        elsewhere at half a step, so that pictures and scores repeat.
+        Without an `offset` [V, H, W], every ray starts its samples at a random one where gradients
+        are recorded, as published; elsewhere at half a step, so that pictures and scores repeat.
         """
         sizes = {scene.resolution for scene in scenes}
         if len(sizes) != 1:
@@ -97,8 +99,7 @@ class RadianceScene:
             torch.cat([getattr(scene, name) for scene in scenes])
             for name in ("position", "trivec", "density", "color")
         ]
-        offset = None
-        if not torch.is_grad_enabled():
+        if offset is None and not torch.is_grad_enabled():
             offset = background.new_full((len(camera), camera.height, camera.width), 0.5)
         return raymarch(
             *tensors, starts, camera, view_scene, background, sizes.pop(), offset=offset

@@ -17,7 +17,13 @@ class Scene(Protocol):
 
     @classmethod
     def render_batch(
-        cls, scenes: Sequence[Scene], camera: Camera, view_scene: Sequence[int], background: Tensor
+        cls,
+        scenes: Sequence[Scene],
+        camera: Camera,
+        view_scene: Sequence[int],
+        background: Tensor,
+        *,
+        offset: Tensor | None = None,
     ) -> Image: ...
 
     @classmethod
@@ -41,13 +47,16 @@ def render(
     camera: Camera,  # V views
     view_scene: Sequence[int],  # [V] the scene that each view looks at; host data
     background: Tensor,  # [V, 3]
+    offset: Tensor | None = None,  # [V, H, W]
 ) -> Image:
     """Render a batch of scenes and views in one launch of each kernel.
 
+    `offset` is where the samples of a radiance field's rays start, as in kernels.raymarch; None
+    leaves it to the field. Others have no such samples.
     Raises ValueError for scenes of several kinds, a view of a scene that is not there, or counts
     that differ.
     """
-    return _kind(scenes).render_batch(scenes, camera, view_scene, background)
+    return _kind(scenes).render_batch(scenes, camera, view_scene, background, offset=offset)
 
 
 def penalties(scenes: Sequence[Scene]) -> dict[str, Tensor]:

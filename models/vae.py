@@ -4,6 +4,7 @@ The models and their names follow microsoft/TRELLIS (Structured 3D Latents, arXi
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from models.scene import Scene
 from models.sparse import SparseTensor
 
 OUTPUT_EPS = 1e-5
+# names of the tensors that published files hold in fp16
+HALVES = re.compile(r"(blocks\..*|upsample\..*\.conv)\.(weight|bias)")
 
 
 @dataclass
@@ -248,15 +251,19 @@ def read_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
-    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights).
+    """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (weights).
 
-    This is the published layout. A file is complete or as it was before. Raises OSError that names
-    the one which could not be written, ValueError that names the first tensor with values that are
-    not finite: then no file is written.
+    This is the published layout: fp32, but of a model with use_fp16, as those that were published
+    have, fp16 in blocks and convolutions. A file is complete or as it was before. Raises OSError
+    that names the one which could not be written, ValueError that names the first tensor with
+    values that are not finite, in that dtype: then no file is written.
     """
     prefix = Path(prefix)
-    check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    if model.args.get("use_fp16"):
+        weights = {k: t.half() if HALVES.fullmatch(k) else t for k, t in weights.items()}
+    read = {key: weights[key] for key in read_tensors(model)}
+    check_finite(read, f"{prefix}.safetensors is not saved")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with whole(prefix.with_name(f"{prefix.name}.safetensors")) as partial:
         save_file(weights, partial)

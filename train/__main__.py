@@ -12,6 +12,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "lpips",
+    "memory",
     "timing",
     "bench",
 )

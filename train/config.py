@@ -32,7 +32,8 @@ LARGEST = 1 << 16  # of any size of a model, its blocks apart:
 BLOCKS = 1000
 # of a run that is resumed
 _EVERY = ("sample_every", "save_every")
-CHANGEABLE = ("steps", "device", "data", "workers", *_EVERY, "eval_objects", "tensorboard")
+_PLACE = ("device", "data", "workers", "memory_gb")
+CHANGEABLE = ("steps", *_PLACE, *_EVERY, "eval_objects", "tensorboard")
 
 
 def flag(default, help: str):
@@ -137,6 +138,7 @@ class Config:
         0, "of the untrained weights, the order of objects, views, noise and backgrounds"
     )
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    memory_gb: float | None = flag(None, "GB that a step must fit (default: what a GPU has free)")
     deterministic: bool = flag(False, "only algorithms that give the same bits every time")
     workers: int = flag(4, "processes that load data; 0 loads in the training process")
     threads: int = flag(
@@ -217,7 +219,9 @@ class Config:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        limit = math.inf if self.memory_gb is None else self.memory_gb
         for name, fits, rule in (
+            ("memory_gb", limit > 0, "exceed 0"),
             ("lr", 0 < self.lr < math.inf, "exceed 0 and be finite"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "be at least 0 and finite"),
             ("max_norm", self.max_norm > 0, "exceed 0"),

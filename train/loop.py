@@ -15,8 +15,7 @@ import torch
 
 from models.finite import NotFinite
 from train.flags import from_cli
-from train.losses import Loss, PictureLoss
-from train.run import report
+from train.run import memory, report
 from train.run.board import Board, check_installed
 from train.run.folder import locked, new_folder
 from train.run.machine import Interrupt, machine, world_size
@@ -24,7 +23,7 @@ from train.run.progress import Progress
 from train.run.resume import SaveOnError, recovery_hint, resume_command
 from train.run.threads import computing
 from train.scores import conclude, save_samples
-from train.trainer import Build, Presets, Run
+from train.trainer import Build, Loss, PictureLoss, Presets, Run
 
 PATIENCE = 20  # steps in a row that are skipped, at the least loss scale, before a run stops
 
@@ -52,6 +51,9 @@ def fit(run: Run) -> None:
         formula = report.formula(run.weights, run.off)
         data = run.objects.summary()
         header = report.header(run.script, config, run.here, run.vae, formula, data, folder)
+        if run.memory:
+            header = f"{header}\n{run.memory}"
+            run.memory.write(folder)
         print(header, flush=True)
     with (
         Interrupt() as interrupt,
@@ -100,6 +102,8 @@ def _message(script: str, run: Run | None, error: BaseException) -> str:
         lines.append(recovery_hint(script, run.folder))
     elif run:
         lines.append(resume_command(script, run.folder))
+    if run and isinstance(error, MemoryError):
+        lines.append("with --memory-gb N below what the device has, a step takes less at once")
     return "\n" + "\n".join(lines)
 
 
@@ -109,7 +113,7 @@ def _status(run: Run | None, error: BaseException) -> int:
         return 130
     if run and isinstance(error, NotFinite):
         return 3
-    if run and isinstance(error, OSError):
+    if run and isinstance(error, OSError | MemoryError):
         return 1
     return 2
 
@@ -124,9 +128,9 @@ def main(
     """Run the command line of a training script.
 
     Wrong flags, data, folders and files end with a message and status 2, whenever they are met; a
-    disk that is full, or fails, with a message and status 1; numbers that are not finite with
-    status 3, or 2 before the training; a second Ctrl-C, or one outside the training steps, with
-    status 130. Once there is a folder, the message says how to go on.
+    disk that is full, or fails, and a device without memory with a message and status 1; numbers
+    that are not finite with status 3, or 2 before the training; a second Ctrl-C, or one outside the
+    training steps, with status 130. Once there is a folder, the message says how to go on.
     """
     config = from_cli(script, presets, argv, world_size())
     here = None
@@ -143,12 +147,13 @@ def main(
             if here.is_main and config.resume:
                 stack.enter_context(locked(Path(config.resume)))  # before anything in it is read
             began = Run(script, config, build, here, loss)
+            memory.fit(began)
             if here.is_main and not config.resume:
                 folder = stack.enter_context(new_folder(script, config.out))
             began.enter(Path(here.broadcast(folder)))
             run = began
             fit(run)
-        except (ValueError, OSError, KeyboardInterrupt) as error:
+        except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
             diverged = run is not None and isinstance(error, NotFinite)
             # every rank has diverged: only one says so
             if here is None or here.is_main or not diverged:

@@ -152,6 +152,15 @@ class Optimizer:
         """The weight that the untrained model still has in the average."""
         return self.decay**self.steps
 
+    def bytes(self) -> int:
+        """Bytes of the averages, and of what is remembered once every parameter has moved."""
+        size = sum(t.nbytes for t in self.average.values())
+        for method in self.methods:
+            moments = len(set(KEPT[type(method)]) - {"step"})
+            owned = (p for group in method.param_groups for p in group["params"])
+            size += moments * sum(p.nbytes for p in owned)
+        return size
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint beside the weights.
 

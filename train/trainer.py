@@ -4,12 +4,12 @@ A step takes `batch_size` objects over all ranks, in micro-batches. What it draw
 noise, backgrounds) depends only on the seed, the step and the object's place in the batch, so
 neither the number of ranks nor an interruption changes it; where the rays of a radiance field start
 depends on the rank too. Loss terms are means over a micro-batch, as published, averaged over
-micro-batches and ranks.
+micro-batches and ranks. Where memory is short, a micro-batch goes through in parts (train.parts).
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,9 +22,9 @@ from models import VAE, Scene, SparseTensor, load_weights, read_tensors
 from train.config import PRECISIONS, Config, write_config
 from train.data.batch import Batch
 from train.data.objects import Objects
-from train.draws import draw
 from train.losses import Loss, Objective, PictureLoss
 from train.optimizer import GradClipper, LossScale, Optimizer
+from train.parts import arguments, out_of_memory
 from train.run import checkpoint
 from train.run.diagnose import diagnose
 from train.run.latents import Latents, load_encoder
@@ -39,7 +39,8 @@ class Run:
     """A training run on one rank. `enter` gives it the folder that it writes to.
 
     `script` is NAME of `python -m train.NAME`, `build` makes the untrained VAE, and `loss` compares
-    decoded scenes with a batch. `done` counts the steps that are done, `kept` those that are saved.
+    decoded scenes with a batch. `done` counts the steps that are done, `kept` those that are saved;
+    a micro-batch goes through in `parts`, which train.run.memory chooses.
     Raises ValueError or OSError for a config, a dataset or a file that cannot be used.
     """
 
@@ -55,6 +56,10 @@ class Run:
         self.config = config
         self.here = here
         self.kept = 0
+        self.parts = 1
+        self.memory: object | None = None  # what train.run.memory found
+        self._halved = False  # whether memory has run out once
+        self._exchanging = False  # whether gradients are on their way between ranks
         self.objects = Objects(config, here, loss.meshes)
         self._build = build
         if config.resume:
@@ -144,12 +149,17 @@ class Run:
         latents = x if self.latents else vae.encoder(x).mode()
         return vae.decoder(latents)
 
-    def _inputs(self, step: int, micro: int, batch: Batch) -> tuple:
-        """The objective's arguments for a micro-batch of a step."""
+    def recompute(self, on: bool) -> None:
+        """Keep no activations inside blocks, or keep them; what is saved of a model stays."""
+        for part in (self.vae.encoder, self.vae.decoder):
+            if part is not None:
+                part.use_checkpoint = on
+
+    def _inputs(self, step: int, micro: int, batch: Batch) -> Iterator[tuple]:
+        """The objective's arguments for each part of a micro-batch of a step."""
         batch = batch.to(self.here.device, non_blocking=True)
         x = self._voxels(batch, self.config.augment != "none")
-        noise, background = draw(self.config, self.here, step, micro, x, batch.view_scene)
-        return x, noise, batch, background
+        return arguments(self.config, self.here, step, micro, x, batch, self.parts)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Train one step on this rank's micro-batches; returns its row of the log.
@@ -159,22 +169,11 @@ class Run:
         and isosurface say that they read: never in a backward pass.
         """
         begin = time.perf_counter()
-        device = self.here.device
-        seed_all(self.config.seed, self.done, self.here.rank)
-        self.vae.train()
-        totals: dict[str, Tensor] = {}
-        for micro, batch in enumerate(batches):
-            inputs = self._inputs(self.done, micro, batch)
-            # gradients are exchanged after the last micro-batch
-            waits = self.here.world > 1 and micro + 1 < len(batches)
-            with self.objective.no_sync() if waits else nullcontext():
-                loss, values = self.objective(*inputs)
-                self.optimizer.backward(loss / len(batches))
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+        totals = self._gradients(batches)
         norm = self.optimizer.step(self.config.lr_at(self.done))
         voxels = float(sum(len(batch.coords) for batch in batches))
-        local = torch.stack([*totals.values(), torch.full((), voxels, device=device)])
+        here = torch.full((), voxels, device=self.here.device)
+        local = torch.stack([*totals.values(), here])
         means = self.here.mean(local).tolist()
         row = dict(zip(totals, means, strict=False))
         rate = means[-1] * self.here.world / (time.perf_counter() - begin)
@@ -184,7 +183,51 @@ class Run:
             "grad_norm": norm,
             "skipped": self.optimizer.skipped,
             "voxels_per_second": rate,
+            **({"parts": self.parts} if self.parts > 1 else {}),
         }
+
+    def _gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Sum the gradients of a step; returns the means of the loss and its terms.
+
+        Where the device has no memory left, it goes on in twice as many parts, once in a run. The
+        second time it raises MemoryError.
+        """
+        while True:
+            try:
+                return self._passes(batches)
+            except torch.OutOfMemoryError as error:
+                most = self.config.micro_batch
+                message = out_of_memory(self.done + 1, self.parts, most, error)
+                if self._halved or self._exchanging or self.parts >= most:
+                    raise MemoryError(message) from error
+            # here, for the error held on to the tensors of the pass
+            self._halved = True
+            self.parts = min(2 * self.parts, most)
+            print(f"\n{message}; it is repeated, and they go in {self.parts} parts", flush=True)
+            for p in self.vae.parameters():
+                p.grad = None
+            if self.here.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _passes(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Go forward and backward through every part of every micro-batch."""
+        seed_all(self.config.seed, self.done, self.here.rank)
+        self.vae.train()
+        self._exchanging = False
+        totals: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            parts = min(self.parts, batch.batch_size)
+            for part, args in enumerate(self._inputs(self.done, micro, batch), 1):
+                # gradients are exchanged after the last part
+                last = part == parts and micro + 1 == len(batches)
+                waits = self.here.world > 1 and not last
+                with self.objective.no_sync() if waits else nullcontext():
+                    loss, values = self.objective(*args)
+                    self._exchanging = self.here.world > 1 and last
+                    self.optimizer.backward(loss / len(batches))
+                for name, value in values.items():
+                    totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+        return totals
 
     def explain(self, batches: Sequence[Batch]) -> str:
         """Say what was not finite in the last step, of these micro-batches; the same on all ranks.
@@ -193,7 +236,9 @@ class Run:
         """
         step = self.done - 1
         seed_all(self.config.seed, step, self.here.rank)
-        inputs = (self._inputs(step, micro, batch) for micro, batch in enumerate(batches))
+        inputs = (
+            args for micro, batch in enumerate(batches) for args in self._inputs(step, micro, batch)
+        )
         try:
             found = diagnose(self.vae, self.local, self.optimizer.scaled, inputs)
         except RuntimeError as error:  # as from a device without memory

@@ -1,5 +1,6 @@
 """Objects in memory: an item, and several as a batch, voxels in one list and views in another."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -19,6 +20,17 @@ class Meshes:
     faces: Tensor  # [F, 3] int32, rows of the object's own vertices
     vertex_starts: list[int]  # [batch_size + 1]
     face_starts: list[int]
+
+    def part(self, first: int, last: int) -> "Meshes":
+        """The surfaces of the objects first : last."""
+        vertex = self.vertex_starts[first : last + 1]
+        face = self.face_starts[first : last + 1]
+        return Meshes(
+            vertices=self.vertices[vertex[0] : vertex[-1]],
+            faces=self.faces[face[0] : face[-1]],
+            vertex_starts=[start - vertex[0] for start in vertex],
+            face_starts=[start - face[0] for start in face],
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,32 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Move the tensors to `device`; lists stay on the host."""
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def views_of(self, first: int, last: int) -> slice:
+        """The views of the objects first : last.
+
+        ValueError where the views do not stand in the order of their objects.
+        """
+        if self.view_scene != sorted(self.view_scene):
+            raise ValueError(f"views of objects {self.view_scene} are not in the objects' order")
+        return slice(bisect_left(self.view_scene, first), bisect_left(self.view_scene, last))
+
+    def part(self, first: int, last: int, voxels: slice) -> "Batch":
+        """The objects first : last, whose voxels are those rows: a batch of its own."""
+        views = self.views_of(first, last)
+        coords = self.coords[voxels].clone()
+        coords[:, 0] -= first
+        m = self.meshes
+        return Batch(
+            features=self.features[voxels],
+            coords=coords,
+            batch_size=last - first,
+            camera=self.camera[views],
+            view_scene=[scene - first for scene in self.view_scene[views]],
+            image=self.image[views],
+            names=self.names[first:last],
+            meshes=None if m is None else m.part(first, last),
+        )
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to pinned memory, from where a GPU reads on its own."""

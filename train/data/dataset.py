@@ -5,6 +5,7 @@ dataset = Dataset([folder], resolution=64, features="rgb", image_size=256)
 for batch in loader(dataset, Sampler(len(dataset), batch_size=16, micro_batch=2), workers=4):
 """
 
+import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -187,6 +188,19 @@ class Dataset(torch.utils.data.Dataset):
     def place(self, name: str) -> tuple[Path, str]:
         """Return the folder of an object's dataset, and the local_path of its source mesh."""
         return self._objects[name][0], self._files[name]
+
+    def largest(self, count: int) -> tuple[int, list[int]]:
+        """The index of the object with the most voxels, and the voxels of the `count` largest.
+
+        By the tables; where they do not say, the first object stands for all. Where there are
+        fewer, the largest is taken again, as a batch may.
+        """
+        table = [(own or 0, -i) for i, (_, own) in enumerate(self._objects.values())]
+        first, *rest = heapq.nlargest(count, table)
+        index = -first[1]
+        most = first[0] or len(self._features(self.names[index])[0])
+        voxels = [most, *(own for own, _ in rest if own)]
+        return index, [most] * (count - len(voxels)) + voxels
 
     def split_of(self, name: str) -> str:
         """Return the split of an object, "train" where its table does not say."""

@@ -69,13 +69,18 @@ class SurfaceLoss(nn.Module):
         self.reconstruction = Reconstruction(lpips)
 
     def forward(
-        self, scenes: Sequence[MeshScene], batch: Batch, background: Tensor
+        self,
+        scenes: Sequence[MeshScene],
+        batch: Batch,
+        background: Tensor,
+        offset: Tensor | None = None,  # of radiance fields alone
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Loss terms by name, unweighted, and the mean PSNR of the colours.
 
         All is compared on black; `background` [V, 3] only gives type and device. Views of a scene
-        without a surface take no part in the terms of pictures; its regularizer and signed
-        distances do.
+        without a surface add 0 to the terms of pictures, which stay means over all views, so that
+        no object's gradient depends on another's surface; its regularizer and signed distances
+        count.
         """
         black = torch.zeros_like(background)
         true = truth(batch)
@@ -89,6 +94,8 @@ class SurfaceLoss(nn.Module):
             rows = make_index(seen, true.depth.device)
             target_seen = target.index_select(0, rows)
             terms = self.pictures(_views(image, rows), _views(true, rows), target_seen, resolution)
+            share = len(seen) / len(batch.view_scene)
+            terms = {name: value * share for name, value in terms.items()}
         if not seen:
             terms = {name: torch.zeros_like(value) for name, value in terms.items()}
         terms["tsdf"] = self.distances(scenes, batch, true.depth)

@@ -34,9 +34,17 @@ class Loss(Protocol):
     def __init__(self, lpips: str | Path | None = None): ...
 
     def __call__(
-        self, scenes: Sequence[Scene], batch: Batch, background: Tensor
+        self,
+        scenes: Sequence[Scene],
+        batch: Batch,
+        background: Tensor,
+        offset: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss terms by name, unweighted, and the mean PSNR; `background` [V, 3]."""
+        """Loss terms by name, unweighted, and the mean PSNR; `background` [V, 3].
+
+        What each is a mean over stands in train.losses.objective.MEANS. `offset` is that of
+        models.render.
+        """
 
     def show(self, scenes: Sequence[Scene], batch: Batch) -> dict[str, Tensor]:
         """Rows of a sample picture by name, [V, 3, H, W], the true ones above ours."""
@@ -96,10 +104,14 @@ class PictureLoss(nn.Module):
         self.reconstruction = Reconstruction(lpips)
 
     def forward(
-        self, scenes: Sequence[Scene], batch: Batch, background: Tensor
+        self,
+        scenes: Sequence[Scene],
+        batch: Batch,
+        background: Tensor,
+        offset: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Loss terms by name, unweighted, and the mean PSNR; `background` [V, 3]."""
-        image = models.render(scenes, batch.camera, batch.view_scene, background)
+        image = models.render(scenes, batch.camera, batch.view_scene, background, offset)
         target = composite(batch.image, background)
         terms = self.reconstruction(image.color, target) | models.penalties(scenes)
         return terms, psnr(image.color, target).mean()

@@ -164,7 +164,7 @@ def _numbered(parent: Path, script: str) -> Path:
 
 # of what a run writes, by the path in its folder; the last line are names of earlier versions
 LEFTOVERS = re.compile(
-    r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
+    r"(config\.json|memory\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
     r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
     r"|latents/\w+/[^/]+\.safetensors\.\d+"
     r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
