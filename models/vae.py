@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from kernels import layer_norm
 from kernels.checks import check_whole
+from models.checksum import read_checked, with_checksums
 from models.files import whole, write_whole
 from models.finite import check_finite
 from models.layers import Trunk
-from models.reading import check_file, check_floats, entry, read_json, read_safetensors, shown
+from models.reading import check_file, check_floats, entry, read_json, shown
 from models.scene import Scene
 from models.sparse import SparseTensor
 
@@ -250,16 +251,17 @@ def read_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (fp32 weights).
 
-    This is the published layout. A file is complete or as it was before. Raises OSError that names
-    the one which could not be written, ValueError that names the first tensor with values that are
-    not finite: then no file is written.
+    This is the published layout; the tensors have checksums in the header, which loading looks at.
+    A file is complete or as it was before. Raises OSError that names the one which could not be
+    written, ValueError that names the first tensor with values that are not finite: then no file is
+    written.
     """
     prefix = Path(prefix)
     check_finite(read_tensors(model), f"{prefix}.safetensors is not saved")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with whole(prefix.with_name(f"{prefix.name}.safetensors")) as partial:
-        save_file(weights, partial)
+        save_file(weights, partial, with_checksums(weights))
     content = json.dumps({"name": model.NAME, "args": model.args}, indent=2)
     write_whole(prefix.with_name(f"{prefix.name}.json"), content)
 
@@ -273,5 +275,5 @@ def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
     content = read_json(config)
     name = entry(content, "name", str, str(config))
     args = entry(content, "args", dict, str(config))
-    tensors, _ = read_safetensors(weights)
+    tensors, _ = read_checked(weights)
     return name, args, tensors

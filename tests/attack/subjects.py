@@ -229,7 +229,7 @@ def _run_files(folder: Path) -> dict[str, bytes]:
     for p in optimizer.parameters.values():
         p.grad = torch.ones_like(p)
     optimizer.step(1e-3)
-    state = {"optimizer": optimizer.state(), "clipper": optimizer.clip.state_dict()}
+    state = {"step": 1, "optimizer": optimizer.state(), "clipper": optimizer.clip.state_dict()}
     state["sampler"] = Sampler(7, 2).state_dict(1)
     checkpoint.save(folder, 1, optimizer.tensors(), state)
     rows = [{"step": i, "loss": 0.5, "psnr": None, "seconds": 1.5 * i} for i in range(1, 6)]

@@ -97,17 +97,19 @@ def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(tmp_path)
     files[2].write_bytes(b"short")
     with pytest.raises(
         ValueError,
-        match="step_00000003.* is truncated.*; step_00000002.safetensors beside it is whole: "
-        "delete",
+        match="step_00000003.* is truncated.*; step_00000002.safetensors before it is whole: "
+        "move step_00000003.safetensors to another folder, and the same command goes on",
     ):
         checkpoint.load(files[2])
     files[1].write_bytes(files[1].read_bytes()[:-1])
     with pytest.raises(
-        ValueError, match="step_00000003.*; step_00000001.safetensors beside it is whole"
+        ValueError,
+        match="step_00000001.safetensors before it is whole: move step_00000002.safetensors and "
+        "step_00000003.safetensors to",
     ):
         checkpoint.load(files[2])
     files[2].unlink()
     files[0].unlink()
     with pytest.raises(ValueError, match="step_00000002.*[^:]$") as refused:
         checkpoint.load(files[1])
-    assert "beside" not in str(refused.value)
+    assert "before" not in str(refused.value)

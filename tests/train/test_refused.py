@@ -1,6 +1,5 @@
 """Runs that cannot be: each ends with a message before it trains."""
 
-import re
 import shutil
 
 import pytest
@@ -79,10 +78,10 @@ def test_a_checkpoint_of_another_architecture_or_a_damaged_one_is_named(finished
     recorded = (run / "config.json").read_text()
     (run / "config.json").write_text(recorded.replace('"channels": 16', '"channels": 24'))
     message = refused(capsys, "--resume", run)
-    assert re.search(
-        r"step_00000006.safetensors: decoder\.\S+ has shape \(16,.*\), the model's is \(24,.*\)",
-        message,
-    ), message
+    assert (
+        "step_00000006.safetensors is not a checkpoint of this run: it was saved with "
+        "model.channels 16, and this run has 24\n" in message
+    )
     (run / "config.json").write_text(recorded)
     newest = checkpoint.newest(run / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-100])
