@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from models.files import PARTIAL
 
@@ -23,7 +23,7 @@ except ImportError:
 
 LOCK = ".lock"
 # of a file system that knows no locks
-WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def locked(folder: Path) -> Iterator[Path]:
                 _unlock(file)
 
 
-def _lock(file: TextIO) -> bool:
+def _lock(file: BinaryIO) -> bool:
     """Take a lock that ends with this process; returns False where there are none.
 
     Raises BlockingIOError, on Windows PermissionError, where another process has it.
@@ -68,7 +68,7 @@ def _lock(file: TextIO) -> bool:
         raise
 
 
-def _unlock(file: TextIO) -> None:
+def _unlock(file: BinaryIO) -> None:
     with suppress(OSError):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_UN)
@@ -76,7 +76,7 @@ def _unlock(file: TextIO) -> None:
             msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
-def _lock_file(path: Path) -> TextIO:
+def _lock_file(path: Path) -> BinaryIO:
     """Open a lock for writing; ValueError where it is no file: a pipe would wait for its reader.
 
     What a link leads to is left alone.
@@ -93,7 +93,7 @@ def _lock_file(path: Path) -> TextIO:
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise ValueError(f"{path} is no file: delete it, it is the lock of a run")
-    return os.fdopen(opened, "r+")
+    return os.fdopen(opened, "rb+")
 
 
 @contextmanager
