@@ -55,7 +55,10 @@ if __name__ == "__main__":
     else:
         sys.exit("a kernel was asked for and nothing said that Triton is missing")
     exec(Path("snippet.py").read_text(encoding="utf-8"))
-    assert qkv.grad.isfinite().all() and image.color.shape == (2, 3, 128, 128)
+    assert qkv.grad.isfinite().all()
+    assert image.color.shape == (2, 3, 128, 128) and image.color.amin() < 0.9
+    image.color.mean().backward()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters())
     assert not {"fcntl", "triton", "resource"} & set(sys.modules)
     print("all of it")
 """
@@ -74,6 +77,7 @@ def test_what_a_newcomer_does_works_without_them(tmp_path, flags, workers):
     write_obj(tmp_path / "in", "box", *box((1, 0.5, 0.2)))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert snippet.count("runs/gaussian-001") == 1
     (tmp_path / "snippet.py").write_text(snippet)
     (tmp_path / "script.py").write_text(CODE)
     done = subprocess.run(
