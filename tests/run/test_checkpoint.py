@@ -1,12 +1,15 @@
 """Checkpoints survive crashes and full disks, and say what is wrong with a bad one."""
 
+import json
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from models import files
+from train.gaussian import PRESETS
 from train.run import checkpoint
 
 
@@ -90,6 +93,51 @@ def test_bad_files_are_named(tmp_path):
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="no state$"):
         checkpoint.load(file)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_it_is_said(tmp_path):
+    file = checkpoint.save(tmp_path, 3, tensors(), {"step": 3})
+    assert checkpoint.notice(file) == ""
+    read, state = checkpoint.load(file)
+    save_file({name: t.clone() for name, t in read.items()}, file, {"state": json.dumps(state)})
+    again, _ = checkpoint.load(file)
+    assert all(torch.equal(again[name], t) for name, t in tensors().items() if name != "model.a")
+    assert "of an earlier version, without checksums: its numbers were" in checkpoint.notice(file)
+    save_file(tensors(), file, {"state": json.dumps(state), "checksumr": "{}"})
+    with pytest.raises(ValueError, match=r"its header holds \['checksumr'\], and no checksums$"):
+        checkpoint.load(file)
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path):
+    first, second = (checkpoint.save(tmp_path, step, tensors(), {"step": step}) for step in (1, 2))
+    first.rename(second)
+    with pytest.raises(ValueError, match="step_00000002.* is the checkpoint of step 1, by what is"):
+        checkpoint.load(second)
+
+
+def test_a_run_knows_its_checkpoints():
+    config = PRESETS["demo"]
+    own = checkpoint.identity(config, None, "aa")
+    state = json.loads(json.dumps({"run": own}))
+    checkpoint.check_run(state, own)
+    checkpoint.check_run({}, own)  # of an earlier version
+    others = replace(config, steps=9, data=("moved",), workers=3, out="there")
+    checkpoint.check_run(state, checkpoint.identity(others, None, "aa"))
+    for changed, encoder, objects, message in (
+        ({"lr": 1.0}, None, "aa", "saved with lr 0.003, and this run has 1.0"),
+        (
+            {"model": replace(config.model, heads=1)},
+            None,
+            "aa",
+            "model.heads 2, and this run has 1",
+        ),
+        ({"lpips": "file"}, None, "aa", "with lpips False, and this run has True"),
+        ({}, "cc", "aa", "with encoder None, and this run has 'cc'"),
+        ({}, None, "bb", "with other objects, as many as"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other = checkpoint.identity(replace(config, **changed), encoder, objects)
+            checkpoint.check_run(state, other)
 
 
 def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(tmp_path):
