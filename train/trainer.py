@@ -261,7 +261,7 @@ class Run:
                 f"--steps {self.config.steps} is fewer than the {self.done} that {folder} has done"
             )
         if self.here.is_main:
-            # of earlier versions, the file says less
+            # what a checkpoint of an earlier version does not say
             before = json.loads((folder / "config.json").read_bytes())["steps"]
             self._warn_of_another_schedule(state.get("run", {}).get("steps", before))
 

@@ -183,6 +183,8 @@ def check_run(state: Mapping, own: Mapping) -> None:
     record is not compared.
     """
     saved = part(state, "run") if "run" in state else {}
+    if saved:
+        entry(saved, "steps", int, "its run")
     for name, value in own.items():
         if name == "steps" or saved.get(name, value) == value:
             continue

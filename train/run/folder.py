@@ -58,9 +58,8 @@ def _lock(file: BinaryIO) -> bool:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt:
-            msvcrt.locking(
-                file.fileno(), msvcrt.LK_NBLCK, 1
-            )  # the first byte, also of an empty file
+            # the first byte, which an empty file need not have
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         return bool(fcntl or msvcrt)
     except OSError as error:
         if error.errno in WITHOUT:
