@@ -56,11 +56,10 @@ def has_checksums(header: Mapping[str, str]) -> bool:
 
 
 def _check_texts(header: Mapping[str, str]) -> None:
-    for name in (CHECKSUMS, LIST):
-        if name not in header:
-            raise ValueError(f"its header lacks {name!r}")
+    if CHECKSUMS not in header:
+        raise ValueError(f"its header lacks {CHECKSUMS!r}")
     saved = parse_json(header[CHECKSUMS], f"its list of {CHECKSUMS}")
-    for name in sorted((saved.keys() | header.keys()) - {CHECKSUMS}):
+    for name in sorted((saved.keys() | header.keys() | {LIST}) - {CHECKSUMS}):
         if name not in header:
             raise ValueError(f"its header lacks {name!r}")
         if (own := _checksum_of_text(header[name])) != saved.get(name):
