@@ -202,9 +202,13 @@ class Config:
         whole = [name for name, value in vars(self).items() if isinstance(value, int)]
         _check_most(self, dict.fromkeys(whole, MOST))
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"precision {shown(self.precision)} is not one of {', '.join(PRECISIONS)}"
+            )
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+            raise ValueError(
+                f"optimizer {shown(self.optimizer)} is not one of {', '.join(OPTIMIZERS)}"
+            )
         for name, fits, rule in (
             ("lr", 0 < self.lr < math.inf, "exceed 0 and be finite"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "be at least 0 and finite"),
@@ -229,7 +233,7 @@ class Config:
         if self.freeze is None:
             return
         if self.freeze not in ("encoder", "decoder"):
-            raise ValueError(f"freeze {self.freeze!r} is not encoder or decoder")
+            raise ValueError(f"freeze {shown(self.freeze)} is not encoder or decoder")
         if not self.init:
             raise ValueError(f"freeze {self.freeze} needs trained weights: give --init")
         if self.encoder:

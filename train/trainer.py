@@ -55,8 +55,10 @@ class Run:
         self.config = config
         self.here = here
         self.kept = 0
-        self.objects = Objects(config, here, loss.meshes)
         self._build = build
+        if config.resume:
+            checkpoint.check_config(Path(config.resume), config)
+        self.objects = Objects(config, here, loss.meshes)
         if config.resume:
             self._check_size(Path(config.resume))
         self.vae = self.untrained()
@@ -262,7 +264,8 @@ class Run:
             )
         if self.here.is_main:
             # what a checkpoint of an earlier version does not say
-            before = json.loads((folder / "config.json").read_bytes())["steps"]
+            recorded = json.loads((folder / "config.json").read_bytes())
+            before = recorded.get("steps", self.config.steps)
             self._warn_of_another_schedule(state.get("run", {}).get("steps", before))
 
     def _load(self, file: Path) -> dict:

@@ -1,6 +1,6 @@
 """Print what becomes of runs whose files are damaged: they go on as they were, or say why not.
 
-python -m tests.attack.runs [--cases N]
+python -m tests.attack.runs [--cases N] [KIND ...]
 
 A run that goes on with other numbers than those that were saved has failed, whatever it says. Of
 log.jsonl that is not asked: nothing is computed from it.
@@ -240,13 +240,16 @@ def main() -> int:
     """The command; returns its exit code, 1 where a case failed."""
     parser = argparse.ArgumentParser("python -m tests.attack.runs", description=__doc__)
     parser.add_argument("--cases", type=int, default=5, metavar="N", help="of each family")
-    count = parser.parse_args().cases
+    parser.add_argument("kinds", nargs="*", help="of files (default: all)")
+    args = parser.parse_args()
+    count = args.cases
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         made = kinds_of_runs(Path(folder) / "sound")
         print(f"{'file':12}{'family':14}{'tried':>6}{'as saved':>10}{'clear error':>13}", end="")
         print(f"{'silent':>8}{'unclear':>9}{'hang':>6}")
-        for name, kind in made.items():
+        for name in args.kinds or made:
+            kind = made[name]
             found = outcomes_of(kind, count, Path(folder))
             for family in ("sound", *kind.families):
                 own = [one for one in found if one.case.family == family]

@@ -82,8 +82,8 @@ def test_a_checkpoint_of_another_architecture_or_a_damaged_one_is_named(finished
     (run / "config.json").write_text(recorded.replace('"channels": 16', '"channels": 24'))
     message = refused(capsys, "--resume", run)
     assert (
-        "step_00000006.safetensors is not a checkpoint of this run: it was saved with "
-        "model.channels 16, and this run has 24\n" in message
+        "config.json is not that of" in message
+        and ": it was saved with model.channels 16, and this run has 24\n" in message
     )
     (run / "config.json").write_text(recorded)
     newest = checkpoint.newest(run / "checkpoints")

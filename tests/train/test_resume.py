@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.attack.checkpoints import earlier
-from tests.helpers.runs import fresh, rows, state, train
+from tests.helpers.runs import fresh, refused, rows, state, train
 from train import loop
 from train.losses import objective
 from train.run import checkpoint
@@ -91,6 +91,14 @@ def test_another_number_of_steps_in_the_config_is_said(finished, tmp_path, capsy
     (out / "config.json").write_text(text.replace('"steps": 6', '"steps": 4'))
     train("--resume", out)
     assert "--steps 4 instead of 6 is another cosine" in capsys.readouterr().out
+
+
+def test_data_that_have_moved_are_asked_for(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"data": []', '"data": ["gone"]'))
+    said = f"{out} was trained on 'gone', which is no folder: --data says where the data are now"
+    assert said in refused(capsys, "--resume", out)
 
 
 def test_more_steps_can_be_asked_of_a_finished_run(tmp_path):

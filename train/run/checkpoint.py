@@ -195,6 +195,33 @@ def check_run(state: Mapping, own: Mapping) -> None:
         )
 
 
+def check_config(folder: Path, config: Config) -> None:
+    """Raise ValueError where a run's config is not that of its newest checkpoint, or data are gone.
+
+    Of a checkpoint that cannot be read, nothing is said: `load` says it. `folder` is the run's.
+    """
+    for root in config.data:
+        if not Path(root).is_dir():
+            raise ValueError(
+                f"{folder} was trained on {shown(root)}, which is no folder: --data says where the "
+                "data are now"
+            )
+    if not (found := files(folder / "checkpoints")):
+        return
+    try:
+        with safe_open(found[-1], framework="pt") as content:
+            state = parse_json((content.metadata() or {}).get("state", ""), "its state")
+        saved = part(state, "run")
+    except (SafetensorError, OSError, ValueError):
+        return
+    own = identity(config, saved.get("encoder"), saved.get("objects", ""))
+    try:
+        check_run(state, own)
+    except ValueError as error:
+        reason = f"{folder / 'config.json'} is not that of {found[-1]}: {error}"
+        raise ValueError(f"{reason}{advice(found[-1], own)}") from error
+
+
 def check_fp32(weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError that names the first tensor of another type than master weights have."""
     for name, t in weights.items():
