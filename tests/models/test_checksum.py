@@ -1,5 +1,6 @@
 """Checksums of tensors and texts: what was saved is read again, and anything else is named."""
 
+import json
 import re
 
 import pytest
@@ -65,6 +66,11 @@ def test_what_is_not_as_it_was_saved_is_named(tmp_path):
         ({CHECKSUMS: "{"}, f"its list of {CHECKSUMS} is truncated or not JSON"),
     ):
         assert message in refusal(file, TENSORS, header | change)
+    unlisted = with_checksums({}, TEXTS)
+    del unlisted[LIST]
+    unlisted[CHECKSUMS] = json.dumps({"state": json.loads(header[CHECKSUMS])["state"]})
+    del unlisted["note"]
+    assert f"its header lacks '{LIST}'" in refusal(file, TENSORS, unlisted)
     for name in ("state", "note", LIST, CHECKSUMS):
         left = {key: text for key, text in header.items() if key != name}
         assert f"its header lacks '{name}'" in refusal(file, TENSORS, left)
