@@ -121,9 +121,15 @@ def _state(folder: Path) -> str:
     made = _resume(folder)
     optimizer = made.optimizer
     keep = (*CHANGEABLE, *PATHS)
-    fixed = [(leaf.name, leaf.value) for leaf in leaves(made.config) if leaf.name not in keep]
+    fixed = [(leaf.name, _plain(leaf.value)) for leaf in leaves(made.config)]
+    fixed = [(name, value) for name, value in fixed if name not in keep]
     state = optimizer.state(), made.clipper.state_dict(), made.objects.sampler.state_dict()
     return _digest(read_tensors(made.vae) | optimizer.tensors(), fixed, state)
+
+
+def _plain(value: object) -> object:
+    """A value of a config, numbers as floats: 0 and 0.0 are the same."""
+    return float(value) if type(value) is int else value
 
 
 def _logged(folder: Path) -> str:
