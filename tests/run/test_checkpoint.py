@@ -140,6 +140,15 @@ def test_a_run_knows_its_checkpoints():
             checkpoint.check_run(state, other)
 
 
+def test_a_run_is_not_continued_on_the_embedded_objects_for_want_of_others(tmp_path):
+    config = replace(PRESETS["demo"], data=(str(tmp_path),))
+    run = checkpoint.identity(config, None, "aa")
+    checkpoint.save(tmp_path / "checkpoints", 3, tensors(), {"step": 3, "run": run})
+    checkpoint.check_config(tmp_path, config)
+    with pytest.raises(ValueError, match="config.json names no data, and the run was not"):
+        checkpoint.check_config(tmp_path, replace(config, data=()))
+
+
 def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_whole(tmp_path):
     files = [checkpoint.save(tmp_path, step, tensors(), {"step": step}) for step in (1, 2, 3)]
     files[2].write_bytes(b"short")

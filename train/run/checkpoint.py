@@ -173,20 +173,21 @@ def identity(config: Config, encoder: str | None, objects: str) -> dict:
     paths = {"out", "resume", "data", "init"}
     own = {leaf.name: leaf.value for leaf in leaves(config) if leaf.name not in paths}
     own |= {"encoder": encoder, "objects": objects, "lpips": bool(config.lpips)}
+    own["embedded"] = not config.data
     return {name: value for name, value in own.items() if name == "steps" or name not in CHANGEABLE}
 
 
 def check_run(state: Mapping, own: Mapping) -> None:
     """Raise ValueError that names the first thing in which a run is not the one that saved a state.
 
-    `own` is its `identity`; the number of steps may be another. What an earlier version did not
-    record is not compared.
+    `own` is its `identity`; the number of steps may be another, and the objects elsewhere. What an
+    earlier version did not record is not compared.
     """
     saved = part(state, "run") if "run" in state else {}
     if saved:
         entry(saved, "steps", int, "its run")
     for name, value in own.items():
-        if name == "steps" or saved.get(name, value) == value:
+        if name in ("steps", "embedded") or saved.get(name, value) == value:
             continue
         if name == "objects":
             raise ValueError("it was saved with other objects, as many as this run's data hold")
@@ -214,6 +215,11 @@ def check_config(folder: Path, config: Config) -> None:
         saved = part(state, "run")
     except (SafetensorError, OSError, ValueError):
         return
+    if not config.data and saved.get("embedded") is False:
+        raise ValueError(
+            f"{folder / 'config.json'} names no data, and the run was not trained on the embedded "
+            "objects: --data says where the data are now"
+        )
     own = identity(config, saved.get("encoder"), saved.get("objects", ""))
     try:
         check_run(state, own)
