@@ -194,10 +194,11 @@ class Optimizer:
                 kept = _like(p, tensors, f"optimizer.{name}.{key}", key == "step")
                 # AdamW keeps its count of steps on the host
                 moments[key] = kept.to("cpu" if key == "step" else p.device, copy=True)
-            if moments.get("step", moved) != moved:
-                count = moments["step"].item()
+            count = moments["step"].item() if "step" in moments else moved
+            if count != moved:
                 raise ValueError(
-                    f"the optimizer's state: {name} has moved {count:g} times, the run {moved}"
+                    f"the optimizer's state: {name} has moved {count:g} times, the run "
+                    f"{shown(moved)}"
                 )
             owner[p].state[p] = moments
 
