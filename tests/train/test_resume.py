@@ -72,7 +72,10 @@ def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(finished, tmp_
     assert all(torch.equal(t, state(finished)[0][name]) for name, t in state(out)[0].items())
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(finished, tmp_path, capsys):
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(
+    finished, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loop, "conclude", lambda run: None)
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "checkpoints" / "step_00000006.safetensors").unlink()
     file = checkpoint.newest(out / "checkpoints")
@@ -84,7 +87,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(finished, tmp
     assert all(torch.equal(t, theirs[0][name]) for name, t in ours[0].items())
 
 
-def test_another_number_of_steps_in_the_config_is_said(finished, tmp_path, capsys):
+def test_another_number_of_steps_in_the_config_is_said(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "conclude", lambda run: None)
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "checkpoints" / "step_00000006.safetensors").unlink()
     text = (out / "config.json").read_text()
