@@ -21,7 +21,7 @@ from kernels import backend
 from kernels import similarity_gpu as gpu
 from kernels.backend import triton
 from kernels.checks import wide, wide_dtype
-from kernels.similarity_gpu import C1, C2, RADIUS, TAPS
+from kernels.similarity_gpu import RADIUS, STABILISERS, TAPS
 
 CACHED = 1 << 16  # pixels of all channels that are compared at once on a CPU
 
@@ -76,10 +76,11 @@ def _similarity(a: Tensor, b: Tensor, saved: Tensor) -> Tensor:
     ma, mb, sq, ab = _blur(torch.stack([a, b, a * a + b * b, a * b]))
     square = ma * ma + mb * mb
     cross = 2 * ma * mb
-    A1 = cross + C1.value
-    A2 = 2 * ab - cross + C2.value
-    B1 = square + C1.value
-    B2 = sq - square + C2.value
+    C1, C2 = STABILISERS
+    A1 = cross + C1
+    A2 = 2 * ab - cross + C2
+    B1 = square + C1
+    B2 = sq - square + C2
     value = A1 * A2 / (B1 * B2)
     if len(saved):
         u = 2 * (A2 - A1) / (B1 * B2)

@@ -23,10 +23,10 @@ def _taps() -> list[float]:
 
 
 TAPS = _taps()
+STABILISERS = 0.01**2, 0.03**2
 T0, T1, T2, T3, T4, T5 = (tl.constexpr(w) for w in TAPS)
 # in kernels a constant stands to the right: the interpreter needs it
-C1 = tl.constexpr(0.01**2)
-C2 = tl.constexpr(0.03**2)
+C1, C2 = (tl.constexpr(c) for c in STABILISERS)
 
 
 @triton.jit

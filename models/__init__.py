@@ -5,6 +5,7 @@ posterior, scenes = vae(models.SparseTensor(feats, coords))
 image = models.render(scenes, camera, view_scene, background)
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
             f"{prefix}.json names the class {shown(name)}; known are {', '.join(known)}"
         )
     args = model_class.PUBLISHED_ARGUMENTS | args
-    _check_sizes(args, len(weights), f"{prefix}.json")
+    _check_sizes(args, f"{prefix}.json")
+    _check_blocks(args, weights, str(prefix))
     try:
         with torch.device("meta"):  # which takes no memory, whatever the sizes
             planned = model_class(**args)
@@ -75,14 +77,24 @@ def load_pretrained(prefix: str | Path) -> nn.Module:
     return model
 
 
-def _check_sizes(args: dict, tensors: int, file: str) -> None:
-    """Raise ValueError for sizes that no model of so many tensors has; building it would not end.
+def _check_sizes(args: dict, file: str) -> None:
+    """Raise ValueError for sizes that no model has; building it would not end.
 
     Those in nested arguments count too.
     """
     for key, value in args.items():
         if isinstance(value, dict):
-            _check_sizes(value, tensors, file)
-        limit = tensors if key == "num_blocks" else LARGEST
-        if isinstance(value, int) and value > limit:
-            raise ValueError(f"{file}: {key} {shown(value)} is over {limit}")
+            _check_sizes(value, file)
+        if isinstance(value, int) and value > LARGEST and key != "num_blocks":
+            raise ValueError(f"{file}: {key} {shown(value)} is over {LARGEST}")
+
+
+def _check_blocks(args: dict, weights: dict, prefix: str) -> None:
+    """Raise ValueError for another number of transformer blocks than the file holds."""
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in weights)
+    held = len({match[1] for match in found if match})
+    if (said := args.get("num_blocks", held)) != held:
+        raise ValueError(
+            f"{prefix}.json: num_blocks is {shown(said)}, but {prefix}.safetensors holds {held} "
+            "blocks"
+        )

@@ -34,10 +34,10 @@ def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
         if partial.stat().st_mode != mode:
             partial.chmod(mode)
         if sync:
-            _to_disk(partial)
+            _to_disk(partial, os.O_RDWR)
         partial.replace(file)
-        if sync:
-            _to_disk(file.parent)
+        if sync and hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+            _to_disk(file.parent, os.O_RDONLY)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {file}: {error}") from error
     finally:
@@ -48,14 +48,12 @@ def whole(file: Path, sync: bool = True, tag: str = "") -> Iterator[Path]:
 def write_whole(file: Path, content: str | bytes, sync: bool = True) -> None:
     """Write a text or bytes as `whole` does; OSError that names the file."""
     with whole(file, sync) as partial:
-        if isinstance(content, str):
-            partial.write_text(content, encoding="utf-8")
-        else:
-            partial.write_bytes(content)
+        # not as text: Windows would write other ends of lines
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _to_disk(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

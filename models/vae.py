@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from kernels import layer_norm
 from kernels.checks import check_whole
+from models.checksum import read_checked, with_checksums
 from models.files import whole, write_whole
 from models.finite import check_finite
 from models.layers import Trunk
-from models.reading import check_file, check_floats, entry, read_json, read_safetensors, shown
+from models.reading import check_file, check_floats, entry, read_json, shown
 from models.scene import Scene
 from models.sparse import SparseTensor
 
@@ -254,9 +255,10 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     """Write PREFIX.json (class name and arguments) and PREFIX.safetensors (weights).
 
     This is the published layout: fp32, but of a model with use_fp16, as those that were published
-    have, fp16 in blocks and convolutions. A file is complete or as it was before. Raises OSError
-    that names the one which could not be written, ValueError that names the first tensor with
-    values that are not finite, in that dtype: then no file is written.
+    have, fp16 in blocks and convolutions. The tensors have checksums in the header, which loading
+    looks at. A file is complete or as it was before. Raises OSError that names the one which could
+    not be written, ValueError that names the first tensor with values that are not finite, in that
+    dtype: then no file is written.
     """
     prefix = Path(prefix)
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -266,7 +268,7 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     check_finite(read, f"{prefix}.safetensors is not saved")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with whole(prefix.with_name(f"{prefix.name}.safetensors")) as partial:
-        save_file(weights, partial)
+        save_file(weights, partial, with_checksums(weights))
     content = json.dumps({"name": model.NAME, "args": model.args}, indent=2)
     write_whole(prefix.with_name(f"{prefix.name}.json"), content)
 
@@ -280,5 +282,5 @@ def read_pretrained(prefix: str | Path) -> tuple[str, dict, dict[str, Tensor]]:
     content = read_json(config)
     name = entry(content, "name", str, str(config))
     args = entry(content, "args", dict, str(config))
-    tensors, _ = read_safetensors(weights)
+    tensors, _ = read_checked(weights)
     return name, args, tensors

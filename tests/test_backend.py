@@ -1,8 +1,5 @@
 """The choice of an implementation, and the launch of kernels."""
 
-import os
-import subprocess
-import sys
 from threading import Thread
 
 import torch
@@ -34,34 +31,3 @@ def test_compiled_kernels_are_run_by_what_is_given():
             assert backend.is_torch(x)
     assert seen == [("kernel", (2,), (x,), {"ROWS": 16})]
     assert backend.multiprocessors(x) == 1 and backend.is_torch(x)
-
-
-WITHOUT_TRITON = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ImportError(name)
-sys.meta_path.insert(0, Absent())
-import torch, kernels, models, train.loop
-from kernels import backend
-x = torch.randn(5, 8, requires_grad=True)
-kernels.layer_norm(x).square().sum().backward()
-assert x.grad.isfinite().all()
-try:
-    with backend.use("interpreter"):
-        kernels.layer_norm(x)
-except ImportError as error:
-    assert "Triton is not installed" in str(error), error
-else:
-    sys.exit("a kernel was asked for and nothing said that Triton is missing")
-"""
-
-
-def test_the_torch_path_needs_no_triton():
-    """A kernel is asked for through the interpreter, as there may be no GPU."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr

@@ -216,9 +216,13 @@ class Config:
         whole = [name for name, value in vars(self).items() if isinstance(value, int)]
         _check_most(self, dict.fromkeys(whole, MOST))
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"precision {shown(self.precision)} is not one of {', '.join(PRECISIONS)}"
+            )
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+            raise ValueError(
+                f"optimizer {shown(self.optimizer)} is not one of {', '.join(OPTIMIZERS)}"
+            )
         limit = math.inf if self.memory_gb is None else self.memory_gb
         for name, fits, rule in (
             ("memory_gb", limit > 0, "exceed 0"),
@@ -245,7 +249,7 @@ class Config:
         if self.freeze is None:
             return
         if self.freeze not in ("encoder", "decoder"):
-            raise ValueError(f"freeze {self.freeze!r} is not encoder or decoder")
+            raise ValueError(f"freeze {shown(self.freeze)} is not encoder or decoder")
         if not self.init:
             raise ValueError(f"freeze {self.freeze} needs trained weights: give --init")
         if self.encoder:

@@ -5,6 +5,7 @@ of a nested group (`--model.channels 96`, `--weights.kl 0`).
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,21 @@ def exit_status(
     return status
 
 
+def _whole(text: str) -> int:
+    """A whole number, also as 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
 def _parser(script: str, presets: Mapping[str, Config]) -> argparse.ArgumentParser:
     name = f"python -m train.{script}"
     # not 50 flags before every error
@@ -81,7 +97,8 @@ def _parser(script: str, presets: Mapping[str, Config]) -> argparse.ArgumentPars
         elif leaf.name != "preset":
             kinds = get_args(leaf.kind) or (leaf.kind,)
             kind = next(kind for kind in kinds if kind is not NoneType)
-            parser.add_argument(flag, type=kind, metavar=METAVARS[kind], **common)
+            parse = _whole if kind is int else kind
+            parser.add_argument(flag, type=parse, metavar=METAVARS[kind], **common)
     return parser
 
 
@@ -109,6 +126,9 @@ def _defaults(values: list) -> str:
 
 def _given_config(given: dict, script: str, presets: Mapping[str, Config]) -> Config:
     """The recorded config of --resume, or the preset: what the other flags then change."""
+    for name, value in given.items():
+        if value == "" or isinstance(value, tuple) and "" in value:
+            raise ValueError(f"--{name.replace('_', '-')} is empty")
     if not given.get("resume"):
         if "data" not in given:
             given.setdefault("features", "rgb")  # the embedded objects have no others

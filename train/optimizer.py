@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.reading import check_floats, entry, shown
+from models.reading import entry, shown
 from train.muon import Muon
 
 # what an optimiser remembers of a parameter once it has moved
@@ -181,7 +181,7 @@ class Optimizer:
     def load(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Continue from `tensors()` and `state()`.
 
-        Raises ValueError that names what is absent, of another type or of another shape.
+        Raises ValueError that names what is absent, of another type or shape, or of other steps.
         """
         state = {"stuck": 0} | dict(state)  # earlier versions did not count them
         for name in ("steps", "skipped", "stuck"):
@@ -193,23 +193,23 @@ class Optimizer:
             for group in method.param_groups
             for p in group["params"]
         }
+        moved = self.steps - self.skipped
         for name, p in self.parameters.items():
             self.average[name].copy_(_like(p, tensors, f"average.{name}"))
-            prefix = f"optimizer.{name}."
-            moments = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-            # none before the first step that was not skipped; AdamW keeps its count of steps on the
-            # host
-            if moments:
-                for key in KEPT[type(owner[p])]:
-                    _like(p, tensors, f"{prefix}{key}", key == "step")
-                owner[p].state[p] = {
-                    k: v.to("cpu" if k == "step" else p.device, copy=True)
-                    for k, v in moments.items()
-                }
+            if not moved:
+                continue  # none before the first step that was not skipped
+            moments = {}
+            for key in KEPT[type(owner[p])]:
+                kept = _like(p, tensors, f"optimizer.{name}.{key}", key == "step")
+                # AdamW keeps its count of steps on the host
+                moments[key] = kept.to("cpu" if key == "step" else p.device, copy=True)
+            count = moments["step"].item() if "step" in moments else moved
+            if count != moved:
+                raise ValueError(
+                    f"the optimizer's state: {name} has moved {count:g} times, the run "
+                    f"{shown(moved)}"
+                )
+            owner[p].state[p] = moments
 
 
 def _count(state: Mapping, name: str) -> int:
@@ -226,7 +226,9 @@ def _like(p: Tensor, tensors: Mapping[str, Tensor], name: str, number: bool = Fa
         raise ValueError(f"the optimizer's state lacks {name}")
     found = tensors[name]
     shape = () if number else tuple(p.shape)
-    check_floats({name: found}, "the optimizer's state")
+    if found.dtype != p.dtype:
+        held, own = (str(t.dtype).removeprefix("torch.") for t in (found, p))
+        raise ValueError(f"the optimizer's state: {name} holds {held}, not {own}")
     if found.shape != shape:
         raise ValueError(
             f"the optimizer's state: {name} has shape {shown(tuple(found.shape))}, not {shape}"

@@ -327,7 +327,8 @@ def _describe(
         if latents:
             rows[one.label]["latent"] = _latent_file(one, several)
     content = {**about, "protocol": PROTOCOL if scores else None, "checkpoints": rows}
-    (stage / "reconstruction.json").write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    (stage / "reconstruction.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

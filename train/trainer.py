@@ -60,11 +60,14 @@ class Run:
         self.memory: object | None = None  # what train.run.memory found
         self._halved = False  # whether memory has run out once
         self._exchanging = False  # whether gradients are on their way between ranks
-        self.objects = Objects(config, here, loss.meshes)
         self._build = build
+        if config.resume:
+            checkpoint.check_config(Path(config.resume), config)
+        self.objects = Objects(config, here, loss.meshes)
         if config.resume:
             self._check_size(Path(config.resume))
         self.vae = self.untrained()
+        self.digest: str | None = None  # of the frozen encoder
         if config.encoder:
             self.encoder, self.digest = load_encoder(
                 config.encoder, self.objects.channels, config.resolution
@@ -273,6 +276,7 @@ class Run:
             return
         state = {
             "step": self.done,
+            "run": checkpoint.identity(self.config, self.digest, self.objects.digest),
             "optimizer": self.optimizer.state(),
             "clipper": self.clipper.state_dict(),
             "sampler": self.objects.sampler.state_dict(self.done),
@@ -301,25 +305,39 @@ class Run:
             if self.here.is_main:  # it ended before its first save
                 print(f"{folder} holds no checkpoint: it starts from step 0")
             return
-        self._load(checkpoint.newest(folder / "checkpoints"))
+        state = self._load(checkpoint.newest(folder / "checkpoints"))
         if self.config.steps < self.done:
             raise ValueError(
                 f"--steps {self.config.steps} is fewer than the {self.done} that {folder} has done"
             )
         if self.here.is_main:
-            before = json.loads((folder / "config.json").read_text())["steps"]
-            self._warn_of_another_schedule(before)
+            # what a checkpoint of an earlier version does not say
+            recorded = json.loads((folder / "config.json").read_bytes())
+            before = recorded.get("steps", self.config.steps)
+            self._warn_of_another_schedule(state.get("run", {}).get("steps", before))
 
-    def _load(self, file: Path) -> None:
+    def _load(self, file: Path) -> dict:
+        """Continue from a checkpoint; returns what in it is no tensor."""
         tensors, state = checkpoint.load(file)
-        load_weights(self.vae, checkpoint.group(tensors, "model"), str(file))
+        sampler = self.objects.sampler
+        own = checkpoint.identity(self.config, self.digest, self.objects.digest)
         try:
+            sampler.load_state_dict(checkpoint.part(state, "sampler"))
+            checkpoint.check_run(state, own)
+            weights = checkpoint.group(tensors, "model")
+            checkpoint.check_fp32(weights)
+            load_weights(self.vae, weights, "its weights")
             self.optimizer.load(tensors, checkpoint.part(state, "optimizer"))
             self.clipper.load_state_dict(checkpoint.part(state, "clipper"))
-            self.objects.sampler.load_state_dict(checkpoint.part(state, "sampler"))
+            steps = {"file": state["step"], "optimizer": self.done, "sampler": sampler.step}
+            checkpoint.check_steps(steps)
         except ValueError as error:
-            raise ValueError(f"{file} is not a checkpoint of this run: {error}") from error
+            reason = f"{file} is not a checkpoint of this run: {error}"
+            raise ValueError(f"{reason}{checkpoint.advice(file, own)}") from error
         self.kept = self.done
+        if self.here.is_main and (notice := checkpoint.notice(file)):
+            print(notice)
+        return state
 
     def _warn_of_another_schedule(self, steps: int) -> None:
         """Print a notice if the new number of steps changes the learning rate."""

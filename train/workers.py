@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from itertools import cycle
@@ -31,9 +31,10 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 AHEAD = 2  # questions that a process has before their answers are needed
 GRACE = 0.5  # seconds for the answer under way, of a process that is asked to end
 WATCH = 0.5  # seconds between two looks at whether the parent lives
+# by the name of a signal, not all of which every system has
 PERHAPS = {
-    signal.SIGKILL: ", perhaps because memory ran out: fewer --workers need less",
-    signal.SIGBUS: ", perhaps because shared memory is full: enlarge /dev/shm",
+    "SIGKILL": ", perhaps because memory ran out: fewer --workers need less",
+    "SIGBUS": ", perhaps because shared memory is full: enlarge /dev/shm",
 }
 
 
@@ -80,12 +81,8 @@ class Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, answer, ignored, tells), daemon=True
         )
-        # inherited: none comes before it is ignored
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
-        try:
+        with _blocked(ignored):  # inherited: none comes before it is ignored
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         atexit.register(self.end)  # before multiprocessing waits for what ignores its SIGTERM
 
@@ -134,10 +131,24 @@ class Worker:
         if code is None:
             raise error
         if code < 0:
-            ended = f"was ended by {signal.Signals(-code).name}{PERHAPS.get(-code, '')}"
+            name = signal.Signals(-code).name
+            ended = f"was ended by {name}{PERHAPS.get(name, '')}"
         else:
             ended = f"ended with status {code}"
         raise ChildProcessError(f"{self} {ended}") from error
+
+
+@contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Hold signals back inside the block, where the system can: Windows cannot."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end(workers: Sequence[Worker], grace: float = GRACE) -> None:
@@ -270,7 +281,8 @@ def _serve(
 ) -> None:
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)  # forgets one that waits
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     with suppress(EOFError, ConnectionError):  # nobody asks any more
         while (question := pipe.recv()) is not None:
@@ -307,8 +319,10 @@ def _last_words(error: BaseException) -> str:
 def _leave_with(parent: int) -> None:
     """End this process once its parent is gone.
 
-    A pipe does not tell, for the parent's other children hold its end too.
+    Of a fork no pipe tells, for the parent's other children hold its end too, but the number of the
+    parent changes; on Windows that number stays, and there is a handle that tells.
     """
-    while os.getppid() == parent:
+    handle = multiprocessing.parent_process()
+    while os.getppid() == parent and handle.is_alive():
         time.sleep(WATCH)
     os._exit(1)

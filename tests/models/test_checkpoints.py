@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
     models.save_pretrained(model, tmp_path / "m")
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
-    def full(tensors, file):
+    def full(tensors, file, metadata):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
@@ -102,9 +102,11 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
     config.write_text(good.replace('"window_size"', '"window_sise"'))
     with pytest.raises(ValueError, match="window_sise"):
         models.load_pretrained(prefix)
-    config.write_text(good.replace('"num_blocks": 2', '"num_blocks": 3'))
-    with pytest.raises(ValueError, match="missing.*blocks.2"):
-        models.load_pretrained(prefix)
+    for blocks in (1, 3, 10**9, 1e9, "2", None):
+        config.write_text(good.replace('"num_blocks": 2', f'"num_blocks": {json.dumps(blocks)}'))
+        said = rf"m.json: num_blocks is {blocks!r}, but \S*m.safetensors holds 2 blocks"
+        with pytest.raises(ValueError, match=said):
+            models.load_pretrained(prefix)
     config.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         models.load_pretrained(prefix)

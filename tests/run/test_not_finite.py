@@ -224,7 +224,7 @@ def test_a_run_is_not_continued_from_weights_that_are_not_finite(
     save_file(tensors, newest, {"state": json.dumps(recorded)})
     message = refused(capsys, "--resume", tmp_path, "--steps", "4")
     assert f"{newest}: {name} has 1 of {tensors[name].numel()} values not finite" in message
-    assert "step_00000001.safetensors beside it is whole: delete the damaged file" in message
+    assert f"step_00000001.safetensors before it is whole: move {newest.name} to" in message
     newest.unlink()
     train("--resume", tmp_path, "--steps", "3")
 

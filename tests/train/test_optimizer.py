@@ -1,6 +1,7 @@
 """An optimiser step against traces of the published loop (golden train_*), and its state."""
 
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -159,7 +160,7 @@ def test_state_continues_to_the_bit(muon):
     straight = go(optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon), range(6))
     first = optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon)
     go(first, range(3))
-    first.skipped = 2
+    first.steps, first.skipped = 5, 2
     second = optimizer(scale=LossScale(20.0, 0.001), ema=0.9, muon=muon)
     with torch.no_grad():
         for name, p in second.parameters.items():
@@ -168,7 +169,26 @@ def test_state_continues_to_the_bit(muon):
     assert torch.equal(go(second, range(3, 6)), straight) and second.scale.log2 == pytest.approx(
         20.006
     )
-    assert (second.steps, second.skipped) == (6, 2)
+    assert (second.steps, second.skipped) == (8, 2)
+
+
+def test_what_an_optimiser_cannot_go_on_from_is_named():
+    run = optimizer()
+    run.backward(sum(p.sum() for p in run.parameters.values()))
+    run.step(0.1)
+    tensors, state = run.tensors(), run.state()
+    moment = next(name for name in tensors if name.endswith(".exp_avg"))
+    for changed, counts, message in (
+        ({moment: None}, {}, f"the optimizer's state lacks {moment}"),
+        ({moment: tensors[moment].half()}, {}, f"{moment} holds float16, not float32"),
+        ({moment: tensors[moment][None]}, {}, f"{moment} has shape "),
+        ({}, {"steps": 2}, "has moved 1 times, the run 2"),
+        ({}, {"skipped": 2}, "has moved 1 times, the run -1"),
+    ):
+        kept = {name: t for name, t in (tensors | changed).items() if t is not None}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            optimizer().load(kept, state | counts)
+    optimizer().load(tensors, state)
 
 
 def test_muon_takes_orthogonal_steps_for_matrices_inside_blocks_alone():

@@ -1,12 +1,14 @@
 """Runs that cannot be: each ends with a message before it trains."""
 
-import re
 import shutil
 
 import pytest
 import torch
 
 from tests.helpers.runs import TINY, refused, train
+from train import reconstruct
+from train.flags import from_cli
+from train.gaussian import PRESETS
 from train.losses import objective
 from train.run import checkpoint
 from train.run.latents import load_encoder
@@ -79,14 +81,45 @@ def test_a_checkpoint_of_another_architecture_or_a_damaged_one_is_named(finished
     recorded = (run / "config.json").read_text()
     (run / "config.json").write_text(recorded.replace('"channels": 16', '"channels": 24'))
     message = refused(capsys, "--resume", run)
-    assert re.search(
-        r"step_00000006.safetensors: decoder\.\S+ has shape \(16,.*\), the model's is \(24,.*\)",
-        message,
-    ), message
+    assert (
+        "config.json is not that of" in message
+        and ": it was saved with model.channels 16, and this run has 24\n" in message
+    )
     (run / "config.json").write_text(recorded)
     newest = checkpoint.newest(run / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-100])
     assert "step_00000006.safetensors is truncated" in refused(capsys, "--resume", run)
+
+
+def test_values_that_cannot_be_are_refused_in_words(capsys, tmp_path):
+    for flags, message in (
+        (["--resume", ""], "--resume is empty"),
+        (["--data", tmp_path, "--data", ""], "--data is empty"),
+        (["--image-size", "1e6"], "image_size 1000000 must be at most 8192"),
+        (["--model.per-voxel", "1e5"], "model.per_voxel 100000 must be at most 65536"),
+        (["--steps", "1.5"], "argument --steps: '1.5' is not a whole number"),
+        (["--steps", "many"], "argument --steps: 'many' is not a whole number"),
+        (["--steps", "inf"], "argument --steps: 'inf' is not a whole number"),
+        (["--steps", "1e400"], "argument --steps: '1e400' is not a whole number"),
+    ):
+        assert message in refused(capsys, *flags)
+    assert from_cli("gaussian", PRESETS, ["--steps", "1e5"]).steps == 100_000
+
+
+def test_a_model_of_a_billion_blocks_is_not_built(finished, tmp_path, capsys):
+    for part in ("encoder", "decoder"):
+        for suffix in (".json", ".safetensors"):
+            shutil.copy(finished / "checkpoints" / f"{part}{suffix}", tmp_path)
+        described = tmp_path / f"{part}.json"
+        text = described.read_text()
+        described.write_text(text.replace('"num_blocks": 1,', '"num_blocks": 1000000000,'))
+        assert described.read_text() != text
+    said = "encoder.json: num_blocks is 1000000000, but"
+    assert said in refused(capsys, *TINY, "--encoder", tmp_path / "encoder")
+    assert said in refused(capsys, *TINY, "--init", tmp_path / "encoder")
+    given = [str(tmp_path / "decoder"), "--latent", "l.npz", "--out", str(tmp_path / "out")]
+    assert reconstruct.main(given) == 2
+    assert "decoder.json: num_blocks is 1000000000, but" in capsys.readouterr().err
 
 
 def test_misspelt_weights_fail_at_once():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.runs import fresh, rows, state, train
+from tests.attack.checkpoints import earlier
+from tests.helpers.runs import fresh, refused, rows, state, train
 from train import loop
 from train.losses import objective
 from train.run import checkpoint
@@ -69,6 +70,39 @@ def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(finished, tmp_
     train("--resume", out)
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
     assert all(torch.equal(t, state(finished)[0][name]) for name, t in state(out)[0].items())
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(
+    finished, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loop, "conclude", lambda run: None)
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "checkpoints" / "step_00000006.safetensors").unlink()
+    file = checkpoint.newest(out / "checkpoints")
+    file.write_bytes(earlier(file.read_bytes()))
+    train("--resume", out)
+    assert f"{file} is of an earlier version, without checksums" in capsys.readouterr().out
+    ours, theirs = state(out), state(finished)
+    assert ours[1] == theirs[1]
+    assert all(torch.equal(t, theirs[0][name]) for name, t in ours[0].items())
+
+
+def test_another_number_of_steps_in_the_config_is_said(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "conclude", lambda run: None)
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "checkpoints" / "step_00000006.safetensors").unlink()
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"steps": 6', '"steps": 4'))
+    train("--resume", out)
+    assert "--steps 4 instead of 6 is another cosine" in capsys.readouterr().out
+
+
+def test_data_that_have_moved_are_asked_for(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"data": []', '"data": ["gone"]'))
+    said = f"{out} was trained on 'gone', which is no folder: --data says where the data are now"
+    assert said in refused(capsys, "--resume", out)
 
 
 def test_more_steps_can_be_asked_of_a_finished_run(tmp_path):

@@ -255,6 +255,11 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
         cache(batch)
     shutil.copy(tmp_path / f"{other}.safetensors", tmp_path / f"{name}.safetensors")
     with pytest.raises(
+        ValueError, match=f"{name}.safetensors is of the object '{other}', not {name}"
+    ):
+        cache(batch)
+    save_file(load_file(tmp_path / f"{other}.safetensors"), tmp_path / f"{name}.safetensors")
+    with pytest.raises(  # of an earlier version, which says nothing of the object
         ValueError, match=f"{name}.safetensors holds .* voxels that are not the object's"
     ):
         cache(batch)
@@ -265,7 +270,7 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
     monkeypatch.setattr(
         latents,
         "save_file",
-        lambda tensors, file: (_ for _ in ()).throw(SafetensorError("No space left")),
+        lambda tensors, file, header: (_ for _ in ()).throw(SafetensorError("No space left")),
     )
     with pytest.raises(OSError, match=f"could not write .*{name}.safetensors: No space left"):
         cache(batch)

@@ -1,5 +1,6 @@
 """The objects of a run: batches to train on, and held-out views to look at and to score."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -49,6 +50,8 @@ class Objects:
             "held-out objects": [name for name in names if name not in own][: config.eval_objects],
         }
         self.held_out = len(names) - len(own)
+        # by which a run that goes on knows its data, wherever they are then
+        self.digest = hashlib.sha256("\n".join(self.train.names).encode()).hexdigest()
         self.sampler = Sampler(
             len(self.train),
             config.batch_size,

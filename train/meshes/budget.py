@@ -101,5 +101,5 @@ def _private() -> int | None:
     status = Path("/proc/self/status")
     if resource is None or not status.is_file():
         return None
-    lines = (line.split() for line in status.read_text().splitlines())
+    lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
     return next((int(words[1]) * KIB for words in lines if words[:1] == ["VmData:"]), None)

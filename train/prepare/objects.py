@@ -151,7 +151,8 @@ def prepare_object(source: Source, settings: Settings) -> Result:
             "recipe": settings.recipe(),
             "frames": frames,
         }
-        (partial / "transforms.json").write_text(json.dumps(transforms, indent=1))
+        text = json.dumps(transforms, indent=1)
+        (partial / "transforms.json").write_text(text, encoding="utf-8")
         folder = settings.views_folder(source.sha256)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -210,7 +211,7 @@ def _finished(settings: Settings, sha: str) -> dict[int, int] | None:
     if not (folder / "transforms.json").is_file():
         return None
     try:
-        transforms = json.loads((folder / "transforms.json").read_text())
+        transforms = json.loads((folder / "transforms.json").read_bytes())
         was = {"pictures": "png"} | transforms.get("recipe", {})  # the only kind there was
         frames = [inside(folder, frame["file_path"]) for frame in transforms["frames"]]
     except MALFORMED:  # cut short or not what was written

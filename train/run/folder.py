@@ -1,7 +1,6 @@
 """Folders of results: how they are made, and held, so that one process alone writes into each."""
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -10,45 +9,84 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from models.files import PARTIAL
 from train.data.metadata import inside
 
+try:
+    import fcntl
+except ImportError:  # Windows has another module
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
+
 LOCK = ".lock"
+# of a file system that knows no locks
+WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
     """Hold a folder to the end or the death of this process, rid of what a killed run left there.
 
-    Raises ValueError where another process holds it.
+    Where the system or the file system knows no locks, a line says so, and nothing is held. Raises
+    ValueError where another process holds it.
     """
     with _lock_file(folder / LOCK) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            held = _lock(file)
+        except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"run folder {folder} is in use by another process") from error
-        except OSError as error:
-            # some file systems know no locks
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+        if not held:
+            print(f"{folder} cannot be locked here: start no second run in it")
         try:
             sweep(folder)
             yield folder
         finally:
             # closing is not enough where data workers still have it open
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
+            if held:
+                _unlock(file)
 
 
-def _lock_file(path: Path) -> TextIO:
+def _lock(file: BinaryIO) -> bool:
+    """Take a lock that ends with this process; returns False where there are none.
+
+    Raises BlockingIOError, on Windows PermissionError, where another process has it.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            # the first byte, which an empty file need not have
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return bool(fcntl or msvcrt)
+    except OSError as error:
+        if error.errno in WITHOUT:
+            return False
+        raise
+
+
+def _unlock(file: BinaryIO) -> None:
+    with suppress(OSError):
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+
+def _lock_file(path: Path) -> BinaryIO:
     """Open a lock for writing; ValueError where it is no file: a pipe would wait for its reader.
 
     What a link leads to is left alone.
     """
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK"):  # where the system has them
+        flags |= getattr(os, name, 0)
     try:
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        opened = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP or path.is_dir():
             raise ValueError(f"{path} is no file: delete it, it is the lock of a run") from error
@@ -56,7 +94,7 @@ def _lock_file(path: Path) -> TextIO:
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise ValueError(f"{path} is no file: delete it, it is the lock of a run")
-    return os.fdopen(opened, "r+")
+    return os.fdopen(opened, "rb+")
 
 
 @contextmanager

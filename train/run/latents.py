@@ -15,9 +15,10 @@ from torch import Tensor
 import models
 from kernels import to_device
 from models import Encoder, SparseTensor
+from models.checksum import read_checked, with_checksums
 from models.files import whole
 from models.finite import check_finite
-from models.reading import check_floats, entry, read_json, read_safetensors, shown
+from models.reading import check_floats, entry, read_json, shown
 from train.data.batch import Batch
 
 
@@ -59,8 +60,8 @@ class Latents:
     """A map from batches to latents [N, latent] on their voxels, kept as FOLDER/OBJECT.safetensors.
 
     An object that is not there yet is encoded alone, so its latents do not depend on the batch it
-    first appears in. Raises ValueError that names a cached file which is truncated or belongs to
-    other voxels, OSError that names one which cannot be written.
+    first appears in. Raises ValueError that names a cached file which is damaged or belongs to
+    other voxels, another object or another encoder, OSError that names one which cannot be written.
     """
 
     def __init__(self, encoder: Encoder, folder: Path):
@@ -85,8 +86,12 @@ class Latents:
         kept = {"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}
         own = str(os.getpid())  # ranks may meet the same object at once
         with whole(file, sync=False, tag=own) as partial:
-            save_file(kept, partial)
+            save_file(kept, partial, with_checksums(kept, self._texts(file.stem)))
         return mean
+
+    def _texts(self, name: str) -> dict[str, str]:
+        """Name what latents belong to: an object, and the folder of their encoder."""
+        return {"object": name, "encoder": self.folder.name}
 
     def _latents(self, name: str, features: Tensor, coords: Tensor) -> Tensor:
         file = self.folder / f"{name}.safetensors"
@@ -101,7 +106,11 @@ class Latents:
 
     def _kept(self, file: Path, name: str, coords: Tensor) -> Tensor:
         """Read the latents of an object that are on the disk; ValueError where they do not fit."""
-        saved, _ = read_safetensors(file)
+        saved, header = read_checked(file)
+        for what, own in self._texts(name).items():
+            # files of earlier versions say nothing of it
+            if header.get(what, own) != own:
+                raise ValueError(f"{file} is of the {what} {shown(header[what])}, not {own}")
         if saved.keys() != {"mean", "coords"}:
             raise ValueError(f"{file} holds {shown(sorted(saved))}, not mean and coords")
         mean, stored = saved["mean"], saved["coords"]

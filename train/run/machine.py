@@ -94,6 +94,8 @@ def keep_freed_memory() -> bool:
     By default glibc returns large tensors to the system, which then zeroes every page of the next
     ones: that takes longer than most arithmetic on them. What the user set (MALLOC_...) stands.
     """
+    if os.name != "posix":
+        return False
     library = ctypes.CDLL(None)
     mallopt = getattr(library, "mallopt", None)
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):

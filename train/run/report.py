@@ -133,7 +133,8 @@ class Log:
                 self.seconds = row["seconds"]
                 before = row["step"]
         write_whole(file, "".join(kept))
-        self.stream = file.open("a", buffering=1)  # a whole line at a time
+        # a whole line at a time, with the same ends on every system
+        self.stream = file.open("a", buffering=1, encoding="utf-8", newline="\n")
 
     def _remember(self, row: dict) -> None:
         if row["step"] % self.stride == 0 or not self.rows:

@@ -47,7 +47,7 @@ def available(root: Path = Path("/")) -> int:
 def _quota(root: Path) -> float:
     """CPU time that the cgroup and those above it leave, in CPUs; infinite without a limit."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return float("inf")
     limits = [float("inf")]
@@ -67,10 +67,10 @@ def _limit(group: Path) -> float:
     """The quota of one cgroup, by the files of version 2 or 1."""
     try:
         if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
         else:
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
+            quota = (group / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+            period = (group / "cpu.cfs_period_us").read_text(encoding="utf-8")
         return float("inf") if quota == "max" or int(quota) <= 0 else int(quota) / int(period)
     except (OSError, ValueError):
         return float("inf")
