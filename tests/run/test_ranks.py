@@ -91,7 +91,7 @@ def test_ranks_that_something_else_starts_end_too(flags, tmp_path, victim):
         tmp_path, [*flags, "--out", "run"], fault="SIGKILL:5", victim=victim, agent=False
     )
     assert sorted(ends[0]) == [-signal.SIGKILL, 1], said
-    assert said.count("the run of 2 ranks ends: ") == 1 and not NETWORK.search(said), said
+    assert said.count("the run of 2 ranks ends: ") == 1 and "Traceback" not in said, said
 
 
 def test_ranks_that_start_again_go_on_in_the_folder_of_their_launch_alone(tmp_path, monkeypatch):

@@ -44,8 +44,10 @@ class Ranks:
         self._store.set_timeout(timedelta(seconds=GRACE))
         self._last = time.monotonic()
         self._end: float | None = None  # when this process ends, whatever it does
+        self._told = False  # why the run ends
         self._left = threading.Event()
         self._said = 0
+        self._alone = False  # the store is gone: another call would print its C++ frames again
         self._say()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -60,8 +62,9 @@ class Ranks:
             return
         self._left.set()
         self._thread.join()
-        with suppress(RuntimeError):  # the store may be gone before
-            self._say(left=True)
+        if not self._alone:
+            with suppress(RuntimeError):  # the store may be gone just now
+                self._say(left=True)
 
     def first(self) -> bool:
         """Return whether this rank is the first to fail: it alone says why.
@@ -70,10 +73,8 @@ class Ranks:
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            return self._store.add("failed", 1) == 1
-        except RuntimeError:  # the store is gone: better twice than never
-            return True
+        before = self._count(1)
+        return before is None or before == 1  # without a store better twice than never
 
     def echoes(self, error: RuntimeError) -> bool:
         """Return whether an error only says that another rank has failed; the cause is printed."""
@@ -89,32 +90,38 @@ class Ranks:
         return True
 
     def _failed(self) -> bool:
-        try:
-            return self._store.add("failed", 0) > 0
-        except RuntimeError:
-            return False
+        return bool(self._count(0)) or self._told
+
+    def _count(self, more: int) -> int | None:
+        """Count ranks that have failed, and add to them; None where the store is gone."""
+        if not self._alone:
+            try:
+                return self._store.add("failed", more)
+            except RuntimeError:
+                self._alone = True
+        return None
 
     def _fail(self, cause: str) -> None:
         if self.first():
             lines = [f"\nthe run of {self.world} ranks ends: {cause}", self.hint]
             print("\n".join(line for line in lines if line), file=sys.stderr, flush=True)
+        self._told = True
 
     def _watch(self) -> None:
         while not self._left.wait(BEAT):
             try:
                 self._look()
-            except RuntimeError as error:
-                # of the store, that a process holds which is gone: torchrun, or rank 0 without it
-                if self._end is None:
-                    self._end = time.monotonic() + GRACE
-                    first = str(error).splitlines()[0]
-                    self._fail(f"the process in which the ranks met is gone ({first})")
+            except RuntimeError:
+                self._alone = True
+            if self._alone and not self._told:  # torchrun holds the store, or rank 0 without it
+                self._fail("the process in which the ranks met is gone")
             if self._end is not None and time.monotonic() > self._end:
                 os._exit(1)  # the main thread waits for what never comes
 
     def _look(self) -> None:
-        self._say()
-        if self._failed():
+        if not self._alone:
+            self._say()
+        if self._failed() or self._alone:
             self._end = self._end or time.monotonic() + GRACE
             return
         seconds = time.monotonic() - self._last
@@ -131,7 +138,7 @@ class Ranks:
 
     def _say(self, left: bool = False) -> None:
         self._said += 1
-        said = {"process": os.getpid(), "host": platform.node(), "place": _place()}
+        said = {"process": os.getpid(), "host": _host(), "place": _place()}
         said |= {"left": left, "number": self._said}
         self._store.set(str(self.rank), json.dumps(said))
 
@@ -143,10 +150,12 @@ class Ranks:
         if not self._store.check([str(rank)]):
             return ""
         said = self._read(rank)
-        if said["left"] or said["host"] != platform.node():
+        if said["left"] or said["host"] != _host():
             return ""
         try:
             os.kill(said["process"], 0)
+            return ""
+        except PermissionError:
             return ""
         except ProcessLookupError:
             pass
@@ -154,6 +163,18 @@ class Ranks:
             return ""
         what = "it was killed, perhaps because memory ran out"
         return f"rank {rank} (process {said['process']}) is gone: {what}"
+
+
+def _host() -> str:
+    """Name what process numbers are unique in; where Linux does not say, no two ranks share it.
+
+    Names of hosts are often the same in containers.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()} {os.getpid()}"
 
 
 def _described(rank: int, said: dict, before: dict) -> str:
