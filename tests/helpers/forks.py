@@ -28,7 +28,7 @@ MODULE = "tests.helpers.forks"
 KILL = 8.0  # seconds from torchrun's SIGTERM to its SIGKILL, there 30
 
 
-def _fail(fault: str, at: int) -> None:
+def fail(fault: str, at: int) -> None:
     """Let this process fail in its forward pass number `at`."""
     whole = Objective.forward
     calls = 0
@@ -53,6 +53,12 @@ def _fail(fault: str, at: int) -> None:
     Objective.forward = forward
 
 
+def _light(self, x, noise, batch, background):
+    """A forward pass through every weight and nothing else, in the place of Objective's."""
+    loss = sum(p.square().mean() for p in self.vae.parameters())
+    return loss, {"loss": loss, **dict.fromkeys(self.weights, loss), "psnr": 20 - loss}
+
+
 def _serve(
     script: str,
     flags: Sequence,
@@ -68,12 +74,15 @@ def _serve(
     for number in (1, 2):
         os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
-    report.curves = lambda *_: None  # seconds of drawing, which nothing here meets
+    if fault != "light":
+        report.curves = lambda *_: None  # seconds of drawing, which nothing here meets
     ranks.TIMEOUT = timeout
     ranks.GRACE = KILL / 2
-    if fault:
+    if fault == "light":
+        Objective.forward = _light
+    elif fault:
         name, at = fault.split(":")
-        _fail(name, int(at))
+        fail(name, int(at))
     recipe = DECODERS[script]
     status = 0
     try:
@@ -91,7 +100,10 @@ def _serve(
 
 
 class Fork:
-    """A run in a process group of its own; `said` is the file of what it prints."""
+    """A run in a process group of its own; `said` is the file of what it prints.
+
+    `fault` is "NAME:N", what happens in forward pass N, or "light": a model that computes nothing.
+    """
 
     def __init__(
         self,
@@ -114,6 +126,11 @@ class Fork:
     def status(self) -> int | None:
         """The exit status; None while it runs."""
         return self._process.exitcode
+
+    @property
+    def pid(self) -> int:
+        """The number of the process, and of its group."""
+        return self._process.pid
 
     def wait(self, seconds: float) -> int | None:
         """Wait for the end; its status, None where it does not come in time."""

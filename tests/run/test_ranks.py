@@ -1,7 +1,10 @@
 """Ranks that die, raise or hang: all end, one line says why, and torchrun's restart goes on."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from tests.helpers.forks import torchrun
 from tests.helpers.runs import TINY, own_data, same_run
+from tests.helpers.source_files import ROOT
 from train.config import write_config
 from train.gaussian import PRESETS
 from train.run.folder import continued, launch, new_folder
@@ -92,6 +96,31 @@ def test_ranks_that_something_else_starts_end_too(flags, tmp_path, victim):
     )
     assert sorted(ends[0]) == [-signal.SIGKILL, 1], said
     assert said.count("the run of 2 ranks ends: ") == 1 and "Traceback" not in said, said
+
+
+SCRIPT = """
+import os, sys
+from tests.helpers.forks import fail
+from train import loop
+from train.gaussian import PRESETS, build
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    fail("SIGKILL", 5)
+loop.main("gaussian", PRESETS, build, sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_itself_starts_them_again(flags, straight, tmp_path):
+    (tmp_path / "ranks.py").write_text(SCRIPT)
+    start = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 ranks.py"
+    command = [sys.executable, "-m", *start.split(), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(capture_output=True, text=True, timeout=2 * SECONDS)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+    assert re.search(r"ends: rank 1 \(process \d+\) is gone", run.stderr), run.stderr
+    assert "(restart 1): runs/gaussian-001 goes on" in run.stdout
+    same_run(tmp_path / "runs" / "gaussian-001", straight)
 
 
 def test_ranks_that_start_again_go_on_in_the_folder_of_their_launch_alone(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -125,7 +126,7 @@ class Log:
         self.step = -1  # of the last row
         self._unwritten = b""
         kept = self._read(step) if file.exists() else 0
-        self.stream = file.open("ab", buffering=0)
+        self.stream = FileIO(file, "ab")
         try:
             self.stream.truncate(kept)
         except OSError as error:
