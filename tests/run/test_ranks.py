@@ -15,6 +15,7 @@ from tests.helpers.runs import TINY, own_data, same_run
 from tests.helpers.source_files import ROOT
 from train.config import write_config
 from train.gaussian import PRESETS
+from train.run import ranks
 from train.run.folder import continued, launch, new_folder
 from train.run.machine import Machine
 
@@ -153,3 +154,15 @@ def test_ranks_that_start_again_go_on_in_the_folder_of_their_launch_alone(tmp_pa
     assert found("a") is given
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert launched("a") == [None]
+
+
+def test_a_rank_that_waits_in_vain_says_for_what(monkeypatch):
+    monkeypatch.setattr(ranks, "TIMEOUT", 1.0)
+    monkeypatch.setattr(ranks, "LATER", 0.0)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(OSError, match="rank 0 did not meet the other ranks of 2: .*1/2"),
+        ranks.joined("gloo", 0, 2),
+    ):
+        pass

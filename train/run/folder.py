@@ -71,10 +71,9 @@ def _lock_file(path: Path) -> TextIO:
 def new_folder(script: str, out: str | None, launches: Sequence[str | None] = ()) -> Iterator[Path]:
     """Make the folder of a run and hold it: OUT, new or empty, or the next free runs/SCRIPT-NNN.
 
-    It records who launched the ranks.
-
-    Of runs that start at once with one OUT, one gets it, and the others write nothing. Raises
-    ValueError for a folder that is in use, not empty or cannot be written.
+    It records who launched the ranks. Of runs that start at once with one OUT, one gets it, and the
+    others write nothing. Raises ValueError for a folder that is in use, not empty or cannot be
+    written.
     """
     folder = RUNS if out is None else Path(out)
     if out is not None:
@@ -118,12 +117,12 @@ def _numbered(parent: Path, script: str) -> Path:
             continue
 
 
-# of what a run writes, by the path in its folder; the last line are names of earlier versions
+# of what a run writes, by the path in its folder; the last line has names of earlier versions
 LEFTOVERS = re.compile(
     r"(config\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
     r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
     r"|latents/\w+/[^/]+\.safetensors\.\d+"
-    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
+    r"|\.launch|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
 )
 
 
