@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from tests.helpers.forks import Fork
 from tests.helpers.run_groups import members
-from tests.helpers.runs import TINY, fresh, own_data, rows, state, train
+from tests.helpers.runs import TINY, fresh, rows, state, train
 from train import loop
 from train.run import checkpoint, report, resume
 
@@ -38,7 +38,7 @@ def watched(folder: Path, steps: int) -> list[tuple[int, list[tuple[int, int]]]]
     The loop, the data, the optimiser, the log, checkpoints, pictures and curves are real.
     """
     size = "--batch-size 1 --image-size 16 --workers 1 --save-every 500 --sample-every 500".split()
-    flags = [*TINY, *own_data(folder), *size, "--steps", steps, "--out", folder / "run"]
+    flags = [*TINY, *size, "--steps", steps, "--out", folder / "run"]
     run = Fork("gaussian", flags, folder / "said", fault="light")
     log = folder / "run" / "log.jsonl"
     found = []
@@ -48,7 +48,8 @@ def watched(folder: Path, steps: int) -> list[tuple[int, list[tuple[int, int]]]]
             lines = log.read_bytes().count(b"\n") if log.is_file() else 0
             if 0 < lines < steps:
                 found.append((lines, [taken(process) for process in members(run.pid)]))
-            time.sleep(0.5)
+                print(*found[-1], flush=True)
+            time.sleep(1)
         assert run.status == 0, (folder / "said").read_text()
     finally:
         run.end()
@@ -156,5 +157,4 @@ def test_a_disk_that_stays_full_ends_it(tmp_path, filling, capsys, monkeypatch):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        for step, processes in watched(Path(folder), int(sys.argv[1])):
-            print(step, *processes)
+        watched(Path(folder), int(sys.argv[1]))

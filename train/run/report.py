@@ -1,5 +1,6 @@
 """Reports of a run: header, progress notes, log.jsonl, sample pictures and curves."""
 
+import gc
 import json
 import math
 import platform
@@ -264,3 +265,6 @@ def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) ->
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     with whole(file, sync=False) as partial:
         figure.savefig(partial, format="png", dpi=110)
+    figure.clear()
+    del figure, left, right, axes
+    gc.collect()  # parts of a figure hold each other: Python would free their pixels much later
