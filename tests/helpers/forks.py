@@ -159,22 +159,23 @@ def torchrun(
     world: int = 2,
     agent: bool = True,
     timeout: float = ranks.TIMEOUT,
+    leaves: Path | None = None,
 ) -> Iterator[Callable[[float], list[list[int]]]]:
     """Start ranks as torchrun does; yields what waits for them, and returns their statuses.
 
     They are those of each start. In the first of them rank `victim` has the fault. What the ranks
     print is in FOLDER/said. Without an `agent` something else starts them, and rank 0 holds
-    what they meet at.
+    what they meet at. With `leaves`, torchrun dies once that file is there.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    port = stores[0].port
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     if agent:
         shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         shared["TORCHELASTIC_RUN_ID"] = "none"
         shared["GROUP_WORLD_SIZE"] = "1"
     else:
-        del store  # the port is free again
+        stores.clear()  # the port is free again
     running: list[Fork] = []
 
     def start(count: int) -> None:
@@ -196,15 +197,17 @@ def torchrun(
             if count:
                 start(count)
             while time.monotonic() < end:
+                if leaves and leaves.is_file():
+                    stores.clear()
                 found = [fork.status for fork in running]
                 if all(status == 0 for status in found) or any(found):
                     break
                 time.sleep(0.05)
             for fork in running:
-                if fork.status is None:
+                if fork.status is None and stores:
                     fork.send(signal.SIGTERM)
             for fork in running:
-                if fork.wait(KILL) is None:
+                if fork.wait(KILL if stores else max(0.0, end - time.monotonic())) is None:
                     fork.end()
             statuses.append([fork.status for fork in running])
             running.clear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.forks import torchrun
-from tests.helpers.runs import TINY, own_data, same_run
+from tests.helpers.runs import TINY, own_data, rows, same_run, state
 from tests.helpers.source_files import ROOT
 from train.config import write_config
 from train.gaussian import PRESETS
@@ -97,6 +97,15 @@ def test_ranks_that_something_else_starts_end_too(flags, tmp_path, victim):
     )
     assert sorted(ends[0]) == [-signal.SIGKILL, 1], said
     assert said.count("the run of 2 ranks ends: ") == 1 and "Traceback" not in said, said
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_save_and_end(flags, tmp_path):
+    more = [*flags, "--steps", 5000, "--save-every", 5000, "--out", "run"]
+    ends, said = ended(tmp_path, more, leaves=tmp_path / "run" / "log.jsonl")
+    assert ends == [[128 + signal.SIGTERM] * 2], said
+    assert said.count("the process in which the ranks met is gone") in (1, 2), said
+    assert state(tmp_path / "run")[1]["step"] == len(rows(tmp_path / "run")) > 0
 
 
 SCRIPT = """

@@ -69,7 +69,7 @@ SETTINGS = dict(
 def command_lines(draw) -> tuple[str, list[str]]:
     """A decoder, and flags of which a few differ from the smallest run's."""
     decoder = draw(st.sampled_from(sorted(DECODERS)))
-    names = draw(st.lists(st.sampled_from([*FLAGS, *SWITCHES]), max_size=6, unique=True))
+    names = draw(st.lists(st.sampled_from([*FLAGS, *SWITCHES]), max_size=8, unique=True))
     flags = [*FIXED, "--batch-size", "2", "--views", "1", "--holdout-views", "2"]
     flags += ["--image-size", "24", *DECODERS[decoder].smallest.split()]
     for name in names:
@@ -118,7 +118,7 @@ def does_or_refuses(data: list[str], capsys, command: tuple[str, list[str]]) -> 
         return True
 
 
-@settings(max_examples=15, **SETTINGS)
+@settings(max_examples=25, **SETTINGS)
 @given(command_lines())
 def test_a_run_does_its_steps_or_says_why_not(data, capsys, command):
     does_or_refuses(data, capsys, command)

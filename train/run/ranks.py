@@ -45,6 +45,8 @@ class Ranks:
         self._last = time.monotonic()
         self._end: float | None = None  # when this process ends, whatever it does
         self._told = False  # why the run ends
+        self._unknown = set(range(world)) - {rank}
+        self._near: dict[int, int] = {}  # processes of other ranks on this host
         self._left = threading.Event()
         self._said = 0
         self._alone = False  # the store is gone: another call would print its C++ frames again
@@ -115,6 +117,7 @@ class Ranks:
                 self._alone = True
             if self._alone and not self._told:  # torchrun holds the store, or rank 0 without it
                 self._fail("the process in which the ranks met is gone")
+                os.kill(os.getpid(), signal.SIGTERM)  # so that it saves where it still can
             if self._end is not None and time.monotonic() > self._end:
                 os._exit(1)  # the main thread waits for what never comes
 
@@ -125,9 +128,15 @@ class Ranks:
             self._end = self._end or time.monotonic() + GRACE
             return
         seconds = time.monotonic() - self._last
-        for rank in range(self.world):
-            if rank != self.rank and (gone := self._gone(rank)):
-                self._fail(gone)
+        for rank in [rank for rank in self._unknown if self._store.check([str(rank)])]:
+            self._unknown.discard(rank)
+            said = self._read(rank)
+            if said["host"] == _host():
+                self._near[rank] = said["process"]
+        for rank, process in self._near.items():
+            if _is_gone(process) and not self._read(rank)["left"] and not self._failed():
+                what = "it was killed, perhaps because memory ran out"
+                self._fail(f"rank {rank} (process {process}) is gone: {what}")
                 return
         if seconds > TIMEOUT:
             before = [self._read(rank) for rank in range(self.world)]
@@ -145,24 +154,16 @@ class Ranks:
     def _read(self, rank: int) -> dict:
         return json.loads(self._store.get(str(rank)))
 
-    def _gone(self, rank: int) -> str:
-        """Say that the process of a rank on this host is no more; nothing of a rank that left."""
-        if not self._store.check([str(rank)]):
-            return ""
-        said = self._read(rank)
-        if said["left"] or said["host"] != _host():
-            return ""
-        try:
-            os.kill(said["process"], 0)
-            return ""
-        except PermissionError:
-            return ""
-        except ProcessLookupError:
-            pass
-        if self._read(rank)["left"] or self._failed():  # just now
-            return ""
-        what = "it was killed, perhaps because memory ran out"
-        return f"rank {rank} (process {said['process']}) is gone: {what}"
+
+def _is_gone(process: int) -> bool:
+    """Return whether a process of this host is no more."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _host() -> str:
