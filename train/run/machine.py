@@ -47,7 +47,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """What messages call this rank; empty where there is one alone."""
+        """The rank in words, for messages; empty where there is one alone."""
         return f" (rank {self.rank} of {self.world})" if self.world > 1 else ""
 
     def beat(self) -> None:
