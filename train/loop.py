@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ from models.finite import NotFinite
 from train.flags import from_cli
 from train.run import memory, report
 from train.run.board import Board, check_installed
-from train.run.folder import locked, new_folder
+from train.run.folder import continued, launch, locked, new_folder
 from train.run.machine import Interrupt, machine, world_size
 from train.run.progress import Progress
-from train.run.resume import SaveOnError, recovery_hint, resume_command
+from train.run.resume import SaveOnError, recovery_hint, resume_command, retried
 from train.run.threads import computing
 from train.scores import conclude, save_samples
 from train.trainer import Build, Loss, PictureLoss, Presets, Run
@@ -62,6 +63,7 @@ def fit(run: Run) -> None:
         Board(folder / "tensorboard" if wanted else None, run.done) as board,
         Progress(config.steps, run.done, shown=is_main) as progress,
     ):
+        write = partial(retried, stopped=lambda: bool(interrupt.received))
         begin = time.perf_counter() - (log.seconds if is_main else 0)
         due = False
         for batches in run.objects.steps():
@@ -72,32 +74,35 @@ def fit(run: Run) -> None:
             # while steps are skipped, the weights may be why: saving them would push out sound ones
             saves = last or (due and not run.optimizer.stuck)
             if is_main:
-                log.write(row | {"seconds": round(time.perf_counter() - begin, 3)})
+                seconds = round(time.perf_counter() - begin, 3)
+                write(partial(log.write, row | {"seconds": seconds}))
                 board.row(row)
                 progress.update(report.note(row), now=saves)
             if run.optimizer.stuck >= PATIENCE:
                 steps = f"{PATIENCE} steps in a row were skipped, the last is step {run.done}"
                 raise NotFinite(f"{steps}: {run.explain(batches)}")
             if saves:
-                run.save()  # before the pictures: one that fails must not cost the steps
+                write(run.save)  # before the pictures: one that fails must not cost the steps
                 due = False
             if is_main and (last or run.done % config.sample_every == 0):
-                board.picture(save_samples(run), run.done)
-                report.curves(log.rows, run.weights, folder / "curves.png")
+                write(lambda: board.picture(save_samples(run), run.done))
+                write(partial(report.curves, log.rows, run.weights, folder / "curves.png"))
+            run.here.beat()
             if stop:
                 break
     if run.done < config.steps:
         if is_main:
             print(f"stopped at step {run.done}; {resume_command(run.script, folder)}")
         raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
+    run.here.leave()  # what follows may take long
     if is_main:
         conclude(run)
 
 
-def _message(script: str, run: Run | None, error: BaseException) -> str:
+def _message(script: str, rank: str, run: Run | None, error: BaseException) -> str:
     """Write the message of a run that an error ends: the error, and how to go on."""
     what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
-    lines = [f"python -m train.{script}: {what}"]
+    lines = [f"python -m train.{script}{rank}: {what}"]
     if run and isinstance(error, NotFinite):
         lines.append(recovery_hint(script, run.folder))
     elif run:
@@ -140,6 +145,8 @@ def main(
             if config.tensorboard:
                 check_installed()
             here = stack.enter_context(machine(config.device, config.deterministic))
+            launches = here.gather(launch())
+            config = continued(script, presets, config, here, launches)
             folder = config.resume
             threads = stack.enter_context(computing(config, here.device))
             here = replace(here, threads=threads)
@@ -149,17 +156,20 @@ def main(
             began = Run(script, config, build, here, loss)
             memory.fit(began)
             if here.is_main and not config.resume:
-                folder = stack.enter_context(new_folder(script, config.out))
+                folder = stack.enter_context(new_folder(script, config.out, launches))
             began.enter(Path(here.broadcast(folder)))
             run = began
+            here.hint(resume_command(script, run.folder))
             fit(run)
         except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
-            diverged = run is not None and isinstance(error, NotFinite)
-            # every rank has diverged: only one says so
-            if here is None or here.is_main or not diverged:
-                print(_message(script, run, error), file=sys.stderr)
+            if here is None or here.speaks():
+                rank = here.name if here else ""
+                print(_message(script, rank, run, error), file=sys.stderr)
             raise SystemExit(_status(run, error)) from error
-        except RuntimeError:  # of the device, or a fault of ours: its traceback is wanted
-            if run:
+        except RuntimeError as error:
+            if here and here.echoes(error):
+                raise SystemExit(1) from error
+            # of the device, or a fault of ours: its traceback is wanted
+            if run and here.speaks():
                 print(resume_command(script, run.folder), file=sys.stderr)
             raise

@@ -140,6 +140,7 @@ class Run:
 
     def _voxels(self, batch: Batch, changed: bool = False) -> SparseTensor:
         """The model's input: features, or latents of a frozen encoder."""
+        self.here.beat()
         if self.latents:
             return self.latents(batch, changed)
         return SparseTensor(batch.features, batch.coords, batch.batch_size)

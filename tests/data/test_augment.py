@@ -8,6 +8,7 @@ import torch
 
 from kernels import Camera, splat
 from kernels.views import SH0
+from tests.helpers.datasets import AA, make
 from train.data.augment import CHANNELS, KINDS, LEAST_RANGE, Augmentation, rotations
 from train.data.batch import Item
 from train.data.dataset import EMBEDDED, Dataset
@@ -176,3 +177,10 @@ def test_wrong_kinds_and_other_features_are_refused():
         opened("color")
     with pytest.raises(ValueError, match=r"augment both is exact for rgb features alone"):
         Dataset([EMBEDDED], resolution=16, features="dinov2_vitl14_reg", augment="both")
+
+
+def test_features_of_another_layout_are_refused(tmp_path):
+    own = dict(resolution=8, features="rgb", image_size=24, augment="colour")
+    said = f"object {AA} has 6 channels of features; --augment changes rgb features, which have 50"
+    with pytest.raises(ValueError, match=said):
+        Dataset([make(tmp_path / "data", [AA])], **own)[0]

@@ -39,6 +39,24 @@ def state(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return checkpoint.load(checkpoint.newest(run / "checkpoints"))
 
 
+def same_run(ours: Path, theirs: Path) -> None:
+    """Assert that two runs have ended with the same bits; only times may differ."""
+    mine, his = state(ours), state(theirs)
+    assert mine[1] == his[1] and mine[0].keys() == his[0].keys()
+    for name, t in mine[0].items():
+        assert torch.equal(t, his[0][name]), name
+    times = {"seconds", "voxels_per_second"}
+    logs = [
+        [{k: row[k] for k in row.keys() - times} for row in rows(run)] for run in (ours, theirs)
+    ]
+    assert logs[0] == logs[1]
+    for name in ("encoder.safetensors", "decoder.safetensors"):
+        files = [run / "checkpoints" / name for run in (ours, theirs)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    scores = [json.loads((run / "evaluation.json").read_text())["psnr"] for run in (ours, theirs)]
+    assert scores[0] == scores[1]
+
+
 def refused(capsys, *flags) -> str:
     """The message of a run that ends with status 2 before it trains."""
     with pytest.raises(SystemExit) as stopped:

@@ -76,6 +76,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
         "curves.png.partial",
         "evaluation.json.partial",
         "config.partial",
+        ".launch.partial",
         "samples/step_00000009.png.partial",
         "checkpoints/step_00000009.safetensors.partial",
         "checkpoints/step_00000009.partial",

@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_log_names_it(tmp_path):
         report.Log(file) as log,
     ):
         log.stream.close()
-        log.stream = open("/dev/full", "a", buffering=1)
+        log.stream = open("/dev/full", "ab", buffering=0)
         log.write({"step": 1, "seconds": 1})
 
 

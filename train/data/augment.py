@@ -83,7 +83,15 @@ class Augmentation:
         )
 
     def item(self, item: Item, resolution: int) -> Item:
-        """Change an object of a `resolution`^3 grid; its voxels stay in lexicographic order."""
+        """Change an object of a `resolution`^3 grid; its voxels stay in lexicographic order.
+
+        Raises ValueError for features that are not those of train.prepare.voxelize.
+        """
+        if (found := item.features.shape[1]) != CHANNELS:
+            raise ValueError(
+                f"object {item.name} has {found} channels of features; --augment changes rgb "
+                f"features, which have {CHANNELS}"
+            )
         corner = resolution - 1
         coords = ((2 * item.coords - corner) @ self.rotation.int().T + corner) // 2
         order = torch.from_numpy(np.lexsort(coords.T.flip(0).numpy()))

@@ -1,18 +1,27 @@
-"""Folders of results: how they are made, and held, so that one process alone writes into each."""
+"""Folders of results: made, held so that one process alone writes into each, and found again.
+
+A run's is found by ranks that torchrun starts again, as after the death of one (--max-restarts):
+the command is the same each time. So a run records who launched it, and goes on where it finds its
+own launch.
+"""
 
 import errno
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from models.files import PARTIAL
+from models.files import PARTIAL, write_whole
+from train.config import Config, read_config
 from train.data.metadata import inside
+from train.run.machine import Machine
+from train.run.ranks import RESTARTS
 
 try:
     import fcntl
@@ -24,6 +33,8 @@ except ImportError:
     msvcrt = None
 
 LOCK = ".lock"
+LAUNCH = ".launch"  # who launched the ranks of a run
+RUNS = Path("runs")  # where a run without --out gets its folder
 # of a file system that knows no locks
 WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -154,13 +165,14 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(script: str, out: str | None) -> Iterator[Path]:
+def new_folder(script: str, out: str | None, launches: Sequence[str | None] = ()) -> Iterator[Path]:
     """Make the folder of a run and hold it: OUT, new or empty, or the next free runs/SCRIPT-NNN.
 
-    Of runs that start at once with one OUT, one gets it, and the others write nothing. Raises
-    ValueError for a folder that is in use, not empty or cannot be written.
+    It records who launched the ranks. Of runs that start at once with one OUT, one gets it, and the
+    others write nothing. Raises ValueError for a folder that is in use, not empty or cannot be
+    written.
     """
-    folder = Path("runs" if out is None else out)
+    folder = RUNS if out is None else Path(out)
     if out is not None:
         _check_empty(folder)
     with ExitStack() as stack:
@@ -172,13 +184,15 @@ def new_folder(script: str, out: str | None) -> Iterator[Path]:
         except OSError as error:
             raise ValueError(f"run folder {folder} cannot be written: {error}") from error
         _check_empty(folder)  # again: another run may have had it in between
+        if names := sorted({name for name in launches if name}):
+            write_whole(folder / LAUNCH, "\n".join(names) + "\n")
         yield folder
 
 
 def _check_empty(folder: Path) -> None:
     if not folder.is_dir():
         return
-    others = (file.name for file in folder.iterdir() if file.name != LOCK)
+    others = (file.name for file in folder.iterdir() if file.name not in (LOCK, LAUNCH))
     if not all(LEFTOVERS.fullmatch(name) for name in others):
         raise ValueError(
             f"--out {folder} is not empty: choose another folder, or continue that run with "
@@ -200,12 +214,12 @@ def _numbered(parent: Path, script: str) -> Path:
             continue
 
 
-# of what a run writes, by the path in its folder; the last line are names of earlier versions
+# of what a run writes, by the path in its folder; the last line has names of earlier versions
 LEFTOVERS = re.compile(
     r"(config\.json|memory\.json|log\.jsonl|curves\.png|evaluation\.json|samples/step_\d+\.png"
     r"|checkpoints/(step_\d+|encoder|decoder)\.(safetensors|json)"
     r"|latents/\w+/[^/]+\.safetensors\.\d+"
-    r"|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
+    r"|\.launch|config|log|evaluation|checkpoints/step_\d+|latents/\w+/[^/]+\.\d+)\.partial"
 )
 
 
@@ -217,3 +231,51 @@ def sweep(folder: Path) -> None:
     for file in folder.rglob(f"*{PARTIAL}"):
         if LEFTOVERS.fullmatch(file.relative_to(folder).as_posix()) and file.is_file():
             file.unlink(missing_ok=True)
+
+
+def launch() -> str | None:
+    """Name this start of torchrun on this host, the same for all ranks that it starts; else None.
+
+    An id that the user gave may be that of an earlier start too; torchrun's folder is new each
+    time.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    parts = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parts
+    # FOLDER/attempt_N/RANK/error.json
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {'/'.join(parts[:-3])}"
+
+
+def continued(
+    script: str,
+    presets: Mapping[str, Config],
+    config: Config,
+    here: Machine,
+    launches: Sequence[str | None],
+) -> Config:
+    """Change the config of ranks that torchrun starts again to that of the run which they began.
+
+    It is the given one where they had begun none.
+    """
+    again = max(here.gather(int(os.environ.get(RESTARTS, 0))))
+    if not again or config.resume:
+        return config
+    folder = here.broadcast(_begun(script, config.out, launches) if here.is_main else None)
+    if folder is None:
+        return config
+    if not (folder / "config.json").is_file():
+        return replace(config, out=str(folder))
+    if here.is_main:
+        print(f"torchrun starts the ranks again (restart {again}): {folder} goes on")
+    return replace(read_config(folder / "config.json", script, presets), resume=str(folder))
+
+
+def _begun(script: str, out: str | None, launches: Sequence[str | None]) -> Path | None:
+    """Find the folder of the run that these launches began; None where there is none."""
+    folders = [Path(out)] if out else sorted(RUNS.glob(f"{script}-*"), reverse=True)
+    for folder in folders:
+        if (folder / LAUNCH).is_file():
+            lines = (folder / LAUNCH).read_text(encoding="utf-8", errors="replace").splitlines()
+            if set(lines) & set(launches):
+                return folder
+    return None

@@ -6,7 +6,7 @@ import random
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.run.ranks import Ranks, joined
 from train.run.threads import Threads
 
 # glibc's settings M_TRIM_THRESHOLD and M_MMAP_MAX
@@ -37,11 +38,40 @@ class Machine:
     rank: int
     world: int
     threads: Threads | None = None  # that torch computes with on the CPU
+    ranks: Ranks | None = None  # the watch over the others, where there are some
 
     @property
     def is_main(self) -> bool:
         """True on the rank that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """The rank in words, for messages; empty where there is one alone."""
+        return f" (rank {self.rank} of {self.world})" if self.world > 1 else ""
+
+    def beat(self) -> None:
+        """Note that this rank goes on."""
+        if self.ranks:
+            self.ranks.beat()
+
+    def hint(self, text: str) -> None:
+        """Say how the run goes on, wherever it ends."""
+        if self.ranks:
+            self.ranks.hint = text
+
+    def leave(self) -> None:
+        """Need the other ranks no more."""
+        if self.ranks:
+            self.ranks.leave()
+
+    def speaks(self) -> bool:
+        """Return whether this rank says why the run ends: the first that fails does."""
+        return self.ranks is None or self.ranks.first()
+
+    def echoes(self, error: RuntimeError) -> bool:
+        """Return whether an error only says that another rank has failed."""
+        return self.ranks is not None and self.ranks.echoes(error)
 
     def mean(self, values: Tensor) -> Tensor:
         """Average over all ranks."""
@@ -144,15 +174,13 @@ def machine(device: str | None, deterministic: bool = False) -> Iterator[Machine
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()
-    if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
     try:
-        yield Machine(chosen, rank, world)
+        with joined(backend, rank, world) if world > 1 else nullcontext() as ranks:
+            yield Machine(chosen, rank, world, ranks=ranks)
     finally:
         if deterministic:  # not always: the call imports torch's compiler, which takes seconds
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        if world > 1:
-            dist.destroy_process_group()
 
 
 def seed_of(*numbers: int) -> int:

@@ -1,10 +1,12 @@
 """Reports of a run: header, progress notes, log.jsonl, sample pictures and curves."""
 
+import gc
 import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -18,12 +20,13 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from kernels import backend
-from models.files import whole, write_whole
-from models.reading import entry, parse_json, read_bytes, shown
+from models.files import whole
+from models.reading import check_file, entry, parse_json, shown
 from train.config import OPTIMIZERS, Config
 from train.run.machine import Machine
 
 POINTS = 2000  # of a curve; longer histories are thinned
+NUMBERS = {int, float}
 # of sample pictures, in pixels: font, distance of lines, room for the names of rows
 TEXT = 11
 LINE = 15
@@ -98,6 +101,9 @@ def _row(line: str, before: int, where: str) -> dict:
             raise ValueError(f"step {shown(step)} follows step {before}")
         if entry(row, "seconds", float, where) < 0:
             raise ValueError("it took less than no time")
+        # of a million rows, nearly all are such
+        if NUMBERS.issuperset(map(type, row.values())) and math.isfinite(sum(row.values())):
+            return row
         for name in row.keys() - {"step", "seconds"}:
             if row[name] is not None:
                 entry(row, name, float, where)
@@ -118,25 +124,35 @@ class Log:
         self.rows: list[dict] = []
         self.stride = 1
         self.seconds = 0.0
-        kept = []
-        if file.exists():
-            before = -1
-            lines = read_bytes(file).decode(errors="backslashreplace").splitlines(keepends=True)
+        self.step = -1  # of the last row
+        self._unwritten = b""
+        kept = self._read(step) if file.exists() else 0
+        self.stream = FileIO(file, "ab")
+        try:
+            self.stream.truncate(kept)
+        except OSError as error:
+            self.stream.close()
+            raise OSError(f"could not write {file}: {error}") from error
+
+    def _read(self, step: int) -> int:
+        """Read the rows up to a step; returns how many bytes they are."""
+        check_file(self.file)
+        kept = 0
+        with self.file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     break  # half a row, where the run was killed while writing it
-                row = _row(line, before, f"{file}, line {number}")
+                text = line.decode(errors="backslashreplace")
+                row = _row(text, self.step, f"{self.file}, line {number}")
                 if row["step"] > step:
                     break  # after the checkpoint
-                kept.append(line)
+                kept += len(line)
                 self._remember(row)
                 self.seconds = row["seconds"]
-                before = row["step"]
-        write_whole(file, "".join(kept))
-        # a whole line at a time, with the same ends on every system
-        self.stream = file.open("a", buffering=1, encoding="utf-8", newline="\n")
+        return kept
 
     def _remember(self, row: dict) -> None:
+        self.step = row["step"]
         if row["step"] % self.stride == 0 or not self.rows:
             self.rows.append(row)
         if len(self.rows) >= 2 * POINTS:
@@ -144,13 +160,19 @@ class Log:
             self.rows = [row for row in self.rows if row["step"] % self.stride == 0]
 
     def write(self, row: dict) -> None:
-        """Append a row; what is not a finite number is written as null."""
-        clean = jsonable(row)
+        """Append a row; what is not a finite number is written as null.
+
+        Where that fails, the same call goes on where it stopped, in the middle of the row too.
+        """
+        if row["step"] > self.step:
+            clean = jsonable(row)
+            self._unwritten += f"{json.dumps(clean)}\n".encode()
+            self._remember(clean)
         try:
-            self.stream.write(json.dumps(clean) + "\n")
+            while self._unwritten:
+                self._unwritten = self._unwritten[self.stream.write(self._unwritten) :]
         except OSError as error:
             raise OSError(f"could not write {self.file}: {error}") from error
-        self._remember(clean)
 
     def __enter__(self) -> "Log":
         return self
@@ -243,3 +265,6 @@ def curves(rows: Sequence[Mapping], weights: Mapping[str, float], file: Path) ->
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     with whole(file, sync=False) as partial:
         figure.savefig(partial, format="png", dpi=110)
+    figure.clear()
+    del figure, left, right, axes
+    gc.collect()  # parts of a figure hold each other: Python would free their pixels much later

@@ -1,11 +1,17 @@
-"""Save a run that an error ends, and name the command that resumes it."""
+"""Lose nothing to an error: wait while a disk is full, save a run that ends, say how it resumes."""
 
+import errno
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from models.finite import NotFinite
 from train.run import checkpoint
+
+PATIENCE = 600.0  # seconds until a run ends; half of what the other ranks wait for
+PAUSE = 5.0  # seconds between two attempts
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class SaveOnError:
@@ -33,6 +39,42 @@ class SaveOnError:
         except (OSError, ValueError, RuntimeError) as error:
             message = f"an error ends the run, and it cannot be saved: {error}"
         print(f"\n{message}", file=sys.stderr)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what it was raised from, is that of a full disk or quota."""
+    while error is not None:
+        # safetensors gives the number in words alone
+        words = any(f"os error {number})" in str(error) for number in FULL)
+        if words or isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__
+    return False
+
+
+def retried(write: Callable[[], object], stopped: Callable[[], bool] = lambda: False) -> None:
+    """Call `write`, again and again while the disk is full, for at most PATIENCE seconds.
+
+    What it did before it failed must not matter. Raises its OSError at the end, and at once where
+    `stopped()` or where the disk is not full.
+    """
+    begin = time.monotonic()
+    told = False
+    while True:
+        try:
+            write()
+        except OSError as error:
+            if not is_full(error) or stopped() or time.monotonic() - begin >= PATIENCE:
+                raise
+            if not told:
+                wait = f"waiting for room, for {PATIENCE / 60:.0f} minutes at most"
+                print(f"\n{error}: {wait}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(PAUSE)
+            continue
+        if told:
+            print("there is room again: the run goes on", file=sys.stderr, flush=True)
+        return
 
 
 def resume_command(script: str, folder: Path) -> str:
