@@ -31,6 +31,23 @@ def with_checksums(
     return header | {CHECKSUMS: json.dumps(sums)}
 
 
+def sort_header(file: Path) -> None:
+    """Put the texts of a safetensors file in the order of their names, in place.
+
+    The library writes them in an order that is another each time: equal content would differ in
+    its bytes.
+    """
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{file}: its header takes {len(text)} bytes, not {size}")
+        stream.seek(8)
+        stream.write(text.ljust(size))
+
+
 def read_checked(
     file: Path, absent: str = "is missing"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -111,9 +111,14 @@ def test_curves_of_any_history(tmp_path, values):
 def test_curves_have_whole_steps_and_a_legend_that_covers_none(tmp_path, monkeypatch, steps):
     figures = []
     plain = report.Figure
-    monkeypatch.setattr(
-        report, "Figure", lambda **size: figures.append(plain(**size)) or figures[-1]
-    )
+
+    def kept(**size):
+        figure = plain(**size)
+        figure.clear = lambda: None  # it is looked at afterwards
+        figures.append(figure)
+        return figure
+
+    monkeypatch.setattr(report, "Figure", kept)
     terms = dict.fromkeys([f"term{i}" for i in range(11)], 1.0)
     rows = [
         {"step": i + 1, "loss": 1.0, "psnr": 20.0} | {name: 0.1 / (i + 1) for name in terms}

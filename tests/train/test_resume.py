@@ -12,7 +12,7 @@ from tests.attack.checkpoints import earlier
 from tests.helpers.runs import fresh, refused, rows, state, train
 from train import loop
 from train.losses import objective
-from train.run import checkpoint
+from train.run import checkpoint, resume
 
 
 def interrupted(out: Path, at: int, number: int, monkeypatch, *flags: str) -> int:
@@ -120,6 +120,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(tmp_path, c
         whole(tensors, file, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(resume, "PATIENCE", 0.0)
     with pytest.raises(SystemExit) as stopped:
         fresh(tmp_path, "--steps", "3", "--save-every", "1")
     message = capsys.readouterr().err

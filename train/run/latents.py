@@ -15,7 +15,7 @@ from torch import Tensor
 import models
 from kernels import to_device
 from models import Encoder, SparseTensor
-from models.checksum import read_checked, with_checksums
+from models.checksum import read_checked, sort_header, with_checksums
 from models.files import whole
 from models.finite import check_finite
 from models.reading import check_floats, entry, read_json, shown
@@ -87,6 +87,7 @@ class Latents:
         own = str(os.getpid())  # ranks may meet the same object at once
         with whole(file, sync=False, tag=own) as partial:
             save_file(kept, partial, with_checksums(kept, self._texts(file.stem)))
+            sort_header(partial)
         return mean
 
     def _texts(self, name: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ import gc
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
@@ -93,6 +93,14 @@ def note(row: Mapping[str, float]) -> str:
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 
 
+def _plain(values: Iterable) -> bool:
+    """Tell whether all are finite numbers."""
+    try:
+        return NUMBERS.issuperset(map(type, values)) and math.isfinite(sum(values))
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
 def _row(line: str, before: int, where: str) -> dict:
     """A row of log.jsonl; ValueError where it is none, or of no later step than `before`."""
     try:
@@ -101,8 +109,7 @@ def _row(line: str, before: int, where: str) -> dict:
             raise ValueError(f"step {shown(step)} follows step {before}")
         if entry(row, "seconds", float, where) < 0:
             raise ValueError("it took less than no time")
-        # of a million rows, nearly all are such
-        if NUMBERS.issuperset(map(type, row.values())) and math.isfinite(sum(row.values())):
+        if _plain(row.values()):  # of a million rows, nearly all are such
             return row
         for name in row.keys() - {"step", "seconds"}:
             if row[name] is not None:
