@@ -9,10 +9,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers.forks import Fork, torchrun
 from tests.helpers.runs import TINY, own_data, same_run
+from train.data.metadata import ply_mesh
 from train.decoders import DECODERS
 
 SECONDS = 240.0  # that a run may take, on a machine that has much else to do
@@ -23,7 +25,13 @@ COMMON = TINY[: TINY.index("--model.channels")]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Flags for a small dataset."""
-    return [*own_data(tmp_path_factory.mktemp("data")), "--image-size", 24]
+    folder = tmp_path_factory.mktemp("data")
+    flags = [*own_data(folder), "--image-size", 24]
+    corners = np.array([[0, 0, 0.4], [0.4, 0, -0.3], [-0.3, 0.3, -0.3], [-0.3, -0.3, -0.3]])
+    faces = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]], np.int32)
+    for views in folder.rglob("transforms.json"):  # of meshes the decoder needs the true ones
+        (views.parent / "mesh.ply").write_bytes(ply_mesh(corners.astype(np.float32), faces))
+    return flags
 
 
 def flags_of(decoder: str, data: list, steps: int, workers: int) -> list:
