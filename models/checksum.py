@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.reading import parse_json, read_safetensors, shown
@@ -31,7 +32,18 @@ def with_checksums(
     return header | {CHECKSUMS: json.dumps(sums)}
 
 
-def sort_header(file: Path) -> None:
+def save_checked(
+    tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and texts with their checksums; equal content gives equal bytes.
+
+    Tensors must be contiguous. Raises OSError or safetensors' own error where it cannot be written.
+    """
+    save_file(dict(tensors), file, with_checksums(tensors, texts))
+    _sort_header(file)
+
+
+def _sort_header(file: Path) -> None:
     """Put the texts of a safetensors file in the order of their names, in place.
 
     The library writes them in an order that is another each time: equal content would differ in

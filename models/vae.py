@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels import layer_norm
 from kernels.checks import check_whole
-from models.checksum import read_checked, sort_header, with_checksums
+from models.checksum import read_checked, save_checked
 from models.files import whole, write_whole
 from models.finite import check_finite
 from models.layers import Trunk
@@ -268,8 +267,7 @@ def save_pretrained(model: nn.Module, prefix: str | Path) -> None:
     check_finite(read, f"{prefix}.safetensors is not saved")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with whole(prefix.with_name(f"{prefix.name}.safetensors")) as partial:
-        save_file(weights, partial, with_checksums(weights))
-        sort_header(partial)
+        save_checked(weights, partial)
     content = json.dumps({"name": model.NAME, "args": model.args}, indent=2)
     write_whole(prefix.with_name(f"{prefix.name}.json"), content)
 

@@ -21,6 +21,7 @@ from kernels import Camera
 from models import VAE
 from train.config import PRECISIONS, Config
 from train.data.batch import Item
+from train.data.readers import CHANNELS
 from train.decoders import DECODERS, Recipe
 from train.losses import Loss
 from train.optimizer import GradClipper, LossScale, Optimizer
@@ -28,7 +29,6 @@ from train.run.machine import named_device
 from train.run.memory import GB, Activations, Plan, choose, kept
 
 RADIUS = 0.06  # of the sphere that is measured: 200 voxels at 64^3
-CHANNELS = {"rgb": 50, "dinov2_vitl14_reg": 1024}  # of features
 PRESETS = ("small", "base")
 
 

@@ -9,9 +9,10 @@ import torch
 from kernels import Camera, splat
 from kernels.views import SH0
 from tests.helpers.datasets import AA, make
-from train.data.augment import CHANNELS, KINDS, LEAST_RANGE, Augmentation, rotations
+from train.data.augment import KINDS, LEAST_RANGE, Augmentation, rotations
 from train.data.batch import Item
 from train.data.dataset import EMBEDDED, Dataset
+from train.data.readers import CHANNELS
 from train.losses.pictures import composite
 from train.prepare.voxelize import Features, voxelize
 
@@ -76,7 +77,7 @@ def test_features_of_a_turned_object_are_those_that_preparing_it_makes(turn):
         vertices @ matrix.T, faces, points @ its.T, weights, mapped, normals @ its.T
     )
     assert torch.equal(ours.coords, expected[0])
-    assert features.shape[1] == CHANNELS
+    assert features.shape[1] == CHANNELS["rgb"]
     torch.testing.assert_close(ours.features, expected[1], rtol=0, atol=3e-3)  # halves: 2^-10
     torch.testing.assert_close(ours.mesh[0], (vertices @ matrix.T).float())
 

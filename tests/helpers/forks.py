@@ -90,7 +90,7 @@ def _serve(
         loop.main(script, recipe.presets, recipe.build, [*map(str, flags)], recipe.loss)
     except SystemExit as stopped:
         status = stopped.code
-    except BaseException:
+    except BaseException:  # as the interpreter does with what nobody catches, Ctrl-C too
         sys.excepthook(*sys.exc_info())
         status = 1
     # as a program ends, but for taking its modules apart, which takes seconds

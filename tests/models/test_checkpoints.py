@@ -49,11 +49,11 @@ def test_a_full_disk_leaves_the_saved_model(tmp_path, monkeypatch):
     models.save_pretrained(model, tmp_path / "m")
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
-    def full(tensors, file, metadata):
+    def full(tensors, file):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(models.vae, "save_file", full)
+    monkeypatch.setattr(models.vae, "save_checked", full)
     with pytest.raises(OSError, match=r"could not write .*m.safetensors: No space left"):
         models.save_pretrained(randomize(model), tmp_path / "m")
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before

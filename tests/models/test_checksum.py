@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.checksum import CHECKSUMS, LIST, read_checked, with_checksums
+from models.checksum import CHECKSUMS, LIST, read_checked, save_checked, with_checksums
 
 TENSORS = {
     "weight": torch.arange(6.0).view(2, 3),
@@ -30,7 +30,7 @@ def refusal(file, tensors: dict, header: dict) -> str:
 
 def test_what_was_saved_is_read(tmp_path):
     file = tmp_path / "a.safetensors"
-    save_file(TENSORS, file, with_checksums(TENSORS, TEXTS))
+    save_checked(TENSORS, file, TEXTS)
     tensors, header = read_checked(file)
     assert all(torch.equal(tensors[name], t) for name, t in TENSORS.items())
     assert header.keys() == {"state", "note", LIST, CHECKSUMS} and header["note"] == "é"
@@ -38,6 +38,16 @@ def test_what_was_saved_is_read(tmp_path):
     assert with_checksums(transposed) == with_checksums({"weight": transposed["weight"].clone()})
     save_file(TENSORS, file, {"format": "pt"})  # of others, who write none
     assert read_checked(file)[1] == {"format": "pt"} and load_file(file).keys() == TENSORS.keys()
+
+
+def test_equal_content_gives_equal_bytes(tmp_path):
+    """Of eight writers, each with its own random order of texts."""
+    texts = {f"text {i}": "é" * i for i in range(6)}
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for file in files:
+        save_checked(TENSORS, file, texts)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert read_checked(files[0])[1].keys() == {*texts, LIST, CHECKSUMS}
 
 
 def test_what_is_not_as_it_was_saved_is_named(tmp_path):

@@ -218,7 +218,9 @@ def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, capsys, monkeypatc
 
 def test_what_cannot_be_saved_does_not_hide_the_error(tmp_path, capsys, monkeypatch):
     failing(monkeypatch, 2, OSError("unplugged"), "forward")
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        checkpoint, "save_checked", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(SystemExit, match="1"):
         fresh(tmp_path, "--steps", "4", "--save-every", "100")
     message = capsys.readouterr().err

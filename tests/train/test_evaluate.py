@@ -21,13 +21,13 @@ from tests.helpers.prepare import command as prepare
 from tests.helpers.runs import fresh
 from train.data.dataset import Dataset
 from train.data.metadata import ply_mesh
+from train.data.readers import CHANNELS
 from train.decoders import DECODERS
 from train.evaluate.command import main
 from train.evaluate.measure import AGAIN, OURS, RESAMPLED, SILHOUETTE, UNTRAINED
 from train.evaluate.protocols import PROTOCOLS
 from train.flags import from_cli
 from train.lpips import weight_shapes
-from train.prepare.voxelize import CHANNELS
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"plank": (1.0, 0.3, 0.1), "cube": (1.0, 1.0, 1.0), "slab": (0.2, 1.0, 1.0)}
@@ -70,7 +70,7 @@ def prefix(tmp_path_factory):
         recipe = DECODERS[kind]
         flags = f"--device cpu --resolution 4 --model.window 4 {recipe.smallest}".split()
         torch.manual_seed(3)
-        vae = recipe.build(from_cli(kind, recipe.presets, flags), CHANNELS)
+        vae = recipe.build(from_cli(kind, recipe.presets, flags), CHANNELS["rgb"])
         for part, model in vae.named_children():
             models.save_pretrained(model, folder / kind / part)
         return [folder / kind / "decoder", "--encoder", folder / kind / "encoder"]

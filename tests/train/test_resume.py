@@ -112,14 +112,14 @@ def test_more_steps_can_be_asked_of_a_finished_run(tmp_path):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_previous_checkpoint(tmp_path, capsys, monkeypatch):
-    whole = checkpoint.save_file
+    whole = checkpoint.save_checked
 
     def full(tensors, file, metadata):
         if "step_00000002" in str(file):
             raise OSError(28, "No space left on device")
         whole(tensors, file, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_checked", full)
     monkeypatch.setattr(resume, "PATIENCE", 0.0)
     with pytest.raises(SystemExit) as stopped:
         fresh(tmp_path, "--steps", "3", "--save-every", "1")

@@ -269,7 +269,7 @@ def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, mon
     (tmp_path / f"{name}.safetensors").unlink()
     monkeypatch.setattr(
         latents,
-        "save_file",
+        "save_checked",
         lambda tensors, file, header: (_ for _ in ()).throw(SafetensorError("No space left")),
     )
     with pytest.raises(OSError, match=f"could not write .*{name}.safetensors: No space left"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import Camera
 from train.data.batch import Item
+from train.data.readers import CHANNELS
 
 KINDS = {
     "none": "objects as they are",
@@ -25,7 +26,6 @@ KINDS = {
     "rotate": "one of 24 rotations",
     "both": "a rotation, and other colours of every second object",
 }
-CHANNELS = 50  # of `rgb` features
 LEAST_RANGE = 0.4  # between what black and what white become, in each channel
 # the halves of a voxel, in the order of the features' sub-cells: 4 x + 2 y + z
 HALVES = torch.tensor(list(product((-1, 1), repeat=3)))
@@ -87,10 +87,10 @@ class Augmentation:
 
         Raises ValueError for features that are not those of train.prepare.voxelize.
         """
-        if (found := item.features.shape[1]) != CHANNELS:
+        if (found := item.features.shape[1]) != CHANNELS["rgb"]:
             raise ValueError(
                 f"object {item.name} has {found} channels of features; --augment changes rgb "
-                f"features, which have {CHANNELS}"
+                f"features, which have {CHANNELS['rgb']}"
             )
         corner = resolution - 1
         coords = ((2 * item.coords - corner) @ self.rotation.int().T + corner) // 2

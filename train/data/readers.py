@@ -33,6 +33,8 @@ from train.meshes.files import below
 from train.meshes.ply import read_ply
 from train.meshes.untrusted import VIEWS, load_picture, open_picture
 
+# channels of the features that are known by name; those of `rgb` are in train.prepare.voxelize
+CHANNELS = {"rgb": 50, "dinov2_vitl14_reg": 1024}
 HUGE = 1e15  # of a number in a camera's matrix: beyond, single precision has no inverse
 VOXEL = 100  # bytes that a voxel takes while it is put in order
 COPIES = 3  # of features that there are at once, here and where a batch is made of them

@@ -26,7 +26,6 @@ import numpy as np
 
 from train.meshes.surface import earlier_copies
 
-CHANNELS = 50
 SEEN = 1 / 255  # summed over a view: a trace that no 8-bit image shows is not seen
 PAIRS = 1 << 16  # triangle-cell pairs tested at once: a few tens of MB, fastest of 2^12 to 2^18
 CORNERS = np.stack(np.meshgrid(*[[0, 1]] * 3, indexing="ij"), -1).reshape(8, 3)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checksum import has_checksums, read_checked, sort_header, with_checksums
+from models.checksum import has_checksums, read_checked, save_checked
 from models.files import whole
 from models.finite import NotFinite, check_finite
 from models.reading import check_floats, entry, parse_json, shown
@@ -52,8 +51,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         with whole(file) as partial:
             contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-            save_file(contiguous, partial, with_checksums(contiguous, metadata))
-            sort_header(partial)
+            save_checked(contiguous, partial, metadata)
     except OSError as error:
         survivor = max(files(folder), default="none")
         raise OSError(f"{error}; the newest complete checkpoint is {survivor}") from error

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 import models
 from kernels import to_device
 from models import Encoder, SparseTensor
-from models.checksum import read_checked, sort_header, with_checksums
+from models.checksum import read_checked, save_checked
 from models.files import whole
 from models.finite import check_finite
 from models.reading import check_floats, entry, read_json, shown
@@ -86,8 +85,7 @@ class Latents:
         kept = {"mean": mean.cpu().contiguous(), "coords": coords[:, 1:].cpu().contiguous()}
         own = str(os.getpid())  # ranks may meet the same object at once
         with whole(file, sync=False, tag=own) as partial:
-            save_file(kept, partial, with_checksums(kept, self._texts(file.stem)))
-            sort_header(partial)
+            save_checked(kept, partial, self._texts(file.stem))
         return mean
 
     def _texts(self, name: str) -> dict[str, str]:

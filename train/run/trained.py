@@ -22,11 +22,11 @@ from models.finite import check_finite
 from models.reading import KINDS, entry, read_json, shown
 from models.vae import Decoder
 from train.config import LIMITS, Config
-from train.prepare.voxelize import CHANNELS
+from train.data.readers import CHANNELS
 from train.run.start import SUFFIXES
 
 # the features that so many channels are, where nothing else names them
-FEATURES = {CHANNELS: "rgb", 1024: "dinov2_vitl14_reg"}
+FEATURES = {channels: name for name, channels in CHANNELS.items()}
 # what is wrong with a path where a checkpoint is wanted
 NO_CHECKPOINT = (
     "is no checkpoint: the folder of a run, or PREFIX of a decoder's PREFIX.json and "
