@@ -242,6 +242,18 @@ def test_a_frozen_encoder_gives_cached_latents_and_no_kl(finished, tmp_path, cap
     train("--resume", out, "--steps", "2")
 
 
+def test_latents_of_changed_objects_are_made_anew(finished, tmp_path):
+    """Kept ones would be of other colours, or of other voxels than the object that is scored."""
+    objects = Objects(from_cli("gaussian", PRESETS, TINY), Machine(torch.device("cpu"), 0, 1))
+    batch = next(objects.steps())[0]
+    cache = Latents(load_encoder(finished, 50, 16)[0], tmp_path / "latents")
+    x = models.SparseTensor(batch.features, batch.coords, batch.batch_size)
+    assert torch.allclose(cache(batch, changed=True).feats, cache.encoder(x).mean, atol=1e-6)
+    assert list((tmp_path / "latents").iterdir()) == []
+    flags = "--steps 3 --augment both --eval-objects 20".split()
+    fresh(tmp_path / "run", *flags, "--encoder", finished)
+
+
 def test_the_posterior_mean_of_the_cache_is_the_encoders(finished, tmp_path, monkeypatch):
     objects = Objects(from_cli("gaussian", PRESETS, TINY), Machine(torch.device("cpu"), 0, 1))
     batch = next(objects.steps())[0]
