@@ -107,7 +107,7 @@ def test_a_crash_that_leaves_zeros_in_the_log_costs_no_run(tmp_path):
 def filling(monkeypatch):
     """A disk that is full for a while: what is saved, and rows of the log, fail so often."""
     left = {"save": 0, "row": 0}
-    save = checkpoint.save_file
+    save = checkpoint.save_checked
 
     def saves(*args):
         if left["save"]:
@@ -124,7 +124,7 @@ def filling(monkeypatch):
                 data = data[: len(data) // 2]  # as much as there was room for
             return super().write(data)
 
-    monkeypatch.setattr(checkpoint, "save_file", saves)
+    monkeypatch.setattr(checkpoint, "save_checked", saves)
     monkeypatch.setattr(report, "FileIO", Full)
     monkeypatch.setattr(resume, "PAUSE", 0.01)
     return left
