@@ -190,6 +190,11 @@ class Config:
     )
     freeze: str | None = flag(None, "part of --init that is not trained: encoder or decoder")
     lpips: str | None = flag(None, "file with the LPIPS (VGG16) weights")
+    direct: int = flag(
+        0,
+        "first steps that render nothing, and learn from the features' sub-cells or the true mesh "
+        "(rgb features alone)",
+    )
     model: Sizes = Sizes()
     weights: Weights = Weights()
 
@@ -207,7 +212,7 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "workers", "threads", "warmup"):
+        for name in ("seed", "workers", "threads", "warmup", "direct"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.image_size < 16:
@@ -239,6 +244,11 @@ class Config:
                 f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}"
             )
         self._check_start()
+        if self.direct and self.features != "rgb":
+            raise ValueError(
+                f"direct {self.direct} needs rgb features, which hold the colours of half voxels, "
+                f"not {self.features}"
+            )
         if self.resume and self.out:
             raise ValueError(
                 f"resume {self.resume} continues in its own folder, not in {self.out!r}"

@@ -161,6 +161,7 @@ class Run:
 
     def _inputs(self, step: int, micro: int, batch: Batch) -> Iterator[tuple]:
         """The objective's arguments for each part of a micro-batch of a step."""
+        self.local.direct = step < self.config.direct
         batch = batch.to(self.here.device, non_blocking=True)
         x = self._voxels(batch, self.config.augment != "none")
         return arguments(self.config, self.here, step, micro, x, batch, self.parts)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers.forks import torchrun
 from tests.helpers.runs import TINY, own_data, rows, same_run, state
@@ -163,6 +164,17 @@ def test_ranks_that_start_again_go_on_in_the_folder_of_their_launch_alone(tmp_pa
     assert found("a") is given
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert launched("a") == [None]
+
+
+def test_one_rank_alone_says_why(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it would hear no SIGTERM any more
+    store = dist.HashStore()
+    both = [ranks.Ranks(store, rank, 2) for rank in (0, 1)]
+    try:
+        assert [one.first() for one in both] == [True, False]
+    finally:
+        for one in both:
+            one.leave()
 
 
 def test_a_rank_that_waits_in_vain_says_for_what(monkeypatch):

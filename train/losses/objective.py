@@ -4,8 +4,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+import models
 from models import VAE, SparseTensor
 from train.data.batch import Batch
+from train.losses.direct import WEIGHTS as DIRECT
+from train.losses.direct import direct_terms
 from train.losses.pictures import Loss, kl
 
 # what each value is a mean over, by which a part of a micro-batch counts (train.parts)
@@ -23,6 +26,11 @@ MEANS = {
     "normal_lpips": "views",
     "tsdf": "views",
     "regularization": "objects",
+    "occupancy": "voxels",
+    "sub_color": "voxels",
+    "distance": "objects",
+    "surface": "objects",
+    "surface_normal": "objects",
     "psnr": "views",
 }
 
@@ -38,13 +46,17 @@ def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tenso
 
 
 class Objective(nn.Module):
-    """The forward pass that DDP sees: a batch -> its loss, its terms and its PSNR."""
+    """The forward pass that DDP sees: a batch -> its loss, its terms and its PSNR.
+
+    While `direct` is set nothing is rendered, and there is no PSNR: train.losses.direct.
+    """
 
     def __init__(self, vae: VAE, loss: Loss, weights: Mapping[str, float]):
         super().__init__()
         self.vae = vae
         self.loss = loss
         self.weights = weights
+        self.direct = False
 
     def forward(
         self,
@@ -62,11 +74,21 @@ class Objective(nn.Module):
         "objects": loss, terms and PSNR of the parts then add up to those of the whole.
         """
         posterior, scenes = self.vae(x, noise)
-        terms, psnr = self.loss(scenes, batch, background, offset)
+        weights = self.weights
+        if self.direct:
+            rest = models.penalties(scenes)
+            terms = direct_terms(scenes, batch, self.vae.decoder.resolution) | rest
+            weights = DIRECT | weights
+            values = {}
+        else:
+            terms, psnr = self.loss(scenes, batch, background, offset)
+            values = {"psnr": psnr}
         if posterior is not None and "kl" in self.weights:  # not of a frozen encoder
             terms["kl"] = kl(posterior.mean, posterior.logvar)
         if share is not None:
             terms = {name: term * share[MEANS[name]] for name, term in terms.items()}
-            psnr = psnr * share[MEANS["psnr"]]
-        loss = weighted(terms, self.weights)
-        return loss, {"loss": loss, **terms, "psnr": psnr}
+            values = {name: value * share[MEANS[name]] for name, value in values.items()}
+        if self.direct:
+            weights = {name: weights[name] for name in terms}
+        loss = weighted(terms, weights)
+        return loss, {"loss": loss, **terms, **values}

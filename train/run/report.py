@@ -88,7 +88,9 @@ def jsonable(row: Mapping) -> dict:
 
 def note(row: Mapping[str, float]) -> str:
     """Note for the progress line: loss, PSNR, voxels per second, skipped steps."""
-    parts = [f"loss {row['loss']:.4f}", f"psnr {row['psnr']:.2f}"]
+    parts = [f"loss {row['loss']:.4f}"]
+    if "psnr" in row:  # not of steps that render nothing
+        parts.append(f"psnr {row['psnr']:.2f}")
     parts.append(f"{row['voxels_per_second']:,.0f} voxels/s")
     return "  ".join(parts + ([f"{row['skipped']} skipped"] if row["skipped"] else []))
 

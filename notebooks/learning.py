@@ -1,0 +1,178 @@
+"""Learn small VAEs with one setting changed at a time, and keep their curves and scores.
+
+    python -m train.prepare train/assets/learning_models.txt --root SWEETHOME --out DATA \\
+        --resolution 32 --views 24 --size 128 --supersample 4
+    python notebooks/learning.py DATA --runs RUNS           # all that is not in learning.json yet
+    python notebooks/learning.py DATA --runs RUNS --only kl # of one question
+
+SWEETHOME is the folder `raw` that `python -m train.prepare --fetch sweethome --out DIR` makes. Each
+question is asked with two seeds, of the objects' order, noise and untrained weights alike:
+
+    kl         Gaussians, with four weights of the KL divergence
+    encoder    radiance fields and meshes: an encoder of their own, one that was trained for
+               Gaussians and goes on learning, or the same, frozen
+
+Rows go to notebooks/results/learning.json, one after each run, so that a run which was stopped is
+the only one that is lost: the same command goes on with it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # it runs where nothing was installed
+
+import torch  # noqa: E402
+
+import models  # noqa: E402
+from kernels.bench.environment import environment  # noqa: E402
+from models.files import write_whole  # noqa: E402
+from train.data import Dataset  # noqa: E402
+from train.run.trained import open_trained  # noqa: E402
+
+RESULTS = ROOT / "notebooks" / "results" / "learning.json"
+SEEDS = (0, 1)
+POINTS = 60  # of a curve that are kept
+START_UP = "--model.input-gain 3 --model.branch-gain 0"  # learns fastest: results/README.md
+# sizes in world units follow the voxel's: half of the demo's at 16^3
+COMMON = {
+    "gaussian": "--model.scaling-bias 0.008 --weights.volume 1250 --steps 300 --micro-batch 2",
+    "radiance": "--steps 200",
+    "mesh": "--views 2 --warmup 5 --steps 40",
+}
+START = "kl-1e-06"  # whose encoder the others start from: the published weight
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run: its name without the seed, its script, its own flags, and how it uses an encoder."""
+
+    name: str
+    script: str
+    flags: str = ""
+    encoder: str | None = None  # flag that the shared encoder is given to: --encoder or --init
+
+
+def experiments() -> list[Experiment]:
+    """List the runs of all questions, those that others need first."""
+    weights = (1e-6, 1e-5, 1e-4, 1e-3)
+    found = [
+        Experiment(f"kl-{weight:.0e}", "gaussian", f"--weights.kl {weight}") for weight in weights
+    ]
+    for script in ("radiance", "mesh"):
+        found += [
+            Experiment(f"encoder-{script}-own", script),
+            Experiment(f"encoder-{script}-warm", script, encoder="--init"),
+            Experiment(f"encoder-{script}-frozen", script, encoder="--encoder"),
+        ]
+    return found
+
+
+def flags(experiment: Experiment, seed: int, data: Path, runs: Path) -> list[str]:
+    """Make the command line of a run."""
+    words = [*START_UP.split(), *COMMON[experiment.script].split(), *experiment.flags.split()]
+    words += ["--eval-objects", "24"]
+    words += ["--data", str(data), "--resolution", "32", "--seed", str(seed)]
+    if experiment.encoder:
+        prefix = runs / f"{START}-s{seed}" / "checkpoints" / "encoder"
+        words += [experiment.encoder, str(prefix)]
+    return words
+
+
+def learn(experiment: Experiment, seed: int, data: Path, runs: Path, more: list[str]) -> dict:
+    """Run an experiment to its end, and return its row. CalledProcessError where it fails."""
+    folder = runs / f"{experiment.name}-s{seed}"
+    command = [sys.executable, "-m", f"train.{experiment.script}"]
+    began = time.perf_counter()
+    if (folder / "config.json").is_file():
+        subprocess.run([*command, "--resume", str(folder)], check=True)
+    else:
+        own = [*flags(experiment, seed, data, runs), *more, "--out", str(folder)]
+        subprocess.run([*command, *own], check=True)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "evaluation.json").read_text())
+    row = {
+        "script": experiment.script,
+        "flags": " ".join([START_UP, COMMON[experiment.script], experiment.flags, *more]).strip(),
+        "encoder": experiment.encoder,
+        "seed": seed,
+        "steps": log[-1]["step"],
+        "seconds": log[-1]["seconds"],
+        "wall": round(time.perf_counter() - began, 1),
+        "scores": scores["psnr"],
+        "curve": curve(log),
+        "latents": latents(folder, data),
+    }
+    return row | {"surface": scores["surface"]} if "surface" in scores else row
+
+
+def curve(log: list[dict]) -> list[dict]:
+    """Thin a log: means of the loss, the PSNR and the KL divergence over stretches of steps."""
+    width = max(len(log) // POINTS, 1)
+    rows = []
+    for first in range(0, len(log) - width + 1, width):
+        part = log[first : first + width]
+        row = {"step": part[-1]["step"], "seconds": part[-1]["seconds"]}
+        for name in ("loss", "psnr", "kl"):
+            values = [one[name] for one in part if one.get(name) is not None]
+            if values:
+                row[name] = round(sum(values) / len(values), 4)
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def latents(run: Path, data: Path) -> dict:
+    """Measure the posterior of every training object: moments of its means, its deviations."""
+    trained = open_trained(run, torch.device("cpu"))
+    dataset = Dataset([data], resolution=trained.resolution, features=trained.features)
+    means = []
+    logvars = []
+    for index in range(len(dataset)):
+        item = dataset.item(index, [0])
+        coords = torch.nn.functional.pad(item.coords, (1, 0))
+        voxels = models.SparseTensor(item.features, coords, 1)
+        posterior = trained.encoder(voxels)
+        means.append(posterior.mean)
+        logvars.append(posterior.logvar)
+    mean = torch.cat(means)
+    logvar = torch.cat(logvars)
+    kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1)
+    return {
+        "mean": [round(x, 4) for x in mean.mean(0).tolist()],
+        "std": [round(x, 4) for x in mean.std(0).tolist()],
+        "sigma": [round(x, 4) for x in (0.5 * logvar).exp().mean(0).tolist()],
+        "kl": [round(x, 4) for x in kl.mean(0).tolist()],
+    }
+
+
+def main() -> None:
+    """Run what is missing, and write the results after each run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--only", default="", help="of experiments whose name begins so")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("more", nargs="*", help="flags of every run, after --")
+    args = parser.parse_args()
+    kept = json.loads(args.results.read_text()) if args.results.is_file() else {"runs": {}}
+    for experiment in experiments():
+        for seed in SEEDS:
+            name = f"{experiment.name}-s{seed}"
+            if name in kept["runs"] or not experiment.name.startswith(args.only):
+                continue
+            print(f"== {name}", flush=True)
+            row = learn(experiment, seed, args.data, args.runs, args.more)
+            kept["runs"][name] = row | {"environment": environment(torch.device("cpu"))}
+            write_whole(args.results, json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
