@@ -11,6 +11,8 @@ question is asked with two seeds, of the objects' order, noise and untrained wei
     kl         Gaussians, with four weights of the KL divergence
     encoder    radiance fields and meshes: an encoder of their own, one that was trained for
                Gaussians and goes on learning, or the same, frozen
+    direct     Gaussians, and meshes on the frozen encoder, whose first fifth of all steps renders
+               nothing (--direct); beside kl-1e-06 and encoder-mesh-frozen
 
 Rows go to notebooks/results/learning.json, one after each run, so that a run which was stopped is
 the only one that is lost: the same command goes on with it.
@@ -41,9 +43,9 @@ POINTS = 60  # of a curve that are kept
 START_UP = "--model.input-gain 3 --model.branch-gain 0"  # learns fastest: results/README.md
 # sizes in world units follow the voxel's: half of the demo's at 16^3
 COMMON = {
-    "gaussian": "--model.scaling-bias 0.008 --weights.volume 1250 --steps 300 --micro-batch 2",
-    "radiance": "--steps 200",
-    "mesh": "--views 2 --warmup 5 --steps 40",
+    "gaussian": "--model.scaling-bias 0.008 --weights.volume 1250 --steps 200 --micro-batch 2",
+    "radiance": "--steps 150",
+    "mesh": "--views 2 --warmup 5 --steps 30",
 }
 START = "kl-1e-06"  # whose encoder the others start from: the published weight
 
@@ -64,12 +66,14 @@ def experiments() -> list[Experiment]:
     found = [
         Experiment(f"kl-{weight:.0e}", "gaussian", f"--weights.kl {weight}") for weight in weights
     ]
+    found += [Experiment("direct-gaussian", "gaussian", "--weights.kl 1e-6 --direct 40")]
     for script in ("radiance", "mesh"):
         found += [
             Experiment(f"encoder-{script}-own", script),
             Experiment(f"encoder-{script}-warm", script, encoder="--init"),
             Experiment(f"encoder-{script}-frozen", script, encoder="--encoder"),
         ]
+    found += [Experiment("direct-mesh", "mesh", "--direct 6", encoder="--encoder")]
     return found
 
 
@@ -160,7 +164,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--only", default="", help="of experiments whose name begins so")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("more", nargs="*", help="flags of every run, after --")
+    parser.add_argument("--flags", default="", help="more flags of every run, as one word")
     args = parser.parse_args()
     kept = json.loads(args.results.read_text()) if args.results.is_file() else {"runs": {}}
     for experiment in experiments():
@@ -169,7 +173,7 @@ def main() -> None:
             if name in kept["runs"] or not experiment.name.startswith(args.only):
                 continue
             print(f"== {name}", flush=True)
-            row = learn(experiment, seed, args.data, args.runs, args.more)
+            row = learn(experiment, seed, args.data, args.runs, args.flags.split())
             kept["runs"][name] = row | {"environment": environment(torch.device("cpu"))}
             write_whole(args.results, json.dumps(kept, indent=1) + "\n")
 

@@ -75,7 +75,8 @@ def header(
         f"clip {config.max_norm:g}, EMA {config.ema:g}",
         "steps": f"{config.steps:,} of {config.batch_size} objects x {config.views} views at "
         f"{config.image_size} px"
-        f", {config.micro_batches(here.world)} micro-batches a rank",
+        f", {config.micro_batches(here.world)} micro-batches a rank"
+        + (f"; the first {config.direct:,} render nothing" if config.direct else ""),
         "out": str(folder),
     }
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
