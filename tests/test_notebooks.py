@@ -20,6 +20,7 @@ from tests.helpers.hardware import GPU
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEASURING = NOTEBOOKS[:3]
+LEARNING = NOTEBOOKS[5:]
 # the last line of a cell that shows a picture
 DRAWS = re.compile(r"(\w+\.)?(throughput|fractions|hits_and_misses|advantage|show|Image)\(")
 CPU = torch.device("cpu")
@@ -36,6 +37,7 @@ def test_there_are_notebooks():
         "3_profile.ipynb",
         "4_renderers.ipynb",
         "5_vaes.ipynb",
+        "6_learning.ipynb",
     ]
 
 
@@ -63,6 +65,10 @@ def test_runs_from_top_to_bottom(file):
     text = "".join(
         output.text for cell in code for output in cell.outputs if output.output_type == "stream"
     )
+    if file in LEARNING:
+        kept = json.loads((ROOT / "notebooks" / "results" / "learning.json").read_text())["runs"]
+        assert all(f"\n{name} " in text for name in kept) and len(kept) >= 8
+        return
     if file not in MEASURING:
         gained = re.findall(r"PSNR (\S+) -> (\S+) dB", text)
         assert all(float(after) > float(before) + 5 for before, after in gained)
