@@ -181,7 +181,9 @@ class Config:
     ema: float = flag(0.9999, "decay of the averaged weights")
     # what is trained
     encoder: str | None = flag(
-        None, "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a finished run"
+        None,
+        "trained encoder to freeze: prefix of NAME.json + NAME.safetensors, or a finished run; "
+        "demo/gaussian ships",
     )
     init: tuple[str, ...] = flag(
         (),

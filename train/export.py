@@ -24,7 +24,8 @@ from train.flags import OneLineParser, exit_status
 from train.meshes.write import AXES, gaussian_ply, mesh_glb, mesh_obj, scene_npz
 from train.run.given import Workshop, add_flags, check_flags, find, roots_of
 from train.run.machine import named_device
-from train.run.trained import NO_CHECKPOINT, Trained, is_checkpoint, only, open_all
+from train.run.shipped import only
+from train.run.trained import NO_CHECKPOINT, Trained, is_checkpoint, open_all
 
 COMMAND = "python -m train.export"
 # what can be written of the scenes of each kind of decoder; of any other npz alone

@@ -11,10 +11,10 @@
 
 CHECKPOINT is the folder of a finished run, PREFIX of a decoder's PREFIX.json and PREFIX.safetensors
 (published names too), whose encoder --encoder names, or demo: small models that come with the
-package (demo/gaussian alone; train/assets/checkpoints/README.md). OBJECT is a mesh file (prepared
-here as the checkpoint's data were), DATASET/NAME, or NAME of --data, else of the first checkpoint's
-data. Several checkpoints are shown side by side. Those that share an encoder decode the same
-latents; others encode for themselves. What is there already is not overwritten.
+package, demo/gaussian to demo/mesh (train/assets/checkpoints/README.md). OBJECT is a mesh file,
+prepared here as the checkpoint's data were, DATASET/NAME, or NAME of --data, else of the first
+checkpoint's data. Several checkpoints are shown side by side. Those that share an encoder decode
+the same latents; others encode for themselves. What is there already is not overwritten.
 
     OUT/objects.png               of several objects: a held-out view of each (--view), the truth
                                   above what every checkpoint makes of it; objects that none of

@@ -13,7 +13,7 @@ import models
 from models import MeshScene
 from models.dinov2 import MODELS
 from tests.helpers.dinov2 import random_weights
-from tests.helpers.mesh_files import quad, write_obj
+from tests.helpers.mesh_files import box, quad, write_obj
 from tests.helpers.meshes import ball
 from tests.helpers.prepare import command
 from tests.helpers.runs import fresh
@@ -21,6 +21,7 @@ from train import reconstruct
 from train.data.dataset import EMBEDDED, Dataset
 from train.data.latent_file import read_latent, write_latent
 from train.data.metadata import ply_mesh
+from train.decoders import DECODERS
 from train.losses.pictures import composite, psnr
 from train.meshes.read import normalize, read_mesh
 from train.run import report, turntable
@@ -125,6 +126,16 @@ def test_checkpoints_on_one_encoder_share_its_latents_and_others_have_their_own(
     latent = tmp_path / "own" / "chair2" / "latent_moved.npz"
     assert run(finished, "--latent", latent, "--out", tmp_path / "no") == 2
     assert "was made by an encoder of sha256" in capsys.readouterr().err
+
+
+def test_what_ships_shows_a_box_that_it_has_not_seen(tmp_path):
+    """A sound decoder is far above the 10 to 18 dB of an untrained one."""
+    mesh = write_obj(tmp_path / "model", "box", *box((0.8, 0.5, 1.0)))
+    assert run("demo", mesh, "--views", 6, "--out", tmp_path / "out") == 0
+    scores = described(tmp_path / "out" / "box")["checkpoints"]
+    assert list(scores) == list(DECODERS)
+    for kind, own in scores.items():
+        assert own["psnr"]["full"] > 22, kind
 
 
 def test_latents_alone_are_decoded_by_a_prefix(boxes, tmp_path, capsys):

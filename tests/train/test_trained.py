@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import models
-from train.run import trained as trained_runs
-from train.run.trained import is_checkpoint, only, open_all, open_trained
+from train.run import shipped
+from train.run.latents import load_encoder
+from train.run.shipped import only
+from train.run.trained import is_checkpoint, open_all, open_trained
 
 CPU = torch.device("cpu")
 
@@ -44,7 +46,7 @@ def test_a_run_is_opened_with_what_its_config_says(finished):
 
 
 def test_demo_stands_for_what_comes_with_the_package(finished, frozen, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained_runs, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"demo.json is not there"):
         open_all(["demo"], CPU)
@@ -60,7 +62,15 @@ def test_demo_stands_for_what_comes_with_the_package(finished, frozen, tmp_path,
     assert one.kind == "radiance"
     with pytest.raises(ValueError, match=r"demo stands for 2 checkpoints.*demo/gaussian, demo/rad"):
         only("demo")
-    shutil.copytree(finished, tmp_path / "demo")  # a folder of the user's comes first
+    assert load_encoder("demo/gaussian", 50, 16)[1] == both[0].digest
+    with pytest.raises(ValueError, match="demo stands for 2 checkpoints"):
+        load_encoder("demo", 50, 16)
+    # what is the user's comes first: the two files of a prefix, or a folder
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "gaussian.json").touch()
+    assert only("demo/gaussian") == Path("demo/gaussian")
+    shutil.rmtree(tmp_path / "demo")
+    shutil.copytree(finished, tmp_path / "demo")
     assert only("demo") == Path("demo")
 
 

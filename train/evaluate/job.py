@@ -13,7 +13,8 @@ from train.evaluate.protocols import VIEWS, Protocol, chosen
 from train.evaluate.surfaces import need_scipy
 from train.evaluate.truth import Truth
 from train.lpips import LPIPS
-from train.run.trained import Trained, only, open_all
+from train.run.shipped import only
+from train.run.trained import Trained, open_all
 
 FEW = 16  # objects that the size of one Gaussian a voxel is chosen by
 SPLITS = {"train": "train", "test": "test", "all": None}

@@ -19,16 +19,17 @@ from models.files import whole
 from models.finite import check_finite
 from models.reading import check_floats, entry, read_json, shown
 from train.data.batch import Batch
+from train.run.shipped import only
 
 
 def load_encoder(path: str | Path, channels: int, resolution: int) -> tuple[Encoder, str]:
     """Load the frozen encoder, with the sha256 of its weights' file.
 
-    `path` is a checkpoint prefix, or the folder of a finished run. Raises ValueError for another
-    kind of model, for one of other feature channels or another resolution, and for a run without an
-    encoder of its own.
+    `path` is a checkpoint prefix, the folder of a finished run, or `demo/gaussian`. Raises
+    ValueError for another kind of model, for one of other feature channels or another resolution,
+    and for a run without an encoder of its own.
     """
-    path = Path(path)
+    path = only(path)
     prefix = path / "checkpoints" / "encoder" if path.is_dir() else path
     if path.is_dir() and not prefix.with_suffix(".json").is_file():
         raise ValueError(f"{path} holds no trained encoder: {_why_not(path / 'config.json')}")

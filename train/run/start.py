@@ -5,6 +5,7 @@ from pathlib import Path
 
 import models
 from models import VAE, Encoder
+from train.run.shipped import only
 
 PARTS = ("encoder", "decoder")
 SUFFIXES = (".json", ".safetensors")  # of the two files that a prefix stands for
@@ -24,14 +25,14 @@ def started(vae: VAE, paths: tuple[str, ...]) -> VAE:
     """Replace parts of an untrained VAE by trained ones, of the same sizes.
 
     `paths` are checkpoint prefixes (PREFIX.json beside PREFIX.safetensors, published ones too), or
-    folders of finished runs, of which every part is taken that the VAE has. A part keeps what its
-    file says of its construction; only whether activations are recomputed is the run's own. Raises
-    ValueError for another kind of model or other sizes, naming the flag that sets them, and for a
-    part that is given twice.
+    folders of finished runs (demo/gaussian ships), of which every part is taken that the VAE has. A
+    part keeps what its file says of its construction; only whether activations are recomputed is
+    the run's own. Raises ValueError for another kind of model or other sizes, naming the flag that
+    sets them, and for a part that is given twice.
     """
     parts = {name: part for name, part in vae.named_children() if name in PARTS}
     source: dict[str, str] = {}
-    for prefix in [prefix for path in paths for prefix in _prefixes(Path(path))]:
+    for prefix in [prefix for path in paths for prefix in _prefixes(only(path))]:
         loaded = models.load_pretrained(prefix)
         name = "encoder" if isinstance(loaded, Encoder) else "decoder"
         if name not in parts:

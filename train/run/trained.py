@@ -23,6 +23,7 @@ from models.reading import KINDS, entry, read_json, shown
 from models.vae import Decoder
 from train.config import LIMITS, Config
 from train.data.readers import CHANNELS
+from train.run.shipped import named, only
 from train.run.start import SUFFIXES
 
 # the features that so many channels are, where nothing else names them
@@ -33,10 +34,6 @@ NO_CHECKPOINT = (
     "PREFIX.safetensors, comes first"
 )
 DIGEST = r"[0-9a-f]{64}"
-# runs that come with the package, a folder for each kind of decoder on one encoder; its README says
-# how they were made
-SHIPPED = "demo"
-ASSETS = Path(__file__).parents[1] / "assets" / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -100,28 +97,6 @@ def _one_object(coords: Tensor, feats: Tensor) -> SparseTensor:
     return SparseTensor(feats, F.pad(coords, (1, 0)), 1)
 
 
-def named(path: str | Path) -> list[Path]:
-    """List the checkpoints that a path stands for: itself, or what comes with the package.
-
-    `demo` stands for all of these, `demo/gaussian` for one; a file of the user's comes first.
-    """
-    path = Path(path)
-    if path.exists() or path.parts[:1] != (SHIPPED,):
-        return [path]
-    if len(path.parts) > 1:
-        return [ASSETS.joinpath(*path.parts[1:])]
-    return [ASSETS / kind for kind in DECODERS if (ASSETS / kind).is_dir()] or [path]
-
-
-def only(path: str | Path) -> Path:
-    """Return the one checkpoint that a path stands for; ValueError where there are several."""
-    found = named(path)
-    if len(found) != 1:
-        names = ", ".join(f"{SHIPPED}/{one.name}" for one in found)
-        raise ValueError(f"{path} stands for {len(found)} checkpoints, give one: {names}")
-    return found[0]
-
-
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether a path is the folder of a run, or a checkpoint's prefix."""
     return all(_is_checkpoint(one) for one in named(path))
@@ -150,7 +125,7 @@ def open_trained(
     decoder = _decoder(prefix)
     digest = own = features = None
     if encoder is not None:
-        own, digest = _encoder(_encoder_prefix(Path(encoder)))
+        own, digest = _encoder(_encoder_prefix(only(encoder)))
         features = _features(own, encoder)
     data = Config()  # as published
     return Trained(
@@ -212,7 +187,7 @@ def _open_run(run: Path, device: torch.device, given: str | Path | None) -> Trai
     prefix = folder / "encoder"
     if config.get("encoder") is not None:
         recorded = entry(config, "encoder", str, str(file))
-        prefix = _frozen(run, recorded) if given is None else _encoder_prefix(Path(given))
+        prefix = _frozen(run, recorded) if given is None else _encoder_prefix(only(given))
     encoder, digest = _encoder(prefix)
     _check_digest(run, prefix, digest)
     if (kind := _fitting(decoder, encoder, str(run))) != script:
@@ -265,7 +240,7 @@ def _frozen(run: Path, recorded: str) -> Path:
     """
     parts = Path(recorded).parts
     beside = (run.resolve().parent.joinpath(*parts[first:]) for first in range(len(parts)))
-    for place in (Path(recorded), *beside):
+    for place in (only(recorded), *beside):
         if (place / "checkpoints" / "encoder.json").is_file() or _files_there(place):
             return _encoder_prefix(place)
     raise ValueError(
