@@ -131,10 +131,10 @@ def surface_points(batch: Batch, of: int, resolution: int) -> tuple[Tensor, Tens
     corner = meshes.vertices[meshes.faces.long()]  # [F, 3, 3]
     cross = torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
     area = cross.norm(dim=1).double().cumsum(0)
-    number = torch.arange(POINTS, device=area.device) + 0.5
+    number = torch.arange(POINTS, device=area.device, dtype=area.dtype) + 0.5
     face = torch.searchsorted(area, number / POINTS * area[-1]).clamp(max=len(area) - 1)
     # places in a triangle: of a sequence that fills the square evenly, the far half folded over
-    u, v = (number.double() * step % 1 for step in EVEN)
+    u, v = (number * step % 1 for step in EVEN)
     far = u + v > 1
     u, v = torch.where(far, 1 - u, u), torch.where(far, 1 - v, v)
     weight = torch.stack([1 - u - v, u, v], 1).to(corner.dtype)
