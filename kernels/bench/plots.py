@@ -18,6 +18,8 @@ from kernels.bench.case import OURS
 
 KEYS = {"device", "driver", "torch", "triton", "commit", "date", "ceilings", "cases", "missing"}
 LEGEND = 3  # inches beside the axes
+# of files beside them: counts (kernels.bench.counts), and trainings (notebooks/6_learning.ipynb)
+OTHERS = {"rows", "runs"}
 Results = dict[str, dict]
 
 
@@ -29,7 +31,7 @@ def read(folder: Path | str) -> Results:
     results = {}
     for file in sorted(Path(folder).glob("*.json")):
         result = json.loads(file.read_text())
-        if "rows" in result:  # counts: kernels.bench.counts reads those
+        if result.keys() & OTHERS:
             continue
         if lacking := KEYS - set(result):
             raise ValueError(
