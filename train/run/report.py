@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -136,7 +137,8 @@ class Log:
         self.seconds = 0.0
         self.step = -1  # of the last row
         self._unwritten = b""
-        kept = self._read(step) if file.exists() else 0
+        # a link that leads nowhere is there too: it is refused by name
+        kept = self._read(step) if os.path.lexists(file) else 0
         self.stream = FileIO(file, "ab")
         try:
             self.stream.truncate(kept)
