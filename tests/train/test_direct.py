@@ -234,6 +234,12 @@ def test_gradients_shrink_a_sphere_that_is_too_large():
     assert (scene.tsdf_value.grad <= 0).float().mean() > 0.95
 
 
+def test_features_of_other_channels_are_refused():
+    scenes, _ = gaussians()
+    with pytest.raises(ValueError, match="49 channels of features are not the 50 of rgb"):
+        direct_terms(scenes, batch_of(COORDS, rgb_features()[:, 1:]), R)
+
+
 def test_meshes_are_asked_for():
     with pytest.raises(ValueError, match="no meshes"):
         direct_terms([EMPTY], batch_of(COORDS[:1], torch.zeros(1, 50), objects=1), 16)

@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import Camera
 from train.data.batch import Item
 from train.data.readers import CHANNELS
+from train.data.rgb import HALVES, split_rgb
 
 KINDS = {
     "none": "objects as they are",
@@ -27,8 +28,6 @@ KINDS = {
     "both": "a rotation, and other colours of every second object",
 }
 LEAST_RANGE = 0.4  # between what black and what white become, in each channel
-# the halves of a voxel, in the order of the features' sub-cells: 4 x + 2 y + z
-HALVES = torch.tensor(list(product((-1, 1), repeat=3)))
 
 
 @cache
@@ -124,9 +123,7 @@ class Augmentation:
 
     def features(self, features: Tensor) -> Tensor:  # [N, 50] -> [N, 50]
         """Change the `rgb` features of voxels; what no view saw keeps its zeros."""
-        color, normal, offset, seen, sub_color, sub_seen, occupied = features.split(
-            [3, 3, 3, 1, 24, 8, 8], 1
-        )
+        color, normal, offset, seen, sub_color, sub_seen, occupied = split_rgb(features)
         matrix = self.rotation.to(features).T
         # where the half that turns into half s was
         source = (HALVES @ self.rotation + 1) // 2 @ torch.tensor([4, 2, 1])

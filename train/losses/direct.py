@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels import SH0
 from models import GaussianScene, MeshScene, RadianceScene, Scene
 from train.data.batch import Batch
+from train.data.rgb import HALVES, split_rgb
 from train.losses.geometry import TRUNCATION
 
 WEIGHTS = {
@@ -41,8 +42,8 @@ def direct_terms(scenes: Sequence[Scene], batch: Batch, resolution: int) -> dict
     `resolution` counts voxels along a side of the cube. Gaussians and radiance fields: "occupancy"
     (cross-entropy) and "sub_color" (mean absolute difference), means over voxels. Meshes:
     "distance" (signed, of corners, in cubes), "surface" (distance of decoded faces, in cubes) and
-    "surface_normal" (1 - cosine), means over objects. ValueError for meshes in a batch that has
-    none.
+    "surface_normal" (1 - cosine), means over objects. ValueError for features of other channels
+    than rgb's, and for decoded meshes where the batch has no true ones.
     """
     if isinstance(scenes[0], MeshScene):
         return _of_meshes(scenes, batch, resolution)
@@ -61,9 +62,10 @@ def _of_cells(
     middles = ((batch.coords[:, 1:] + 0.5) / resolution - 0.5).split(counts)
     parts = [of(scene, own, resolution) for scene, own in zip(scenes, middles, strict=True)]
     occupancy, color = (torch.cat(part) for part in zip(*parts, strict=True))  # [N, 8], [N, 8, 3]
-    true_color = rearrange(batch.features[:, 10:34], "n (s c) -> n s c", c=3)
-    seen = batch.features[:, 34:42] > 0
-    full = batch.features[:, 42:50]
+    true = split_rgb(batch.features)
+    true_color = rearrange(true.sub_color, "n (s c) -> n s c", c=3)
+    seen = true.sub_seen > 0
+    full = true.occupied
     known = seen | (full == 0)  # a surface that no view shows may be left out
     entropy = F.binary_cross_entropy(occupancy.clamp(1e-4, 1 - 1e-4), full, reduction="none")
     difference = (color - true_color).abs().mean(2)
@@ -76,8 +78,7 @@ def _of_cells(
 
 def _middles(like: Tensor) -> Tensor:
     """The middles of a voxel's sub-cells, from its own middle, in voxel sides: [8, 3]."""
-    side = torch.tensor([-0.25, 0.25], dtype=like.dtype)
-    return torch.cartesian_prod(side, side, side).to(like.device)
+    return 0.25 * HALVES.to(like)
 
 
 def _gaussians(scene: GaussianScene, middle: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ def surface_points(batch: Batch, of: int, resolution: int) -> tuple[Tensor, Tens
     row[_cell(batch.coords[own, 1:].long(), resolution)] = own
     inside = ((point + 0.5) * resolution).long().clamp(0, resolution - 1)
     voxel = row[_cell(inside, resolution)]
-    outer = batch.features[voxel.clamp(min=0), 3:6]
+    outer = split_rgb(batch.features).normal[voxel.clamp(min=0)]
     side = (normal * outer).sum(1)
     return point, normal * side.sign()[:, None], (voxel >= 0) & (side.abs() > SEEN)
 

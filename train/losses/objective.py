@@ -74,21 +74,19 @@ class Objective(nn.Module):
         "objects": loss, terms and PSNR of the parts then add up to those of the whole.
         """
         posterior, scenes = self.vae(x, noise)
-        weights = self.weights
+        values = {}
         if self.direct:
-            rest = models.penalties(scenes)
-            terms = direct_terms(scenes, batch, self.vae.decoder.resolution) | rest
-            weights = DIRECT | weights
-            values = {}
+            terms = direct_terms(scenes, batch, self.vae.decoder.resolution)
+            terms |= models.penalties(scenes)
         else:
-            terms, psnr = self.loss(scenes, batch, background, offset)
-            values = {"psnr": psnr}
+            terms, values["psnr"] = self.loss(scenes, batch, background, offset)
         if posterior is not None and "kl" in self.weights:  # not of a frozen encoder
             terms["kl"] = kl(posterior.mean, posterior.logvar)
         if share is not None:
             terms = {name: term * share[MEANS[name]] for name, term in terms.items()}
             values = {name: value * share[MEANS[name]] for name, value in values.items()}
+        weights = self.weights
         if self.direct:
-            weights = {name: weights[name] for name in terms}
+            weights = {name: (DIRECT | weights)[name] for name in terms}
         loss = weighted(terms, weights)
         return loss, {"loss": loss, **terms, **values}
