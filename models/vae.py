@@ -22,6 +22,7 @@ from models.scene import Scene
 from models.sparse import SparseTensor
 
 OUTPUT_EPS = 1e-5
+WHITENING = 1e-2  # of the largest variance, added to all: see Encoder.start_principal
 # names of the tensors that published files hold in fp16
 HALVES = re.compile(r"(blocks\..*|upsample\..*\.conv)\.(weight|bias)")
 
@@ -98,6 +99,40 @@ class Encoder(Trunk):
         if logvar_init is not None:
             nn.init.xavier_uniform_(self.out_layer.weight)
             nn.init.constant_(self.out_layer.bias[latent_channels:], logvar_init)
+
+    @torch.no_grad()
+    def start_principal(self, mean: Tensor, covariance: Tensor, gain: float = 1.0) -> None:
+        """Start from the principal components of the features, which learns far faster.
+
+        `mean` [in_channels] and `covariance` [in_channels, in_channels] are those of the training
+        features. The input layer whitens them (LeCun et al., Efficient BackProp, 1998): as many
+        components as the model has channels, each of deviation `gain`, in random directions. The
+        output layer reads those that vary most, so that untrained latents are the first principal
+        components, but for the last norm and what blocks add. Raises ValueError for other shapes.
+        """
+        width = self.input_layer.in_features
+        for name, given, shape in (
+            ("mean", mean, (width,)),
+            ("covariance", covariance, (width, width)),
+        ):
+            if given.shape != shape:
+                raise ValueError(f"{name} is {list(given.shape)}, the features need {list(shape)}")
+        variances, components = torch.linalg.eigh(covariance.double().cpu())  # ascending
+        kept = min(width, self.model_channels)
+        variances = variances.flip(0)[:kept].clamp(min=0)
+        components = components.flip(1)[:, :kept]  # [in_channels, kept]
+        largest = components.gather(0, components.abs().argmax(0, keepdim=True))
+        components = components * largest.sign()  # a library may return either sign
+        # what varies hardly at all is not blown up to a whole deviation
+        deviations = (variances + WHITENING * variances[0].clamp(min=1e-12)).sqrt()
+        directions = torch.empty(self.model_channels, kept, dtype=torch.float64)
+        nn.init.orthogonal_(directions)
+        weight = gain * directions @ (components / deviations).T
+        self.input_layer.weight.copy_(weight)
+        self.input_layer.bias.copy_(-weight @ mean.double().cpu())
+        read = min(self.latent_channels, kept)
+        self.out_layer.weight.zero_()
+        self.out_layer.weight[:read].copy_(directions[:, :read].T)
 
     def forward(self, x: SparseTensor) -> Posterior:
         """The posterior of x [N, in_channels].

@@ -10,7 +10,8 @@ question is asked with two seeds, of the objects' order, noise and untrained wei
 
     kl         Gaussians, with four weights of the KL divergence
     encoder    radiance fields and meshes: an encoder of their own, one that was trained for
-               Gaussians and goes on learning, or the same, frozen
+               Gaussians and goes on learning, or the same, frozen. Meshes need a wider model, so
+               theirs that goes on is of a wider Gaussian VAE (wide-gaussian)
     direct     Gaussians, and meshes on the frozen encoder, whose first fifth of all steps renders
                nothing (--direct); beside kl-1e-06 and encoder-mesh-frozen
 
@@ -48,6 +49,8 @@ COMMON = {
     "mesh": "--views 2 --warmup 5 --steps 30",
 }
 START = "kl-1e-06"  # whose encoder the others start from: the published weight
+# the sizes of the mesh demo
+WIDE = "--model.channels 256 --model.heads 4 --model.mlp-ratio 2 --steps 100"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Experiment:
     script: str
     flags: str = ""
     encoder: str | None = None  # flag that the shared encoder is given to: --encoder or --init
+    start: str = START  # the experiment whose encoder that is
 
 
 def experiments() -> list[Experiment]:
@@ -67,10 +71,11 @@ def experiments() -> list[Experiment]:
         Experiment(f"kl-{weight:.0e}", "gaussian", f"--weights.kl {weight}") for weight in weights
     ]
     found += [Experiment("direct-gaussian", "gaussian", "--weights.kl 1e-6 --direct 40")]
-    for script in ("radiance", "mesh"):
+    found += [Experiment("wide-gaussian", "gaussian", WIDE)]
+    for script, start in (("radiance", START), ("mesh", "wide-gaussian")):
         found += [
             Experiment(f"encoder-{script}-own", script),
-            Experiment(f"encoder-{script}-warm", script, encoder="--init"),
+            Experiment(f"encoder-{script}-warm", script, encoder="--init", start=start),
             Experiment(f"encoder-{script}-frozen", script, encoder="--encoder"),
         ]
     found += [Experiment("direct-mesh", "mesh", "--direct 6", encoder="--encoder")]
@@ -83,7 +88,7 @@ def flags(experiment: Experiment, seed: int, data: Path, runs: Path) -> list[str
     words += ["--eval-objects", "24"]
     words += ["--data", str(data), "--resolution", "32", "--seed", str(seed)]
     if experiment.encoder:
-        prefix = runs / f"{START}-s{seed}" / "checkpoints" / "encoder"
+        prefix = runs / f"{experiment.start}-s{seed}" / "checkpoints" / "encoder"
         words += [experiment.encoder, str(prefix)]
     return words
 

@@ -18,6 +18,7 @@ from models.reading import entry, parse_json, read_bytes, shown
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon inside blocks, AdamW outside"}
+STARTS = ("published", "principal")
 MOST = 1 << 53  # of whole numbers: those that a float holds
 # of numbers that make a process, a tensor or a list as long; a file of a run may say anything
 LIMITS = {
@@ -63,6 +64,11 @@ class Sizes:
     logvar_init: float | None = flag(
         None, "log variance to start from (none: zero output layer, as published)"
     )
+    start: str = flag(
+        "published",
+        "untrained encoder: published, or principal: latents are the features' principal "
+        "components, which learns far faster",
+    )
     input_gain: float = flag(
         1.0, "scale of the input layers' untrained weights; 1 as published, 3 learns faster"
     )
@@ -85,6 +91,8 @@ class Sizes:
                 "width of at least 1"
             )
         _check_most(self, {"mlp_ratio": LARGEST}, "model.")
+        if self.start not in STARTS:
+            raise ValueError(f"model.start {shown(self.start)} is not one of {', '.join(STARTS)}")
         for name in ("input_gain", "branch_gain"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} {getattr(self, name)} must be a number from 0 up")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from models import Encoder, GaussianDecoder, GaussianVAE
 from train import loop
 from train.config import Config, Sizes, Weights, flag
-from train.presets import demo, small
+from train.presets import FAST, demo, small
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ SMALL = small(
 )
 DEMO = demo(
     BASE,
+    resolution=32,
     views=2,
-    steps=800,
+    steps=400,
     batch_size=4,
     micro_batch=4,
-    sample_every=200,
-    save_every=400,
+    sample_every=100,
+    save_every=200,
     # a quarter of a voxel, as published at 64^3, and relative steps in size: 1.3 dB after 400 steps
     model=GaussianSizes(
         channels=64,
@@ -54,11 +55,12 @@ DEMO = demo(
         heads=2,
         per_voxel=8,
         logvar_init=-4.0,
-        scaling_bias=0.016,
+        **FAST,
+        scaling_bias=8e-3,
         scaling_activation="exp",
     ),
     # a voxel's volume in units of the published one
-    weights=GaussianWeights(volume=1e4 * (16 / 64) ** 3),
+    weights=GaussianWeights(volume=1e4 * (32 / 64) ** 3),
 )
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 

@@ -13,7 +13,7 @@ from models import Encoder, MeshDecoder, MeshVAE
 from train import loop
 from train.config import Config, Sizes, Weights, flag
 from train.losses.geometry import SurfaceLoss
-from train.presets import demo, small
+from train.presets import FAST, demo, small
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ SMALL = small(
 )
 DEMO = demo(
     BASE,
+    resolution=16,
     views=4,
     steps=240,
     batch_size=2,
     micro_batch=2,
     sample_every=80,
     save_every=120,
-    model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0),
+    model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0, **FAST),
 )
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 

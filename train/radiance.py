@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from models import Encoder, RadianceDecoder, RadianceVAE
 from train import loop
 from train.config import Config, Sizes, flag
-from train.presets import demo, small
+from train.presets import FAST, demo, small
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ SMALL = small(
 )
 DEMO = demo(
     BASE,
+    resolution=32,
     views=1,
-    steps=900,
+    steps=200,
     batch_size=4,
     micro_batch=4,
-    sample_every=300,
-    save_every=450,
+    sample_every=100,
+    save_every=100,
     model=RadianceSizes(
         channels=64,
         blocks=2,
@@ -48,6 +49,7 @@ DEMO = demo(
         rank=4,
         dim=4,
         logvar_init=-4.0,
+        **FAST,
         density_scale=30.0,
         trivec_std=0.5,
     ),

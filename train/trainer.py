@@ -129,6 +129,8 @@ class Run:
         size = self.config.model
         for part in (vae.encoder, vae.decoder):
             part.rescale(size.input_gain, size.branch_gain)
+        if size.start == "principal":
+            vae.encoder.start_principal(*self.objects.moments, gain=size.input_gain)
         if self.config.encoder:
             vae = type(vae)(None, vae.decoder)
         if self.config.init:

@@ -12,8 +12,8 @@ from train.gaussian import PRESETS, build
 from train.run import checkpoint
 
 TINY = (
-    "--device cpu --image-size 32 --batch-size 2 --views 1 --holdout-views 2 --eval-objects 2 "
-    "--sample-every 100 --warmup 0 "
+    "--device cpu --resolution 16 --image-size 32 --batch-size 2 --views 1 --holdout-views 2 "
+    "--eval-objects 2 --sample-every 100 --warmup 0 "
     "--model.channels 16 --model.heads 1 --model.blocks 1 --model.per-voxel 2"
 ).split()
 

@@ -152,6 +152,42 @@ def test_rescaling_makes_untrained_blocks_the_identity():
     assert (before - model.trunk(x.feats, x.cache)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("channels, width", [(16, 32), (16, 12), (1, 6)])
+def test_a_principal_start_makes_latents_of_the_components_that_vary_most(channels, width):
+    torch.manual_seed(0)
+    mixed = torch.randn(channels, channels, dtype=torch.float64)
+    features = torch.randn(5000, channels, dtype=torch.float64) @ mixed + 7
+    mean = features.mean(0)
+    covariance = torch.cov(features.T, correction=0).reshape(channels, channels)
+    encoder = models.Encoder(16, channels, width, 4, 1, num_heads=1, logvar_init=-4.0).double()
+    encoder.start_principal(mean, covariance, gain=2.0)
+    hidden = encoder.input_layer(features)
+    assert_close(hidden.mean(0), torch.zeros(width, dtype=torch.float64), 1e-9)
+    kept = min(channels, width)
+    read = min(4, kept)
+    latents = torch.nn.functional.linear(hidden, encoder.out_layer.weight)
+    _, values, right = torch.linalg.svd(features - mean, full_matrices=False)
+    variances = values.square() / len(features)
+    expected = (features - mean) @ right[:read].T
+    expected = 2 * expected / (variances[:read] + 0.01 * variances[0]).sqrt()
+    assert_close(latents[:, :read].abs(), expected.abs(), 1e-6)
+    assert (latents[:, read:] == 0).all()
+    logvar = encoder.out_layer.bias[4:]
+    assert (logvar == -4).all()
+    # components that are whitened are orthogonal, and those that hardly vary stay small
+    spread = torch.linalg.eigvalsh(torch.cov(hidden.T, correction=0).reshape(width, width))
+    assert spread.max() <= 4 and (spread > 1e-9).sum() == kept
+
+
+def test_a_principal_start_refuses_moments_of_other_features():
+    encoder = small_encoder()
+    width = encoder.input_layer.in_features
+    with pytest.raises(ValueError, match=rf"mean is \[3\], the features need \[{width}\]"):
+        encoder.start_principal(torch.zeros(3), torch.eye(width))
+    with pytest.raises(ValueError, match=rf"covariance is \[3, 3\], .* need \[{width}, {width}\]"):
+        encoder.start_principal(torch.zeros(width), torch.eye(3))
+
+
 @pytest.mark.parametrize("mode", ["swin", "full"])
 def test_batched_equals_looped_with_empty_samples(device, mode):
     encoder = randomize(small_encoder(attn_mode=mode)).to(device)

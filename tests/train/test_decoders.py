@@ -22,8 +22,9 @@ from train.presets import demo
 from train.run import checkpoint
 
 TINY = (  # 16 bit, as on a GPU
-    "--deterministic --precision bf16 --image-size 24 --batch-size 2 --micro-batch 1 --views 1 "
-    "--holdout-views 2 --eval-objects 1 --warmup 0 --final-lr 1 --sample-every 100 --features rgb"
+    "--deterministic --precision bf16 --resolution 16 --image-size 24 --batch-size 2 "
+    "--micro-batch 1 --views 1 --holdout-views 2 --eval-objects 1 --warmup 0 --final-lr 1 "
+    "--sample-every 100 --features rgb"
 ).split()
 
 

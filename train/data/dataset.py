@@ -30,8 +30,16 @@ from train.data.readers import (
 )
 from train.meshes.files import below
 
-# 24 objects at 16^3 with `rgb` features and 20 views of 128 pixels
-EMBEDDED = Path(__file__).parents[1] / "assets" / "demo"
+ASSETS = Path(__file__).parents[1] / "assets"
+# 24 objects at 16^3, some at 64^3, with `rgb` features, 20 views of 128 pixels and meshes
+EMBEDDED = ASSETS / "demo"
+# 85 objects at 32^3 with `rgb` features and 16 views of 128 pixels, without meshes
+EMBEDDED_32 = ASSETS / "demo_32"
+
+
+def embedded(resolution: int) -> Path:
+    """The folder of the embedded objects that a run without --data trains on."""
+    return EMBEDDED_32 if resolution == 32 else EMBEDDED
 
 
 class Dataset(torch.utils.data.Dataset):

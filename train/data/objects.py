@@ -3,17 +3,21 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
+from functools import cached_property
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from train.config import Config
 from train.data.batch import Batch, collate
-from train.data.dataset import EMBEDDED, Dataset
+from train.data.dataset import Dataset, embedded
 from train.data.loader import loader
 from train.data.sampler import Sampler
 from train.run.machine import Machine
 
 GALLERY = {"held-out views": 5, "held-out objects": 3}  # objects in a sample picture
+MEASURED = 128  # most objects whose features are measured before the first step
 
 
 class Objects:
@@ -24,7 +28,7 @@ class Objects:
     """
 
     def __init__(self, config: Config, here: Machine, meshes: bool = False):
-        roots = config.data or [EMBEDDED]
+        roots = config.data or [embedded(config.resolution)]
         self.config = config
         self.here = here
         common = dict(
@@ -79,6 +83,24 @@ class Objects:
         with closing(loader(self.train, self.sampler, self.config.workers, pin)) as batches:
             for _ in range(left):
                 yield [next(batches) for _ in range(self.config.micro_batches(self.here.world))]
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean [C] and covariance [C, C] of the training features, over voxels, in float64.
+
+        Of a large dataset, objects spread evenly over it stand for all.
+        """
+        total = torch.zeros(self.channels, dtype=torch.float64)
+        square = torch.zeros(self.channels, self.channels, dtype=torch.float64)
+        voxels = 0
+        step = -(-len(self.train) // MEASURED)
+        for index in range(0, len(self.train), step):
+            features = self.train.item(index, [0]).features.double()
+            total += features.sum(0)
+            square += features.T @ features
+            voxels += len(features)
+        mean = total / max(voxels, 1)
+        return mean, square / max(voxels, 1) - torch.outer(mean, mean)
 
     def views(self, name: str, views: str) -> Batch:
         """Read all "train" or all "holdout" views of one object."""

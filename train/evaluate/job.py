@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.data.dataset import EMBEDDED, Dataset
+from train.data.dataset import Dataset, embedded
 from train.evaluate.measure import Evaluator
 from train.evaluate.protocols import VIEWS, Protocol, chosen
 from train.evaluate.surfaces import need_scipy
@@ -48,7 +48,8 @@ class Job:
         if measured:
             need_scipy()
         lpips = LPIPS(args.lpips).to(device) if args.lpips else None
-        self.data = [Path(one) for one in args.data or self.trained.data or [EMBEDDED]]
+        own = self.trained.data or [embedded(self.trained.resolution)]
+        self.data = [Path(one) for one in args.data or own]
         self.truth = Truth(self.protocol, self._dataset("holdout", args), args.meshes)
         self.names = self.truth.dataset.names[: args.objects]
         self.truth.check(self.names, measured or (has_surface and self.protocol.normals))

@@ -18,7 +18,7 @@ import torch
 
 from models.dinov2 import DINOv2
 from models.reading import entry, read_json, shown
-from train.data.dataset import EMBEDDED, Dataset
+from train.data.dataset import Dataset, embedded
 from train.data.metadata import read_metadata, write_metadata
 from train.meshes.read import CONVERTIBLE, READABLE
 from train.prepare.features import ImageFeatures, how_to_get
@@ -75,7 +75,7 @@ def roots_of(trained: Trained) -> list[Path]:
     """List the folders of the data that a checkpoint was trained on; none where nothing says."""
     if trained.data is None:
         return []
-    return [Path(root) for root in trained.data] or [EMBEDDED]
+    return [Path(root) for root in trained.data] or [embedded(trained.resolution)]
 
 
 def seen_by(trained: Sequence[Trained]) -> set[str] | None:
