@@ -12,6 +12,8 @@ question is asked with two seeds, of the objects' order, noise and untrained wei
     encoder    radiance fields and meshes: an encoder of their own, one that was trained for
                Gaussians and goes on learning, or the same, frozen. Meshes need a wider model, so
                theirs that goes on is of a wider Gaussian VAE (wide-gaussian)
+    start      Gaussians whose untrained weights are as published, or the features' principal
+               components; beside kl-1e-06, whose input layers and branches are scaled alone
     direct     Gaussians, and meshes on the frozen encoder, whose first fifth of all steps renders
                nothing (--direct); beside kl-1e-06 and encoder-mesh-frozen
 
@@ -41,7 +43,8 @@ from train.run.trained import open_trained  # noqa: E402
 RESULTS = ROOT / "notebooks" / "results" / "learning.json"
 SEEDS = (0, 1)
 POINTS = 60  # of a curve that are kept
-START_UP = "--model.input-gain 3 --model.branch-gain 0"  # learns fastest: results/README.md
+# of all runs but those that ask about it
+START_UP = "--model.start published --model.input-gain 3 --model.branch-gain 0 --lr 3e-3"
 # sizes in world units follow the voxel's: half of the demo's at 16^3
 COMMON = {
     "gaussian": "--model.scaling-bias 0.008 --weights.volume 1250 --steps 200 --micro-batch 2",
@@ -69,6 +72,11 @@ def experiments() -> list[Experiment]:
     weights = (1e-6, 1e-5, 1e-4, 1e-3)
     found = [
         Experiment(f"kl-{weight:.0e}", "gaussian", f"--weights.kl {weight}") for weight in weights
+    ]
+    found += [
+        Experiment("start-published", "gaussian", "--model.input-gain 1 --model.branch-gain 1"),
+        Experiment("start-principal", "gaussian", "--model.start principal"),
+        Experiment("start-principal-lr-6e-3", "gaussian", "--model.start principal --lr 6e-3"),
     ]
     found += [Experiment("direct-gaussian", "gaussian", "--weights.kl 1e-6 --direct 40")]
     found += [Experiment("wide-gaussian", "gaussian", WIDE)]
