@@ -24,6 +24,7 @@ def demo(base: Config, **own) -> Config:
         final_lr=0.03,
         ema=0.98,
         workers=0,
+        eval_objects=24,
     )
     return replace(base, **common | own)
 

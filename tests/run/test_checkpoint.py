@@ -124,7 +124,7 @@ def test_a_run_knows_its_checkpoints():
     others = replace(config, steps=9, data=("moved",), workers=3, out="there")
     checkpoint.check_run(state, checkpoint.identity(others, None, "aa"))
     for changed, encoder, objects, message in (
-        ({"lr": 1.0}, None, "aa", "saved with lr 0.003, and this run has 1.0"),
+        ({"lr": 1.0}, None, "aa", "saved with lr 0.006, and this run has 1.0"),
         (
             {"model": replace(config.model, heads=1)},
             None,

@@ -111,8 +111,8 @@ def test_another_number_of_steps_says_what_it_does_to_the_learning_rate(tmp_path
     assert "another cosine" not in capsys.readouterr().out
     train("--resume", tmp_path, "--steps", "4")  # before: 3e-3 * 0.03, the end of its cosine
     said = (
-        "--steps 4 instead of 2 is another cosine: the learning rate after step 2 is 0.0015, "
-        "not 9e-05"
+        "--steps 4 instead of 2 is another cosine: the learning rate after step 2 is 0.0031, "
+        "not 0.00018"
     )
     assert said in capsys.readouterr().out and len(rows(tmp_path)) == 4
 

@@ -228,9 +228,9 @@ def test_bad_config_json_is_named(tmp_path):
         read_config(file, "mesh", PRESETS)
     whole = file.read_text()
     for old, new, said in (
-        ('"lr": 0.003', '"lr": "abc"', "lr is 'abc', not float"),
-        ('"lr": 0.003', '"lr": -1', "lr -1 must exceed 0"),
-        ('"steps": 800', '"steps": 1.5', "steps is 1.5, not int"),
+        ('"lr": 0.006', '"lr": "abc"', "lr is 'abc', not float"),
+        ('"lr": 0.006', '"lr": -1', "lr -1 must exceed 0"),
+        ('"steps": 400', '"steps": 1.5', "steps is 1.5, not int"),
         ('"seed": 0', '"seed": true', "seed is True, not int"),
         ('"encoder": null', '"encoder": 3', "encoder is 3, not str or NoneType"),
         ('"data": []', '"data": "here"', "data is 'here', not list"),
@@ -242,7 +242,7 @@ def test_bad_config_json_is_named(tmp_path):
             ValueError, match=f"config.json does not describe a run of train.gaussian: {said}"
         ):
             read_config(file, "gaussian", PRESETS)
-    file.write_text(whole.replace('"lr": 0.003', '"lr": 1'))
+    file.write_text(whole.replace('"lr": 0.006', '"lr": 1'))
     assert read_config(file, "gaussian", PRESETS).lr == 1
     for broken in (
         whole[:40],

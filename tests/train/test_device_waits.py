@@ -23,8 +23,8 @@ from train.run.machine import Machine
 from train.trainer import Run
 
 TINY = (
-    "--device cpu --image-size 16 --batch-size 2 --micro-batch 1 --views 1 --holdout-views 2 "
-    "--eval-objects 1 --warmup 0 "
+    "--device cpu --resolution 16 --image-size 16 --batch-size 2 --micro-batch 1 --views 1 "
+    "--holdout-views 2 --eval-objects 1 --warmup 0 "
     "--model.blocks 1"
 ).split()
 # of a micro-batch: its voxels, the renderer's; of a mesh the true one's picture, and numbers of

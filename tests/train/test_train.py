@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
             == {"step", "loss", "psnr", "seconds", "grad_norm", "skipped", "voxels_per_second"}
             | terms
         )
-        weights = {"l1": 1, "ssim": 0.2, "kl": 1e-6, "volume": 156.25, "opacity": 1e-3}
+        weights = {"l1": 1, "ssim": 0.2, "kl": 1e-6, "volume": 1250.0, "opacity": 1e-3}
         assert row["loss"] == pytest.approx(sum(weights[t] * row[t] for t in terms), rel=1e-5)
         assert (
             row["psnr"] > 5
@@ -106,7 +106,7 @@ def test_the_header_says_what_runs(tmp_path, capsys):
         "torch kernels, fp32 activations",
         f"torch {torch.__version__}",
         "encoder 4,304, decoder 3,836",
-        "l1 + 0.2 ssim + 1e-06 kl + 156.25 volume + 0.001 opacity; lpips off: no weights given "
+        "l1 + 0.2 ssim + 1e-06 kl + 1250 volume + 0.001 opacity; lpips off: no weights given "
         "(--lpips FILE)",
         "20 of 24 objects (4 of another split)",
         "rgb features [50] at 16^3",

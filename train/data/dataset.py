@@ -245,15 +245,7 @@ class Dataset(torch.utils.data.Dataset):
         Views are numbered within the `views` of this dataset.
         """
         name = self.names[which] if isinstance(which, int) else which
-        if name not in self._objects:
-            raise ValueError(f"{name} is not an object of {self.summary()}")
-        coords, features = self._features(name)
-        if features.shape[1] != self.channels:
-            first = self._feature_file(self.names[0])
-            raise ValueError(
-                f"{self._feature_file(name)} has {features.shape[1]} feature channels, "
-                f"but {first} has {self.channels}"
-            )
+        coords, features = self.voxels(name)
         frames, own = self._frames(name)
         chosen = [own[v] for v in (range(len(own)) if views is None else views)]
         like = self._cached(picture_size, frames.files[0])
@@ -268,7 +260,21 @@ class Dataset(torch.utils.data.Dataset):
             root = self._objects[name][0]
             file = below(root, self._views_folder(name) / "mesh.ply")
             mesh = self._cached(read_triangles, file)
-        return Item(name, coords, features.float(), camera, torch.stack(images).float() / 255, mesh)
+        return Item(name, coords, features, camera, torch.stack(images).float() / 255, mesh)
+
+    def voxels(self, which: int | str) -> tuple[Tensor, Tensor]:
+        """Read coordinates [V, 3] and features [V, C] of an object, without its views."""
+        name = self.names[which] if isinstance(which, int) else which
+        if name not in self._objects:
+            raise ValueError(f"{name} is not an object of {self.summary()}")
+        coords, features = self._features(name)
+        if features.shape[1] != self.channels:
+            first = self._feature_file(self.names[0])
+            raise ValueError(
+                f"{self._feature_file(name)} has {features.shape[1]} feature channels, "
+                f"but {first} has {self.channels}"
+            )
+        return coords, features.float()
 
     def _cached(self, read: Callable, *args):
         if self._memory is None:

@@ -95,7 +95,7 @@ class Objects:
         voxels = 0
         step = -(-len(self.train) // MEASURED)
         for index in range(0, len(self.train), step):
-            features = self.train.item(index, [0]).features.double()
+            features = self.train.voxels(index)[1].double()
             total += features.sum(0)
             square += features.T @ features
             voxels += len(features)
