@@ -18,7 +18,8 @@ question is asked with two seeds, of the objects' order, noise and untrained wei
                nothing (--direct); beside kl-1e-06 and encoder-mesh-frozen
 
 Rows go to notebooks/results/learning.json, one after each run, so that a run which was stopped is
-the only one that is lost: the same command goes on with it.
+the only one that is lost: the same command goes on with it. Of the starts it draws a picture,
+learning.png beside it.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # it runs where nothing was installed
 
+import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 import models  # noqa: E402
@@ -52,6 +54,12 @@ COMMON = {
     "mesh": "--views 2 --warmup 5 --steps 30",
 }
 START = "kl-1e-06"  # whose encoder the others start from: the published weight
+STARTS = {  # that the picture compares: experiment, what it is
+    "start-published": "as published",
+    "kl-1e-06": "input x 3, blocks begin at nothing",
+    "start-principal": "that, and principal components",
+    "start-principal-lr-6e-3": "that, at twice the learning rate",
+}
 # the sizes of the mesh demo
 WIDE = "--model.channels 256 --model.heads 4 --model.mlp-ratio 2 --steps 100"
 
@@ -168,6 +176,45 @@ def latents(run: Path, data: Path) -> dict:
     }
 
 
+def draw(runs: dict, file: Path) -> None:
+    """Draw how fast Gaussians learn from each kind of untrained weights, if all were run."""
+    if any(f"{name}-s{seed}" not in runs for name in STARTS for seed in SEEDS):
+        return
+    unseen = "held-out objects"
+    figure, (curves, scores) = plt.subplots(
+        1, 2, figsize=(9.5, 3), width_ratios=(2, 1), layout="constrained"
+    )
+    for place, (name, label) in enumerate(STARTS.items()):
+        for seed in SEEDS:
+            run = runs[f"{name}-s{seed}"]
+            points = run["curve"]
+            curves.plot(
+                [point["step"] for point in points],
+                smooth([point["psnr"] for point in points]),
+                "-" if seed == 0 else "--",
+                color=f"C{place}",
+                label=None if seed else label,
+            )
+            inside = run["scores"]["trained"][unseen]["inside"]
+            scores.plot(place, inside, "o" if seed == 0 else "s", color=f"C{place}")
+    floor = run["scores"]["silhouette"][unseen]["inside"]
+    scores.axhline(floor, color="grey", linewidth=1)
+    scores.text(0, floor, "true silhouette, mean colour", fontsize=7, va="bottom")
+    curves.set(xlabel="steps of 4 objects", ylabel="PSNR of training views, dB")
+    curves.legend(fontsize=8)
+    scores.set(ylabel="unseen objects, inside, dB", xticks=[], xlim=(-0.5, len(STARTS) - 0.5))
+    for axis in (curves, scores):
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    """Make means of the last `width` values, of fewer at the beginning."""
+    parts = (values[max(end - width, 0) : end] for end in range(1, len(values) + 1))
+    return [sum(part) / len(part) for part in parts]
+
+
 def main() -> None:
     """Run what is missing, and write the results after each run."""
     parser = argparse.ArgumentParser(
@@ -189,6 +236,7 @@ def main() -> None:
             row = learn(experiment, seed, args.data, args.runs, args.flags.split())
             kept["runs"][name] = row | {"environment": environment(torch.device("cpu"))}
             write_whole(args.results, json.dumps(kept, indent=1) + "\n")
+    draw(kept["runs"], args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

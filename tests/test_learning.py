@@ -1,17 +1,34 @@
 """The script that compares recipes keeps each run's scores, and goes on where it was stopped."""
 
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers.datasets import make
 from tests.helpers.runs import TINY
 from tests.helpers.source_files import ROOT
 
 OWN = "--resolution 8 --model.window 4 --eval-objects 1 --steps 2 --micro-batch 1".split()
+
+
+def test_the_picture_of_starts_needs_all_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    learning = importlib.import_module("learning")
+    scores = {"held-out objects": {"full": 25.0, "inside": 20.0, "pictures": 8}}
+    curve = [{"step": step, "seconds": step, "psnr": 20.0 + step} for step in range(1, 9)]
+    run = {"curve": curve, "scores": {"trained": scores, "silhouette": scores}}
+    runs = {f"{name}-s{seed}": run for name in learning.STARTS for seed in learning.SEEDS}
+    assert {experiment.name for experiment in learning.experiments()} > learning.STARTS.keys()
+    learning.draw(runs, tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.size[0] > 800
+    learning.draw(dict(list(runs.items())[1:]), tmp_path / "missing.png")
+    assert not (tmp_path / "missing.png").exists()
 
 
 @pytest.mark.slow
