@@ -37,7 +37,7 @@ class GaussianWeights(Weights):
 BASE = Config(model=GaussianSizes(), weights=GaussianWeights())
 SMALL = small(
     BASE,
-    model=GaussianSizes(channels=384, blocks=6, heads=6),
+    model=GaussianSizes(channels=384, blocks=6, heads=6, **FAST),
 )
 DEMO = demo(
     BASE,

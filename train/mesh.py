@@ -57,7 +57,7 @@ SMALL = small(
     # AdamW move all of them beyond 0 and it is gone for a while. base is as published: --warmup
     # 1000 is worth giving it too
     warmup=1000,
-    model=MeshSizes(channels=512, blocks=6, heads=8),
+    model=MeshSizes(channels=512, blocks=6, heads=8, **FAST),
 )
 DEMO = demo(
     BASE,

@@ -31,7 +31,9 @@ class RadianceSizes(Sizes):
 BASE = Config(model=RadianceSizes(), steps=500_000)
 SMALL = small(
     BASE,
-    model=RadianceSizes(channels=384, blocks=6, heads=6, density_scale=30.0, trivec_std=0.5),
+    model=RadianceSizes(
+        channels=384, blocks=6, heads=6, density_scale=30.0, trivec_std=0.5, **FAST
+    ),
 )
 DEMO = demo(
     BASE,
