@@ -54,7 +54,6 @@ DEMO = demo(
         blocks=2,
         heads=2,
         per_voxel=8,
-        logvar_init=-4.0,
         **FAST,
         scaling_bias=8e-3,
         scaling_activation="exp",

@@ -68,7 +68,7 @@ DEMO = demo(
     micro_batch=2,
     sample_every=80,
     save_every=120,
-    model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, logvar_init=-4.0, **FAST),
+    model=MeshSizes(channels=256, blocks=2, heads=4, mlp_ratio=2.0, **FAST),
 )
 PRESETS = {config.preset: config for config in (DEMO, SMALL, BASE)}
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from train.config import Config
 
 # what learns fastest in the first minutes: notebooks/results/README.md has the comparison
-FAST = {"start": "principal", "input_gain": 3.0, "branch_gain": 0.0}
+FAST = {"start": "principal", "logvar_init": -4.0, "input_gain": 3.0, "branch_gain": 0.0}
 
 
 def demo(base: Config, **own) -> Config:

@@ -50,7 +50,6 @@ DEMO = demo(
         heads=2,
         rank=4,
         dim=4,
-        logvar_init=-4.0,
         **FAST,
         density_scale=30.0,
         trivec_std=0.5,

@@ -129,7 +129,7 @@ class Run:
         size = self.config.model
         for part in (vae.encoder, vae.decoder):
             part.rescale(size.input_gain, size.branch_gain)
-        if size.start == "principal":
+        if size.start == "principal" and not self.config.encoder:
             vae.encoder.start_principal(*self.objects.moments, gain=size.input_gain)
         if self.config.encoder:
             vae = type(vae)(None, vae.decoder)
