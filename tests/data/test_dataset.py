@@ -25,7 +25,7 @@ from tests.helpers.datasets import (
     write_metadata,
 )
 from train.data.batch import Batch, collate
-from train.data.dataset import EMBEDDED, Dataset
+from train.data.dataset import EMBEDDED, EMBEDDED_32, Dataset, embedded
 from train.data.loader import loader
 from train.data.sampler import Sampler
 
@@ -327,30 +327,45 @@ def test_the_cache_reads_each_file_once_and_changes_nothing(tmp_path):
         plain.item(0)
 
 
-def test_the_embedded_objects():
-    options = dict(resolution=16, features="rgb", image_size=128, holdout_views=4)
+# resolution, folder, objects to train on, views to train on
+EVERY = [(16, EMBEDDED, 20, 16), (32, EMBEDDED_32, 81, 12)]
+
+
+@pytest.mark.parametrize("resolution, root, count, views", EVERY)
+def test_the_embedded_objects(resolution, root, count, views):
+    assert embedded(resolution) == root
+    options = dict(resolution=resolution, features="rgb", image_size=128, holdout_views=4)
     train, test, every = (
-        Dataset([EMBEDDED], **options, split=split) for split in ("train", "test", None)
+        Dataset([root], **options, split=split) for split in ("train", "test", None)
     )
-    assert (len(train), len(test), len(every)) == (20, 4, 24) and not set(train.names) & set(
-        test.names
-    )
+    assert (len(train), len(test), len(every)) == (count, 4, count + 4)
+    assert not set(train.names) & set(test.names)
     assert train.channels == 50
-    held = Dataset([EMBEDDED], **options, split=None, views="holdout")
-    for name in every.names:
+    held = Dataset([root], **options, split=None, views="holdout")
+    for name in every.names[:: count // 20]:
         item = every.item(name)
-        assert (
-            len(item.image) == 16
-            and len(held.item(name).image) == 4
-            and isinstance(item.camera, Camera)
-        )
-        distance = (-item.camera.extrinsics[:, :3, :3].mT @ item.camera.extrinsics[:, :3, 3:])[
-            ..., 0
-        ].norm(dim=1)
-        torch.testing.assert_close(distance, torch.full((16,), 2.0))
+        assert len(item.image) == views and len(held.item(name).image) == 4
+        assert isinstance(item.camera, Camera)
+        turn = item.camera.extrinsics[:, :3, :3]
+        distance = (-turn.mT @ item.camera.extrinsics[:, :3, 3:])[..., 0].norm(dim=1)
+        torch.testing.assert_close(distance, torch.full((views,), 2.0))
         coverage = item.image[:, 3].mean((1, 2))
         assert coverage.max() > 0.01 and coverage.min() < 0.9
     lines = (EMBEDDED.parent / "eval_ids.txt").read_text().splitlines()
     forbidden = {line for line in lines if line and not line.startswith("#")}
-    models = {row["local_path"] for row in metadata(EMBEDDED)}
-    assert len(forbidden) == 40 and len(models) == 24 and not models & forbidden
+    models = {row["local_path"] for row in metadata(root)}
+    assert len(forbidden) == 40 and len(models) == count + 4 and not models & forbidden
+
+
+def test_both_embedded_sets_hold_out_the_same_objects_and_name_all_creators():
+    held = []
+    for root in (EMBEDDED, EMBEDDED_32):
+        rows = metadata(root)
+        held.append({row["local_path"] for row in rows if row["split"] == "test"})
+        credit = (root / "ATTRIBUTION.md").read_text()
+        assert all(f"`{row['local_path'].split('/')[-1]}`" in credit for row in rows)
+    assert held[0] == held[1]
+    chosen = (EMBEDDED.parent / "learning_models.txt").read_text().splitlines()
+    to_train = {line.split("\t")[0] for line in chosen if "\ttrain\t" in line}
+    trained = {row["local_path"] for row in metadata(EMBEDDED_32) if row["split"] == "train"}
+    assert trained <= to_train
