@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.helpers.mesh_files import box, write_obj
 from tests.helpers.runs import fresh
+from train.gaussian import PRESETS
 from train.prepare import command as prepare
 from train.run import checkpoint
 
@@ -27,6 +28,7 @@ def test_a_run_folder_holds_what_is_said(tmp_path):
 
 def test_a_prepared_dataset_trains_with_the_flags_that_are_said(tmp_path):
     (flag,) = re.findall(r"`(--resolution \d+)` for the demo preset", README)
+    assert flag == f"--resolution {PRESETS['demo'].resolution}"
     for name, size in (("a", (1, 0.2, 0.1)), ("b", (0.2, 1, 0.1))):
         write_obj(tmp_path / "in", name, *box(size))
     quick = "--views 6 --size 32 --supersample 1 --workers 1".split()
@@ -42,6 +44,7 @@ def test_a_prepared_dataset_trains_with_the_flags_that_are_said(tmp_path):
                 "1",
                 "--eval-objects",
                 "1",
+                *flag.split(),
                 "--data",
                 str(tmp_path / "data"),
             )

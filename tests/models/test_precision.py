@@ -148,9 +148,9 @@ def test_fp16_checkpoint_files_train_in_fp32_for_100_steps(start, tmp_path):
     loaded = lambda config, channels: models.GaussianVAE(
         *(models.load_pretrained(tmp_path / p) for p in ("encoder", "decoder"))
     )
-    run = start(
-        "--precision", "fp16", "--lr", "1e-4", "--steps", "100", "--final-lr", "1", make_vae=loaded
-    )
+    as_loaded = "--model.start published --model.input-gain 1 --model.branch-gain 1".split()
+    flags = "--precision fp16 --lr 1e-4 --steps 100 --final-lr 1".split()
+    run = start(*flags, *as_loaded, make_vae=loaded)
     before = {name: p.detach().clone() for name, p in run.vae.named_parameters()}
     assert all(
         p.dtype == torch.float32 and torch.equal(p, p.half().float()) for p in before.values()

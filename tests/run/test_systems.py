@@ -43,7 +43,7 @@ if __name__ == "__main__":
         for module in (radiance, mesh):
             train(module, "--steps", "1", *once, f"runs/{module.__name__}")
     workers = sys.argv[2]
-    quick = f"--views 6 --size 32 --supersample 1 --resolution 16 --workers {workers}".split()
+    quick = f"--views 6 --size 32 --supersample 1 --resolution 32 --workers {workers}".split()
     assert prepare.main(["in", "--out", "data", *quick]) == 0
     given = ["runs/gaussian-001", "in/box.obj", "--frames", "2", "--size", "32", "--views", "6"]
     assert reconstruct.main([*given, "--out", "out"]) == 0
@@ -67,7 +67,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "flags, workers",
     [
-        ((*TINY, "--steps", "5"), 0),
+        ((*TINY, "--resolution", "32", "--steps", "5"), 0),
         pytest.param(("--steps", "5", "--workers", "2"), 2, marks=pytest.mark.slow),
     ],
     ids=["tiny", "demo"],
