@@ -55,7 +55,7 @@ COMMON = {
 }
 START = "kl-1e-06"  # whose encoder the others start from: the published weight
 STARTS = {  # that the picture compares: experiment, what it is
-    "start-published": "as published",
+    "start-published": "Xavier weights",
     "kl-1e-06": "input x 3, blocks begin at nothing",
     "start-principal": "that, and principal components",
     "start-principal-lr-6e-3": "that, at twice the learning rate",
